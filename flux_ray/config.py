@@ -1,0 +1,254 @@
+"""Every knob and every default, once.
+
+Takes:  plain values (Hydra's overrides, a YAML file, a Python dict).
+Gives:  one frozen Config; `from_dict`, `to_dict`; `options()`, every option with its default and meaning.
+Knows:  what a value may be by itself and beside the others (`validate`): a ValueError names key and value.
+Never:  touches a file, a model or a cluster: what only they can tell is checked by whoever opens them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+
+def knob(default: Any, meaning: str, *, choices: tuple[str, ...] = ()) -> Any:
+    """A config field: its default, what it means (units included) and, for a choice, what may be chosen."""
+    metadata = {"help": meaning, "choices": choices}
+    if isinstance(default, (list, dict)):
+        return field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def group(cls: type) -> Any:
+    return field(default_factory=cls)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    train: str | None = knob(None, "prompts to train on: a .jsonl, .json, .csv or .parquet file, or a hub data set's name")
+    split: str = knob("train", "split of a hub data set to train on")
+    prompt_column: str = knob("prompt", "column that holds the prompt: a text, or a list of chat messages")
+    completion_column: str = knob("completion", "column that holds the completion to learn (algo=sft)")
+    answer_column: str = knob("answer", "column that the built-in rewards compare a completion with")
+    system_prompt: str | None = knob(None, "system message put before every chat prompt")
+    as_chat: bool = knob(False, "wrap a plain text prompt as a user message and apply the tokenizer's chat template")
+    prompt_template: str | None = knob(None, "text around a plain prompt, with {prompt} where it goes and {COLUMN} for others")
+    max_prompt_tokens: int | None = knob(None, "longest prompt in tokens; none: what the context leaves beside the response")
+    on_bad_row: str = knob("stop", "what a bad row does: stop the run at start, or be skipped and counted", choices=("stop", "skip"))
+    shuffle: bool = knob(True, "draw the rows of each epoch in a new order (from the seed)")
+    max_rows: int | None = knob(None, "use only the first rows of the file")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    path: str | None = knob(None, "the policy: a local folder or a hub name that transformers and vLLM load")
+    tokenizer: str | None = knob(None, "the tokenizer, where it isn't beside the model")
+    dtype: str = knob("auto", "type of weights and activations; auto: bfloat16 on GPUs, float32 on CPU",
+                      choices=("auto", "float32", "bfloat16"))
+    attention: str = knob("auto", "transformers' attention implementation; auto: flash_attention_2 for varlen, else sdpa")
+    layout: str = knob("auto", "how a micro-batch lies in memory: padded rows, one row with a block-diagonal mask, or varlen "
+                       "(flash attention, GPU); auto: varlen where it is installed, else padded",
+                       choices=("auto", "padded", "block_diagonal", "varlen"))
+    logprob_chunk_tokens: int = knob(1024, "tokens whose logits are held at once; no batch x vocabulary tensor is ever whole")
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    num_engines: int = knob(1, "vLLM engines, one placement group each")
+    tensor_parallel_size: int = knob(1, "GPUs of one engine")
+    group_size: int = knob(4, "G: responses per prompt")
+    max_tokens: int = knob(256, "longest response in tokens (over all turns of a rollout)")
+    min_tokens: int = knob(0, "shortest response in tokens: no end token before it")
+    temperature: float = knob(1.0, "sampling temperature; log-probs everywhere are those of the distribution sampled")
+    top_p: float = knob(1.0, "nucleus sampling; below 1 it is refused for ratio losses unless allow_truncated_sampling")
+    top_k: int = knob(0, "0: all tokens; above 0 it is refused for ratio losses unless allow_truncated_sampling")
+    min_p: float = knob(0.0, "least probability relative to the likeliest; above 0 as top_p")
+    allow_truncated_sampling: bool = knob(False, "train although top_p, top_k or min_p make the sampler another distribution")
+    stop: list[str] = knob([], "texts that end a response")
+    function: str = knob("single_turn", "the rollout: single_turn, a registered name, or path/to/file.py:function")
+    kv_after_update: str = knob("recompute", "running requests after new weights: recompute their KV (exact) or keep it",
+                                choices=("recompute", "keep"))
+    max_model_len: int | None = knob(None, "context in tokens; none: the model's own")
+    kv_cache_gib: float = knob(0.25, "KV cache of an engine on CPU, in GiB (on a GPU: engine_args.gpu_memory_utilization)")
+    max_num_seqs: int = knob(256, "sequences that an engine runs at once")
+    deadline_s: float = knob(600.0, "longest wait for one group, in seconds")
+    engine_args: dict[str, Any] = knob({}, "any further option of vLLM's AsyncEngineArgs")
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+    functions: list[str] = knob([], "rewards: names of rules (exact_match, numeric, regex, length, repetition), registered "
+                                "names or path/to/file.py:function; none with an answer column: numeric_or_exact")
+    weights: list[float] = knob([], "one weight per function; none: 1 each")
+    options: dict[str, Any] = knob({}, "arguments of a function by its name, e.g. options.regex.pattern='#### ...'")
+    num_workers: int = knob(1, "processes that score")
+    deadline_s: float = knob(60.0, "longest time one call of one function may take, in seconds")
+    on_failure: str = knob("stop", "a function that raises or times out: stop the run, or drop the group and count it",
+                           choices=("stop", "drop"))
+
+
+@dataclass(frozen=True)
+class ReferenceConfig:
+    path: str | None = knob(None, "the frozen policy; none: the policy's own start")
+    num_actors: int = knob(1, "replicas (only where a KL is asked for)")
+    dtype: str = knob("auto", "auto: the policy's", choices=("auto", "float32", "bfloat16"))
+    max_tokens_per_forward: int = knob(8192, "tokens of one forward pass")
+    deadline_s: float = knob(600.0, "longest wait for one group, in seconds")
+
+
+@dataclass(frozen=True)
+class AlgoConfig:
+    name: str = knob("grpo", "the algorithm: grpo, grpo_vectorized, sft or one registered by a plugin")
+    estimator: str | None = knob(None, "advantage estimator; none: the algorithm's own")
+    policy_loss: str | None = knob(None, "policy loss; none: the algorithm's own")
+    clip_range: float = knob(0.2, "epsilon: the ratio is clipped to [1 - epsilon, 1 + epsilon]")
+    clip_range_high: float | None = knob(None, "upper epsilon; none: clip_range")
+    beta: float = knob(0.01, "weight of the KL to the reference in the loss; 0: no KL there")
+    kl_coef: float = knob(0.0, "weight of the KL to the reference in the reward; 0: no KL there")
+    kl_estimator: str = knob("k3", "estimator of the KL in the loss (k1 has no useful gradient there: refused)",
+                             choices=("k1", "k2", "k3"))
+    entropy_coef: float = knob(0.01, "weight of the entropy bonus")
+    normalize_by_std: bool = knob(True, "divide a group's advantages by its standard deviation")
+    aggregation: str | None = knob(None, "how tokens weigh in the loss; none: the algorithm's own",
+                                   choices=("token_mean", "sequence_mean", "constant_length", "sequence"))
+    old_logprobs: str = knob("trainer", "the denominator of the ratio: the trainer's old policy, or what the sampler reported",
+                             choices=("trainer", "sampler"))
+    off_policy: str = knob("none", "correction of trainer against sampler: none, tis (truncated) or icepop (masked)",
+                           choices=("none", "tis", "icepop"))
+    off_policy_level: str = knob("token", "form of that correction", choices=("token", "sequence"))
+    tis_cap: float = knob(2.0, "C of tis: the weight is min(ratio, C)")
+    icepop_low: float = knob(0.5, "icepop: below it the weight is 0")
+    icepop_high: float = knob(5.0, "icepop: above it the weight is 0")
+    epochs: int = knob(1, "passes over a batch")
+    mini_batches: int = knob(1, "optimizer updates per pass")
+    mask_truncated: bool = knob(False, "truncated responses leave the loss (they stay in their group's statistics)")
+    options: dict[str, Any] = knob({}, "further arguments for a registered estimator or loss")
+
+
+@dataclass(frozen=True)
+class BatchConfig:
+    prompts_per_step: int = knob(32, "prompts of one training step (algo=sft: samples of one step)")
+    max_tokens_per_micro_batch: int = knob(8192, "token budget of one micro-batch, padding included")
+    micro_batch_size: int | None = knob(None, "most samples of one micro-batch; none: the token budget alone")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    num_ranks: int = knob(1, "data-parallel training ranks (DeepSpeed)")
+    zero_stage: int = knob(0, "ZeRO stage: 0 to 3")
+    learning_rate: float = knob(1e-6, "peak learning rate (AdamW)")
+    adam_betas: list[float] = knob([0.9, 0.95], "AdamW's betas")
+    adam_eps: float = knob(1e-8, "AdamW's epsilon")
+    weight_decay: float = knob(0.0, "AdamW's weight decay")
+    max_grad_norm: float = knob(1.0, "gradient clipping by global norm; 0: none")
+    warmup_steps: int = knob(10, "steps over which the learning rate rises linearly")
+    schedule: str = knob("constant", "the learning rate after the warm-up", choices=("constant", "linear", "cosine"))
+    gradient_checkpointing: bool = knob(False, "recompute activations in backward: less memory, a third more compute")
+    num_threads: int = knob(1, "CPU threads of one rank")
+    deadline_s: float = knob(1800.0, "longest time one training step may take, in seconds")
+    deepspeed: dict[str, Any] = knob({}, "any further option of DeepSpeed's own config")
+
+
+@dataclass(frozen=True)
+class WeightsConfig:
+    backend: str = knob("auto", "nccl between GPUs, ipc where trainer and engine share one, gloo on CPU; auto: by placement",
+                        choices=("auto", "nccl", "ipc", "gloo"))
+    bucket_mib: int = knob(64, "size of one packed bucket, in MiB")
+    deadline_s: float = knob(120.0, "longest time of each phase of an update (connect, pause, send, resume), in seconds")
+
+
+@dataclass(frozen=True)
+class ClusterConfig:
+    address: str | None = knob(None, "a running Ray cluster (auto, or HOST:PORT); none: RAY_ADDRESS, else a Ray of the run's own")
+    device: str = knob("auto", "auto: GPUs where the cluster has them", choices=("auto", "cpu", "cuda"))
+    colocate: bool = knob(False, "engines, reference and trainer share GPUs (fractions); with one GPU always so")
+    cpus_per_actor: float = knob(1.0, "CPUs that each actor asks Ray for (Ray of the run's own: declared as needed)")
+    placement_deadline_s: float = knob(15.0, "longest wait for a placement group, in seconds")
+    start_deadline_s: float = knob(600.0, "longest wait for an actor to be ready (a model to load), in seconds")
+    env: dict[str, str] = knob({}, "environment variables of every actor")
+
+
+@dataclass(frozen=True)
+class DriverConfig:
+    num_steps: int = knob(100, "training steps")
+    max_staleness: int = knob(0, "versions that a token may be behind the trainer; 0: synchronous")
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    data: str | None = knob(None, "prompts to evaluate on (same columns as data.train); none: no evaluation")
+    split: str = knob("test", "split of a hub data set to evaluate on")
+    every: int = knob(0, "steps between evaluations; 0: only at start and end")
+    num_samples: int = knob(1, "samples per prompt")
+    temperature: float | None = knob(None, "none: the rollout's")
+    max_rows: int | None = knob(None, "use only the first rows")
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    every: int = knob(0, "steps between checkpoints; 0: none but the model at the end")
+    keep: int = knob(2, "checkpoints kept, the newest")
+
+
+@dataclass(frozen=True)
+class ObservabilityConfig:
+    progress: bool = knob(True, "live progress on the terminal, a line a step")
+    tensorboard: bool = knob(False, "write TensorBoard events beside metrics.jsonl (needs the tensorboard package)")
+    samples_per_step: int = knob(2, "samples written to samples.jsonl at each step")
+
+
+@dataclass(frozen=True)
+class Config:
+    seed: int = knob(0, "one seed for everything")
+    run_dir: str | None = knob(None, "folder of the run; none: runs/DATE_TIME under the folder it was started in")
+    resume: str | None = knob(None, "a run folder, or one of its checkpoints, to go on from")
+    plugins: list[str] = knob([], "Python files imported in every process: they register algorithms, rewards, rollouts")
+    data: DataConfig = group(DataConfig)
+    model: ModelConfig = group(ModelConfig)
+    rollout: RolloutConfig = group(RolloutConfig)
+    reward: RewardConfig = group(RewardConfig)
+    reference: ReferenceConfig = group(ReferenceConfig)
+    algo: AlgoConfig = group(AlgoConfig)
+    batch: BatchConfig = group(BatchConfig)
+    train: TrainConfig = group(TrainConfig)
+    weights: WeightsConfig = group(WeightsConfig)
+    cluster: ClusterConfig = group(ClusterConfig)
+    driver: DriverConfig = group(DriverConfig)
+    eval: EvalConfig = group(EvalConfig)
+    checkpoint: CheckpointConfig = group(CheckpointConfig)
+    observability: ObservabilityConfig = group(ObservabilityConfig)
+
+
+def options(cls: type = Config, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field]]:
+    """Every option as (dotted key, field), in the order of the file."""
+    for f in dataclasses.fields(cls):
+        default = f.default_factory if f.default_factory is not dataclasses.MISSING else None
+        if isinstance(default, type) and dataclasses.is_dataclass(default):
+            yield from options(default, f"{prefix}{f.name}.")
+        else:
+            yield f"{prefix}{f.name}", f
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    return dataclasses.asdict(config)
+
+
+def schema() -> DictConfig:
+    """Config's defaults and types as an OmegaConf tree that can be merged into (frozen dataclasses make read-only nodes)."""
+    tree = OmegaConf.structured(Config)
+    for node in [tree, *(child for child in tree.values() if isinstance(child, DictConfig))]:
+        OmegaConf.set_readonly(node, False)
+    return tree
+
+
+def from_dict(values: dict[str, Any]) -> Config:
+    """Config from nested plain values; what is absent keeps its default. Unknown keys and wrong types: ValueError."""
+    merged = OmegaConf.merge(schema(), values)
+    config = OmegaConf.to_object(merged)
+    assert isinstance(config, Config)
+    return config

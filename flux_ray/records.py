@@ -1,0 +1,178 @@
+"""One frozen, complete record per hop of the data.
+
+Takes:  nothing; numpy arrays and plain values are put in by whoever makes the record.
+Gives:  Prompt ► Trajectory ► RolloutGroup ► ScoredGroup ► Sample ► MicroBatch ► StepReport; PreferencePair beside them.
+Knows:  the axes legend below, and each record's own invariants (asserted once, at birth).
+Never:  holds a field that a later stage fills in: what a later stage adds is another record.
+
+Axes, as suffixes of names: G samples of one prompt, N samples of a batch, T tokens of one sample (prompt and response),
+B rows of a padded view, L its length, S the flat token axis of a micro-batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+FINISH_STOP = "stop"      # the policy sampled its end token (or a stop string): the response is whole
+FINISH_LENGTH = "length"  # the token limit cut it: truncated, without an end token
+
+#: A message of a chat: {"role": ..., "content": ...}
+Message = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt on its way to an engine.
+
+    >>> Prompt(uid=17, row=3, text="12+30=", token_ids=np.array([5, 6, 14, 7, 4, 15], np.int32),
+    ...        columns={"answer": "42"}, num_samples=8, seed=123).num_samples
+    8
+    """
+
+    uid: int                     # position in the run's stream of prompts: 0, 1, 2 … never used twice in a run
+    row: int                     # row of the data file it came from, from 0
+    text: str | list[Message]    # as the user wrote it: plain text, or chat messages
+    token_ids: np.ndarray        # (T,) int32, after the chat template
+    columns: dict[str, Any]      # the row's other columns; rewards get them by name
+    num_samples: int             # G
+    seed: int                    # sample i is drawn with seed + i, whatever engine draws it
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What `generate` gives for one of its n samples: the sampled tokens and nothing else.
+
+    >>> Completion(np.array([4, 2], np.int32), np.array([-.1, -.2], np.float32), np.array([7, 7], np.int32), "stop").num_tokens
+    2
+    """
+
+    token_ids: np.ndarray   # (T,) int32, the sampled end token included
+    logprobs: np.ndarray    # (T,) float32, of the distribution that was sampled (after temperature)
+    versions: np.ndarray    # (T,) int32, the policy version that sampled each token
+    finish_reason: str      # FINISH_STOP or FINISH_LENGTH
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """One whole sequence: prompt, sampled tokens and, in multi-turn rollouts, tokens of tools between them.
+
+    >>> t = Trajectory(np.array([5, 6, 4, 2], np.int32), np.array([0, 0, 1, 1], bool), np.array([0, 0, -.1, -.2], np.float32),
+    ...                np.array([-1, -1, 7, 7], np.int32), prompt_length=2, finish_reason="stop")
+    >>> t.num_loss_tokens, t.oldest_version
+    (2, 7)
+    """
+
+    token_ids: np.ndarray         # (T,) int32
+    loss_mask: np.ndarray         # (T,) bool: True where the policy sampled the token
+    sampler_logprobs: np.ndarray  # (T,) float32: 0 where the mask is False
+    versions: np.ndarray          # (T,) int32: -1 where the mask is False
+    prompt_length: int            # tokens of the prompt; what follows is the response
+    finish_reason: str
+
+    def __post_init__(self) -> None:
+        length = len(self.token_ids)
+        assert len(self.loss_mask) == len(self.sampler_logprobs) == len(self.versions) == length, "one length T"
+        assert 0 < self.prompt_length <= length, (self.prompt_length, length)
+        assert not self.loss_mask[: self.prompt_length].any(), "a prompt token is never trained on"
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def num_loss_tokens(self) -> int:
+        return int(self.loss_mask.sum())
+
+    @property
+    def oldest_version(self) -> int:
+        """Version of the oldest sampled token; -1 for an empty response."""
+        sampled = self.versions[self.loss_mask]
+        return int(sampled.min()) if len(sampled) else -1
+
+    @property
+    def newest_version(self) -> int:
+        sampled = self.versions[self.loss_mask]
+        return int(sampled.max()) if len(sampled) else -1
+
+
+@dataclass(frozen=True)
+class RolloutGroup:
+    """The G trajectories of one prompt. Lives in the object store; the driver holds a reference to it."""
+
+    prompt: Prompt
+    trajectories: tuple[Trajectory, ...]
+
+
+@dataclass(frozen=True)
+class ScoredGroup:
+    """What the driver and the trainer need to know of a group beside its tokens: small, and the same size at any length.
+
+    >>> ScoredGroup(uid=17, rewards=np.array([1., 0.]), task_rewards=np.array([1., 0.]), parts={"exact_match": np.array([1., 0.])},
+    ...             num_tokens=np.array([9, 8]), num_loss_tokens=np.array([3, 2]), truncated=np.array([False, False]),
+    ...             oldest_version=7).group_size
+    2
+    """
+
+    uid: int
+    rewards: np.ndarray            # (G,) float64, weighted sum of the parts (after shaping), nan where no function scored it
+    task_rewards: np.ndarray       # (G,) float64, before length penalties and other shaping; what filters look at
+    parts: dict[str, np.ndarray]   # name of the function or of its part ► (G,) float64, nan where it gave None
+    num_tokens: np.ndarray         # (G,) prompt and response
+    num_loss_tokens: np.ndarray    # (G,)
+    truncated: np.ndarray          # (G,) bool
+    oldest_version: int            # of the group's oldest token
+
+    @property
+    def group_size(self) -> int:
+        return len(self.rewards)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sequence ready to be trained on. All arrays have length T, asserted here and nowhere else.
+
+    Supervised and preference data make Samples as well: their sampler and reference log-probs are None.
+    `loss_weights` carry the aggregation: the loss of the step is the sum of weight times per-token loss.
+    """
+
+    token_ids: np.ndarray                        # (T,) int32
+    loss_mask: np.ndarray                        # (T,) bool
+    loss_weights: np.ndarray                     # (T,) float32, 0 where the mask is False
+    advantages: np.ndarray | None = None         # (T,) float32
+    sampler_logprobs: np.ndarray | None = None   # (T,) float32
+    reference_logprobs: np.ndarray | None = None # (T,) float32
+    current_version: bool = True                 # every sampled token is of the trainer's present version
+
+    def __post_init__(self) -> None:
+        for name in ("loss_mask", "loss_weights", "advantages", "sampler_logprobs", "reference_logprobs"):
+            value = getattr(self, name)
+            assert value is None or len(value) == len(self.token_ids), f"{name}: {len(value)} != {len(self.token_ids)}"
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+
+@dataclass(frozen=True)
+class PreferencePair:
+    """Two responses to one prompt of which the first was preferred (tokens: prompt and response)."""
+
+    row: int
+    prompt_length: int
+    chosen_ids: np.ndarray    # (T,) int32
+    rejected_ids: np.ndarray  # (T,) int32
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What a training step tells the driver: the new version and the metrics, reduced over ranks already."""
+
+    version: int
+    metrics: dict[str, float] = field(default_factory=dict)
