@@ -1,0 +1,143 @@
+"""Opening a policy or a tokenizer, or one readable line why not.
+
+Takes:  a local folder or a hub name, a type, a layout.
+Gives:  PolicyModel in that type with dropout off; its tokenizer.
+Knows:  what must be true of a model before its log-probs can be trusted: every weight loaded, names as in the
+        checkpoint, logits that are a scaled lm_head(hidden); the last is tried on a few tokens, not assumed.
+Never:  runs code that came with a model, or asks the network for what looks like a local path.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.utils import is_flash_attn_2_available
+from transformers.utils import logging as hf_logging
+
+from flux_ray.errors import UserError, unknown
+from flux_ray.model.policy import LAYOUTS, PolicyModel
+
+NUM_PROBE_TOKENS = 8  # enough that a factor or a cap on the logits shows, too few to cost anything
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def resolve_dtype(name: str, device: str) -> torch.dtype:
+    """The type called `name`; auto is bfloat16 on GPUs and float32 elsewhere."""
+    if name == "auto":
+        return torch.bfloat16 if device.startswith("cuda") else torch.float32
+    if name not in DTYPES:
+        raise unknown("dtype", name, [*DTYPES, "auto"])
+    return DTYPES[name]
+
+
+def resolve_layout(layout: str, attention: str) -> tuple[str, str]:
+    """(layout, transformers' attention implementation) for what config says; UserError where the two don't fit."""
+    flash = is_flash_attn_2_available() and torch.cuda.is_available()
+    if layout == "auto":
+        layout = "varlen" if flash and attention in ("auto", "flash_attention_2") else "padded"
+    if layout not in LAYOUTS:
+        raise unknown("model.layout", layout, [*LAYOUTS, "auto"])
+    if attention == "auto":
+        attention = "flash_attention_2" if layout == "varlen" else "sdpa"
+    if layout == "varlen" and (not flash or not attention.startswith("flash")):
+        raise UserError(f"model.layout=varlen needs a GPU with flash attention and model.attention=flash_attention_2, "
+                        f"got model.attention={attention} and flash attention {'found' if flash else 'not found'} here")
+    return layout, attention
+
+
+def load_policy(
+    path: str | Path, *, dtype: torch.dtype, attention: str = "auto", layout: str = "auto", chunk_tokens: int,
+    gradient_checkpointing: bool = False,
+) -> PolicyModel:
+    """Load a causal language model. UserError (one line) for a path, a model or a setting that can't be used."""
+    layout, attention = resolve_layout(layout, attention)
+    config = _open("model", path, transformers.AutoConfig.from_pretrained)
+    _turn_off_dropout(config)
+    hf, info = _open("model", path, transformers.AutoModelForCausalLM.from_pretrained, config=config, dtype=dtype,
+                     attn_implementation="sdpa", output_loading_info=True)
+    if info["missing_keys"]:
+        raise UserError(f"model {str(path)!r} lacks weights: {', '.join(sorted(info['missing_keys'])[:3])}")
+    _refuse_renamed_weights(hf, path)
+    scale = _logit_scale(hf, path)
+    hf.set_attn_implementation(attention)  # not before: flash attention can't run the probe on a CPU
+    if gradient_checkpointing:
+        # The re-entrant form: the other one compares shapes of saved tensors, which ZeRO-3 changes underneath it.
+        hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+        hf.enable_input_require_grads()
+    policy = PolicyModel(hf, layout=layout, chunk_tokens=chunk_tokens, logit_scale=scale)
+    policy.original_config = _open("model", path, transformers.AutoConfig.from_pretrained)
+    policy.original_config.dtype = dtype
+    return policy
+
+
+def load_tokenizer(path: str | Path) -> Any:
+    """The tokenizer beside a model. UserError (one line) where there is none."""
+    return _open("tokenizer", path, transformers.AutoTokenizer.from_pretrained)
+
+
+def _looks_local(path: str) -> bool:
+    return path.startswith((".", "/", "~")) or path.count("/") > 1 or (os.sep != "/" and os.sep in path)
+
+
+def _open(what: str, path: str | Path, opener: Any, **options: Any) -> Any:
+    """`opener(path)`, its many ways to fail turned into one line; a path never becomes a question to the hub."""
+    name = os.path.expanduser(str(path))
+    folder = Path(name)
+    if _looks_local(str(path)) and not folder.is_dir():
+        raise UserError(f"{what} {str(path)!r}: no such folder")
+    if folder.is_dir() and what == "model" and not (folder / "config.json").is_file():
+        raise UserError(f"{what} {str(path)!r}: the folder has no config.json")
+    hf_logging.disable_progress_bar()
+    try:
+        return opener(name, trust_remote_code=False, **options)
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        where = "" if folder.is_dir() else ": neither a local folder nor a hub name that can be read from here"
+        raise UserError(f"{what} {str(path)!r}{where}: {reason}") from error
+
+
+def _turn_off_dropout(config: Any) -> None:
+    for part in {id(c): c for c in (config, config.get_text_config())}.values():
+        for name, value in part.to_dict().items():
+            if "drop" in name and isinstance(value, float):
+                setattr(part, name, 0.0)
+
+
+def _refuse_renamed_weights(hf: Any, path: str | Path) -> None:
+    """A model whose checkpoint names differ from its parameters' would be sent to engines under wrong names."""
+    state = {name: tensor.to("meta") for name, tensor in hf.state_dict().items()}
+    renamed = set(revert_weight_conversion(hf, dict(state))) ^ set(state)
+    if renamed:
+        raise UserError(f"model {str(path)!r} ({hf.config.model_type}) keeps its weights under other names than it "
+                        f"trains them ({sorted(renamed)[0]} …): such models are not supported yet")
+
+
+def _logit_scale(hf: Any, path: str | Path) -> float:
+    """c where the model's logits are c * lm_head(hidden); UserError for any other shape of head."""
+    config, head = hf.config.get_text_config(), hf.get_output_embeddings()
+    cap = getattr(config, "final_logit_softcapping", None)
+    if cap:
+        raise UserError(f"model {str(path)!r}: final_logit_softcapping={cap} is not supported")
+    if type(head) is not nn.Linear:
+        raise UserError(f"model {str(path)!r}: its head is {type(head).__name__}, which is not supported")
+    ids = torch.arange(NUM_PROBE_TOKENS)[None] % config.vocab_size
+    was_training = hf.training
+    hf.eval()
+    with torch.no_grad():
+        plain = head(hf.base_model(input_ids=ids, use_cache=False)[0]).float()
+        logits = hf(input_ids=ids, use_cache=False).logits.float()
+    hf.train(was_training)
+    known = {name: getattr(config, name, None) for name in ("logit_scale", "logits_scaling", "lm_head_multiplier")}
+    known = {name: float(value) for name, value in known.items() if value}
+    tolerance = 1e-5 if plain.dtype == head.weight.dtype else 1e-2  # relative to the largest logit, fp32 and bf16
+    for scale in (1.0, *known.values(), *(1 / value for value in known.values())):
+        if (plain * scale - logits).abs().max() <= tolerance * logits.abs().max():
+            return scale
+    raise UserError(f"model {str(path)!r} ({hf.config.model_type}): its logits are not a scaled lm_head(hidden), "
+                    f"such a head is not supported (config: {known or 'no known factor'})")
