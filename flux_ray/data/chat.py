@@ -1,0 +1,58 @@
+"""Chat messages and the templates that make text of them.
+
+Takes:  a cell of a data file, a tokenizer with a chat template.
+Gives:  checked messages; the text that the model reads, with the opening of the assistant's turn at its end.
+Knows:  what a message is: {"role": text, "content": text}.
+Never:  writes a template of its own: a tokenizer without one is refused.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from flux_ray.data.rows import BadCell
+from flux_ray.errors import UserError
+from flux_ray.records import Message
+
+
+def checked_messages(value: list[Any]) -> list[Message]:
+    """The messages, each with a role and a text. BadCell says which one isn't."""
+    if not value:
+        raise BadCell("an empty list of messages")
+    for number, message in enumerate(value, start=1):
+        if not isinstance(message, dict):
+            raise BadCell(f"message {number} is {type(message).__name__}, not an object with role and content")
+        for key in ("role", "content"):
+            if not isinstance(message.get(key), str):
+                raise BadCell(f"message {number}: {key!r} must be text, got {type(message.get(key)).__name__}")
+    return value
+
+
+def with_system(messages: list[Message], system_prompt: str | None) -> list[Message]:
+    """The messages under the system prompt; a row's own system message is the nearer one and stays."""
+    if system_prompt is None or messages[0]["role"] == "system":
+        return messages
+    return [{"role": "system", "content": system_prompt}, *messages]
+
+
+def require_template(tokenizer: Any, why: str) -> None:
+    """UserError where the tokenizer has no chat template."""
+    if not getattr(tokenizer, "chat_template", None):
+        raise UserError(
+            f"{why}, but the tokenizer {tokenizer.name_or_path!r} has no chat template: "
+            "use plain text prompts, or a tokenizer with one (model.tokenizer)"
+        )
+
+
+def render(tokenizer: Any, messages: list[Message], *, whole: bool = False) -> str:
+    """The text of a chat: open for the assistant to go on, or `whole`, with the last turn closed.
+
+    A chat whose last message is the assistant's own is gone on with, inside that message.
+    """
+    going_on = not whole and messages[-1]["role"] == "assistant"
+    return tokenizer.apply_chat_template(
+        messages,
+        tokenize=False,
+        add_generation_prompt=not whole and not going_on,
+        continue_final_message=going_on,
+    )

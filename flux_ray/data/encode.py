@@ -1,0 +1,88 @@
+"""From a row of data to the tokens of its prompt.
+
+Takes:  a row, the config, a tokenizer.
+Gives:  the prompt as text or messages (template and system prompt applied), and its token ids.
+Knows:  plain text is encoded as the tokenizer encodes text, its BOS with it; a chat by the tokenizer's template.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from flux_ray.config import Config, DataConfig
+from flux_ray.data.chat import checked_messages, render, with_system
+from flux_ray.data.rows import BadCell, Row
+from flux_ray.errors import UserError, unknown
+from flux_ray.records import Message
+
+Text = str | list[Message]
+
+
+def prompt_text(row: Row, data: DataConfig) -> Text:
+    """The prompt of a row. BadCell: the row is bad. UserError: the config doesn't go with the data."""
+    value = row[data.prompt_column]
+    if isinstance(value, list):
+        if data.prompt_template is not None:
+            raise UserError(f"data.prompt_template is for plain text, but column {data.prompt_column!r} has chat messages")
+        return with_system(checked_messages(value), data.system_prompt)
+    text = checked_text(value)
+    if data.prompt_template is not None:
+        text = fill_template(data.prompt_template, row, text)
+    if data.as_chat:
+        return with_system([{"role": "user", "content": text}], data.system_prompt)
+    if data.system_prompt is not None:
+        raise UserError("data.system_prompt is for chats, but the prompts are plain text: set data.as_chat=true")
+    return text
+
+
+def checked_text(value: Any) -> str:
+    """The text of a cell. BadCell says why it is none."""
+    if value is None:
+        raise BadCell("missing")
+    if not isinstance(value, str):
+        raise BadCell(f"must be text or a list of messages, got {type(value).__name__} {value!r:.60}")
+    if not value.strip():
+        raise BadCell("empty")
+    return value
+
+
+def fill_template(template: str, row: Row, prompt: str) -> str:
+    """The template with {prompt} and {COLUMN} filled in. UserError names a column that isn't there."""
+    try:
+        return template.format_map({**row, "prompt": prompt})
+    except KeyError as error:
+        raise UserError(f"data.prompt_template: {unknown('column', str(error.args[0]), {*row, 'prompt'})}") from error
+    except (ValueError, IndexError, AttributeError) as error:
+        raise UserError(f"data.prompt_template {template!r}: {error} (write a brace that is meant twice)") from error
+
+
+def encode_prompts(tokenizer: Any, texts: list[Text]) -> list[np.ndarray]:
+    """Token ids (T,) int32 of each prompt, open for the policy to go on."""
+    chats = [not isinstance(text, str) for text in texts]
+    plain_ids = iter(encode(tokenizer, [text for text in texts if isinstance(text, str)], special=True))
+    # the template writes what special tokens a chat has
+    rendered = [render(tokenizer, text) for text in texts if not isinstance(text, str)]
+    chat_ids = iter(encode(tokenizer, rendered, special=False))
+    return [next(chat_ids if is_chat else plain_ids) for is_chat in chats]
+
+
+def encode(tokenizer: Any, texts: list[str], *, special: bool) -> list[np.ndarray]:
+    """Token ids (T,) int32 of each text, with the tokenizer's own special tokens or without."""
+    if not texts:
+        return []
+    return [np.asarray(ids, np.int32) for ids in tokenizer(texts, add_special_tokens=special)["input_ids"]]
+
+
+def prompt_limit(config: Config, context_length: int) -> tuple[int, str]:
+    """Tokens that the longest prompt may have, and why no more. UserError where the response leaves no room."""
+    max_tokens, given = config.rollout.max_tokens, config.data.max_prompt_tokens
+    room = context_length - max_tokens
+    if room < 1:
+        raise UserError(
+            f"rollout.max_tokens={max_tokens} leaves no room for a prompt in a context of {context_length} tokens"
+        )
+    if given is not None and given < room:
+        return given, f"more than data.max_prompt_tokens={given}"
+    return room, f"more than the {room} that a context of {context_length} less rollout.max_tokens={max_tokens} leaves"

@@ -1,0 +1,215 @@
+"""Rows of a data file, whatever its format.
+
+Takes:  a path (.jsonl, .json, .csv, .parquet, each also with .gz), a hub data set's name, or rows in memory.
+Gives:  Rows: the source's name, its columns, and plain dicts that all have every column (None where a row had none).
+Knows:  what can be wrong with a file: UserError names file, line and column; what a bad row does (BadRows).
+Never:  looks into a column: what a prompt or a completion must be is said by prompts.py and sft.py.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import IO, Any
+
+from flux_ray.errors import UserError, unknown
+
+log = logging.getLogger(__name__)
+
+Row = dict[str, Any]
+
+MAX_CSV_FIELD_CHARS = 2**31 - 1  # the csv module's own limit (131,072) is less than a long prompt
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of one source; row i of the file (from 0) is `rows[i]`.
+
+    >>> Rows.from_dicts("train.jsonl", [{"prompt": "1+1=", "answer": "2"}, {"prompt": "hi"}]).rows[1]
+    {'prompt': 'hi', 'answer': None}
+    """
+
+    source: str
+    columns: tuple[str, ...]
+    rows: list[Row]
+
+    @classmethod
+    def from_dicts(cls, source: str, dicts: Sequence[Row]) -> Rows:
+        """Rows with one set of columns. UserError where there is no row at all."""
+        if not dicts:
+            raise UserError(f"{source}: no rows in it")
+        columns = tuple(dict.fromkeys(name for row in dicts for name in row))
+        return cls(source, columns, [{name: row.get(name) for name in columns} for row in dicts])
+
+    def require(self, column: str, key: str) -> None:
+        """UserError where `column`, which config field `key` names, isn't there."""
+        if column not in self.columns:
+            raise UserError(f"{self.source}: {unknown('column', column, self.columns)} ({key} names it)")
+
+
+class BadCell(Exception):
+    """What is wrong with one cell; `BadRows` knows the file and the row."""
+
+
+class BadRows:
+    """What a bad row does: it stops the run (data.on_bad_row=stop), or is left out, counted and logged (skip)."""
+
+    def __init__(self, rows: Rows, column: str, on_bad_row: str) -> None:
+        self._rows = rows
+        self._column = column
+        self._skip = on_bad_row == "skip"
+        self._reasons: dict[int, str] = {}
+
+    def add(self, row: int, why: str) -> None:
+        """Row `row` (from 0) is bad. UserError unless bad rows are skipped."""
+        message = f"{self._rows.source} row {row + 1} (from 1): column {self._column!r}: {why}"
+        if not self._skip:
+            raise UserError(f"{message} (data.on_bad_row=skip leaves such rows out)")
+        self._reasons[row] = message
+
+    def report(self) -> int:
+        """How many rows were left out, logged with the first of them. UserError where none is left."""
+        if not self._reasons:
+            return 0
+        first = self._reasons[min(self._reasons)]
+        if len(self._reasons) == len(self._rows.rows):
+            raise UserError(f"every row is bad; the first: {first}")
+        log.warning("%d of %d rows left out; the first: %s", len(self._reasons), len(self._rows.rows), first)
+        return len(self._reasons)
+
+
+def load_rows(source: str | Path | Sequence[Any], *, split: str, max_rows: int | None, column: str = "prompt") -> Rows:
+    """Rows of a file, of a hub data set (`name` or `name:subset`), or of a list of texts or dicts in memory.
+
+    `split` is of use to hub data sets alone; a text in a list becomes a row with that text under `column`.
+    UserError: nothing there, an unknown ending, a broken line, no rows, an offline hub.
+    """
+    if not isinstance(source, (str, Path)):
+        return _rows_in_memory(list(islice(source, max_rows)), column)
+    path = Path(source).expanduser()
+    if path.is_file():
+        return Rows.from_dicts(str(source), _read_file(path, max_rows))
+    if path.is_dir():
+        raise UserError(f"{source}: a folder, not a data file; name one of: {', '.join(READERS)} (or with .gz)")
+    if _format_of(path) is not None or str(source).startswith(("/", ".", "~")):
+        raise UserError(f"{source}: no such file")
+    return Rows.from_dicts(f"{source} [{split}]", _read_hub(str(source), split, max_rows))
+
+
+def _rows_in_memory(items: list[Any], column: str) -> Rows:
+    rows = [{column: item} if isinstance(item, str) else item for item in items]
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, dict):
+            raise UserError(f"prompts in memory: item {number} (from 1) is {type(row).__name__}, not a text or a dict")
+    return Rows.from_dicts("prompts in memory", rows)
+
+
+def _format_of(path: Path) -> str | None:
+    """The ending that says how to read the file, .gz aside; None where it isn't one of ours."""
+    endings = [suffix.lower() for suffix in path.suffixes if suffix.lower() != ".gz"]
+    return endings[-1] if endings and endings[-1] in READERS else None
+
+
+def _read_file(path: Path, max_rows: int | None) -> list[Row]:
+    ending = _format_of(path)
+    if ending is None:
+        raise UserError(f"{path}: unknown kind of file; data files end in {', '.join(READERS)} (or with .gz)")
+    try:
+        with gzip.open(path, "rb") if path.suffix.lower() == ".gz" else path.open("rb") as file:
+            return list(islice(READERS[ending](path, file), max_rows))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
+    except (OSError, EOFError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from error
+
+
+def _text(file: IO[bytes]) -> io.TextIOWrapper:
+    return io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
+
+
+def _read_jsonl(path: Path, file: IO[bytes]) -> Iterator[Row]:
+    for number, line in enumerate(_text(file), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path} line {number}: broken JSON: {error.msg} at column {error.colno}") from error
+        if not isinstance(row, dict):
+            raise UserError(f"{path} line {number}: {type(row).__name__}, not a JSON object")
+        yield row
+
+
+def _read_json(path: Path, file: IO[bytes]) -> Iterator[Row]:
+    text = _text(file).read()
+    if not text.strip():
+        return
+    try:
+        rows = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} line {error.lineno}: broken JSON: {error.msg} at column {error.colno}") from error
+    if not isinstance(rows, list):
+        raise UserError(f"{path}: {type(rows).__name__}, not a JSON list of objects (one object a line: .jsonl)")
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, dict):
+            raise UserError(f"{path} row {number} (from 1): {type(row).__name__}, not a JSON object")
+        yield row
+
+
+def _read_csv(path: Path, file: IO[bytes]) -> Iterator[Row]:
+    """Every cell stays text: an answer 007 must not become 7."""
+    csv.field_size_limit(MAX_CSV_FIELD_CHARS)
+    reader = csv.reader(_text(file), strict=True)
+    try:
+        header = next(reader, None)
+        for number, cells in enumerate(reader, start=1):
+            if not cells:
+                continue
+            if header is None or len(cells) != len(header):
+                expected = len(header or [])
+                raise UserError(f"{path} row {number} (from 1): {len(cells)} cells, but the header has {expected}")
+            yield dict(zip(header, cells, strict=True))
+    except csv.Error as error:
+        raise UserError(f"{path} line {reader.line_num}: broken CSV: {error}") from error
+
+
+def _read_parquet(path: Path, file: IO[bytes]) -> Iterator[Row]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(file.read()))
+        for batch in table.iter_batches():
+            yield from batch.to_pylist()
+    except pyarrow.ArrowException as error:
+        raise UserError(f"{path}: broken Parquet: {_first_line(error)}") from error
+
+
+READERS = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}
+
+
+def _read_hub(name: str, split: str, max_rows: int | None) -> list[Row]:
+    """Rows of a hub data set; `name:subset` picks one of its configurations."""
+    repository, _, subset = name.partition(":")
+    try:
+        import datasets
+
+        data = datasets.load_dataset(repository, subset or None, split=split)
+    except Exception as error:  # the hub's client raises a dozen kinds: whichever it is, the user named the data set
+        raise UserError(
+            f"{name}: neither a file here nor a data set that the hub gives for split {split!r}: "
+            f"{type(error).__name__}: {_first_line(error)}"
+        ) from error
+    return [dict(row) for row in islice(data, max_rows)]
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
