@@ -1,0 +1,217 @@
+"""Advantage estimators, and the registry that a user's own join.
+
+Takes:  token-level rewards and response mask, padded (N, L); `index` (group id of each row) and further keywords.
+Gives:  (advantages, returns), both (N, L); `register_adv_estimator`, `get_adv_estimator`, `list_adv_estimators`.
+Knows:  a score is the sum of a row's token rewards (a KL in the reward is in it already); group statistics in float64.
+Never:  talks to another rank but by the `reduce` it is given, which sums one small tensor over ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from flux_ray.config import AlgoConfig
+from flux_ray.errors import UserError, unknown
+
+EPS_STD = 1e-6  # added to a standard deviation before dividing by it: the reward's unit, far below any reward's resolution
+
+Reduce = Callable[[torch.Tensor], torch.Tensor]
+Pair = tuple[torch.Tensor, torch.Tensor]
+
+_DEFAULTS = AlgoConfig()
+
+
+def on_one_rank(statistics: torch.Tensor) -> torch.Tensor:
+    """The sum over one rank."""
+    return statistics
+
+
+def grpo(
+    token_level_rewards: torch.Tensor, response_mask: torch.Tensor, *, index: Sequence[Any] | torch.Tensor,
+    config: AlgoConfig = _DEFAULTS, **_: Any,
+) -> Pair:
+    """A = (R − mean) / (std + ε_std) over the rows of one index, std with ddof 1 (2402.03300, eq. 3 and section 4.1.2).
+
+    Without `config.normalize_by_std` there is no division. Equal rewards, and a group of one, give exactly 0.
+    """
+    scores_N = _scores(token_level_rewards)
+    advantages_N = torch.zeros_like(scores_N)
+    for rows in _rows_of_groups(index):
+        advantages_N[rows] = _relative(scores_N[rows], divide=config.normalize_by_std)
+    return _spread(advantages_N, token_level_rewards, response_mask)
+
+
+def grpo_vectorized(
+    token_level_rewards: torch.Tensor, response_mask: torch.Tensor, group_size: int = 4, *,
+    index: torch.Tensor | None = None, config: AlgoConfig = _DEFAULTS, **_: Any,
+) -> Pair:
+    """The same numbers as `grpo` where the batch is made of consecutive groups of `group_size` rows, all at once.
+
+    Without an index the rows are taken to be so; with one whose groups lie otherwise, the per-group form is used.
+    """
+    num_rows = len(token_level_rewards)
+    if index is None and num_rows % group_size:
+        raise UserError(f"grpo_vectorized: {num_rows} rows are no whole number of groups of {group_size}")
+    if index is not None and not _consecutive(index, num_rows, group_size):
+        return grpo(token_level_rewards, response_mask, index=index, config=config)
+    scores = _scores(token_level_rewards).view(-1, group_size)
+    advantages = _relative(scores, divide=config.normalize_by_std)
+    return _spread(advantages.view(-1), token_level_rewards, response_mask)
+
+
+def dr_grpo(
+    token_level_rewards: torch.Tensor, response_mask: torch.Tensor, *, index: Sequence[Any] | torch.Tensor, **_: Any,
+) -> Pair:
+    """A = R − mean over the group, never divided (2503.20783, section 3.2)."""
+    scores_N = _scores(token_level_rewards)
+    return _spread(_less_group_mean(scores_N, index), token_level_rewards, response_mask)
+
+
+def rloo(
+    token_level_rewards: torch.Tensor, response_mask: torch.Tensor, *, index: Sequence[Any] | torch.Tensor, **_: Any,
+) -> Pair:
+    """A = R − mean of the other rows of the group (2402.14740, eq. 7), which is (R − mean)·G/(G−1). A group of one: 0."""
+    scores_N = _scores(token_level_rewards)
+    advantages_N = torch.zeros_like(scores_N)
+    for rows in _rows_of_groups(index):
+        size = len(rows)
+        advantages_N[rows] = _relative(scores_N[rows], divide=False) * (size / max(size - 1, 1))
+    return _spread(advantages_N, token_level_rewards, response_mask)
+
+
+def reinforce(token_level_rewards: torch.Tensor, response_mask: torch.Tensor, **_: Any) -> Pair:
+    """A_t = Σ_{i≥t} r_i: the return to go, undiscounted; no baseline, no whitening."""
+    returns_NL = _returns_to_go(token_level_rewards) * response_mask
+    return returns_NL, returns_NL
+
+
+def reinforce_pp(
+    token_level_rewards: torch.Tensor, response_mask: torch.Tensor, *, reduce: Reduce = on_one_rank, **_: Any,
+) -> Pair:
+    """A_t = R − kl_coef·Σ_{i≥t} k1, whitened over all loss tokens of the batch (2501.03262)."""
+    returns_NL = _returns_to_go(token_level_rewards) * response_mask
+    return _whiten(returns_NL, response_mask, reduce), returns_NL
+
+
+def reinforce_pp_baseline(
+    token_level_rewards: torch.Tensor, response_mask: torch.Tensor, *, index: Sequence[Any] | torch.Tensor,
+    reduce: Reduce = on_one_rank, **_: Any,
+) -> Pair:
+    """R − group mean, whitened over all loss tokens of the batch (2501.03262). A group of one: 0 before whitening."""
+    scores_N = _scores(token_level_rewards)
+    centred_NL, _same = _spread(_less_group_mean(scores_N, index), token_level_rewards, response_mask)
+    return _whiten(centred_NL, response_mask, reduce), centred_NL
+
+
+def _scores(token_level_rewards: torch.Tensor) -> torch.Tensor:
+    return token_level_rewards.sum(-1).double()
+
+
+def _spread(advantages_N: torch.Tensor, like: torch.Tensor, response_mask: torch.Tensor) -> Pair:
+    """A row's advantage at each of its loss tokens; the returns are the same numbers."""
+    advantages_NL = advantages_N.to(like.dtype)[:, None] * response_mask
+    return advantages_NL, advantages_NL
+
+
+def _rows_of_groups(index: Sequence[Any] | torch.Tensor) -> list[list[int]]:
+    rows: dict[Any, list[int]] = {}
+    for row, group in enumerate(index.tolist() if isinstance(index, torch.Tensor) else index):
+        rows.setdefault(group, []).append(row)
+    return list(rows.values())
+
+
+def _relative(scores: torch.Tensor, *, divide: bool) -> torch.Tensor:
+    """Scores less their mean over the last axis (over std + ε_std). Exactly 0 where all are equal: no rounding ÷ ε."""
+    size = scores.shape[-1]
+    if size < 2:
+        return torch.zeros_like(scores)
+    centred = scores - scores.mean(-1, keepdim=True)
+    if divide:
+        centred = centred / (scores.std(-1, correction=1, keepdim=True) + EPS_STD)
+    equal = scores.amax(-1, keepdim=True) == scores.amin(-1, keepdim=True)
+    return centred.masked_fill(equal, 0.0)
+
+
+def _less_group_mean(scores_N: torch.Tensor, index: Sequence[Any] | torch.Tensor) -> torch.Tensor:
+    centred_N = torch.zeros_like(scores_N)
+    for rows in _rows_of_groups(index):
+        centred_N[rows] = _relative(scores_N[rows], divide=False)
+    return centred_N
+
+
+def _consecutive(index: torch.Tensor, num_rows: int, group_size: int) -> bool:
+    if num_rows % group_size:
+        return False
+    groups = torch.as_tensor(index).view(-1, group_size)
+    return bool((groups == groups[:, :1]).all()) and len(groups[:, 0].unique()) == len(groups)
+
+
+def _returns_to_go(token_level_rewards: torch.Tensor) -> torch.Tensor:
+    return token_level_rewards.flip(-1).cumsum(-1).flip(-1)
+
+
+def _whiten(values_NL: torch.Tensor, mask_NL: torch.Tensor, reduce: Reduce) -> torch.Tensor:
+    """(v − mean) / (std + ε_std) over the loss tokens of all ranks, ddof 0: one reduction of (sum, sum of squares, count)."""
+    mask_NL = mask_NL.bool()
+    chosen = values_NL[mask_NL].double()
+    count = torch.tensor(float(len(chosen)), dtype=torch.float64, device=chosen.device)
+    total, squares, count = reduce(torch.stack([chosen.sum(), chosen.square().sum(), count])).unbind()
+    mean = total / count.clamp(min=1)
+    std = (squares / count.clamp(min=1) - mean.square()).clamp(min=0).sqrt()
+    whitened = (values_NL - mean.to(values_NL.dtype)) / (std + EPS_STD).to(values_NL.dtype)
+    return whitened.masked_fill(~mask_NL, 0.0)
+
+
+@dataclass(frozen=True)
+class Estimator:
+    function: Callable[..., Pair]
+    needs_groups: bool        # compares the rows of a group: a group of one teaches nothing
+    needs_whole_batch: bool   # its numbers depend on every row of the step
+    ours: bool = True
+
+
+#: name ► estimator; `register_adv_estimator` adds to it
+ESTIMATORS: dict[str, Estimator] = {
+    "grpo": Estimator(grpo, needs_groups=True, needs_whole_batch=False),
+    "grpo_vectorized": Estimator(grpo_vectorized, needs_groups=True, needs_whole_batch=False),
+    "dr_grpo": Estimator(dr_grpo, needs_groups=True, needs_whole_batch=False),
+    "rloo": Estimator(rloo, needs_groups=True, needs_whole_batch=False),
+    "reinforce": Estimator(reinforce, needs_groups=False, needs_whole_batch=False),
+    "reinforce_pp": Estimator(reinforce_pp, needs_groups=False, needs_whole_batch=True),
+    "reinforce_pp_baseline": Estimator(reinforce_pp_baseline, needs_groups=True, needs_whole_batch=True),
+}
+
+
+def register_adv_estimator(
+    name: str, *, needs_groups: bool = False, needs_whole_batch: bool = True,
+) -> Callable[[Callable[..., Pair]], Callable[..., Pair]]:
+    """Decorator: adds `f(token_level_rewards, response_mask, **kw) -> (advantages, returns)`, all (batch, length).
+
+    kw: index (group id per row), group_size, old_log_prob, reference_log_prob, values (None where absent), config, reduce and
+    what `algo.options` holds. Raises ValueError for a name that is taken.
+    """
+    def add(function: Callable[..., Pair]) -> Callable[..., Pair]:
+        if name in ESTIMATORS:
+            raise UserError(f"advantage estimator {name!r} is taken: choose another name")
+        ESTIMATORS[name] = Estimator(function, needs_groups=needs_groups, needs_whole_batch=needs_whole_batch, ours=False)
+        return function
+    return add
+
+
+def get_adv_estimator(name: str) -> Callable[..., Pair]:
+    return find_adv_estimator(name).function
+
+
+def find_adv_estimator(name: str) -> Estimator:
+    """The registry's entry: the function and what it needs."""
+    if name not in ESTIMATORS:
+        raise unknown("advantage estimator", name, ESTIMATORS)
+    return ESTIMATORS[name]
+
+
+def list_adv_estimators() -> list[str]:
+    return sorted(ESTIMATORS)

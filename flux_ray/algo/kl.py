@@ -1,0 +1,28 @@
+"""Estimators of the KL divergence of one policy from another, by the tokens that were sampled.
+
+Takes:  log-probs of the same tokens under both.
+Gives:  one value per token.
+Knows:  k1 is unbiased; k2 has the right gradient in a loss; k3 is unbiased and never negative (J. Schulman, 2020).
+Never:  averages.
+"""
+
+from __future__ import annotations
+
+import torch
+
+MAX_LOG_RATIO = 20.0  # before exp: e^20 = 4.9e8 is beyond any use, and far from overflow in float32 (e^88)
+
+
+def kl(log_prob: torch.Tensor, reference_log_prob: torch.Tensor, *, estimator: str) -> torch.Tensor:
+    """KL(π‖π_ref) per token. k1 = log π/π_ref, k2 = k1²/2, k3 = π_ref/π − 1 + k1.
+
+    k3 clamps k1 to ±20 in both its terms: clamping the exponential alone would leave a gradient of the wrong sign beyond.
+    """
+    k1 = log_prob - reference_log_prob
+    if estimator == "k1":
+        return k1
+    if estimator == "k2":
+        return k1.square() / 2
+    assert estimator == "k3", estimator
+    k1 = k1.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    return torch.expm1(-k1) + k1

@@ -1,0 +1,58 @@
+"""What is measured of an update, written once.
+
+Takes:  per-token values (B, L) and the loss mask; log-probs on the flat axis.
+Gives:  metrics that add up over micro-batches and ranks; `METRICS`, each one's formula, unit and mask.
+Knows:  a mean over loss tokens is a total and a count until it is read.
+Never:  keeps a graph; waits for the device more than once a call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from flux_ray.observability.metrics import Max, Mean, Metric, Std
+
+#: name ► (formula, unit, over which tokens). π new, π_old the ratio's denominator, μ what the sampler reported.
+METRICS: dict[str, tuple[str, str, str]] = {
+    "actor/loss": ("sum of weight × (policy loss + beta·KL − entropy_coef·H), summed over the step's updates", "1", "loss tokens"),
+    "actor/grpo_kl": ("mean of the KL estimate of π to the reference that beta multiplies", "nat", "loss tokens"),
+    "actor/old_kl": ("mean of log π_old − log π", "nat", "loss tokens"),
+    "actor/clip_frac": ("share whose clipped branch was taken (the term isn't r·A)", "1", "loss tokens"),
+    "actor/entropy": ("mean of the policy's entropy −Σ p·log p over the vocabulary", "nat", "loss tokens"),
+    "actor/adv_mean": ("mean of A", "reward (÷ std)", "loss tokens"),
+    "actor/adv_std": ("population standard deviation (ddof 0) of A", "reward (÷ std)", "loss tokens"),
+    "actor/ratio_mean": ("mean of π/π_old per token, its logarithm clamped to ±20", "1", "loss tokens"),
+    "weights/logprob_gap_mean": ("mean of |log π_old − log μ|", "nat", "loss tokens of samples of the current version"),
+    "weights/logprob_gap_max": ("largest |log π_old − log μ|", "nat", "loss tokens of samples of the current version"),
+}
+
+
+def over_loss_tokens(values: Mapping[str, Any], *, response_mask: torch.Tensor) -> dict[str, Metric]:
+    """name ► Mean over the loss tokens. A value is a tensor (B, L), a number (the mean already), or a metric kept as it is."""
+    mask = response_mask.bool()
+    tensors = {name: value for name, value in values.items() if isinstance(value, torch.Tensor) and value.shape == mask.shape}
+    sums = [value.detach().double().masked_fill(~mask, 0.0).sum() for value in tensors.values()]
+    count, *totals = torch.stack([mask.sum().double(), *sums]).tolist()
+    metrics: dict[str, Metric] = {name: Mean(total, count) for name, total in zip(tensors, totals, strict=True)}
+    for name, value in values.items():
+        if name not in tensors:
+            metrics[name] = value if isinstance(value, Metric) else Mean(float(value) * count, count)
+    return metrics
+
+
+def advantage_metrics(advantages: torch.Tensor, *, response_mask: torch.Tensor) -> dict[str, Metric]:
+    chosen = advantages.detach()[response_mask.bool()].double()
+    total, squares = torch.stack([chosen.sum(), chosen.square().sum()]).tolist()
+    return {"actor/adv_mean": Mean(total, len(chosen)), "actor/adv_std": Std(total, squares, len(chosen))}
+
+
+def logprob_gap(logprobs_S: torch.Tensor, sampler_logprobs_S: torch.Tensor, mask_S: torch.Tensor) -> dict[str, Metric]:
+    """How far the trainer's log-probs are from the sampler's, over the tokens of the mask; empty where there are none."""
+    gap = (logprobs_S.detach() - sampler_logprobs_S)[mask_S].abs().double()
+    if not len(gap):
+        return {}
+    total, largest = torch.stack([gap.sum(), gap.max()]).tolist()
+    return {"weights/logprob_gap_mean": Mean(total, len(gap)), "weights/logprob_gap_max": Max(largest)}

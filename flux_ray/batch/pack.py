@@ -1,0 +1,75 @@
+"""Which samples run together, and which groups go to which rank.
+
+Takes:  Samples and the budget of one micro-batch; token counts of groups and a number of ranks.
+Gives:  `pack`: micro-batches in which every sample is once; `balance`: groups per rank.
+Knows:  two layouts: padded rows (cost: rows times longest) and packed tokens (cost: their sum).
+Never:  splits a sample or a group, looks at an advantage, or draws at random: the same input gives the same plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from flux_ray.batch.micro_batch import MicroBatch, make_micro_batch
+from flux_ray.records import Sample
+
+
+def pack(samples: Sequence[Sample], *, max_tokens: int, max_samples: int | None = None, padded: bool) -> list[MicroBatch]:
+    """Micro-batches of at most `max_tokens` tokens and `max_samples` sequences; a longer sample is alone in one.
+
+    padded: the budget counts rows times the longest row, and samples are taken by length so that little is padded.
+    Otherwise: first-fit decreasing over the plain sum of tokens.
+    """
+    assert max_tokens > 0 and (max_samples is None or max_samples > 0), (max_tokens, max_samples)
+    lengths = [sample.num_tokens for sample in samples]
+    order = sorted(range(len(samples)), key=lambda i: (-lengths[i], i))
+    room = len(samples) if max_samples is None else max_samples
+    plan = _rows(lengths, order, max_tokens, room) if padded else _first_fit(lengths, order, max_tokens, room)
+    return [make_micro_batch([samples[i] for i in ids], sample_ids=ids) for ids in plan]
+
+
+def _rows(lengths: Sequence[int], order: Sequence[int], max_tokens: int, max_samples: int) -> list[list[int]]:
+    """Longest first: the first sample of a micro-batch is its longest and settles how many rows fit."""
+    plan: list[list[int]] = []
+    for i in order:
+        last = plan[-1] if plan else []
+        if last and len(last) < max_samples and (len(last) + 1) * lengths[last[0]] <= max_tokens:
+            last.append(i)
+        else:
+            plan.append([i])
+    return plan
+
+
+def _first_fit(lengths: Sequence[int], order: Sequence[int], max_tokens: int, max_samples: int) -> list[list[int]]:
+    plan: list[list[int]] = []
+    used: list[int] = []
+    for i in order:
+        fits = (k for k in range(len(plan)) if used[k] + lengths[i] <= max_tokens and len(plan[k]) < max_samples)
+        k = next(fits, None)
+        if k is None:
+            plan.append([i])
+            used.append(lengths[i])
+        else:
+            plan[k].append(i)
+            used[k] += lengths[i]
+    return plan
+
+
+def balance(num_tokens: Sequence[int], num_ranks: int) -> list[list[int]]:
+    """Items (groups, by their tokens) to ranks: the longest first, each to the rank with the fewest tokens that has room.
+
+    Room comes first: counts differ by at most 1. Each rank then holds as many groups as any other, so memory and the number of
+    micro-batches stay alike; with the longest placed first the tokens come out nearly even within that. Ties go to the
+    lower rank. Each rank's items are in ascending order.
+    """
+    assert num_ranks > 0, num_ranks
+    at_least, num_larger = divmod(len(num_tokens), num_ranks)
+    items: list[list[int]] = [[] for _ in range(num_ranks)]
+    loads = [0] * num_ranks
+    for i in sorted(range(len(num_tokens)), key=lambda i: (-num_tokens[i], i)):
+        num_full = sum(len(mine) > at_least for mine in items)
+        limit = at_least + (num_full < num_larger)
+        rank = min((r for r in range(num_ranks) if len(items[r]) < limit), key=lambda r: (loads[r], r))
+        items[rank].append(i)
+        loads[rank] += num_tokens[i]
+    return [sorted(mine) for mine in items]

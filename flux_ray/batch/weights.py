@@ -1,0 +1,65 @@
+"""How much each token weighs in the loss of a step.
+
+Takes:  a sample's loss mask and the counts of the whole step.
+Gives:  `loss_weights`, (T,) per sample; `step_counts`, from scores and lengths alone.
+Knows:  aggregation is data: the loss is the sum of weight times per-token loss, however it is split over micro-batches.
+Never:  sees a token, a log-prob or an advantage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from flux_ray.errors import unknown
+from flux_ray.records import ScoredGroup
+
+
+@dataclass(frozen=True)
+class StepCounts:
+    """Sums over all ranks of one optimizer update. Only sequences with at least one loss token count: an empty response, a
+    sample that nothing scored, and a truncated one that is masked leave both numbers."""
+
+    num_sequences: int
+    num_tokens: int  # loss tokens
+
+
+#: name ► weight of one loss token, from (counts, the sequence's loss tokens, the longest response allowed)
+AGGREGATIONS: dict[str, Callable[[StepCounts, int, int], float]] = {
+    # mean over all loss tokens of the step
+    "token_mean": lambda counts, length, max_tokens: 1 / counts.num_tokens,
+    # mean over sequences of the mean over their tokens
+    "sequence_mean": lambda counts, length, max_tokens: 1 / (counts.num_sequences * length),
+    # mean over sequences of the sum over their tokens divided by a constant
+    "constant_length": lambda counts, length, max_tokens: 1 / (counts.num_sequences * max_tokens),
+    # one value per sequence: each weighs 1/N. It is spread evenly over the loss tokens, so that a loss which is the same at
+    # each of them counts once, and per-token terms beside it (KL, entropy) are sequence means of token means.
+    "sequence": lambda counts, length, max_tokens: 1 / (counts.num_sequences * length),
+}
+
+
+def loss_weights(aggregation: str, *, loss_mask: np.ndarray, counts: StepCounts, max_tokens: int) -> np.ndarray:
+    """(T,) float32: the weight of each token, 0 where the mask is False. `max_tokens` is L_max of constant_length."""
+    if aggregation not in AGGREGATIONS:
+        raise unknown("algo.aggregation", aggregation, AGGREGATIONS)
+    length = int(loss_mask.sum())
+    if length == 0:
+        return np.zeros(len(loss_mask), np.float32)
+    return loss_mask.astype(np.float32) * np.float32(AGGREGATIONS[aggregation](counts, length, max_tokens))
+
+
+def in_loss(scored: ScoredGroup, *, mask_truncated: bool) -> np.ndarray:
+    """(G,) bool: the samples that the loss counts: scored, not empty and, where truncated ones are masked, not truncated."""
+    kept_G = ~np.isnan(scored.rewards) & (scored.num_loss_tokens > 0)
+    return kept_G & ~scored.truncated if mask_truncated else kept_G
+
+
+def step_counts(scored: Sequence[ScoredGroup], *, mask_truncated: bool) -> StepCounts:
+    """Counts of the groups of one optimizer update."""
+    kept = [in_loss(group, mask_truncated=mask_truncated) for group in scored]
+    return StepCounts(
+        num_sequences=int(sum(kept_G.sum() for kept_G in kept)),
+        num_tokens=int(sum(group.num_loss_tokens[kept_G].sum() for group, kept_G in zip(scored, kept, strict=True))),
+    )
