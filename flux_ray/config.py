@@ -3,22 +3,31 @@
 Takes:  plain values (Hydra's overrides, a YAML file, a Python dict).
 Gives:  one frozen Config; `from_dict`, `to_dict`; `options()`, every option with its default and meaning.
 Knows:  what a value may be by itself and beside the others (`validate`): a ValueError names key and value.
-Never:  touches a file, a model or a cluster: what only they can tell is checked by whoever opens them.
+Never:  touches a file (its presets aside), a model or a cluster: what they alone can tell is checked by who opens them.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from flux_ray import names
+from flux_ray.errors import UserError
+
+#: Presets and experiments: the repository's conf/, which the wheel holds as flux_ray/conf.
+CONF = Path(__file__).parent / "conf"
 
 
-def knob(default: Any, meaning: str, *, choices: tuple[str, ...] = ()) -> Any:
-    """A config field: its default, what it means (units included) and, for a choice, what may be chosen."""
-    metadata = {"help": meaning, "choices": choices}
+def knob(default: Any, meaning: str, *, choices: tuple[str, ...] = (), **bounds: float) -> Any:
+    """A config field: default, meaning (units included), what may be chosen, bounds (least, above, most)."""
+    metadata = {"help": meaning, "choices": choices, "bounds": bounds}
     if isinstance(default, (list, dict)):
         return field(default_factory=lambda: type(default)(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -30,18 +39,19 @@ def group(cls: type) -> Any:
 
 @dataclass(frozen=True)
 class DataConfig:
-    train: str | None = knob(None, "prompts to train on: a .jsonl, .json, .csv or .parquet file, or a hub data set's name")
+    train: str | None = knob(None, "prompts to train on: a .jsonl, .json, .csv or .parquet file, or a hub data set")
     split: str = knob("train", "split of a hub data set to train on")
     prompt_column: str = knob("prompt", "column that holds the prompt: a text, or a list of chat messages")
     completion_column: str = knob("completion", "column that holds the completion to learn (algo=sft)")
     answer_column: str = knob("answer", "column that the built-in rewards compare a completion with")
     system_prompt: str | None = knob(None, "system message put before every chat prompt")
-    as_chat: bool = knob(False, "wrap a plain text prompt as a user message and apply the tokenizer's chat template")
-    prompt_template: str | None = knob(None, "text around a plain prompt, with {prompt} where it goes and {COLUMN} for others")
-    max_prompt_tokens: int | None = knob(None, "longest prompt in tokens; none: what the context leaves beside the response")
-    on_bad_row: str = knob("stop", "what a bad row does: stop the run at start, or be skipped and counted", choices=("stop", "skip"))
+    as_chat: bool = knob(False, "wrap a plain text prompt as a user message and apply the chat template")
+    prompt_template: str | None = knob(None, "text around a plain prompt, which goes where {prompt} is; {COLUMN}")
+    max_prompt_tokens: int | None = knob(None, "longest prompt in tokens; none: what the context leaves", least=1)
+    on_bad_row: str = knob("stop", "what a bad row does: stop the run at start, or be skipped and counted",
+                           choices=("stop", "skip"))
     shuffle: bool = knob(True, "draw the rows of each epoch in a new order (from the seed)")
-    max_rows: int | None = knob(None, "use only the first rows of the file")
+    max_rows: int | None = knob(None, "use only the first rows of the file", least=1)
 
 
 @dataclass(frozen=True)
@@ -50,44 +60,49 @@ class ModelConfig:
     tokenizer: str | None = knob(None, "the tokenizer, where it isn't beside the model")
     dtype: str = knob("auto", "type of weights and activations; auto: bfloat16 on GPUs, float32 on CPU",
                       choices=("auto", "float32", "bfloat16"))
-    attention: str = knob("auto", "transformers' attention implementation; auto: flash_attention_2 for varlen, else sdpa")
-    layout: str = knob("auto", "how a micro-batch lies in memory: padded rows, one row with a block-diagonal mask, or varlen "
-                       "(flash attention, GPU); auto: varlen where it is installed, else padded",
+    attention: str = knob("auto", "transformers' attention implementation; auto: flash_attention_2 for varlen, sdpa")
+    layout: str = knob("auto", "how a micro-batch lies in memory: padded rows, one row with a block-diagonal mask, "
+                       "or varlen (flash attention, GPU); auto: varlen where it is installed, else padded",
                        choices=("auto", "padded", "block_diagonal", "varlen"))
-    logprob_chunk_tokens: int = knob(1024, "tokens whose logits are held at once; no batch x vocabulary tensor is ever whole")
+    logprob_chunk_tokens: int = knob(1024, "tokens whose logits are held at once: no batch x vocabulary tensor",
+                                     least=1)
 
 
 @dataclass(frozen=True)
 class RolloutConfig:
-    num_engines: int = knob(1, "vLLM engines, one placement group each")
-    tensor_parallel_size: int = knob(1, "GPUs of one engine")
-    group_size: int = knob(4, "G: responses per prompt")
-    max_tokens: int = knob(256, "longest response in tokens (over all turns of a rollout)")
-    min_tokens: int = knob(0, "shortest response in tokens: no end token before it")
-    temperature: float = knob(1.0, "sampling temperature; log-probs everywhere are those of the distribution sampled")
-    top_p: float = knob(1.0, "nucleus sampling; below 1 it is refused for ratio losses unless allow_truncated_sampling")
-    top_k: int = knob(0, "0: all tokens; above 0 it is refused for ratio losses unless allow_truncated_sampling")
-    min_p: float = knob(0.0, "least probability relative to the likeliest; above 0 as top_p")
-    allow_truncated_sampling: bool = knob(False, "train although top_p, top_k or min_p make the sampler another distribution")
+    num_engines: int = knob(1, "vLLM engines, one placement group each", least=1)
+    tensor_parallel_size: int = knob(1, "GPUs of one engine", least=1)
+    group_size: int = knob(4, "G: responses per prompt", least=1)
+    max_tokens: int = knob(256, "longest response in tokens (over all turns of a rollout)", least=1)
+    ignore_eos: bool = knob(False, "go on past the end token up to max_tokens (benchmarks)")
+    temperature: float = knob(1.0, "sampling temperature; log-probs everywhere are those of the distribution sampled",
+                              above=0)
+    top_p: float = knob(1.0, "nucleus sampling; below 1 refused for ratio losses unless allow_truncated_sampling",
+                        above=0, most=1)
+    top_k: int = knob(0, "0: all tokens; above 0 it is refused for ratio losses unless allow_truncated_sampling",
+                      least=0)
+    min_p: float = knob(0.0, "least probability relative to the likeliest; above 0 as top_p", least=0, most=1)
+    allow_truncated_sampling: bool = knob(False, "train although top_p, top_k or min_p alter the distribution sampled")
     stop: list[str] = knob([], "texts that end a response")
     function: str = knob("single_turn", "the rollout: single_turn, a registered name, or path/to/file.py:function")
-    kv_after_update: str = knob("recompute", "running requests after new weights: recompute their KV (exact) or keep it",
+    kv_after_update: str = knob("recompute", "running requests after new weights: recompute their KV (exact) or keep",
                                 choices=("recompute", "keep"))
-    max_model_len: int | None = knob(None, "context in tokens; none: the model's own")
-    kv_cache_gib: float = knob(0.25, "KV cache of an engine on CPU, in GiB (on a GPU: engine_args.gpu_memory_utilization)")
-    max_num_seqs: int = knob(256, "sequences that an engine runs at once")
-    deadline_s: float = knob(600.0, "longest wait for one group, in seconds")
+    max_model_len: int | None = knob(None, "context in tokens; none: the model's own", least=1)
+    kv_cache_gib: float = knob(0.25, "KV cache of an engine on CPU, in GiB (GPU: gpu_memory_utilization)",
+                               above=0)
+    max_num_seqs: int = knob(256, "sequences that an engine runs at once", least=1)
+    deadline_s: float = knob(600.0, "longest wait for one group, in seconds", above=0)
     engine_args: dict[str, Any] = knob({}, "any further option of vLLM's AsyncEngineArgs")
 
 
 @dataclass(frozen=True)
 class RewardConfig:
-    functions: list[str] = knob([], "rewards: names of rules (exact_match, numeric, regex, length, repetition), registered "
+    functions: list[str] = knob([], "rewards: rules (exact_match, numeric, regex, length, repetition), registered "
                                 "names or path/to/file.py:function; none with an answer column: numeric_or_exact")
     weights: list[float] = knob([], "one weight per function; none: 1 each")
     options: dict[str, Any] = knob({}, "arguments of a function by its name, e.g. options.regex.pattern='#### ...'")
-    num_workers: int = knob(1, "processes that score")
-    deadline_s: float = knob(60.0, "longest time one call of one function may take, in seconds")
+    num_workers: int = knob(1, "processes that score", least=1)
+    deadline_s: float = knob(60.0, "longest time one call of one function may take, in seconds", above=0)
     on_failure: str = knob("stop", "a function that raises or times out: stop the run, or drop the group and count it",
                            choices=("stop", "drop"))
 
@@ -95,10 +110,10 @@ class RewardConfig:
 @dataclass(frozen=True)
 class ReferenceConfig:
     path: str | None = knob(None, "the frozen policy; none: the policy's own start")
-    num_actors: int = knob(1, "replicas (only where a KL is asked for)")
+    num_actors: int = knob(1, "replicas (only where a KL is asked for)", least=1)
     dtype: str = knob("auto", "auto: the policy's", choices=("auto", "float32", "bfloat16"))
-    max_tokens_per_forward: int = knob(8192, "tokens of one forward pass")
-    deadline_s: float = knob(600.0, "longest wait for one group, in seconds")
+    max_tokens_per_forward: int = knob(8192, "tokens of one forward pass", least=1)
+    deadline_s: float = knob(600.0, "longest wait for one group, in seconds", above=0)
 
 
 @dataclass(frozen=True)
@@ -106,105 +121,108 @@ class AlgoConfig:
     name: str = knob("grpo", "the algorithm: grpo, grpo_vectorized, sft or one registered by a plugin")
     estimator: str | None = knob(None, "advantage estimator; none: the algorithm's own")
     policy_loss: str | None = knob(None, "policy loss; none: the algorithm's own")
-    clip_range: float = knob(0.2, "epsilon: the ratio is clipped to [1 - epsilon, 1 + epsilon]")
-    clip_range_high: float | None = knob(None, "upper epsilon; none: clip_range")
-    beta: float = knob(0.01, "weight of the KL to the reference in the loss; 0: no KL there")
-    kl_coef: float = knob(0.0, "weight of the KL to the reference in the reward; 0: no KL there")
+    clip_range: float = knob(0.2, "epsilon: the ratio is clipped to [1 - epsilon, 1 + epsilon]", above=0)
+    clip_range_high: float | None = knob(None, "upper epsilon; none: clip_range", above=0)
+    dual_clip: float | None = knob(None, "c > 1: where A < 0 a term is at least c x A, however large the ratio; none: no such bound")
+    beta: float = knob(0.01, "weight of the KL to the reference in the loss; 0: no KL there", least=0)
+    kl_coef: float = knob(0.0, "weight of the KL to the reference in the reward; 0: no KL there", least=0)
     kl_estimator: str = knob("k3", "estimator of the KL in the loss (k1 has no useful gradient there: refused)",
                              choices=("k1", "k2", "k3"))
-    entropy_coef: float = knob(0.01, "weight of the entropy bonus")
+    entropy_coef: float = knob(0.01, "weight of the entropy bonus", least=0)
     normalize_by_std: bool = knob(True, "divide a group's advantages by its standard deviation")
     aggregation: str | None = knob(None, "how tokens weigh in the loss; none: the algorithm's own",
                                    choices=("token_mean", "sequence_mean", "constant_length", "sequence"))
-    old_logprobs: str = knob("trainer", "the denominator of the ratio: the trainer's old policy, or what the sampler reported",
+    old_logprobs: str = knob("trainer", "the denominator of the ratio: the trainer's old policy, or the sampler's",
                              choices=("trainer", "sampler"))
     off_policy: str = knob("none", "correction of trainer against sampler: none, tis (truncated) or icepop (masked)",
                            choices=("none", "tis", "icepop"))
     off_policy_level: str = knob("token", "form of that correction", choices=("token", "sequence"))
-    tis_cap: float = knob(2.0, "C of tis: the weight is min(ratio, C)")
-    icepop_low: float = knob(0.5, "icepop: below it the weight is 0")
-    icepop_high: float = knob(5.0, "icepop: above it the weight is 0")
-    epochs: int = knob(1, "passes over a batch")
-    mini_batches: int = knob(1, "optimizer updates per pass")
+    tis_cap: float = knob(2.0, "C of tis: the weight is min(ratio, C)", above=0)
+    icepop_low: float = knob(0.5, "icepop: below it the weight is 0", least=0)
+    icepop_high: float = knob(5.0, "icepop: above it the weight is 0", above=0)
+    epochs: int = knob(1, "passes over a batch", least=1)
+    mini_batches: int = knob(1, "optimizer updates per pass", least=1)
     mask_truncated: bool = knob(False, "truncated responses leave the loss (they stay in their group's statistics)")
     options: dict[str, Any] = knob({}, "further arguments for a registered estimator or loss")
 
 
 @dataclass(frozen=True)
 class BatchConfig:
-    prompts_per_step: int = knob(32, "prompts of one training step (algo=sft: samples of one step)")
-    max_tokens_per_micro_batch: int = knob(8192, "token budget of one micro-batch, padding included")
-    micro_batch_size: int | None = knob(None, "most samples of one micro-batch; none: the token budget alone")
+    prompts_per_step: int = knob(32, "prompts of one training step (algo=sft: samples of one step)", least=1)
+    max_tokens_per_micro_batch: int = knob(8192, "token budget of one micro-batch, padding included", least=1)
+    micro_batch_size: int | None = knob(None, "most samples of one micro-batch; none: the token budget alone", least=1)
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    num_ranks: int = knob(1, "data-parallel training ranks (DeepSpeed)")
-    zero_stage: int = knob(0, "ZeRO stage: 0 to 3")
-    learning_rate: float = knob(1e-6, "peak learning rate (AdamW)")
+    num_ranks: int = knob(1, "data-parallel training ranks (DeepSpeed)", least=1)
+    zero_stage: int = knob(0, "ZeRO stage: 0 to 3", least=0, most=3)
+    learning_rate: float = knob(1e-6, "peak learning rate (AdamW)", least=0)
     adam_betas: list[float] = knob([0.9, 0.95], "AdamW's betas")
-    adam_eps: float = knob(1e-8, "AdamW's epsilon")
-    weight_decay: float = knob(0.0, "AdamW's weight decay")
-    max_grad_norm: float = knob(1.0, "gradient clipping by global norm; 0: none")
-    warmup_steps: int = knob(10, "steps over which the learning rate rises linearly")
+    adam_eps: float = knob(1e-8, "AdamW's epsilon", above=0)
+    weight_decay: float = knob(0.0, "AdamW's weight decay", least=0)
+    max_grad_norm: float = knob(1.0, "gradient clipping by global norm; 0: none", least=0)
+    warmup_steps: int = knob(10, "steps over which the learning rate rises linearly", least=0)
     schedule: str = knob("constant", "the learning rate after the warm-up", choices=("constant", "linear", "cosine"))
     gradient_checkpointing: bool = knob(False, "recompute activations in backward: less memory, a third more compute")
-    num_threads: int = knob(1, "CPU threads of one rank")
-    deadline_s: float = knob(1800.0, "longest time one training step may take, in seconds")
+    num_threads: int = knob(1, "CPU threads of one rank", least=1)
+    deadline_s: float = knob(1800.0, "longest time one training step may take, in seconds", above=0)
     deepspeed: dict[str, Any] = knob({}, "any further option of DeepSpeed's own config")
 
 
 @dataclass(frozen=True)
 class WeightsConfig:
-    backend: str = knob("auto", "nccl between GPUs, ipc where trainer and engine share one, gloo on CPU; auto: by placement",
+    backend: str = knob("auto", "nccl between GPUs, ipc where both ends share one, gloo on CPU; auto: by placement",
                         choices=("auto", "nccl", "ipc", "gloo"))
-    bucket_mib: int = knob(64, "size of one packed bucket, in MiB")
-    deadline_s: float = knob(120.0, "longest time of each phase of an update (connect, pause, send, resume), in seconds")
+    bucket_mib: int = knob(64, "size of one packed bucket, in MiB", least=1)
+    deadline_s: float = knob(120.0, "longest time of each phase of an update (connect, pause, send, resume)", above=0)
 
 
 @dataclass(frozen=True)
 class ClusterConfig:
-    address: str | None = knob(None, "a running Ray cluster (auto, or HOST:PORT); none: RAY_ADDRESS, else a Ray of the run's own")
+    address: str | None = knob(None, "a running Ray (auto, or HOST:PORT); none: RAY_ADDRESS, else a Ray of its own")
     device: str = knob("auto", "auto: GPUs where the cluster has them", choices=("auto", "cpu", "cuda"))
     colocate: bool = knob(False, "engines, reference and trainer share GPUs (fractions); with one GPU always so")
-    cpus_per_actor: float = knob(1.0, "CPUs that each actor asks Ray for (Ray of the run's own: declared as needed)")
-    placement_deadline_s: float = knob(15.0, "longest wait for a placement group, in seconds")
-    start_deadline_s: float = knob(600.0, "longest wait for an actor to be ready (a model to load), in seconds")
+    cpus_per_actor: float = knob(1.0, "CPUs that each actor asks Ray for (Ray of the run's own: declared as needed)",
+                                 least=0)
+    placement_deadline_s: float = knob(15.0, "longest wait for a placement group, in seconds", above=0)
+    start_deadline_s: float = knob(600.0, "longest wait for an actor to be ready (a model to load), in seconds",
+                                   above=0)
     env: dict[str, str] = knob({}, "environment variables of every actor")
 
 
 @dataclass(frozen=True)
 class DriverConfig:
-    num_steps: int = knob(100, "training steps")
-    max_staleness: int = knob(0, "versions that a token may be behind the trainer; 0: synchronous")
+    num_steps: int = knob(100, "training steps", least=1)
+    max_staleness: int = knob(0, "versions that a token may be behind the trainer; 0: synchronous", least=0)
 
 
 @dataclass(frozen=True)
 class EvalConfig:
     data: str | None = knob(None, "prompts to evaluate on (same columns as data.train); none: no evaluation")
     split: str = knob("test", "split of a hub data set to evaluate on")
-    every: int = knob(0, "steps between evaluations; 0: only at start and end")
-    num_samples: int = knob(1, "samples per prompt")
-    temperature: float | None = knob(None, "none: the rollout's")
-    max_rows: int | None = knob(None, "use only the first rows")
+    every: int = knob(0, "steps between evaluations; 0: only at start and end", least=0)
+    num_samples: int = knob(1, "samples per prompt", least=1)
+    temperature: float | None = knob(None, "none: the rollout's", least=0)
+    max_rows: int | None = knob(None, "use only the first rows", least=1)
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    every: int = knob(0, "steps between checkpoints; 0: none but the model at the end")
-    keep: int = knob(2, "checkpoints kept, the newest")
+    every: int = knob(0, "steps between checkpoints; 0: none but the model at the end", least=0)
+    keep: int = knob(2, "checkpoints kept, the newest", least=1)
 
 
 @dataclass(frozen=True)
 class ObservabilityConfig:
     progress: bool = knob(True, "live progress on the terminal, a line a step")
     tensorboard: bool = knob(False, "write TensorBoard events beside metrics.jsonl (needs the tensorboard package)")
-    samples_per_step: int = knob(2, "samples written to samples.jsonl at each step")
+    samples_per_step: int = knob(2, "samples written to samples.jsonl at each step", least=0)
 
 
 @dataclass(frozen=True)
 class Config:
-    seed: int = knob(0, "one seed for everything")
+    seed: int = knob(0, "one seed for everything", least=0)
     run_dir: str | None = knob(None, "folder of the run; none: runs/DATE_TIME under the folder it was started in")
     resume: str | None = knob(None, "a run folder, or one of its checkpoints, to go on from")
     plugins: list[str] = knob([], "Python files imported in every process: they register algorithms, rewards, rollouts")
@@ -239,16 +257,118 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 
 def schema() -> DictConfig:
-    """Config's defaults and types as an OmegaConf tree that can be merged into (frozen dataclasses make read-only nodes)."""
+    """Config's defaults and types as an OmegaConf tree to merge into (frozen dataclasses make read-only nodes)."""
     tree = OmegaConf.structured(Config)
     for node in [tree, *(child for child in tree.values() if isinstance(child, DictConfig))]:
         OmegaConf.set_readonly(node, False)
+    for key in open_options():
+        OmegaConf.set_struct(OmegaConf.select(tree, key), False)
     return tree
 
 
-def from_dict(values: dict[str, Any]) -> Config:
-    """Config from nested plain values; what is absent keeps its default. Unknown keys and wrong types: ValueError."""
-    merged = OmegaConf.merge(schema(), values)
-    config = OmegaConf.to_object(merged)
+def open_options() -> list[str]:
+    """The options that are mappings: any key may be set below them."""
+    return [key for key, f in options() if isinstance(default_of(f), dict)]
+
+
+def default_of(f: dataclasses.Field) -> Any:
+    return f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
+
+
+def from_dict(values: Mapping[str, Any]) -> Config:
+    """Config from plain values: nested, dotted or by the names people bring; what is absent keeps its default.
+
+    >>> from_dict({"algorithm": "grpo", "algo": {"epsilon": 0.3}, "rollout.group_size": 8}).algo.clip_range
+    0.3
+
+    Raises UserError: unknown keys (with the nearest right one), wrong types, two names of one option that disagree.
+    """
+    keys = [key for key, _ in options()]
+    tree = schema()
+    flat = names.flatten(values, options=keys)
+    try:
+        for key, value in flat.items():
+            OmegaConf.update(tree, key, value, merge=False, force_add=key not in keys)
+        config = OmegaConf.to_object(tree)
+    except OmegaConfBaseException as error:
+        raise names.explain(error, options=keys) or error from error
     assert isinstance(config, Config)
     return config
+
+
+def from_tree(tree: DictConfig) -> Config:
+    """Config from what Hydra composed."""
+    try:
+        values = OmegaConf.to_container(tree, resolve=True)
+    except OmegaConfBaseException as error:
+        raise names.explain(error, options=[key for key, _ in options()]) or error from error
+    assert isinstance(values, dict)
+    return from_dict(values)   # type: ignore[arg-type]  # the keys of our own schema are text
+
+
+def preset(algorithm: str) -> dict[str, Any]:
+    """What conf/algo/NAME.yaml sets, for the Python API, which composes nothing; empty for a user's own algorithm."""
+    name = names.ALGORITHM_ALIASES.get(algorithm, algorithm)
+    file = CONF / "algo" / f"{name}.yaml"
+    values = OmegaConf.to_container(OmegaConf.load(file)) if file.is_file() else None
+    return values or {}   # type: ignore[return-value]  # the same
+
+
+def validate(config: Config) -> Config:
+    """The config itself, once every check that values alone allow has passed. UserError names key and value."""
+    for key, f in options():
+        _check_value(key, _get(config, key), f)
+    for problem in _problems(config):
+        raise UserError(problem)
+    return config
+
+
+def _get(config: Config, key: str) -> Any:
+    value: Any = config
+    for name in key.split("."):
+        value = getattr(value, name)
+    return value
+
+
+def _check_value(key: str, value: Any, f: dataclasses.Field) -> None:
+    if value is None:
+        return
+    choices, bounds = f.metadata["choices"], f.metadata["bounds"]
+    if choices and value not in choices:
+        raise UserError(f"{key} must be one of {', '.join(choices)}; got {value!r}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{key} must be a finite number, got {value}")
+    if "least" in bounds and value < bounds["least"]:
+        raise UserError(f"{key} must be >= {bounds['least']}, got {value}")
+    if "above" in bounds and value <= bounds["above"]:
+        raise UserError(f"{key} must be > {bounds['above']}, got {value}")
+    if "most" in bounds and value > bounds["most"]:
+        raise UserError(f"{key} must be <= {bounds['most']}, got {value}")
+
+
+def _problems(config: Config) -> Iterator[str]:
+    """What is wrong between values, the most basic first."""
+    if not config.model.path:
+        yield "model.path is missing: the policy to train, a local folder or a hub name (model.path=...)"
+    if not config.data.train:
+        yield "data.train is missing: the prompts to train on, a file or a hub data set (data.train=...)"
+    prompts, updates, ranks = config.batch.prompts_per_step, config.algo.mini_batches, config.train.num_ranks
+    if prompts % updates:
+        yield (f"batch.prompts_per_step={prompts} must divide by algo.mini_batches={updates}: "
+               "every update of a step takes equally many")
+    if prompts // updates % ranks:
+        yield (f"batch.prompts_per_step={prompts} / algo.mini_batches={updates} = {prompts // updates} must divide by "
+               f"train.num_ranks={ranks}: every rank takes equally many, and a group is never split over ranks")
+    functions, weights = config.reward.functions, config.reward.weights
+    if weights and len(weights) != len(functions):
+        yield f"reward.weights={weights} must be as many as reward.functions={functions}"
+    betas = config.train.adam_betas
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        yield f"train.adam_betas must be two numbers in [0, 1), got {betas}"
+    if config.algo.icepop_low >= config.algo.icepop_high:
+        yield f"algo.icepop_low={config.algo.icepop_low} must be < algo.icepop_high={config.algo.icepop_high}"
+    context, response = config.rollout.max_model_len, config.rollout.max_tokens
+    if context is not None and context <= response:
+        yield f"rollout.max_model_len={context} must be > rollout.max_tokens={response}: the prompt needs room too"
+    if config.eval.every and not config.eval.data:
+        yield f"eval.every={config.eval.every} needs eval.data: the prompts to evaluate on"

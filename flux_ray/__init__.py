@@ -1,0 +1,48 @@
+"""flux_ray: reinforcement-learning post-training of language models on Ray, vLLM and DeepSpeed.
+
+Gives:  the Python API below, each name loaded when it is first used, so that `import flux_ray` costs nothing.
+Never:  starts anything, or imports torch, Ray, vLLM or DeepSpeed, by being imported.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from flux_ray.algo import register_adv_estimator, register_policy_loss
+    from flux_ray.api import FluxConfig, FluxTrainer
+    from flux_ray.config import Config
+    from flux_ray.driver import TrainingResult
+    from flux_ray.errors import UserError
+    from flux_ray.reward import register_reward
+
+#: Public name ► the module that has it.
+_HOMES = {
+    "Config": "flux_ray.config",
+    "FluxConfig": "flux_ray.api",
+    "FluxTrainer": "flux_ray.api",
+    "TrainingResult": "flux_ray.driver",
+    "UserError": "flux_ray.errors",
+    "register_adv_estimator": "flux_ray.algo",
+    "register_policy_loss": "flux_ray.algo",
+    "register_reward": "flux_ray.reward",
+}
+
+__version__ = "0.1.0"
+__all__ = [
+    "Config",
+    "FluxConfig",
+    "FluxTrainer",
+    "TrainingResult",
+    "UserError",
+    "register_adv_estimator",
+    "register_policy_loss",
+    "register_reward",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'flux_ray' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)

@@ -1,0 +1,206 @@
+"""The command line: `flux-ray VERB [overrides]`, also `python -m flux_ray VERB [overrides]`.
+
+Takes:  a verb and Hydra's own arguments and overrides.
+Gives:  a validated Config to the driver; exit code 0, or 2 with one line on stderr for what the user can mend.
+Knows:  that Hydra composes and nothing more: no folder of its own, no log of its own, no change of folder.
+Never:  holds a default; is imported by anything. The only file with hydra.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator
+
+from flux_ray import config as configs
+from flux_ray import names
+from flux_ray.config import Config
+from flux_ray.errors import UserError, unknown
+
+USER_ERROR = 2        # exit code: the user can mend it
+FAILURE = 1           # exit code: something broke
+INTERRUPTED = 130     # exit code of a program ended by Ctrl-C, as shells have it
+
+#: [+, ++ or ~] key [= value]
+OVERRIDE = re.compile(r"(?P<sign>\+\+|\+|~|)(?P<key>[^=@~+]+)(?P<value>=.*)?", re.DOTALL)
+
+ABOUT = """\
+flux-ray: reinforcement-learning post-training of language models on Ray, vLLM and DeepSpeed
+
+  flux-ray train [overrides]   train: GRPO and its kin, or supervised with algo=sft
+  flux-ray train --help        every option with its default and meaning
+"""
+
+TRAIN_HELP = """\
+flux-ray train [overrides]
+
+  flux-ray train model.path=PATH data.train=FILE.jsonl 'reward.functions=[numeric]'
+  flux-ray train algo=dr_grpo experiment=mine --config-dir my_conf train.learning_rate=1e-6
+  flux-ray train --multirun seed=0,1,2 model.path=PATH data.train=FILE.jsonl
+
+Overrides are Hydra's: key=value, +key=value, ~key, group=choice. Also --cfg job (print the whole config and stop),
+--config-dir DIR (your own folder of groups, e.g. DIR/experiment/mine.yaml), --multirun, --info, --hydra-help.
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a verb; returns the exit code."""
+    arguments = sys.argv[1:] if argv is None else argv
+    verb, *rest = arguments or ["--help"]
+    if verb in ("-h", "--help", "help"):
+        print(ABOUT, end="")
+        return 0
+    try:
+        if verb not in VERBS:
+            raise unknown("verb", verb, VERBS)
+        VERBS[verb](rest)
+    except UserError as error:
+        print(f"flux-ray: {error}", file=sys.stderr)
+        return USER_ERROR
+    except KeyboardInterrupt:
+        print("flux-ray: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    return 0
+
+
+def train(overrides: list[str]) -> None:
+    if {"-h", "--help"} & set(overrides):
+        print(TRAIN_HELP)
+        print(_groups_help())
+        print(_options_help())
+        return
+    compose(overrides, then=_run)
+
+
+def _run(config: Config) -> None:
+    from flux_ray import driver
+
+    driver.run(config)
+
+
+VERBS: dict[str, Callable[[list[str]], None]] = {"train": train}
+
+
+def compose(overrides: list[str], *, then: Callable[[Config], None]) -> None:
+    """Hydra's command line over `overrides`; `then` gets the Config it composed (each of them in a --multirun).
+
+    A single run goes on after Hydra has returned, so that its errors are our own and Hydra's are about composing alone.
+    Raises UserError for whatever Hydra, or OmegaConf, refuses.
+    """
+    import hydra
+    from hydra.core.config_store import ConfigStore
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.errors import HydraException
+    from hydra.types import RunMode
+
+    composed: list[configs.DictConfig] = []
+
+    def task(tree: configs.DictConfig) -> None:
+        settings = HydraConfig.get()
+        if settings.mode == RunMode.MULTIRUN:
+            tree.run_dir = tree.run_dir or settings.runtime.output_dir
+            then(configs.validate(configs.from_tree(tree)))
+        else:
+            composed.append(tree)
+
+    ConfigStore.instance().store(name="defaults_in_config_py", node=configs.schema())
+    application = hydra.main(version_base="1.3", config_path=str(configs.CONF.resolve()), config_name="config")(task)
+    with _command_line([_by_our_names(o) for o in overrides]):
+        try:
+            _refuse_disagreement(overrides)
+            application()
+        except HydraException as error:
+            raise _one_line(error) from error
+    for tree in composed:
+        then(configs.validate(configs.from_tree(tree)))
+
+
+@contextlib.contextmanager
+def _command_line(arguments: list[str]) -> Iterator[None]:
+    """Hydra reads sys.argv; with HYDRA_FULL_ERROR it lets errors fly instead of printing them and leaving."""
+    argv, full = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
+    sys.argv, os.environ["HYDRA_FULL_ERROR"] = ["flux-ray train", *arguments], "1"
+    try:
+        yield
+    finally:
+        sys.argv = argv
+        if full is None:
+            os.environ.pop("HYDRA_FULL_ERROR", None)
+        else:
+            os.environ["HYDRA_FULL_ERROR"] = full
+
+
+def _keys() -> list[str]:
+    return [key for key, _ in configs.options()]
+
+
+def _groups() -> dict[str, list[str]]:
+    """The groups that conf/ has, with their choices."""
+    folders = sorted(path for path in configs.CONF.iterdir() if path.is_dir())
+    return {folder.name: sorted(file.stem for file in folder.glob("*.yaml")) for folder in folders}
+
+
+def _by_our_names(override: str) -> str:
+    """`epsilon=.3` ► `algo.clip_range=.3`, `algo=drgrpo` ► `algo=dr_grpo`; what isn't an alias stays as it is."""
+    match = OVERRIDE.fullmatch(override)
+    if not match or override.startswith("-") or "/" in match["key"]:
+        return override
+    sign, key, value = match["sign"], match["key"], match["value"] or ""
+    if key in ("algo", "algorithm", "algo.name"):
+        name = value.removeprefix("=")
+        key, value = ("algo" if key == "algorithm" else key), "=" + names.ALGORITHM_ALIASES.get(name, name)
+    elif key not in _groups():
+        with contextlib.suppress(UserError):   # a key that we don't know may be Hydra's, or of a user's own group
+            key = names.canonical(key, options=_keys())
+    return f"{sign}{key}{value}"
+
+
+def _refuse_disagreement(overrides: list[str]) -> None:
+    """Two names of one option with different values; the same name twice is Hydra's matter: the last one wins."""
+    said: dict[str, tuple[str, str]] = {}
+    for override in overrides:
+        match, ours = OVERRIDE.fullmatch(override), OVERRIDE.fullmatch(_by_our_names(override))
+        if override.startswith("-") or not match or not ours or match["value"] is None:
+            continue
+        name, value = said.setdefault(ours["key"], (match["key"], match["value"]))
+        if name != match["key"] and value != match["value"]:
+            raise UserError(f"{ours['key']}: {name}{value} and {match['key']}{match['value']}; give one of them")
+
+
+def _one_line(error: Exception) -> UserError:
+    from hydra.errors import MissingConfigException, OverrideParseException
+
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
+        group, _, choice = error.missing_cfg_file.rpartition("/")
+        return unknown(group or "config", choice, error.options)
+    if isinstance(error, OverrideParseException):
+        return UserError(f"{error.override!r} is no override (key=value, +key=value, ~key): "
+                         f"{error.message.splitlines()[0]}")
+    return names.explain(error, options=_keys()) or UserError(" ".join(str(error).split()))
+
+
+def _groups_help() -> str:
+    lines = [f"  {group}={{{','.join(choices)}}}" for group, choices in _groups().items()]
+    return "\n".join(["Groups:", *lines, ""])
+
+
+def _options_help() -> str:
+    """Every option: key = default, meaning, choices and bounds, room by room."""
+    lines, last_room = [], None
+    for key, f in configs.options():
+        room = key.rpartition(".")[0]
+        if room != last_room:
+            lines.append(f"\n{room or 'The run'}:" if last_room is not None else "Options:")
+        last_room = room
+        default, choices = configs.default_of(f), f.metadata["choices"]
+        limits = [f"{sign} {f.metadata['bounds'][b]}" for b, sign in
+                  (("least", ">="), ("above", ">"), ("most", "<=")) if b in f.metadata["bounds"]]
+        notes = "".join(f" [{note}]" for note in (" | ".join(choices), ", ".join(limits)) if note)
+        lines.append(f"  {key}={'null' if default is None else default}\n      {f.metadata['help']}{notes}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

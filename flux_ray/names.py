@@ -1,0 +1,128 @@
+"""What people call an option, and what it is called here.
+
+Takes:  keys and nested values as users write them; the options that exist are given by the caller.
+Gives:  `canonical` (one key), `flatten` (dotted key ► value), `unknown_option`, `explain` (OmegaConf's errors).
+Knows:  the names that other libraries and papers use: one literal table.
+Never:  guesses: two names of one option that disagree, and a name that fits several options, are refused.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+
+from flux_ray.errors import UserError
+
+#: Name that people bring ► option. Written alone (`n`), in the algorithm's room (`algo.n`) or in the option's own.
+ALIASES = {
+    "model_path": "model.path", "model_name": "model.path", "dataset_name": "data.train", "prompts": "data.train",
+    "algorithm": "algo.name", "algo": "algo.name",
+    "clip_ratio": "algo.clip_range", "cliprange": "algo.clip_range",
+    "epsilon": "algo.clip_range", "eps_clip": "algo.clip_range",
+    "clip_ratio_high": "algo.clip_range_high", "epsilon_high": "algo.clip_range_high",
+    "eps_clip_high": "algo.clip_range_high",
+    "num_generations": "rollout.group_size", "n": "rollout.group_size",
+    "n_samples_per_prompt": "rollout.group_size", "num_samples": "rollout.group_size",
+    "kl_loss_coef": "algo.beta",
+    "normalize_advantages": "algo.normalize_by_std",
+    "lr": "train.learning_rate",
+}
+
+#: Other spellings of an algorithm's name.
+ALGORITHM_ALIASES = {"drgrpo": "dr_grpo", "dr-grpo": "dr_grpo"}
+
+#: Rooms by the names that people give them. `algorithm_config` may hold any option by its short name.
+ROOM_ALIASES = {"algorithm": "algo", "algorithm_config": "algo"}
+
+NEAR_ENOUGH = 0.5   # difflib's ratio from which a name is worth suggesting
+
+
+def canonical(key: str, *, options: Collection[str]) -> str:
+    """The option that a key means; the key itself where it is one already, or lies in an option that is a mapping.
+
+    >>> canonical("algo.epsilon", options=["algo.clip_range"])
+    'algo.clip_range'
+    >>> canonical("grop_size", options=["rollout.group_size"])
+    Traceback (most recent call last):
+    flux_ray.errors.UserError: unknown option 'grop_size': did you mean 'rollout.group_size'?
+    """
+    room, _, last = key.rpartition(".")
+    room = ROOM_ALIASES.get(room, room)
+    named = f"{room}.{last}" if room else last
+    if named in options or any(named.startswith(f"{option}.") for option in options):
+        return named
+    fits = [ALIASES[last]] if last in ALIASES else [o for o in options if o.rpartition(".")[2] == last]
+    fits = [option for option in fits if room in ("", "algo") or option.startswith(f"{room}.")]
+    if len(fits) > 1:
+        raise UserError(f"option {key!r} could be any of {', '.join(fits)}: write it in full")
+    if not fits:
+        raise unknown_option(key, options=options)
+    return fits[0]
+
+
+def flatten(values: Mapping[str, Any], *, options: Collection[str]) -> dict[str, Any]:
+    """Nested, dotted and short names, in any mixture, as option ► value.
+
+    >>> flatten({"algorithm": "grpo", "algorithm_config": {"epsilon": .3}}, options=["algo.name", "algo.clip_range"])
+    {'algo.name': 'grpo', 'algo.clip_range': 0.3}
+
+    Raises UserError for an unknown name, and for two names of one option with different values.
+    """
+    flat: dict[str, Any] = {}
+    said_by: dict[str, str] = {}
+    for written, value in _leaves(values, prefix="", options=options):
+        key = canonical(written, options=options)
+        if key == "algo.name" and isinstance(value, str):
+            value = ALGORITHM_ALIASES.get(value, value)
+        if key in flat and flat[key] != value:
+            raise UserError(f"{key}: {said_by[key]} says {flat[key]!r} and {written} says {value!r}; give one of them")
+        flat[key], said_by[key] = value, written
+    if flat.get("algo.name") == "cispo" and "epsilon_high" in said_by.get("algo.clip_range_high", ""):
+        raise UserError("epsilon_high: for cispo some libraries mean the bound itself by it (5 is our 4): "
+                        "give algo.clip_range_high, which the bound is 1 above")
+    return flat
+
+
+def _leaves(values: Mapping[str, Any], *, prefix: str, options: Collection[str]) -> Iterator[tuple[str, Any]]:
+    rooms = {option.partition(".")[0] for option in options if "." in option} | set(ROOM_ALIASES)
+    for name, value in values.items():
+        key = f"{prefix}{name}"
+        if key in rooms and isinstance(value, Mapping):
+            yield from _leaves(value, prefix=f"{key}.", options=options)
+        elif key in rooms and key not in ALIASES:
+            raise UserError(f"{key}: holds several options, so it takes a mapping, not {value!r}")
+        else:
+            yield key, value
+
+
+def unknown_option(key: str, *, options: Collection[str]) -> UserError:
+    """The error for an option that doesn't exist, with the nearest that does: of its own room, else of any."""
+    room, _, last = key.rpartition(".")
+    meant = {option: option for option in options} | ALIASES   # name that could have been meant ► option
+    for candidates in ([name for name in meant if name.startswith(f"{room}.")], list(meant)):
+        by_last = {name.rpartition(".")[2] for name in candidates}
+        near = difflib.get_close_matches(last, by_last, n=1, cutoff=NEAR_ENOUGH)
+        if near:
+            same = [meant[name] for name in candidates if name.rpartition(".")[2] == near[0]]
+            best = max(same, key=lambda option: difflib.SequenceMatcher(None, key, option).ratio())
+            return UserError(f"unknown option {key!r}: did you mean {best!r}?")
+    return UserError(f"unknown option {key!r} (flux-ray train --help lists them all)")
+
+
+def explain(error: BaseException, *, options: Collection[str]) -> UserError | None:
+    """OmegaConf's refusal of a key or a value (or whatever was caused by one) in one line; None for other errors."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OmegaConfBaseException):
+        cause = cause.__cause__
+    if cause is None:
+        return None
+    key = cause.full_key or str(cause.key)
+    if isinstance(cause, (ConfigKeyError, AttributeError)):
+        return unknown_option(key, options=options)
+    first_line = (cause.msg or str(cause)).splitlines()[0]
+    if "deletion" in first_line:
+        first_line = "an option can't be taken away with ~, only given another value (~ is for groups and open mappings)"
+    return UserError(f"{key}: {first_line[0].lower()}{first_line[1:]}")
