@@ -20,7 +20,6 @@ from flux_ray.config import Config
 from flux_ray.errors import UserError, unknown
 
 USER_ERROR = 2        # exit code: the user can mend it
-FAILURE = 1           # exit code: something broke
 INTERRUPTED = 130     # exit code of a program ended by Ctrl-C, as shells have it
 
 #: [+, ++ or ~] key [= value]
@@ -59,6 +58,8 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"flux-ray: {error}", file=sys.stderr)
         return USER_ERROR
+    except BrokenPipeError:   # `flux-ray train --help | head`: whoever reads has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         print("flux-ray: interrupted", file=sys.stderr)
         return INTERRUPTED
@@ -151,8 +152,10 @@ def _by_our_names(override: str) -> str:
     if key in ("algo", "algorithm", "algo.name"):
         name = value.removeprefix("=")
         key, value = ("algo" if key == "algorithm" else key), "=" + names.ALGORITHM_ALIASES.get(name, name)
+    elif "." in key and not key.startswith("hydra."):
+        key = names.canonical(key, options=_keys())
     elif key not in _groups():
-        with contextlib.suppress(UserError):   # a key that we don't know may be Hydra's, or of a user's own group
+        with contextlib.suppress(UserError):   # it may be a group in a folder of the user's own: Hydra knows
             key = names.canonical(key, options=_keys())
     return f"{sign}{key}{value}"
 

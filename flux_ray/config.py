@@ -118,12 +118,13 @@ class ReferenceConfig:
 
 @dataclass(frozen=True)
 class AlgoConfig:
-    name: str = knob("grpo", "the algorithm: grpo, grpo_vectorized, sft or one registered by a plugin")
+    name: str = knob("grpo", "the algorithm: a choice of the group algo, or the name of what a plugin registers")
     estimator: str | None = knob(None, "advantage estimator; none: the algorithm's own")
     policy_loss: str | None = knob(None, "policy loss; none: the algorithm's own")
     clip_range: float = knob(0.2, "epsilon: the ratio is clipped to [1 - epsilon, 1 + epsilon]", above=0)
     clip_range_high: float | None = knob(None, "upper epsilon; none: clip_range", above=0)
-    dual_clip: float | None = knob(None, "c > 1: where A < 0 a term is at least c x A, however large the ratio; none: no such bound")
+    dual_clip: float | None = knob(None, "c > 1: where A < 0 a term is at least c x A, whatever the ratio; none: off",
+                                   above=1)
     beta: float = knob(0.01, "weight of the KL to the reference in the loss; 0: no KL there", least=0)
     kl_coef: float = knob(0.0, "weight of the KL to the reference in the reward; 0: no KL there", least=0)
     kl_estimator: str = knob("k3", "estimator of the KL in the loss (k1 has no useful gradient there: refused)",

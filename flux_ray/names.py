@@ -124,5 +124,5 @@ def explain(error: BaseException, *, options: Collection[str]) -> UserError | No
         return unknown_option(key, options=options)
     first_line = (cause.msg or str(cause)).splitlines()[0]
     if "deletion" in first_line:
-        first_line = "an option can't be taken away with ~, only given another value (~ is for groups and open mappings)"
-    return UserError(f"{key}: {first_line[0].lower()}{first_line[1:]}")
+        first_line = "an option can't be taken away, only given another value (~ is for groups and open mappings)"
+    return UserError(f"{key}: {first_line}")

@@ -1,0 +1,187 @@
+"""The Python API: the one Config from the names that people use, and a trainer around the driver.
+
+Takes:  `FluxConfig(model_path=..., algorithm="grpo", algorithm_config={...})`; prompts as a file or in memory.
+Gives:  a Config; `FluxTrainer(config).fit(prompts=...)` ► TrainingResult.
+Knows:  that rows and functions must reach other processes: rows become a file, functions go by their file.
+Never:  runs a loop of its own.
+"""
+
+from __future__ import annotations
+
+import ast
+import asyncio
+import dataclasses
+import inspect
+import json
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flux_ray import config as configs
+from flux_ray import names, run_dir
+from flux_ray.config import Config
+from flux_ray.errors import UserError
+
+if TYPE_CHECKING:
+    from flux_ray.driver import TrainingResult
+
+Rows = Sequence[str] | Sequence[Mapping[str, Any]]
+Reward = str | Callable[..., Any]
+
+
+def FluxConfig(**options: Any) -> Config:
+    """The Config of these options over the algorithm's preset (conf/algo): nested, flat, or by the names people bring.
+
+    >>> config = FluxConfig(model_path="Qwen/Qwen3-8B", algorithm="grpo", num_steps=50, train={"num_ranks": 2},
+    ...                     algorithm_config={"epsilon": 0.3, "group_size": 8})
+    >>> config.algo.clip_range, config.rollout.group_size, config.driver.num_steps, config.train.num_ranks
+    (0.3, 8, 50, 2)
+
+    Raises UserError: an unknown option (with the nearest), a wrong type, two names of one option that disagree.
+    """
+    keys = [key for key, _ in configs.options()]
+    flat = names.flatten(options, options=keys)
+    preset = names.flatten(configs.preset(flat.get("algo.name", "grpo")), options=keys)
+    return configs.from_dict({**preset, **flat})
+
+
+class FluxTrainer:
+    """Trains as `flux-ray train` does, from Python.
+
+    `rewards`: one function, or several, as `reward.functions` has them: a rule's name, a registered name,
+    "path/to/file.py:function", or a function itself, which must stand at the top of a file.
+    """
+
+    def __init__(self, config: Config, *, rewards: Reward | Sequence[Reward] | None = None) -> None:
+        if not isinstance(config, Config):
+            raise UserError(f"FluxTrainer takes what FluxConfig(...) gives, not {type(config).__name__}")
+        if rewards is not None:
+            several = [rewards] if isinstance(rewards, str) or callable(rewards) else list(rewards)
+            functions = [reward if isinstance(reward, str) else name_of(reward) for reward in several]
+            config = dataclasses.replace(config, reward=dataclasses.replace(config.reward, functions=functions))
+        self.config = config
+
+    def fit(
+        self,
+        prompts: str | Path | Rows | None = None,
+        *,
+        num_steps: int | None = None,
+        eval_prompts: str | Path | Rows | None = None,
+        eval_interval: int | None = None,
+        checkpoint_interval: int | None = None,
+    ) -> TrainingResult:
+        """Train on `prompts`: a data file, a hub data set, a list of texts or of rows (dicts); None: config.data.train.
+
+        In-memory rows are written to the run's folder. Intervals are in steps. Works inside a running event loop too.
+        Raises UserError before anything starts for what the values alone can tell.
+        """
+        changes = {
+            "driver.num_steps": num_steps,
+            "eval.every": eval_interval,
+            "checkpoint.every": checkpoint_interval,
+            "data.train": _source(prompts),
+            "eval.data": _source(eval_prompts),
+        }
+        given = {key: value for key, value in changes.items() if value is not None}
+        config = configs.validate(configs.from_dict({**_flat(self.config), **given}))
+        config = run_dir.claim(config)
+        files = {
+            "data.train": _write(prompts, config, "data.jsonl"),
+            "eval.data": _write(eval_prompts, config, "eval.jsonl"),
+        }
+        written = {key: file for key, file in files.items() if file is not None}
+        return _run(configs.from_dict({**_flat(config), **written}))
+
+
+def _flat(config: Config) -> dict[str, Any]:
+    return names.flatten(configs.to_dict(config), options=[key for key, _ in configs.options()])
+
+
+def _source(prompts: str | Path | Rows | None) -> str | None:
+    """What data.train is for these prompts; rows in memory have their file's name later, when the run has a folder."""
+    if prompts is None:
+        return None
+    return str(prompts) if isinstance(prompts, (str, Path)) else "rows in memory"
+
+
+def _write(prompts: str | Path | Rows | None, config: Config, name: str) -> str | None:
+    """Rows in memory as a jsonl file of the run; None where they are in a file already."""
+    if prompts is None or isinstance(prompts, (str, Path)):
+        return None
+    assert config.run_dir is not None
+    file = Path(config.run_dir, name)
+    with file.open("w", encoding="utf-8") as out:
+        for row, prompt in enumerate(prompts):
+            if not isinstance(prompt, (str, Mapping)):
+                raise UserError(f"prompts, row {row}: must be a text or a dict, not {type(prompt).__name__}")
+            columns = {config.data.prompt_column: prompt} if isinstance(prompt, str) else dict(prompt)
+            try:
+                out.write(json.dumps(columns, ensure_ascii=False) + "\n")
+            except TypeError as error:
+                raise UserError(f"prompts, row {row}: {error}: rows hold texts, numbers, lists and dicts") from error
+    return str(file)
+
+
+def _run(config: Config) -> TrainingResult:
+    from flux_ray import driver
+
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return driver.run(config)
+    return _in_thread(driver.run, config)   # a notebook's loop runs in this thread: the driver's needs another
+
+
+def _in_thread(function: Callable[[Config], TrainingResult], config: Config) -> TrainingResult:
+    """The function's result, computed in a thread of its own; what it raises is raised here.
+
+    Waits as long as the run takes: the driver, whose every wait has a deadline, wakes it.
+    """
+    results: list[TrainingResult] = []
+    failures: list[BaseException] = []
+
+    def target() -> None:
+        try:
+            results.append(function(config))
+        except BaseException as error:   # raised again in the caller's thread
+            failures.append(error)
+
+    thread = threading.Thread(target=target, name="flux_ray-run")
+    thread.start()
+    thread.join()
+    if failures:
+        raise failures[0]
+    return results[0]
+
+
+def name_of(function: Callable[..., Any]) -> str:
+    """`path/to/file.py:function` (or `package.module:function`): the name by which another process can import it.
+
+    Raises UserError for what has none (a lambda, a nested or a notebook's function, a method), and for a function in a
+    script that would train again when it is imported.
+    """
+    name = getattr(function, "__qualname__", "")
+    shown = name or repr(function)
+    try:
+        file = inspect.getsourcefile(function)
+    except TypeError:
+        file = None
+    if not name.isidentifier() or not file or not Path(file).is_file():
+        raise UserError(f"reward {shown}: other processes can't import it. Put it at the top of a file of its own as "
+                        "`def my_reward(prompts, completions, **columns)` and pass \"path/to/file.py:my_reward\"")
+    module = inspect.getmodule(function)
+    if module is not None and module.__name__ != "__main__" and module.__package__:
+        return f"{module.__name__}:{name}"   # of a package: its file alone may import its neighbours
+    if _fits_when_imported(Path(file)):
+        raise UserError(f"reward {shown}: every process imports {file}, which would call fit() again. Put the "
+                        "calls under `if __name__ == \"__main__\":`, or the reward into a file of its own")
+    return f"{Path(file).resolve()}:{name}"
+
+
+def _fits_when_imported(file: Path) -> bool:
+    """Whether the file calls something.fit(...) outside functions, classes and `if` blocks."""
+    statements = [node for node in ast.parse(file.read_text(encoding="utf-8")).body
+                  if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.If))]
+    calls = [node.func for statement in statements for node in ast.walk(statement) if isinstance(node, ast.Call)]
+    return any(isinstance(call, ast.Attribute) and call.attr == "fit" for call in calls)
