@@ -1,0 +1,6 @@
+#!/usr/bin/env bash
+# From nothing to a model that learned: sets up, builds a tiny model and a data set of sums, warms it up, runs GRPO.
+set -euo pipefail
+. "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+flux_setup cpu,test
+exec python -m flux_ray.quickstart "$@"
