@@ -17,7 +17,7 @@ import torch
 from flux_ray.config import AlgoConfig
 from flux_ray.errors import UserError, unknown
 
-EPS_STD = 1e-6  # added to a standard deviation before dividing by it: the reward's unit, far below any reward's resolution
+EPS_STD = 1e-6  # in the reward's unit, added to a standard deviation that divides: far below any reward's resolution
 
 Reduce = Callable[[torch.Tensor], torch.Tensor]
 Pair = tuple[torch.Tensor, torch.Tensor]
@@ -74,7 +74,10 @@ def dr_grpo(
 def rloo(
     token_level_rewards: torch.Tensor, response_mask: torch.Tensor, *, index: Sequence[Any] | torch.Tensor, **_: Any,
 ) -> Pair:
-    """A = R − mean of the other rows of the group (2402.14740, eq. 7), which is (R − mean)·G/(G−1). A group of one: 0."""
+    """A = R − mean of the other rows of the group (2402.14740, eq. 7), which is (R − mean)·G/(G−1).
+
+    A group of one: 0.
+    """
     scores_N = _scores(token_level_rewards)
     advantages_N = torch.zeros_like(scores_N)
     for rows in _rows_of_groups(index):
@@ -155,7 +158,7 @@ def _returns_to_go(token_level_rewards: torch.Tensor) -> torch.Tensor:
 
 
 def _whiten(values_NL: torch.Tensor, mask_NL: torch.Tensor, reduce: Reduce) -> torch.Tensor:
-    """(v − mean) / (std + ε_std) over the loss tokens of all ranks, ddof 0: one reduction of (sum, sum of squares, count)."""
+    """(v − mean) / (std + ε_std) over the loss tokens of all ranks, ddof 0: one reduction of (Σv, Σv², count)."""
     mask_NL = mask_NL.bool()
     chosen = values_NL[mask_NL].double()
     count = torch.tensor(float(len(chosen)), dtype=torch.float64, device=chosen.device)
@@ -191,13 +194,13 @@ def register_adv_estimator(
 ) -> Callable[[Callable[..., Pair]], Callable[..., Pair]]:
     """Decorator: adds `f(token_level_rewards, response_mask, **kw) -> (advantages, returns)`, all (batch, length).
 
-    kw: index (group id per row), group_size, old_log_prob, reference_log_prob, values (None where absent), config, reduce and
-    what `algo.options` holds. Raises ValueError for a name that is taken.
+    kw: index (group id per row), group_size, old_log_prob, reference_log_prob, values (None where absent), config,
+    reduce and what `algo.options` holds. Raises ValueError for a name that is taken.
     """
     def add(function: Callable[..., Pair]) -> Callable[..., Pair]:
         if name in ESTIMATORS:
             raise UserError(f"advantage estimator {name!r} is taken: choose another name")
-        ESTIMATORS[name] = Estimator(function, needs_groups=needs_groups, needs_whole_batch=needs_whole_batch, ours=False)
+        ESTIMATORS[name] = Estimator(function, needs_groups, needs_whole_batch, ours=False)
         return function
     return add
 

@@ -16,7 +16,7 @@ MAX_LOG_RATIO = 20.0  # before exp: e^20 = 4.9e8 is beyond any use, and far from
 def kl(log_prob: torch.Tensor, reference_log_prob: torch.Tensor, *, estimator: str) -> torch.Tensor:
     """KL(π‖π_ref) per token. k1 = log π/π_ref, k2 = k1²/2, k3 = π_ref/π − 1 + k1.
 
-    k3 clamps k1 to ±20 in both its terms: clamping the exponential alone would leave a gradient of the wrong sign beyond.
+    k3 clamps k1 to ±20 in both its terms: clamping the exponential alone would leave a gradient of the wrong sign.
     """
     k1 = log_prob - reference_log_prob
     if estimator == "k1":

@@ -38,7 +38,7 @@ def gspo(
     old_log_prob: torch.Tensor, log_prob: torch.Tensor, advantages: torch.Tensor, response_mask: torch.Tensor, *,
     config: AlgoConfig = _DEFAULTS, **_: Any,
 ) -> LossAndMetrics:
-    """−min(s·A, clip(s)·A) with s = exp(mean_t log r_t), the same at every token of a sequence (2507.18071, eq. 5 and 7)."""
+    """−min(s·A, clip(s)·A), s = exp(mean_t log r_t), the same at all tokens of a sequence (2507.18071, eq. 5 and 7)."""
     s_B1 = sequence_ratio(log_prob, old_log_prob, response_mask, mean=True)
     return _clipped(s_B1, advantages, config)
 
@@ -113,7 +113,7 @@ class PolicyLoss:
     function: Callable[..., LossAndMetrics]
     ratio: bool            # has π/π_old in it: the sampler's distribution must be the policy's
     sequence_level: bool   # one ratio per sequence: corrections take their sequence form
-    clips: bool = True     # reads clip_range
+    reads: tuple[str, ...] = ("clip_range", "clip_range_high", "dual_clip")  # those of these knobs that it reads
     ours: bool = True
 
 
@@ -123,8 +123,8 @@ POLICY_LOSSES: dict[str, PolicyLoss] = {
     "gspo": PolicyLoss(gspo, ratio=True, sequence_level=True),
     "gspo_token": PolicyLoss(gspo_token, ratio=True, sequence_level=True),
     "rloo": PolicyLoss(rloo, ratio=True, sequence_level=True),
-    "cispo": PolicyLoss(cispo, ratio=True, sequence_level=False),
-    "reinforce": PolicyLoss(reinforce, ratio=False, sequence_level=False, clips=False),
+    "cispo": PolicyLoss(cispo, ratio=True, sequence_level=False, reads=("clip_range", "clip_range_high")),
+    "reinforce": PolicyLoss(reinforce, ratio=False, sequence_level=False, reads=()),
 }
 
 

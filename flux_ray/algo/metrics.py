@@ -17,7 +17,8 @@ from flux_ray.observability.metrics import Max, Mean, Metric, Std
 
 #: name ► (formula, unit, over which tokens). π new, π_old the ratio's denominator, μ what the sampler reported.
 METRICS: dict[str, tuple[str, str, str]] = {
-    "actor/loss": ("sum of weight × (policy loss + beta·KL − entropy_coef·H), summed over the step's updates", "1", "loss tokens"),
+    "actor/loss": ("sum of weight × (policy loss + beta·KL − entropy_coef·H), over the updates of a step", "1",
+                   "loss tokens"),
     "actor/grpo_kl": ("mean of the KL estimate of π to the reference that beta multiplies", "nat", "loss tokens"),
     "actor/old_kl": ("mean of log π_old − log π", "nat", "loss tokens"),
     "actor/clip_frac": ("share whose clipped branch was taken (the term isn't r·A)", "1", "loss tokens"),
@@ -31,9 +32,9 @@ METRICS: dict[str, tuple[str, str, str]] = {
 
 
 def over_loss_tokens(values: Mapping[str, Any], *, response_mask: torch.Tensor) -> dict[str, Metric]:
-    """name ► Mean over the loss tokens. A value is a tensor (B, L), a number (the mean already), or a metric kept as it is."""
+    """name ► Mean over the loss tokens. A value is a tensor (B, L), a number (a mean already), or a metric, kept."""
     mask = response_mask.bool()
-    tensors = {name: value for name, value in values.items() if isinstance(value, torch.Tensor) and value.shape == mask.shape}
+    tensors = {name: v for name, v in values.items() if isinstance(v, torch.Tensor) and v.shape == mask.shape}
     sums = [value.detach().double().masked_fill(~mask, 0.0).sum() for value in tensors.values()]
     count, *totals = torch.stack([mask.sum().double(), *sums]).tolist()
     metrics: dict[str, Metric] = {name: Mean(total, count) for name, total in zip(tensors, totals, strict=True)}
@@ -49,8 +50,10 @@ def advantage_metrics(advantages: torch.Tensor, *, response_mask: torch.Tensor) 
     return {"actor/adv_mean": Mean(total, len(chosen)), "actor/adv_std": Std(total, squares, len(chosen))}
 
 
-def logprob_gap(logprobs_S: torch.Tensor, sampler_logprobs_S: torch.Tensor, mask_S: torch.Tensor) -> dict[str, Metric]:
-    """How far the trainer's log-probs are from the sampler's, over the tokens of the mask; empty where there are none."""
+def logprob_gap(
+    logprobs_S: torch.Tensor, sampler_logprobs_S: torch.Tensor, mask_S: torch.Tensor,
+) -> dict[str, Metric]:
+    """How far the trainer's log-probs are from the sampler's, over the tokens of the mask; empty where it has none."""
     gap = (logprobs_S.detach() - sampler_logprobs_S)[mask_S].abs().double()
     if not len(gap):
         return {}

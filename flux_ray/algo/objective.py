@@ -1,7 +1,7 @@
 """What an update minimises: policy loss, KL and entropy, weighted.
 
 Takes:  a micro-batch's padded views (B, L) and its loss weights.
-Gives:  (loss, metrics): the loss is the sum of weight × per-token loss, so micro-batches and ranks add up to the step's.
+Gives:  (loss, metrics): the sum of weight × per-token loss, which adds up over micro-batches and ranks.
 Knows:  which policy is the ratio's denominator; the off-policy corrections; what a registered loss may return.
 Never:  averages by itself.
 """
@@ -55,8 +55,8 @@ def policy_objective(
     if config.off_policy != "none":
         assert sampler_log_prob is not None, "an off-policy correction needs the sampler's log-probs"
         if loss.dim() == 0:
-            raise UserError(f"policy loss {algorithm.policy_loss!r} gives a scalar: algo.off_policy={config.off_policy} "
-                            "needs a loss per token")
+            raise UserError(f"policy loss {algorithm.policy_loss!r} gives a scalar, "
+                            f"algo.off_policy={config.off_policy} needs a loss per token")
         loss = loss * off_policy_weight(trainer_old, sampler_log_prob, mask, config)
     total = loss * loss_weights.sum() if loss.dim() == 0 else _weighted(loss, mask, loss_weights)
 
@@ -111,7 +111,8 @@ def _policy_term(
         raise UserError(f"policy loss {name!r} gave {type(result).__name__}, wanted (loss, metrics)")
     loss, measured = result
     if loss.dim() and loss.shape != mask.shape:
-        raise UserError(f"policy loss {name!r}: the loss has shape {tuple(loss.shape)}, wanted {tuple(mask.shape)} or a scalar")
+        raise UserError(f"policy loss {name!r}: the loss has shape {tuple(loss.shape)}, "
+                        f"wanted {tuple(mask.shape)} or a scalar")
     if (loss[mask] if loss.dim() else loss).isnan().any():
         raise UserError(f"policy loss {name!r}: the loss is nan")
     return loss, {key if "/" in key else f"actor/{key}": value for key, value in measured.items()}

@@ -6,6 +6,7 @@ from flux_ray.batch.samples import ResponseViews, Weighting, make_samples, respo
 from flux_ray.batch.weights import AGGREGATIONS, StepCounts, loss_weights, step_counts
 
 __all__ = [
-    "AGGREGATIONS", "MicroBatch", "ResponseViews", "StepCounts", "Weighting", "balance", "loss_weights", "make_micro_batch",
-    "make_samples", "pack", "padded_mask", "response_views", "step_counts", "to_flat", "to_padded", "zero_weight",
+    "AGGREGATIONS", "MicroBatch", "ResponseViews", "StepCounts", "Weighting", "balance", "loss_weights",
+    "make_micro_batch", "make_samples", "pack", "padded_mask", "response_views", "step_counts", "to_flat", "to_padded",
+    "zero_weight",
 ]

@@ -1,7 +1,7 @@
 """Micro-batches: sequences concatenated on one flat axis, and the padded view of their responses.
 
 Takes:  Samples and a token budget.
-Gives:  MicroBatch (the one packed form of trainer, reference and critic); `to_padded`, `padded_mask`, `to_flat` between the axes.
+Gives:  MicroBatch, the one packed form; `to_padded`, `padded_mask`, `to_flat` between the axes; `zero_weight`.
 Knows:  axes S (all tokens of a micro-batch, no padding), B (its sequences), L (the longest response view).
 Never:  weighs, scores or reorders inside a sequence.
 """
@@ -25,8 +25,8 @@ class MicroBatch:
     """Whole sequences side by side. Position t of every *_S tensor speaks of token t itself: its log-prob is that of
     sampling token t after the tokens before it (0 at the start of a sequence, which nothing precedes).
 
-    The B axis tensors `lengths_B`, `response_starts_B` and `sample_ids_B` stay on the CPU wherever the rest goes: shapes
-    are made from them and must not wait for a device.
+    `lengths_B`, `response_starts_B` and `sample_ids_B` stay on the CPU wherever the rest goes: shapes are made from
+    them and must not wait for a device.
     """
 
     token_ids_S: torch.Tensor                  # int64
@@ -39,7 +39,7 @@ class MicroBatch:
     reference_logprobs_S: torch.Tensor | None  # float32
     current_version_B: torch.Tensor            # bool
     sample_ids_B: torch.Tensor                 # int64, on the CPU: index into the list given to `pack`
-    response_starts_B: torch.Tensor            # int64, on the CPU: position of the first loss token; the length where none
+    response_starts_B: torch.Tensor            # int64, on the CPU: place of the first loss token; the length where none
 
     @property
     def num_sequences(self) -> int:

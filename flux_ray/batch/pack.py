@@ -14,7 +14,9 @@ from flux_ray.batch.micro_batch import MicroBatch, make_micro_batch
 from flux_ray.records import Sample
 
 
-def pack(samples: Sequence[Sample], *, max_tokens: int, max_samples: int | None = None, padded: bool) -> list[MicroBatch]:
+def pack(
+    samples: Sequence[Sample], *, max_tokens: int, max_samples: int | None = None, padded: bool,
+) -> list[MicroBatch]:
     """Micro-batches of at most `max_tokens` tokens and `max_samples` sequences; a longer sample is alone in one.
 
     padded: the budget counts rows times the longest row, and samples are taken by length so that little is padded.
@@ -56,11 +58,11 @@ def _first_fit(lengths: Sequence[int], order: Sequence[int], max_tokens: int, ma
 
 
 def balance(num_tokens: Sequence[int], num_ranks: int) -> list[list[int]]:
-    """Items (groups, by their tokens) to ranks: the longest first, each to the rank with the fewest tokens that has room.
+    """Items (groups, by their tokens) to ranks: the longest first, each to the rank with the fewest tokens and room.
 
-    Room comes first: counts differ by at most 1. Each rank then holds as many groups as any other, so memory and the number of
-    micro-batches stay alike; with the longest placed first the tokens come out nearly even within that. Ties go to the
-    lower rank. Each rank's items are in ascending order.
+    Room comes first: counts differ by at most 1. Each rank then holds as many groups as any other, so memory and the
+    number of micro-batches stay alike; with the longest placed first the tokens come out nearly even within that. Ties
+    go to the lower rank. Each rank's items are in ascending order.
     """
     assert num_ranks > 0, num_ranks
     at_least, num_larger = divmod(len(num_tokens), num_ranks)

@@ -56,9 +56,11 @@ class Weighting:
     max_tokens: int       # L_max: the longest response allowed, in tokens
 
 
-def response_views(groups: Sequence[RolloutGroup], scored: Sequence[ScoredGroup], *, mask_truncated: bool) -> ResponseViews:
-    """The views that estimators see. A masked truncated sample keeps its score (it belongs to its group's statistics) and
-    loses its mask; so does a sample without a score, whose reward is nan."""
+def response_views(
+    groups: Sequence[RolloutGroup], scored: Sequence[ScoredGroup], *, mask_truncated: bool,
+) -> ResponseViews:
+    """The views that estimators see. A masked truncated sample loses its mask and keeps its score, which belongs to its
+    group's statistics; a sample without a score loses its mask too, and its reward is nan."""
     trajectories = [t for group in groups for t in group.trajectories]
     kept_N = _kept(groups, scored, mask_truncated)
     starts = tuple(first_loss_token(t.loss_mask) for t in trajectories)
@@ -115,7 +117,8 @@ def make_samples(
 
 def _kept(groups: Sequence[RolloutGroup], scored: Sequence[ScoredGroup], mask_truncated: bool) -> np.ndarray:
     for group, scores in zip(groups, scored, strict=True):
-        assert group.prompt.uid == scores.uid and len(group.trajectories) == scores.group_size, (group.prompt.uid, scores.uid)
+        assert group.prompt.uid == scores.uid, (group.prompt.uid, scores.uid)
+        assert len(group.trajectories) == scores.group_size, (scores.uid, len(group.trajectories), scores.group_size)
     return np.concatenate([np.zeros(0, bool), *(in_loss(s, mask_truncated=mask_truncated) for s in scored)])
 
 

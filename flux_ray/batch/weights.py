@@ -19,8 +19,8 @@ from flux_ray.records import ScoredGroup
 
 @dataclass(frozen=True)
 class StepCounts:
-    """Sums over all ranks of one optimizer update. Only sequences with at least one loss token count: an empty response, a
-    sample that nothing scored, and a truncated one that is masked leave both numbers."""
+    """Sums over all ranks of one optimizer update. Only sequences with a loss token count: an empty response, a sample
+    that nothing scored, and a truncated one that is masked are in neither number."""
 
     num_sequences: int
     num_tokens: int  # loss tokens
@@ -34,8 +34,8 @@ AGGREGATIONS: dict[str, Callable[[StepCounts, int, int], float]] = {
     "sequence_mean": lambda counts, length, max_tokens: 1 / (counts.num_sequences * length),
     # mean over sequences of the sum over their tokens divided by a constant
     "constant_length": lambda counts, length, max_tokens: 1 / (counts.num_sequences * max_tokens),
-    # one value per sequence: each weighs 1/N. It is spread evenly over the loss tokens, so that a loss which is the same at
-    # each of them counts once, and per-token terms beside it (KL, entropy) are sequence means of token means.
+    # one value per sequence: each weighs 1/N. It is spread evenly over the loss tokens, so that a loss which is the
+    # same at each of them counts once, and per-token terms beside it (KL, entropy) are sequence means of token means.
     "sequence": lambda counts, length, max_tokens: 1 / (counts.num_sequences * length),
 }
 
@@ -51,7 +51,7 @@ def loss_weights(aggregation: str, *, loss_mask: np.ndarray, counts: StepCounts,
 
 
 def in_loss(scored: ScoredGroup, *, mask_truncated: bool) -> np.ndarray:
-    """(G,) bool: the samples that the loss counts: scored, not empty and, where truncated ones are masked, not truncated."""
+    """(G,) bool: the samples that the loss counts: scored, not empty, and not truncated where those are masked."""
     kept_G = ~np.isnan(scored.rewards) & (scored.num_loss_tokens > 0)
     return kept_G & ~scored.truncated if mask_truncated else kept_G
 

@@ -1,0 +1,112 @@
+"""What is wrong or odd about a configuration, as far as the algorithm is concerned.
+
+Takes:  the whole Config.
+Gives:  `check`: a UserError for the first thing that can't be trained, else a list of warnings.
+Knows:  what each estimator and loss needs and reads (their registries say so).
+Never:  checks a value by itself (config.validate does), a file or a model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from flux_ray.algo.algorithms import Algorithm, resolve
+from flux_ray.algo.estimators import find_adv_estimator
+from flux_ray.algo.losses import PolicyLoss, find_policy_loss
+from flux_ray.config import AlgoConfig, Config, preset
+from flux_ray.errors import UserError
+
+#: Objectives without rollouts: nothing here is theirs.
+SUPERVISED = ("sft",)
+
+#: What makes the sampler another distribution than the policy: option ► the value that doesn't.
+TRUNCATING = {"top_p": 1.0, "top_k": 0, "min_p": 0.0}
+
+#: Algorithms whose papers have no KL to a reference.
+WITHOUT_KL = ("dr_grpo", "dapo", "gspo", "gspo_token", "cispo")
+
+#: Above it a clip range cannot bind on a ratio that is a mean over a sequence's tokens (2507.18071 has 3e-4 and 4e-4).
+MAX_USUAL_SEQUENCE_CLIP = 0.01
+
+_DEFAULTS = AlgoConfig()
+
+
+def check(config: Config) -> list[str]:
+    """Warnings, one line each, about what is legal but odd. Raises UserError, with key and value, for what isn't."""
+    if config.algo.name in SUPERVISED:
+        return []
+    algorithm = resolve(config.algo)
+    for problem in (*_problems(config, algorithm), *_ignored(config.algo, algorithm)):
+        raise UserError(problem)
+    return list(_oddities(config, algorithm))
+
+
+def _problems(config: Config, algorithm: Algorithm) -> Iterator[str]:
+    algo, rollout = config.algo, config.rollout
+    if algorithm.needs_groups and rollout.group_size < 2:
+        yield f"rollout.group_size must be >= 2 for {algorithm.name}, got {rollout.group_size}"
+    if algo.beta > 0 and algo.kl_estimator == "k1":
+        yield f"algo.kl_estimator=k1 has no useful gradient in the loss (algo.beta={algo.beta}): choose k2 or k3"
+    if algorithm.ratio_loss and not rollout.allow_truncated_sampling:
+        for key, neutral in TRUNCATING.items():
+            value = getattr(rollout, key)
+            if value != neutral:
+                yield (f"rollout.{key}={value} samples from another distribution than the policy's, which the ratio of "
+                       f"{algorithm.name} is over: leave it {neutral} or set rollout.allow_truncated_sampling=true")
+    if algo.off_policy == "none":
+        return
+    if algo.old_logprobs == "sampler":
+        yield (f"algo.off_policy={algo.off_policy} beside algo.old_logprobs=sampler would correct twice: "
+               "the ratio is over the sampler's log-probs already")
+    if algorithm.sequence_level and algo.off_policy_level != "sequence":
+        yield (f"algo.off_policy_level must be sequence for {algorithm.name}, whose ratio is one per sequence; "
+               f"got {algo.off_policy_level}")
+
+
+def _ignored(algo: AlgoConfig, algorithm: Algorithm) -> Iterator[str]:
+    """Settings that were changed and that nothing would read."""
+    loss, estimator = find_policy_loss(algorithm.policy_loss), find_adv_estimator(algorithm.estimator)
+    if loss.ours:
+        for key in PolicyLoss.reads:
+            if key not in loss.reads and _changed(algo, key):
+                yield f"algo.{key}={getattr(algo, key)} is not read by the loss {algorithm.policy_loss}: leave it out"
+    if algo.options and loss.ours and estimator.ours:
+        yield f"algo.options={algo.options} is for registered functions: {algorithm.name} takes none"
+    readers = {"tis_cap": ("tis",), "icepop_low": ("icepop",), "icepop_high": ("icepop",)}
+    for key, corrections in readers.items():
+        if _changed(algo, key) and algo.off_policy not in corrections:
+            yield (f"algo.{key}={getattr(algo, key)} is read with algo.off_policy={corrections[0]} alone, "
+                   f"which is {algo.off_policy}")
+
+
+def _oddities(config: Config, algorithm: Algorithm) -> Iterator[str]:
+    algo, name = config.algo, algorithm.name
+    if algorithm.estimator == "dr_grpo" and algo.normalize_by_std:
+        yield f"algo.normalize_by_std=True does nothing: {name} never divides by the standard deviation"
+    if algorithm.policy_loss in ("gspo", "gspo_token") and algo.clip_range > MAX_USUAL_SEQUENCE_CLIP:
+        yield (f"algo.clip_range={algo.clip_range} with {name}: its ratio is a mean over tokens and hardly leaves 1, "
+               "3e-4 is usual")
+    if name in WITHOUT_KL and algo.beta > 0:
+        yield f"algo.beta={algo.beta} with {name}: the paper has no KL in the loss"
+    if algo.beta > 0 and algo.kl_coef > 0:
+        yield f"algo.beta={algo.beta} and algo.kl_coef={algo.kl_coef}: the KL is paid twice, in loss and reward"
+    if algorithm.sequence_level and algorithm.aggregation not in ("sequence", "sequence_mean"):
+        yield f"algo.aggregation={algorithm.aggregation} with {name}: a longer sequence weighs more, for all its one ratio"
+    clipped = any(_changed(algo, key) and getattr(algo, key) != _preset(algo.name).get(key)
+                  for key in ("clip_range", "clip_range_high", "dual_clip"))
+    one_update = not algorithm.several_updates and algo.old_logprobs == "trainer"
+    if algorithm.ratio_loss and one_update and clipped:
+        yield (f"the clip of {name} can't bind: there is one update per batch (algo.epochs × algo.mini_batches = 1), "
+               "so every ratio is 1")
+    if config.driver.max_staleness > 0 and algo.old_logprobs == "trainer" and algo.off_policy == "none":
+        yield (f"driver.max_staleness={config.driver.max_staleness} with algo.old_logprobs=trainer and "
+               "algo.off_policy=none: nothing corrects for samples of older versions")
+
+
+def _changed(algo: AlgoConfig, key: str) -> bool:
+    return getattr(algo, key) != getattr(_DEFAULTS, key)
+
+
+def _preset(name: str) -> dict[str, Any]:
+    return preset(name).get("algo", {})
