@@ -25,7 +25,7 @@ def prompt_text(row: Row, data: DataConfig) -> Text:
     value = row[data.prompt_column]
     if isinstance(value, list):
         if data.prompt_template is not None:
-            raise UserError(f"data.prompt_template is for plain text, but column {data.prompt_column!r} has chat messages")
+            raise UserError(f"data.prompt_template is for plain text, but column {data.prompt_column!r} has messages")
         return with_system(checked_messages(value), data.system_prompt)
     text = checked_text(value)
     if data.prompt_template is not None:

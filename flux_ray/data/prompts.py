@@ -78,8 +78,8 @@ class PromptSource:
         cls, config: Config, tokenizer: Any, *, context_length: int, prompts: Prompts | None = None
     ) -> PromptSource:
         """The prompts to evaluate on: `eval.data`, or `prompts`; in the file's order, with the same seeds each time."""
-        evaluation = config.eval
-        rows = _load(prompts, evaluation.data, "eval.data", config, split=evaluation.split, max_rows=evaluation.max_rows)
+        data = config.eval
+        rows = _load(prompts, data.data, "eval.data", config, split=data.split, max_rows=data.max_rows)
         return cls(rows, config, tokenizer, context_length=context_length, role=EVAL)
 
     def prompt(self, uid: int) -> Prompt:

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 from flux_ray.errors import UserError, unknown
 
@@ -122,7 +122,8 @@ def _read_file(path: Path, max_rows: int | None) -> list[Row]:
     if ending is None:
         raise UserError(f"{path}: unknown kind of file; data files end in {', '.join(READERS)} (or with .gz)")
     try:
-        with gzip.open(path, "rb") if path.suffix.lower() == ".gz" else path.open("rb") as file:
+        with path.open("rb") as raw:
+            file = cast(IO[bytes], gzip.GzipFile(fileobj=raw)) if path.suffix.lower() == ".gz" else raw
             return list(islice(READERS[ending](path, file), max_rows))
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from error

@@ -59,7 +59,7 @@ def exact_match(
 def numeric(
     prompts: Texts, completions: Texts, answer: Column, *, tolerance: float = 1e-6, **columns: Any
 ) -> list[Reward]:
-    """1 where the completion's number a is the answer's b: |a - b| <= tolerance * max(1, |b|). None: b is no number.
+    """1 where the completion's number is the answer's, give or take `tolerance`. None where the answer has no number.
 
     >>> numeric(None, ["so 6*7 = 42.", "#### 1,000", "none"], ["42", "steps ... #### 1000", "3"])
     [1.0, 1.0, 0.0]
@@ -213,4 +213,4 @@ def _value(match: re.Match[str]) -> Fraction | None:
 
 
 def _close(value: Fraction | None, right: Fraction, tolerance: Fraction) -> bool:
-    return value is not None and abs(value - right) <= tolerance * max(Fraction(1), abs(right))
+    return value is not None and abs(value - right) <= tolerance

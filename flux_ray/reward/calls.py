@@ -1,0 +1,183 @@
+"""One call of one reward function, with a deadline.
+
+Takes:  a RewardFunction and its arguments, as TRL's GRPOTrainer passes them.
+Gives:  one value a sample: a number, None, or a dict of these; RewardError names function, row, sample and cause.
+Knows:  a call is waited for `deadline_s` seconds; Python can't end a thread, so one that hangs is left behind.
+Keeps:  one daemon thread with an event loop for async functions, made at the first of them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import inspect
+import math
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from flux_ray.reward.registry import RewardFunction
+
+RAISED, TIMED_OUT, BAD_RESULT = "raised", "timed_out", "bad_result"
+
+MAX_SHOWN_CHARS = 60  # of a wrong value, in an error of one line
+
+Outcome = tuple[Any, BaseException | None]  # what a call gave, and None; or None, and what it raised
+
+
+class RewardError(RuntimeError):
+    """A reward function failed. `kind` is RAISED, TIMED_OUT or BAD_RESULT; it survives pickling."""
+
+    def __init__(self, message: str, kind: str) -> None:
+        super().__init__(message, kind)
+        self.kind = kind
+
+    def __str__(self) -> str:
+        return self.args[0]
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """The keyword arguments of a call for `size` samples: lists of that length, and what is the same for all."""
+
+    size: int
+    per_sample: dict[str, list[Any]]
+    common: dict[str, Any]
+
+    def of_sample(self, sample: int) -> Arguments:
+        alone = {name: values[sample : sample + 1] for name, values in self.per_sample.items()}
+        return Arguments(1, alone, self.common)
+
+
+class Caller:
+    """Calls functions: async ones side by side, others one at a time (functions written for TRL expect it)."""
+
+    def __init__(self, *, deadline_s: float) -> None:
+        self._deadline_s = deadline_s
+        self._turn = asyncio.Lock()
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    async def call(self, function: RewardFunction, arguments: Arguments, *, where: str) -> list[Any]:
+        """The function's values, checked. RewardError says what went wrong; `where` names the prompt in it.
+
+        Where it raises over the samples together, it is called once more for each alone, to tell which one it was.
+        """
+        who = f"reward {function.name}, {where}"
+        result, error = await self._outcome(function, arguments)
+        if isinstance(error, _Late):
+            raise RewardError(f"{who}: no value within reward.deadline_s={self._deadline_s:g}", TIMED_OUT)
+        if error is not None:
+            sample = await self._guilty_sample(function, arguments)
+            raise RewardError(f"{who}, {sample}: {type(error).__name__}: {error}", RAISED) from error
+        return checked(result, arguments.size, who)
+
+    async def _outcome(self, function: RewardFunction, arguments: Arguments) -> Outcome:
+        """What the call gave or raised; _Late where the deadline passed. It runs from the call's own turn on."""
+        call = functools.partial(function.call, **accepted(function, arguments))
+        if is_async(function.call):
+            future = asyncio.run_coroutine_threadsafe(_outcome_of(call), self._own_loop())
+            return await self._within_deadline(asyncio.wrap_future(future))
+        async with self._turn:
+            return await self._within_deadline(_in_thread(call))
+
+    async def _within_deadline(self, future: asyncio.Future[Outcome]) -> Outcome:
+        try:
+            done, _ = await asyncio.wait({future}, timeout=self._deadline_s)
+        finally:
+            future.cancel()  # of no effect on one that is done
+        return future.result() if done else (None, _Late())
+
+    async def _guilty_sample(self, function: RewardFunction, arguments: Arguments) -> str:
+        for sample in range(arguments.size):
+            _, error = await self._outcome(function, arguments.of_sample(sample))
+            if isinstance(error, _Late):
+                break
+            if error is not None:
+                return f"sample {sample + 1} of {arguments.size}"
+        return f"{arguments.size} samples together"
+
+    def _own_loop(self) -> asyncio.AbstractEventLoop:
+        """A loop in a thread of its own, so that an async function that blocks can't hold up the deadlines."""
+        if self._loop is None:
+            self._loop = asyncio.new_event_loop()
+            threading.Thread(target=self._loop.run_forever, name="async rewards", daemon=True).start()
+        return self._loop
+
+
+class _Late(Exception):
+    """The deadline passed. Not TimeoutError: a function may raise that by itself."""
+
+
+async def _outcome_of(call: Callable[[], Any]) -> Outcome:
+    try:
+        return await call(), None
+    except BaseException as error:  # a function that cancels itself or exits has failed like any other
+        return None, error
+
+
+def _in_thread(call: Callable[[], Any]) -> asyncio.Future[Outcome]:
+    """A future of the call's outcome. The thread is a daemon: one that hangs must not keep the process from ending."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[Outcome] = loop.create_future()
+
+    def settle(outcome: Outcome) -> None:
+        if not future.done():
+            future.set_result(outcome)
+
+    def run() -> None:
+        try:
+            outcome: Outcome = (call(), None)
+        except BaseException as error:
+            outcome = (None, error)
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            loop.call_soon_threadsafe(settle, outcome)
+
+    threading.Thread(target=run, name="reward", daemon=True).start()
+    return future
+
+
+def is_async(call: Callable[..., Any]) -> bool:
+    """Whether calling it gives a coroutine; a callable object carries `async` on its `__call__`."""
+    while isinstance(call, functools.partial):
+        call = call.func
+    return inspect.iscoroutinefunction(call) or inspect.iscoroutinefunction(type(call).__call__)
+
+
+def accepted(function: RewardFunction, arguments: Arguments) -> dict[str, Any]:
+    """The arguments that the function's signature takes, its options among them."""
+    given = {**arguments.common, **arguments.per_sample, **function.options}
+    parameters = function.parameters
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return given
+    return {name: value for name, value in given.items() if name in parameters}
+
+
+def checked(result: Any, size: int, who: str) -> list[Any]:
+    """The values as floats, None, or dicts of these. RewardError (BAD_RESULT) names the sample with another value."""
+    if isinstance(result, (str, bytes, dict)) or not hasattr(result, "__iter__"):
+        raise RewardError(f"{who}: gave {_shown(result)}, not a list of {size} values", BAD_RESULT)
+    values = list(result)
+    if len(values) != size:
+        raise RewardError(f"{who}: gave {len(values)} values for {size} samples", BAD_RESULT)
+    return [_checked_value(value, f"{who}, sample {place} of {size}") for place, value in enumerate(values, start=1)]
+
+
+def _checked_value(value: Any, who: str) -> Any:
+    if isinstance(value, dict):
+        return {str(name): _checked_value(part, f"{who}, part {name!r}") for name, part in value.items()}
+    if value is None:
+        return None
+    try:
+        number = math.inf if isinstance(value, (str, bytes)) else float(value)
+    except (TypeError, ValueError):
+        number = math.inf
+    if math.isinf(number):
+        raise RewardError(f"{who}: gave {_shown(value)}, not a finite number or None", BAD_RESULT)
+    return None if math.isnan(number) else number
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return f"{type(value).__name__} {text if len(text) <= MAX_SHOWN_CHARS else text[:MAX_SHOWN_CHARS] + '…'}"

@@ -1,0 +1,130 @@
+"""Scores groups of rollouts.
+
+Takes:  RolloutGroup; the config and the tokenizer's path at birth.
+Gives:  ScoredGroup: each function's value, their weighted sum, the counts that driver and trainer need.
+Knows:  how TRL calls a reward function, which is how every function is called here.
+Keeps:  the tokenizer, the functions, one thread with an event loop for async functions.
+Never:  waits longer than reward.deadline_s for one call; guesses a value: RewardError says who failed, and where.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+from transformers import AutoTokenizer
+
+from flux_ray.config import Config
+from flux_ray.records import FINISH_LENGTH, RolloutGroup, ScoredGroup
+from flux_ray.reward.calls import Arguments, Caller
+from flux_ray.reward.registry import GIVEN, RewardFunction, find_answer_column, load_functions
+
+#: Columns that are not passed on: TRL leaves these two out, and a call needs the other names for itself.
+RESERVED = frozenset({"prompt", "completion"}) | GIVEN
+
+
+class RewardWorker:
+    """One scoring process's work. Several `score` calls may run at once; functions that aren't async take turns."""
+
+    def __init__(self, config: Config, *, tokenizer_path: str) -> None:
+        self._config = config
+        self._tokenizer = AutoTokenizer.from_pretrained(tokenizer_path)
+        self._functions = load_functions(config)
+        self._caller = Caller(deadline_s=config.reward.deadline_s)
+
+    def decode(self, group: RolloutGroup) -> list[str]:
+        """The text of each response, without special tokens: all that follows the prompt, tools' turns included."""
+        return self._tokenizer.batch_decode(_response_ids(group), skip_special_tokens=True)
+
+    async def score(self, group: RolloutGroup) -> ScoredGroup:
+        """Rewards of the G samples of a group.
+
+        The reward is the weighted sum over the functions that gave a value; nan where none did. A function that gives a
+        dict of parts counts with their sum, and each part is kept as NAME/PART; a nan is taken as None, as TRL does.
+        RewardError: a function raised, gave something that is no reward, or took longer than reward.deadline_s.
+        """
+        metrics: dict[str, float] = {}
+        arguments = self._arguments(group, metrics)
+        parts: dict[str, np.ndarray] = {}
+        for function in self._functions:
+            parts |= await self._values(function, group, arguments)
+        size = len(group.trajectories)
+        parts |= {name: np.full(size, value) for name, value in metrics.items()}
+        task = [function for function in self._functions if not function.is_shaping]
+        versions = [t.oldest_version for t in group.trajectories if t.num_loss_tokens]
+        return ScoredGroup(
+            uid=group.prompt.uid,
+            rewards=weighted_sum(self._functions, parts, size),
+            task_rewards=weighted_sum(task, parts, size),
+            parts=parts,
+            num_tokens=np.array([t.num_tokens for t in group.trajectories]),
+            num_loss_tokens=np.array([t.num_loss_tokens for t in group.trajectories]),
+            truncated=np.array([t.finish_reason == FINISH_LENGTH for t in group.trajectories]),
+            oldest_version=min(versions, default=-1),
+        )
+
+    def _arguments(self, group: RolloutGroup, metrics: dict[str, float]) -> Arguments:
+        """What TRL's GRPOTrainer passes: lists of length G by name, and trainer_state, log_extra, log_metric.
+
+        trainer_state has global_step (the version that sampled the group) and max_steps; log_metric's values become
+        parts that don't count; log_extra takes columns for a table of completions, which isn't kept here.
+        """
+        size = len(group.trajectories)
+        prompt = group.prompt
+        texts: list[Any] = list(self.decode(group))
+        if not isinstance(prompt.text, str):
+            texts = [[{"role": "assistant", "content": text}] for text in texts]
+        per_sample = {name: [value] * size for name, value in prompt.columns.items() if name not in RESERVED}
+        per_sample |= {"prompts": [prompt.text] * size, "completions": texts, "completion_ids": _response_ids(group)}
+        version = max((t.newest_version for t in group.trajectories), default=0)
+        state = SimpleNamespace(global_step=max(version, 0), max_steps=self._config.driver.num_steps)
+        common = {
+            "trainer_state": state,
+            "log_extra": lambda column, values: None,
+            "log_metric": lambda name, value: metrics.__setitem__(name, float(value)),
+        }
+        return Arguments(size, per_sample, common)
+
+    async def _values(
+        self, function: RewardFunction, group: RolloutGroup, arguments: Arguments
+    ) -> dict[str, np.ndarray]:
+        """The function's values (G,) by part: under its own name, and under NAME/PART where it gave dicts."""
+        answer_column = find_answer_column(self._config, group.prompt.columns)
+        if answer_column is not None and (function.is_rule or "answer" not in arguments.per_sample):
+            answers = [group.prompt.columns[answer_column]] * arguments.size
+            arguments = replace(arguments, per_sample={**arguments.per_sample, "answer": answers})
+        values = await self._caller.call(function, arguments, where=f"prompt row {group.prompt.row + 1} (from 1)")
+        parts = {function.name: np.array([_total(value) for value in values])}
+        for name in dict.fromkeys(name for value in values if isinstance(value, dict) for name in value):
+            given = [value.get(name) if isinstance(value, dict) else None for value in values]
+            parts[f"{function.name}/{name}"] = np.array([_number(value) for value in given])
+        return parts
+
+
+def weighted_sum(functions: Any, parts: dict[str, np.ndarray], size: int) -> np.ndarray:
+    """(G,) float64: weight times value over the functions that gave one; nan where none did."""
+    if not functions:
+        return np.full(size, np.nan)
+    values_FG = np.stack([parts[function.name] for function in functions])
+    weights_F1 = np.array([[function.weight] for function in functions])
+    total = np.nansum(weights_F1 * values_FG, axis=0)
+    return np.where(np.isnan(values_FG).all(axis=0), np.nan, total)
+
+
+def _response_ids(group: RolloutGroup) -> list[list[int]]:
+    return [t.token_ids[t.prompt_length :].tolist() for t in group.trajectories]
+
+
+def _number(value: Any) -> float:
+    return math.nan if value is None else float(value)
+
+
+def _total(value: Any) -> float:
+    """A sample's value: itself, or the sum of its parts (those that are None left out; nan where all are)."""
+    if not isinstance(value, dict):
+        return _number(value)
+    given = [number for number in map(_number, value.values()) if not math.isnan(number)]
+    return sum(given) if given else math.nan

@@ -1,0 +1,54 @@
+"""Two-digit addition, and a model small enough to learn it on a laptop in minutes.
+
+Takes:  a folder to make, a seed.
+Gives:  model/ (characters as tokens, random weights), train.jsonl, eval.jsonl (held out).
+Knows:  all 8,100 sums of two numbers from 10 to 99.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+from itertools import product
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from flux_ray.toy.model import SPECIAL_TOKENS, UNKNOWN, Sizes, save_model, write_jsonl
+
+CHARACTERS = "0123456789+="
+NUMBERS = range(10, 100)
+NUM_EVAL = 512  # held-out prompts: a standard error of at most 2.2 points of accuracy
+
+
+def make_addition(folder: str | Path, *, seed: int = 0, num_eval: int = NUM_EVAL, sizes: Sizes | None = None) -> Path:
+    """Make the toy in `folder` and return it: the same data and weights for a seed, no prompt in both files."""
+    folder = Path(folder)
+    pairs = list(product(NUMBERS, NUMBERS))
+    random.Random(seed).shuffle(pairs)
+    rows = [{"prompt": f"{a}+{b}=", "completion": str(a + b), "answer": str(a + b)} for a, b in pairs]
+    write_jsonl(folder / "eval.jsonl", rows[:num_eval])
+    write_jsonl(folder / "train.jsonl", rows[num_eval:])
+    save_model(character_tokenizer(CHARACTERS), folder / "model", sizes=sizes or Sizes(), seed=seed)
+    return folder
+
+
+def character_tokenizer(characters: str) -> Tokenizer:
+    """One token a character, after the special tokens."""
+    vocabulary = {token: number for number, token in enumerate([*SPECIAL_TOKENS, *characters])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", behavior="isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return tokenizer
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Make a toy: two-digit addition and a tiny model with random weights.")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    print(make_addition(arguments.folder, seed=arguments.seed))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""A small Qwen3-architecture model with random weights, in Hugging Face layout.
+
+Takes:  a trained or hand-made fast tokenizer, the sizes, a seed.
+Gives:  a folder that transformers and vLLM load as it is: config, safetensors, tokenizer, generation config.
+Knows:  which head sizes vLLM's CPU attention has (32, 64, 80 … 512).
+Never:  sets torch's global seed: the caller's random state stays.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"
+SPECIAL_TOKENS = (PAD, EOS, UNKNOWN)  # ids 0, 1, 2
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of the model, in the words of transformers' Qwen3Config."""
+
+    hidden_size: int = 128
+    num_hidden_layers: int = 4
+    intermediate_size: int = 384
+    num_attention_heads: int = 4
+    num_key_value_heads: int = 2
+    head_dim: int = 32
+    max_position_embeddings: int = 512  # the context, in tokens
+    tie_word_embeddings: bool = True
+
+
+def save_model(tokenizer: Tokenizer, folder: Path, *, sizes: Sizes, seed: int) -> int:
+    """Write model and tokenizer into `folder`; the number of parameters. The same seed gives the same weights."""
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        eos_token=EOS,
+        unk_token=UNKNOWN,
+        model_max_length=sizes.max_position_embeddings,
+        clean_up_tokenization_spaces=False,
+    )
+    config = Qwen3Config(
+        **asdict(sizes),
+        vocab_size=len(fast),
+        bos_token_id=None,
+        eos_token_id=fast.eos_token_id,
+        pad_token_id=fast.pad_token_id,
+        dtype=torch.float32,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = Qwen3ForCausalLM(config)
+    model.generation_config = GenerationConfig(eos_token_id=fast.eos_token_id, pad_token_id=fast.pad_token_id)
+    model.save_pretrained(folder)
+    fast.save_pretrained(folder)
+    return model.num_parameters()
+
+
+def write_jsonl(path: Path, rows: list[dict[str, str]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")

@@ -1,0 +1,221 @@
+import asyncio
+import math
+import pickle
+import threading
+
+import numpy as np
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from flux_ray.config import Config, DataConfig, RewardConfig
+from flux_ray.records import Prompt, RolloutGroup, Trajectory
+from flux_ray.reward.calls import BAD_RESULT, RAISED, TIMED_OUT, RewardError
+from flux_ray.reward.worker import RewardWorker
+from flux_ray.toy.addition import CHARACTERS, character_tokenizer
+
+pytestmark = pytest.mark.unit
+
+EOS = 1
+
+
+@pytest.fixture(scope="module")
+def tokenizer_path(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=character_tokenizer(CHARACTERS), pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
+    )
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def make_group(texts, *, prompt="12+30=", columns=None, versions=None, truncated=()):
+    """A group whose responses are `texts`, each with its end token but for those truncated."""
+    ids = {character: number for number, character in enumerate(CHARACTERS, start=3)}
+    start = [ids[character] for character in "12+30="]
+    trajectories = []
+    for place, text in enumerate(texts):
+        response = [ids[character] for character in text] + ([] if place in truncated else [EOS])
+        mask = np.array([False] * len(start) + [True] * len(response))
+        version = versions[place] if versions else 3
+        trajectories.append(
+            Trajectory(
+                token_ids=np.array(start + response, np.int32),
+                loss_mask=mask,
+                sampler_logprobs=np.zeros(len(mask), np.float32),
+                versions=np.where(mask, version, -1).astype(np.int32),
+                prompt_length=len(start),
+                finish_reason="length" if place in truncated else "stop",
+            )
+        )
+    columns = {"answer": "42"} if columns is None else columns
+    row = Prompt(9, 4, prompt, np.array(start, np.int32), columns, len(texts), 1)
+    return RolloutGroup(row, tuple(trajectories))
+
+
+@pytest.fixture
+def score(tokenizer_path, tmp_path):
+    """Score a group by functions of a file (or by rules), with the reward's knobs."""
+
+    def run(group, code="", data=None, **knobs):
+        path = tmp_path / "mine.py"
+        path.write_text(code)
+        knobs["functions"] = [name if name.isidentifier() else f"{path}{name}" for name in knobs.get("functions", [])]
+        config = Config(reward=RewardConfig(**knobs), data=data or DataConfig())
+        return asyncio.run(RewardWorker(config, tokenizer_path=tokenizer_path).score(group))
+
+    return run
+
+
+def test_a_scored_group_is_complete(score):
+    group = make_group(["42", "41", "429"], versions=[5, 4, 6], truncated={2})
+    scored = score(group)
+    assert scored.uid == 9 and scored.oldest_version == 4
+    assert scored.rewards.tolist() == scored.task_rewards.tolist() == [1, 0, 0]
+    assert scored.parts["numeric_or_exact"].tolist() == [1, 0, 0]
+    assert scored.num_tokens.tolist() == [9, 9, 9] and scored.num_loss_tokens.tolist() == [3, 3, 3]
+    assert scored.truncated.tolist() == [False, False, True]
+
+
+def test_weights_and_shaping(score):
+    scored = score(make_group(["42", "4142"]), functions=["exact_match", "length"], weights=[2.0, 1.0],
+                   options={"length": {"penalty": 0.1}})  # fmt: skip
+    np.testing.assert_allclose(scored.rewards, [2 - 0.3, -0.5])
+    np.testing.assert_allclose(scored.task_rewards, [2, 0])
+    np.testing.assert_allclose(scored.parts["length"], [-0.3, -0.5])
+
+
+def test_the_configured_answer_column_is_what_rules_compare_with(score):
+    group = make_group(["42"], columns={"gold": "42", "answer": "no"})
+    assert score(group, functions=["exact_match"], data=DataConfig(answer_column="gold")).rewards.tolist() == [1]
+    assert score(group, functions=["exact_match"]).rewards.tolist() == [0]
+
+
+def test_none_is_left_out_and_dicts_are_logged_apart(score):
+    code = """
+def some(prompts, completions, **columns):
+    return [None, 1, {"a": 2.0, "b": None}, {"a": 0.5, "c": 0.25}]
+def never(completions, **columns):
+    return [None, None, None, float("nan")]
+"""
+    scored = score(make_group(["1"] * 4), code, functions=[":some", ":never"], weights=[2.0, 1.0])
+    np.testing.assert_array_equal(scored.rewards, [math.nan, 2, 4, 1.5])
+    np.testing.assert_array_equal(scored.parts["some"], [math.nan, 1, 2, 0.75])
+    np.testing.assert_array_equal(scored.parts["some/a"], [math.nan, math.nan, 2, 0.5])
+    np.testing.assert_array_equal(scored.parts["some/c"], [math.nan, math.nan, math.nan, 0.25])
+    assert np.isnan(scored.parts["never"]).all()
+
+
+# In TRL's form: everything by keyword, texts for plain prompts, messages for chats.
+TRL_CODE = """
+def by_ids(completion_ids, **kwargs):
+    return [float(len(ids)) for ids in completion_ids]
+
+def accuracy(completions, solution, log_extra=None, **kwargs):
+    log_extra("solution", list(solution))
+    kwargs["log_metric"]("seen", len(solution))
+    assert kwargs["trainer_state"].global_step == 3
+    assert "completion" not in kwargs and kwargs["level"] == ["easy", "easy"]
+    contents = [completion[0]["content"] for completion in completions]
+    return [1.0 if content == right else 0.0 for content, right in zip(contents, solution)]
+
+async def judged(prompts, completions, **kwargs):
+    import asyncio
+    await asyncio.sleep(0.001)
+    return [float(prompt[-1]["content"] == "sum?") for prompt in prompts]
+
+class Judge:
+    async def __call__(self, completions, **kwargs):
+        return [0.5 for _ in completions]
+
+judge = Judge()
+"""
+
+
+def test_functions_written_for_trl_work_unchanged(score):
+    chat = [{"role": "user", "content": "sum?"}]
+    group = make_group(["42", "1"], prompt=chat, columns={"solution": "42", "level": "easy", "completion": "42"})
+    scored = score(group, TRL_CODE, functions=[":by_ids", ":accuracy", ":judged", ":judge"])
+    assert scored.parts["by_ids"].tolist() == [3, 2]
+    assert scored.parts["accuracy"].tolist() == [1, 0]
+    assert scored.parts["judged"].tolist() == [1, 1]
+    assert scored.parts["judge"].tolist() == [0.5, 0.5]
+    assert scored.parts["seen"].tolist() == [2, 2]
+    assert scored.rewards.tolist() == [5.5, 3.5]
+
+
+def test_a_plain_prompt_gives_texts(score):
+    code = "def f(prompts, completions): return [float(p + c == '12+30=42') for p, c in zip(prompts, completions)]"
+    assert score(make_group(["42", "41"]), code, functions=[":f"]).rewards.tolist() == [1, 0]
+
+
+@pytest.mark.parametrize(
+    ("body", "kind", "message"),
+    [
+        ("return [1 / (c != '41') for c in completions]", RAISED, "row 5 (from 1), sample 2 of 3: ZeroDivisionError"),
+        ("assert len(completions) < 3; return [0]", RAISED, "3 samples together: AssertionError"),
+        ("raise TimeoutError('of its own')", RAISED, "sample 1 of 3: TimeoutError: of its own"),
+        ("raise StopIteration", RAISED, "sample 1 of 3: StopIteration"),
+        ("raise SystemExit(3)", RAISED, "sample 1 of 3: SystemExit"),
+        ("return [0.0]", BAD_RESULT, "gave 1 values for 3 samples"),
+        ("return 1.0", BAD_RESULT, "gave float 1.0, not a list of 3 values"),
+        ("return None", BAD_RESULT, "gave NoneType None"),
+        ("return 'abc'", BAD_RESULT, "gave str 'abc'"),
+        ("return [0.0, '1', 0.0]", BAD_RESULT, "sample 2 of 3: gave str '1'"),
+        ("return [0.0, 0.0, float('inf')]", BAD_RESULT, "sample 3 of 3: gave float inf"),
+        ("return [0.0, {'a': [1]}, 0.0]", BAD_RESULT, "sample 2 of 3, part 'a': gave list [1]"),
+        ("import time; time.sleep(30)", TIMED_OUT, "no value within reward.deadline_s=0.2"),
+    ],
+)
+@pytest.mark.parametrize("keyword", ["def", "async def"])
+def test_a_failure_names_function_row_sample_and_cause(score, keyword, body, kind, message):
+    if keyword == "async def":
+        body = body.replace("import time; time", "import asyncio; await asyncio")
+        message = message.replace("StopIteration", "RuntimeError")  # Python's own doing
+    with pytest.raises(RewardError) as error:
+        score(make_group(["42", "41", "1"]), f"{keyword} f(completions): {body}", functions=[":f"], deadline_s=0.2)
+    assert error.value.kind == kind
+    assert str(error.value).startswith("reward f, prompt row 5") and message in str(error.value)
+    again = pickle.loads(pickle.dumps(error.value))  # noqa: S301
+    assert (str(again), again.kind) == (str(error.value), kind)
+
+
+def test_a_late_call_does_not_hold_up_the_next_one(tokenizer_path, tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "import time\ndef f(completions):\n    time.sleep(30 if completions == ['1'] else 0)\n    return [1.0]\n"
+    )
+    config = Config(reward=RewardConfig(functions=[f"{tmp_path}/mine.py:f"], deadline_s=0.2))
+    worker = RewardWorker(config, tokenizer_path=tokenizer_path)
+
+    async def both():
+        groups = [make_group(["1"]), make_group(["2"])]
+        return await asyncio.gather(*(worker.score(group) for group in groups), return_exceptions=True)
+
+    late, scored = asyncio.run(both())
+    assert isinstance(late, RewardError) and late.kind == TIMED_OUT
+    assert scored.rewards.tolist() == [1]
+
+
+def test_functions_that_are_not_async_take_turns(tokenizer_path, tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "import time\nRUNNING = []\ndef f(completions):\n    RUNNING.append(1)\n    time.sleep(0.01)\n"
+        "    at_once = len(RUNNING)\n    RUNNING.pop()\n    return [at_once]\n"
+    )
+    config = Config(reward=RewardConfig(functions=[f"{tmp_path}/mine.py:f"]))
+    worker = RewardWorker(config, tokenizer_path=tokenizer_path)
+
+    async def many():
+        return await asyncio.gather(*(worker.score(make_group(["1"])) for _ in range(5)))
+
+    assert [scored.rewards.tolist() for scored in asyncio.run(many())] == [[1]] * 5
+
+
+def test_decode_gives_the_responses_without_special_tokens(tokenizer_path):
+    worker = RewardWorker(Config(), tokenizer_path=tokenizer_path)
+    assert worker.decode(make_group(["42", "7+", ""])) == ["42", "7+", ""]
+
+
+def test_a_hanging_reward_is_a_daemon_thread(score):
+    with pytest.raises(RewardError):
+        score(make_group(["1"]), "import time\ndef f(completions): time.sleep(5)", functions=[":f"], deadline_s=0.05)
+    hanging = [thread for thread in threading.enumerate() if thread.name == "reward"]
+    assert hanging and all(thread.daemon for thread in hanging)
