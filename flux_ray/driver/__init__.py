@@ -1,0 +1,154 @@
+"""Runs a Config: `run(config) -> TrainingResult`.
+
+Takes:  a Config, from the command line or from Python.
+Gives:  a run folder with a trained model in it.
+Knows:  the life of a run: check, connect, place, build, loop, save; the first failure is what the user is told.
+Never:  leaves a process behind, however the run ends; prints what a library prints.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from flux_ray.config import Config
+from flux_ray.errors import UserError
+
+if TYPE_CHECKING:
+    from flux_ray.driver.preflight import Prepared
+    from flux_ray.driver.recorder import Recorder
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """What a run gave. `history` holds each step's metrics of this process, oldest first."""
+
+    run_dir: Path
+    num_steps: int
+    metrics: dict[str, float] = field(default_factory=dict)  # of the last step
+    history: tuple[dict[str, float], ...] = ()
+
+    @property
+    def model_path(self) -> Path:
+        return self.run_dir / "model"
+
+
+class RunFailed(RuntimeError):
+    """A run that broke: its cause in one line, and where its log is."""
+
+
+def run(config: Config) -> TrainingResult:
+    """Train as the config says. UserError for a mistake in it, RunFailed for what broke, KeyboardInterrupt for Ctrl-C."""
+    from flux_ray import run_dir
+    from flux_ray.driver.preflight import prepare
+    from flux_ray.driver.recorder import Recorder
+    from flux_ray.observability.run_folder import LOG, RunFolder
+    from flux_ray.observability.terminal import quiet
+
+    prepared = prepare(config)
+    config = run_dir.claim(prepared.config)
+    assert config.run_dir is not None
+    folder = RunFolder(config.run_dir)
+    folder.create(config, resume_step=prepared.start.step if prepared.checkpoint else None)
+    with quiet(folder.path / LOG, progress=config.observability.progress) as terminal:
+        recorder = Recorder(config, folder=folder, terminal=terminal)
+        terminal.say(f"run folder {folder.path}")
+        for warning in prepared.warnings:
+            recorder.warn(warning)
+        try:
+            with _termination_is_interruption():
+                asyncio.run(_live(prepared, recorder))
+        except BaseException as error:
+            raise _told(error, folder.path / LOG) from error
+        finally:
+            recorder.close()
+        terminal.say(f"done: model in {folder.model}")
+    history = tuple(recorder.history)
+    return TrainingResult(folder.path, config.driver.num_steps, history[-1] if history else {}, history)
+
+
+async def _live(prepared: Prepared, recorder: Recorder) -> None:
+    """Connect, place, build, loop, save; then, whatever happened, end every process of the run."""
+    from flux_ray.cluster.on_ray import Cluster
+    from flux_ray.cluster.plan import make_plan
+    from flux_ray.driver import build
+    from flux_ray.driver.evaluation import Evaluation
+    from flux_ray.driver.loop import Loop
+    from flux_ray.driver.supervised import SupervisedLoop
+
+    config, say = prepared.config, recorder.terminal.say
+    cluster = Cluster(log_dir=recorder.folder.logs, plugins=list(config.plugins))
+    # A Ray of the run's own gets as many CPUs as the plan counts: actors share the cores that there are.
+    own = make_plan(config, cluster_gpus=_visible_gpus(config), needs_reference=prepared.needs_reference)
+    cluster.connect(config.cluster.address, cpus=own.total["CPU"])
+    try:
+        plan = make_plan(config, cluster_gpus=cluster.num_gpus(), needs_reference=prepared.needs_reference)
+        await cluster.place(plan, deadline_s=config.cluster.placement_deadline_s)
+        say("starting " + ", ".join(f"{role.count} {role.name}" for role in plan.roles) + f" on {plan.device}")
+        if prepared.examples is not None:
+            training = await build.training_rooms(prepared, cluster, plan)
+            say("ready")
+            await SupervisedLoop(config, rooms=training, examples=prepared.examples, recorder=recorder,
+                                 start=prepared.start).run()
+        else:
+            assert prepared.prompts is not None
+            rooms = await build.policy_rooms(prepared, cluster, plan)
+            training = rooms.training
+            say("ready")
+            evaluation = Evaluation(config, prepared.eval_prompts) if prepared.eval_prompts else None
+            await Loop(config, rooms=rooms, prompts=prepared.prompts, evaluation=evaluation, recorder=recorder,
+                       start=prepared.start).run()
+        await training.save_model(recorder.folder.model)
+    finally:
+        await cluster.close()
+
+
+def _visible_gpus(config: Config) -> int:
+    """GPUs of this machine, for a Ray of the run's own; 0 without asking where the config says CPU."""
+    if config.cluster.device == "cpu":
+        return 0
+    import torch
+
+    return torch.cuda.device_count()
+
+
+@contextlib.contextmanager
+def _termination_is_interruption() -> Iterator[None]:
+    """SIGTERM (a scheduler's end, `ray job stop`) ends the run as Ctrl-C does. Only the main thread can take signals."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(signum: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _told(error: BaseException, log: Path) -> BaseException:
+    """The first cause of a failure as the user is told it."""
+    import logging
+
+    logging.getLogger(__name__).error("the run failed", exc_info=error)
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    if isinstance(error, (UserError, KeyboardInterrupt, SystemExit)):
+        return error
+    if isinstance(error, asyncio.CancelledError):
+        return KeyboardInterrupt()
+    text = str(error).strip() or type(error).__name__
+    known = isinstance(error, (RuntimeError, TimeoutError))
+    return RunFailed(f"{text if known else f'{type(error).__name__}: {text}'} (log: {log})")
+
+
+__all__ = ["RunFailed", "TrainingResult", "run"]

@@ -1,0 +1,137 @@
+"""From the config to what is placed: pure code.
+
+Takes:  Config, and how many GPUs the cluster has.
+Gives:  a Plan: device, weights backend, and a Role (count, CPUs, GPUs of an actor) for every kind of actor.
+Knows:  three shapes: CPU only; GPUs of their own for each actor; GPUs shared by engine, trainer and reference.
+Never:  asks Ray anything; a config that no cluster could place is refused here.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from flux_ray.config import Config
+from flux_ray.errors import UserError
+
+ENGINE, REWARD, REFERENCE, TRAINER = "engine", "reward", "reference", "trainer"
+#: Shares of one GPU where actors share it. Ray counts them; memory is bounded by vLLM's gpu_memory_utilization.
+SHARED_GPU = {ENGINE: 0.4, TRAINER: 0.4, REFERENCE: 0.2}
+
+
+@dataclass(frozen=True)
+class Role:
+    """The actors of one kind. With `inside`, actor i lives in the placement group of that role's actor i.
+
+    >>> Role("engine", count=2, cpus=1.0, gpus=0.0).bundle
+    {'CPU': 1.0}
+    """
+
+    name: str
+    count: int
+    cpus: float
+    gpus: float
+    own_group_each: bool = False   # a placement group per actor: it can join and leave alone
+    inside: str | None = None
+
+    @property
+    def bundle(self) -> dict[str, float]:
+        bundle = {"CPU": self.cpus}
+        if self.gpus:
+            bundle["GPU"] = self.gpus
+        return bundle
+
+
+@dataclass(frozen=True)
+class Plan:
+    device: str           # cpu or cuda
+    weights_backend: str  # gloo, nccl or ipc
+    roles: tuple[Role, ...]
+
+    def role(self, name: str) -> Role | None:
+        return next((role for role in self.roles if role.name == name), None)
+
+    def bundles(self) -> dict[str, list[list[dict[str, float]]]]:
+        """Placement groups by role, each a list of bundles; a role that lives inside another's has none of its own."""
+        groups: dict[str, list[list[dict[str, float]]]] = {}
+        for role in self.roles:
+            if role.inside:
+                continue
+            bundle = dict(role.bundle)
+            for guest in self.roles:
+                if guest.inside == role.name:
+                    bundle["CPU"] += guest.cpus
+            if bundle.get("GPU", 0) % 1:
+                bundle["GPU"] = 1.0  # a shared GPU is reserved whole and divided among its actors
+            groups[role.name] = [[bundle]] * role.count if role.own_group_each else [[bundle] * role.count]
+        return groups
+
+    @property
+    def total(self) -> dict[str, float]:
+        total: dict[str, float] = {}
+        for groups in self.bundles().values():
+            for bundle in (bundle for group in groups for bundle in group):
+                for resource, amount in bundle.items():
+                    total[resource] = total.get(resource, 0.0) + amount
+        return total
+
+
+def make_plan(config: Config, *, cluster_gpus: int, needs_reference: bool) -> Plan:
+    """The plan for a cluster with that many GPUs, with reference actors where a KL is asked for. What can't be placed anywhere: UserError."""
+    device = config.cluster.device
+    if device == "auto":
+        device = "cuda" if cluster_gpus else "cpu"
+    if device == "cuda" and not cluster_gpus:
+        raise UserError("cluster.device=cuda, but the cluster has no GPU")
+    supervised = config.algo.name == "sft"
+    counts = {TRAINER: config.train.num_ranks}
+    if not supervised:
+        counts[ENGINE] = config.rollout.num_engines
+        counts[REWARD] = config.reward.num_workers
+        if needs_reference:
+            counts[REFERENCE] = config.reference.num_actors
+    gpus_each = {ENGINE: config.rollout.tensor_parallel_size, TRAINER: 1, REFERENCE: 1}
+    wanted = sum(counts.get(name, 0) * gpus for name, gpus in gpus_each.items()) if device == "cuda" else 0
+    shared = device == "cuda" and not supervised and (config.cluster.colocate or cluster_gpus == 1 < wanted)
+    if shared:
+        _check_shared(config, counts)
+    roles = []
+    for name in (ENGINE, TRAINER, REFERENCE, REWARD):
+        if name not in counts:
+            continue
+        gpus = 0.0 if device == "cpu" or name == REWARD else float(gpus_each[name])
+        cpus = config.cluster.cpus_per_actor
+        if shared and gpus:
+            gpus = SHARED_GPU[name]
+        inside = ENGINE if shared and name in (TRAINER, REFERENCE) else None
+        roles.append(Role(name, counts[name], cpus, gpus, own_group_each=name == ENGINE, inside=inside))
+    return Plan(device, _weights_backend(config, device, shared), tuple(roles))
+
+
+def _check_shared(config: Config, counts: dict[str, int]) -> None:
+    if config.rollout.tensor_parallel_size != 1:
+        raise UserError("engines that share GPUs with the trainer must have rollout.tensor_parallel_size=1, "
+                        f"got {config.rollout.tensor_parallel_size}")
+    if counts[TRAINER] != counts[ENGINE] or counts.get(REFERENCE, 0) > counts[ENGINE]:
+        raise UserError("where GPUs are shared, train.num_ranks must equal rollout.num_engines and reference.num_actors must "
+                        f"not exceed it, got {counts[TRAINER]} ranks, {counts[ENGINE]} engines, "
+                        f"{counts.get(REFERENCE, 0)} reference actors")
+
+
+def _weights_backend(config: Config, device: str, shared: bool) -> str:
+    right = "gloo" if device == "cpu" else "ipc" if shared else "nccl"
+    chosen = config.weights.backend
+    if chosen not in ("auto", right) and not (device == "cuda" and chosen == "gloo"):
+        where = "on CPU" if device == "cpu" else "where trainer and engine share a GPU" if shared else "between GPUs"
+        raise UserError(f"weights.backend={chosen} can't work {where}: use {right} (or auto)")
+    return right if chosen == "auto" else chosen
+
+
+def describe(resources: dict[str, float]) -> str:
+    """`4 CPU, 1 GPU`: only what placement looks at.
+
+    >>> describe({"CPU": 4.0, "memory": 1e9})
+    '4 CPU'
+    """
+    parts = [f"{math.floor(resources[name] * 100) / 100:g} {name}" for name in ("CPU", "GPU") if resources.get(name)]
+    return ", ".join(parts) or "nothing"

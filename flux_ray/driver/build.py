@@ -1,0 +1,106 @@
+"""From a prepared config to live rooms.
+
+Takes:  Prepared, a Cluster that is connected.
+Gives:  PolicyRooms or TrainingRooms, loaded and connected; the cluster ends them.
+Knows:  which class runs in which role, and what each is told; everything that can start at once does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from flux_ray.cluster.on_ray import Cluster, EngineCaller, RayGroup
+from flux_ray.cluster.plan import ENGINE, REFERENCE, REWARD, TRAINER, Plan
+from flux_ray.config import Config
+from flux_ray.driver.preflight import Prepared
+from flux_ray.driver.roles import ReferencePolicy, TrainingRank
+from flux_ray.driver.rooms import PolicyRooms, TrainingRooms
+from flux_ray.driver.state import TRAINER as TRAINER_FOLDER
+from flux_ray.model import resolve_dtype
+from flux_ray.reward import RewardWorker
+from flux_ray.rollout.engine import RolloutEngine, engine_env
+
+
+async def policy_rooms(prepared: Prepared, cluster: Cluster, plan: Plan) -> PolicyRooms:
+    """All four roles, started side by side; then the wire from trainer to engines."""
+    config = prepared.config
+    groups = {role.name: cluster.spawn(role, env=_env(config, plan, role.name)) for role in plan.roles}
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(_build_trainer(prepared, plan, groups[TRAINER]))
+        tasks.create_task(_build_engines(config, plan, groups[ENGINE]))
+        tasks.create_task(_build_rewards(config, groups[REWARD]))
+        if REFERENCE in groups:
+            tasks.create_task(_build_reference(config, plan, groups[REFERENCE]))
+    await _connect(config, plan, groups[TRAINER], groups[ENGINE])
+    return PolicyRooms(config, engines=groups[ENGINE], rewards=groups[REWARD], reference=groups.get(REFERENCE),
+                       trainer=groups[TRAINER])
+
+
+async def training_rooms(prepared: Prepared, cluster: Cluster, plan: Plan) -> TrainingRooms:
+    """The training ranks alone."""
+    role = plan.role(TRAINER)
+    assert role is not None
+    trainer = cluster.spawn(role, env=_env(prepared.config, plan, TRAINER))
+    await _build_trainer(prepared, plan, trainer)
+    return TrainingRooms(prepared.config, trainer)
+
+
+async def _build_trainer(prepared: Prepared, plan: Plan, trainer: RayGroup) -> None:
+    config, deadline_s = prepared.config, prepared.config.cluster.start_deadline_s
+    address, port = await trainer.address(0, deadline_s=deadline_s)
+    await trainer.build(TrainingRank, [
+        {"config": config, "rank": rank, "world_size": trainer.size, "master_address": address, "master_port": port,
+         "device": "cuda:0" if plan.device == "cuda" else "cpu", "weights_backend": plan.weights_backend}
+        for rank in range(trainer.size)], deadline_s=deadline_s)
+    if prepared.checkpoint is not None:
+        await TrainingRooms(config, trainer).load_checkpoint(prepared.checkpoint / TRAINER_FOLDER)
+
+
+async def _build_engines(config: Config, plan: Plan, engines: RayGroup) -> None:
+    dtype = _dtype_name(config.model.dtype, plan.device)
+    await engines.build(RolloutEngine, [
+        {"config": config, "index": index, "device": plan.device, "dtype": dtype, "weights_backend": plan.weights_backend}
+        for index in range(engines.size)], deadline_s=config.cluster.start_deadline_s)
+    await engines.call_all("start", deadline_s=config.cluster.start_deadline_s)
+
+
+async def _build_rewards(config: Config, rewards: RayGroup) -> None:
+    arguments = {"config": config, "tokenizer_path": config.model.tokenizer or config.model.path}
+    await rewards.build(RewardWorker, [arguments] * rewards.size, deadline_s=config.cluster.start_deadline_s)
+
+
+async def _build_reference(config: Config, plan: Plan, reference: RayGroup) -> None:
+    device = "cuda:0" if plan.device == "cuda" else "cpu"
+    dtype = resolve_dtype(config.model.dtype if config.reference.dtype == "auto" else config.reference.dtype, device)
+    arguments: dict[str, Any] = {"path": config.reference.path or config.model.path, "dtype": dtype, "device": device,
+                                 "config": config}
+    await reference.build(ReferencePolicy, [arguments] * reference.size, deadline_s=config.cluster.start_deadline_s)
+
+
+async def _connect(config: Config, plan: Plan, trainer: RayGroup, engines: RayGroup) -> None:
+    """Open the wire: rank 0 meets every engine worker; the other ranks only learn that they needn't."""
+    deadline_s = config.weights.deadline_s
+    address, port = await trainer.address(0, deadline_s=deadline_s)
+    call = EngineCaller(engines.actors, deadline_s)
+    # A first import of vLLM in rank 0 is part of this wait, hence the start's deadline.
+    await trainer.call_all("connect", call, workers_per_engine=[config.rollout.tensor_parallel_size] * engines.size,
+                           address=address, port=port, wire_dtype=_dtype_name(config.model.dtype, plan.device),
+                           deadline_s=config.cluster.start_deadline_s)
+
+
+def _env(config: Config, plan: Plan, role: str) -> dict[str, str]:
+    """Environment of a role's actors: one OpenMP thread on CPU, whatever the machine has, and the user's own variables."""
+    env = {"TOKENIZERS_PARALLELISM": "false"}
+    if plan.device == "cpu":
+        threads = config.train.num_threads if role == TRAINER else 1
+        env |= {"OMP_NUM_THREADS": str(threads), "CUDA_VISIBLE_DEVICES": ""}
+    if role in (ENGINE, TRAINER):  # rank 0 of the trainer imports vLLM as well
+        env = engine_env(plan.device) | env
+    return env | config.cluster.env
+
+
+def _dtype_name(name: str, device: str) -> str:
+    return str(resolve_dtype(name, device)).removeprefix("torch.")
+
+

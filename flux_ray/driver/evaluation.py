@@ -1,0 +1,43 @@
+"""An evaluation: every prompt of eval.data, once, under the weights that the engines serve.
+
+Takes:  the evaluation's prompts, the rooms.
+Gives:  eval/mean and its parts, lengths, and the first answers as text.
+Never:  runs while a step generates: the loop calls it between steps.
+"""
+
+from __future__ import annotations
+
+import time
+
+from flux_ray.cluster.group import first_failure
+from flux_ray.config import Config
+from flux_ray.data import PromptSource
+from flux_ray.driver.measure import length_metrics, reward_metrics
+from flux_ray.driver.recorder import Recorder
+from flux_ray.driver.rooms import PolicyRooms, Rolled
+from flux_ray.records import ScoredGroup
+
+NUM_ANSWERS = 16  # answers kept as text, for people
+
+
+class Evaluation:
+    def __init__(self, config: Config, prompts: PromptSource) -> None:
+        self._prompts = prompts
+        self._temperature = config.eval.temperature
+
+    async def run(self, rooms: PolicyRooms, *, version: int, recorder: Recorder) -> dict[str, float]:
+        start_s = time.monotonic()
+        answered = await first_failure([self._one(rooms, uid) for uid in range(self._prompts.num_rows)])
+        groups = [scored for _, scored in answered]
+        metrics = reward_metrics(groups, "eval") | length_metrics(groups, "eval")
+        metrics |= {"eval/prompts": float(len(groups)), "eval/s": time.monotonic() - start_s}
+        answers = []
+        for uid, (rolled, scored) in enumerate(answered[:NUM_ANSWERS]):
+            texts = await rooms.texts(rolled)
+            answers.append({"prompt": self._prompts.prompt(uid).text, "completion": texts[0], "reward": scored.rewards[0]})
+        recorder.evaluation(version, metrics, answers)
+        return metrics
+
+    async def _one(self, rooms: PolicyRooms, uid: int) -> tuple[Rolled, ScoredGroup]:
+        rolled = await rooms.roll(self._prompts.prompt(uid), temperature=self._temperature)
+        return rolled, await rooms.score(rolled)

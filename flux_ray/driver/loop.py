@@ -1,0 +1,143 @@
+"""The loop: prompts in, a better policy out.
+
+Takes:  the stream of prompts, live rooms, a place to write to.
+Gives:  trained weights, a line of metrics a step, checkpoints, evaluations.
+Knows:  the order of the stages and nothing of how they are done. Synchronous training is max_staleness=0.
+Keeps:  the slots, the next prompt, the policy's version.
+Never:  holds a token, a log-prob or a weight: it moves references and small numbers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+from flux_ray.cluster.group import ActorError
+from flux_ray.config import Config
+from flux_ray.data import PromptSource
+from flux_ray.driver import state as saved
+from flux_ray.driver.evaluation import Evaluation
+from flux_ray.driver.measure import batch_metrics
+from flux_ray.driver.recorder import Recorder
+from flux_ray.driver.rooms import PolicyRooms, ReadyGroup
+from flux_ray.driver.slots import Slots
+from flux_ray.driver.state import LoopState
+
+
+
+class Loop:
+    """One run of reinforcement learning."""
+
+    def __init__(self, config: Config, *, rooms: PolicyRooms, prompts: PromptSource, evaluation: Evaluation | None,
+                 recorder: Recorder, start: LoopState) -> None:
+        self._config, self._rooms, self._prompts = config, rooms, prompts
+        self._evaluation, self._recorder = evaluation, recorder
+        self._slots = Slots(config.batch.prompts_per_step, config.driver.max_staleness)
+        self._version = start.step
+        self._unfinished = list(start.unfinished)  # of the run that is resumed: they start first
+        self._next_uid = start.next_uid
+        self._dropped = start.prompts_dropped
+        self._changed = asyncio.Condition()        # slots came free, or a group is ready
+
+    async def run(self) -> None:
+        """Feed prompts, carry each group through its stages and train, until the last step. The first failure ends all."""
+        await self._rooms.publish(self._version)  # even the first: what is wrong with the wire shows here
+        if self._version == 0:
+            await self._evaluate()
+        async with asyncio.TaskGroup() as tasks:
+            feeding = tasks.create_task(self._feed_prompts(tasks))
+            await self._train_steps()
+            feeding.cancel()
+
+    async def _feed_prompts(self, tasks: asyncio.TaskGroup) -> None:
+        """Consumes free slots, starts a group's task in each. Woken by `_train_steps` (a step's slots) or a dropped group."""
+        while True:
+            async with self._changed:
+                await self._changed.wait_for(lambda: self._slots.free > 0)
+                uid = self._next_prompt()
+                self._slots.reserve(uid, version=self._version)
+            tasks.create_task(self._one_group(uid))
+
+    def _next_prompt(self) -> int:
+        if self._unfinished:
+            return self._unfinished.pop(0)
+        self._next_uid += 1
+        return self._next_uid - 1
+
+    async def _one_group(self, uid: int) -> None:
+        """One prompt: roll ► score ► reference. Its group is then ready, or dropped and its slot free. Woken by its actors."""
+        rolled = await self._rooms.roll(self._prompts.prompt(uid))
+        try:
+            scored = await self._rooms.score(rolled)
+        except ActorError as error:
+            await self._drop_failed(uid, error)
+            return
+        reference = await self._rooms.reference(rolled)
+        async with self._changed:
+            self._slots.ready(uid, ReadyGroup(scored, rolled, reference))
+            self._changed.notify_all()
+
+    async def _drop_failed(self, uid: int, error: ActorError) -> None:
+        """The one place where a failed group is caught: with reward.on_failure=drop it is counted and its slot is free."""
+        if self._config.reward.on_failure != "drop" or error.role != "reward":
+            raise error
+        self._recorder.warn(f"prompt {uid} dropped: {error}")
+        self._dropped += 1
+        async with self._changed:
+            self._slots.drop(uid)
+            self._changed.notify_all()
+
+    async def _train_steps(self) -> None:
+        """Consumes batches of ready groups: train ► publish ► release their slots. Woken by `_one_group`."""
+        while self._version < self._config.driver.num_steps:
+            start_s = time.monotonic()
+            batch = await self._next_batch()
+            wait_s = time.monotonic() - start_s
+            report = await self._rooms.train(batch, version=self._version)
+            train_s = time.monotonic() - start_s - wait_s
+            publish_s = await self._rooms.publish(report.version)
+            metrics = batch_metrics(batch, version=self._version) | report.metrics
+            metrics |= {"driver/wait_s": wait_s, "train/step_s": train_s, "weights/publish_s": publish_s,
+                        "driver/step_s": time.monotonic() - start_s, "driver/groups_dropped": float(self._dropped)}
+            await self._after_step(report.version, batch, metrics)
+
+    async def _next_batch(self) -> list[ReadyGroup]:
+        async with self._changed:
+            while (batch := self._slots.take(version=self._version)) is None:
+                await self._changed.wait()
+            return batch
+
+    async def _after_step(self, version: int, batch: list[ReadyGroup], metrics: dict[str, float]) -> None:
+        """Write what the step was, then let the next one's prompts in."""
+        self._version = version
+        self._recorder.step(version - 1, metrics | {"driver/version": float(version)})
+        await self._record_samples(version - 1, batch[: self._config.observability.samples_per_step])
+        async with self._changed:
+            self._slots.release()
+        await self._save_if_due()
+        await self._evaluate()
+        async with self._changed:
+            self._changed.notify_all()
+
+    async def _record_samples(self, step: int, groups: list[ReadyGroup]) -> None:
+        for group in groups:
+            texts = await self._rooms.texts(group.rolled)
+            self._recorder.sample(step, self._prompts.prompt(group.scored.uid), texts[0], group.scored)
+
+    async def _save_if_due(self) -> None:
+        every = self._config.checkpoint.every
+        if every and self._version % every == 0:
+            state = LoopState(self._version, self._next_uid, tuple(self._slots.in_flight), self._dropped)
+            await saved.save_whole(self._recorder.folder.checkpoints, state, self._rooms.training,
+                                   keep=self._config.checkpoint.keep)
+
+    async def _evaluate(self) -> None:
+        """At the start, every eval.every steps and at the end."""
+        if self._evaluation is None:
+            return
+        last = self._version == self._config.driver.num_steps
+        every = self._config.eval.every
+        if self._version == 0 or last or (every and self._version % every == 0):
+            await self._evaluation.run(self._rooms, version=self._version, recorder=self._recorder)
+
+

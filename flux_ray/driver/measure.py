@@ -1,0 +1,52 @@
+"""The metrics of a batch that the driver can know: from small records alone.
+
+Takes:  the groups of a step (rewards, lengths, times), the trainer's version.
+Gives:  reward/*, rollout/*, driver/staleness_*: floats by name.
+Never:  looks at a token.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from flux_ray.driver.rooms import ReadyGroup
+from flux_ray.records import ScoredGroup
+
+
+def reward_metrics(groups: list[ScoredGroup], prefix: str) -> dict[str, float]:
+    """Mean and standard deviation (ddof 0) of the rewards over samples, and the mean of each part; unscored samples left out."""
+    rewards = np.concatenate([group.rewards for group in groups])
+    rewards = rewards[~np.isnan(rewards)]
+    metrics = {}
+    if len(rewards):
+        metrics = {f"{prefix}/mean": float(rewards.mean()), f"{prefix}/std": float(rewards.std())}
+    for name in sorted({name for group in groups for name in group.parts}):
+        part = np.concatenate([group.parts[name] for group in groups if name in group.parts])
+        part = part[~np.isnan(part)]
+        if len(part):
+            metrics[f"{prefix}/{name}"] = float(part.mean())
+    return metrics
+
+
+def length_metrics(groups: list[ScoredGroup], prefix: str) -> dict[str, float]:
+    """Sampled tokens of a response (mean, largest) and the share of responses that the limit cut."""
+    lengths = np.concatenate([group.num_loss_tokens for group in groups])
+    truncated = np.concatenate([group.truncated for group in groups])
+    return {f"{prefix}/response_length_mean": float(lengths.mean()), f"{prefix}/response_length_max": float(lengths.max()),
+            f"{prefix}/truncated_frac": float(truncated.mean())}
+
+
+def batch_metrics(batch: list[ReadyGroup], *, version: int) -> dict[str, float]:
+    """All of them for one step. rollout/s is from the first request of the batch to its last answer."""
+    groups = [group.scored for group in batch]
+    rolled = [group.rolled for group in batch]
+    seconds = max(r.end_s for r in rolled) - min(r.start_s for r in rolled)
+    tokens = sum(r.num_tokens for r in rolled)
+    staleness = [version - group.oldest_version for group in groups if group.oldest_version >= 0]
+    same = [group for group in groups if len(group.rewards) and np.ptp(group.rewards) == 0]
+    return reward_metrics(groups, "reward") | length_metrics(groups, "rollout") | {
+        "reward/same_frac": len(same) / len(groups),
+        "rollout/s": seconds, "rollout/tokens": float(tokens), "rollout/tokens_per_s": tokens / seconds,
+        "driver/staleness_mean": float(np.mean(staleness)) if staleness else 0.0,
+        "driver/staleness_max": float(max(staleness, default=0)),
+    }

@@ -1,0 +1,94 @@
+"""Everything that can be refused before an actor starts.
+
+Takes:  a Config.
+Gives:  Prepared: the config with what it left open filled in, the encoded prompts, the warnings.
+Knows:  which room checks what; the order: values, then files, then the model's own limits.
+Never:  starts a process.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+from flux_ray import algo
+from flux_ray.algo.check import check as check_algo
+from flux_ray.config import Config, validate
+from flux_ray.data import PromptSource, SftSource
+from flux_ray.driver import state as saved
+from flux_ray.driver.state import LoopState
+from flux_ray.errors import UserError
+from flux_ray.model import context_length, load_tokenizer
+from flux_ray.plugins import load_plugins
+from flux_ray.reward import resolve_functions
+from flux_ray.rollout.engine import check_engine_args
+from flux_ray.rollout.functions import get_rollout
+from flux_ray.train import check_deepspeed_options
+
+log = logging.getLogger(__name__)
+
+SUPERVISED = ("sft",)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    config: Config
+    prompts: PromptSource | None      # reinforcement learning
+    examples: SftSource | None        # supervised training
+    eval_prompts: PromptSource | None
+    needs_reference: bool
+    start: LoopState
+    checkpoint: Path | None           # to load before the first step
+    warnings: tuple[str, ...]
+
+    @property
+    def supervised(self) -> bool:
+        return self.config.algo.name in SUPERVISED
+
+
+def prepare(config: Config) -> Prepared:
+    """Check it all. UserError for the first mistake: one line with key, file and row."""
+    load_plugins(config.plugins)
+    config = validate(config)
+    warnings = list(check_algo(config))
+    check_engine_args(config.rollout)
+    check_deepspeed_options(config)
+    get_rollout(config.rollout.function)
+    assert config.model.path is not None  # validate has seen to it
+    if Path(config.model.path).expanduser().is_dir():
+        config = _with(config, "model", path=str(Path(config.model.path).expanduser().resolve()))
+    limit = config.rollout.max_model_len or context_length(str(config.model.path))
+    tokenizer = load_tokenizer(config.model.tokenizer or str(config.model.path))
+    checkpoint = saved.find(config.resume) if config.resume else None
+    start = saved.load(checkpoint) if checkpoint else LoopState(step=0, next_uid=0)
+    if start.step > config.driver.num_steps:
+        raise UserError(f"driver.num_steps={config.driver.num_steps} is less than the {start.step} steps done in {checkpoint}")
+    if config.algo.name in SUPERVISED:
+        examples = SftSource.from_config(config, tokenizer, context_length=limit)
+        warnings += _skipped(examples.num_skipped, examples.source)
+        return Prepared(config, None, examples, None, False, start, checkpoint, tuple(warnings))
+    prompts = PromptSource.from_config(config, tokenizer, context_length=limit)
+    warnings += _skipped(prompts.num_skipped, prompts.source)
+    config = _with(config, "reward", functions=list(config.reward.functions) or [_default_reward(config, prompts)])
+    resolve_functions(config, prompts.columns)
+    eval_prompts = None
+    if config.eval.data:
+        eval_prompts = PromptSource.for_eval(config, tokenizer, context_length=limit)
+        resolve_functions(config, eval_prompts.columns)
+    return Prepared(config, prompts, None, eval_prompts, algo.needs_reference(config.algo), start, checkpoint, tuple(warnings))
+
+
+def _default_reward(config: Config, prompts: PromptSource) -> str:
+    """The one function that stands in where none is named; UserError where the data don't call for one."""
+    (function,) = resolve_functions(config, prompts.columns)
+    return function.name
+
+
+def _skipped(count: int, source: str) -> list[str]:
+    return [f"{source}: {count} bad rows skipped (data.on_bad_row=skip)"] if count else []
+
+
+def _with(config: Config, group: str, **values: object) -> Config:
+    return dataclasses.replace(config, **{group: dataclasses.replace(getattr(config, group), **values)})

@@ -1,0 +1,66 @@
+"""Writes what happens in a run, for people and for programs.
+
+Takes:  metrics, samples, answers of an evaluation, warnings.
+Gives:  lines in the run's folder, on the terminal and, if asked for, TensorBoard.
+Keeps:  every step's metrics of this process (the TrainingResult's history).
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from flux_ray.config import Config
+from flux_ray.errors import UserError
+from flux_ray.observability.run_folder import EVAL, SAMPLES, RunFolder
+from flux_ray.observability.terminal import Terminal
+from flux_ray.records import Prompt, ScoredGroup
+
+log = logging.getLogger(__name__)
+
+
+class Recorder:
+    def __init__(self, config: Config, *, folder: RunFolder, terminal: Terminal) -> None:
+        self.folder = folder
+        self.terminal = terminal
+        self.history: list[dict[str, float]] = []
+        self._num_steps = config.driver.num_steps
+        self._board = _tensorboard(folder) if config.observability.tensorboard else None
+
+    def step(self, step: int, metrics: dict[str, float]) -> None:
+        self.history.append({"step": float(step), **metrics})
+        self.folder.metrics(step, metrics)
+        self.terminal.step(step + 1, self._num_steps, metrics)
+        self._write_board(step, metrics)
+
+    def sample(self, step: int, prompt: Prompt, text: str, scored: ScoredGroup) -> None:
+        self.folder.append(SAMPLES, {"step": step, "row": prompt.row, "prompt": prompt.text, "completion": text,
+                                     "reward": scored.rewards[0], "parts": {n: p[0] for n, p in scored.parts.items()}})
+
+    def evaluation(self, version: int, metrics: dict[str, float], answers: list[dict[str, Any]]) -> None:
+        """`answers`: prompt, completion and reward of the first prompts."""
+        self.folder.append(EVAL, {"step": version, **metrics, "answers": answers})
+        self.terminal.say(f"evaluation at step {version}: " + "  ".join(
+            f"{name.removeprefix('eval/')} {value:.3f}" for name, value in metrics.items() if name.startswith("eval/")))
+        self._write_board(version, metrics)
+
+    def warn(self, text: str) -> None:
+        log.warning(text)
+        self.terminal.say(f"warning: {text}")
+
+    def _write_board(self, step: int, metrics: dict[str, float]) -> None:
+        if self._board is not None:
+            for name, value in metrics.items():
+                self._board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        if self._board is not None:
+            self._board.close()
+
+
+def _tensorboard(folder: RunFolder) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UserError("observability.tensorboard=true needs the tensorboard package: pip install tensorboard") from None
+    return SummaryWriter(str(folder.path / "tensorboard"))

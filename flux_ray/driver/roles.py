@@ -1,0 +1,43 @@
+"""What runs inside each kind of actor: rooms put together.
+
+Takes:  the arguments that `build` sends.
+Gives:  TrainingRank (a trainer that can publish its weights), ReferencePolicy; engines and reward workers are rooms as they are.
+Knows:  that no room knows another: here, above them, they meet.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from flux_ray.config import Config
+from flux_ray.records import RolloutGroup
+from flux_ray.reference import Reference
+from flux_ray.train import Trainer
+from flux_ray.weights.publish import CallEngines, Publisher
+
+MIB = 2**20
+
+
+class TrainingRank(Trainer):
+    """A rank of the training group with its end of the wire to the engines."""
+
+    def __init__(self, config: Config, *, rank: int, weights_backend: str, **group: Any) -> None:
+        super().__init__(config, rank=rank, **group)
+        self._publisher = Publisher(self, rank=rank, backend=weights_backend, deadline_s=config.weights.deadline_s,
+                                    bucket_bytes=config.weights.bucket_mib * MIB)
+
+    def connect(self, call: CallEngines, **wire: Any) -> None:
+        self._publisher.connect(call, **wire)
+
+    def publish(self) -> None:
+        self._publisher.publish()
+
+
+class ReferencePolicy(Reference):
+    """The frozen policy; what the driver waits for is not what the trainer gets."""
+
+    async def logprobs_and_done(self, group: RolloutGroup) -> tuple[list[np.ndarray], bool]:
+        """The log-probs, which stay in the object store, and a word for the driver that they are there."""
+        return await self.logprobs(group), True

@@ -1,0 +1,137 @@
+"""The live rooms as the loop sees them: one verb for each stage, on actor groups.
+
+Takes:  actor groups, and for each verb the small records or the references that it needs.
+Gives:  roll, score, reference, train, publish, save …: each waits under its own deadline.
+Knows:  which arguments travel as references: tokens, log-probs and masks never pass through the driver.
+Never:  decides anything.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flux_ray.batch import balance
+from flux_ray.cluster.group import ActorGroup, first_failure
+from flux_ray.config import Config
+from flux_ray.records import Prompt, Sample, ScoredGroup, StepReport
+from flux_ray.rollout.routing import Router
+
+
+@dataclass(frozen=True)
+class Rolled:
+    """A group that an engine has generated: a reference to it, and what it cost."""
+
+    group: Any          # reference to a RolloutGroup
+    num_tokens: int     # sampled tokens
+    engine: int
+    start_s: float      # on the driver's monotonic clock
+    end_s: float
+
+
+@dataclass(frozen=True)
+class ReadyGroup:
+    """A group that the trainer can take."""
+
+    scored: ScoredGroup
+    rolled: Rolled
+    reference: Any | None  # reference to the reference policy's log-probs
+
+
+class PolicyRooms:
+    """Engines, reward workers, reference actors (or none) and training ranks."""
+
+    def __init__(self, config: Config, *, engines: ActorGroup, rewards: ActorGroup, reference: ActorGroup | None,
+                 trainer: ActorGroup) -> None:
+        self._config = config
+        self._engines, self._rewards, self._reference, self._trainer = engines, rewards, reference, trainer
+        self._engine_router = Router(engines.size)
+        self._reward_router = Router(rewards.size)
+        self._reference_router = Router(reference.size) if reference else None
+        self.training = TrainingRooms(config, trainer)
+
+    async def roll(self, prompt: Prompt, *, temperature: float | None = None) -> Rolled:
+        """Generate the prompt's group on the engine with the fewest tokens outstanding."""
+        rollout = self._config.rollout
+        longest = len(prompt.token_ids) + prompt.num_samples * rollout.max_tokens
+        with self._engine_router.route(longest) as engine:
+            start_s = time.monotonic()
+            group, small = self._engines.submit(engine, "roll", prompt, temperature, num_returns=2)
+            # The engine's own deadline comes first and names the prompt; this one is for an engine that doesn't answer.
+            numbers = await self._engines.result(small, index=engine, what=f"rollout of row {prompt.row}",
+                                                 deadline_s=rollout.deadline_s + self._config.weights.deadline_s)
+            return Rolled(group, int(numbers["num_tokens"]), engine, start_s, time.monotonic())
+
+    async def score(self, rolled: Rolled) -> ScoredGroup:
+        reward = self._config.reward
+        with self._reward_router.route(1) as worker:
+            deadline_s = reward.deadline_s * (1 + len(reward.functions)) + self._config.rollout.deadline_s
+            return await self._rewards.call(worker, "score", rolled.group, deadline_s=deadline_s)
+
+    async def texts(self, rolled: Rolled) -> list[str]:
+        return await self._rewards.call(0, "decode", rolled.group, deadline_s=self._config.reward.deadline_s)
+
+    async def reference(self, rolled: Rolled) -> Any | None:
+        """A reference to the frozen policy's log-probs; None where no KL is asked for."""
+        if self._reference is None or self._reference_router is None:
+            return None
+        with self._reference_router.route(rolled.num_tokens) as actor:
+            logprobs, done = self._reference.submit(actor, "logprobs_and_done", rolled.group, num_returns=2)
+            await self._reference.result(done, index=actor, what="log-probs",
+                                         deadline_s=self._config.reference.deadline_s)
+            return logprobs
+
+    async def train(self, batch: list[ReadyGroup], *, version: int) -> StepReport:
+        """One training step on these groups. A group stays whole: each rank gets some of them, balanced by tokens."""
+        shares = balance([int(group.scored.num_tokens.sum()) for group in batch], self._trainer.size)
+        calls = []
+        for share in shares:
+            groups = [batch[i] for i in share]
+            calls.append({"groups": [group.rolled.group for group in groups], "scores": [group.scored for group in groups],
+                          "reference_logprobs": [group.reference for group in groups] if self._reference else None,
+                          "version": version})
+        return await self.training.step("train_step", calls)
+
+    async def publish(self, version: int) -> float:
+        """Pause, send, attest, resume: every engine serves `version` when it returns. Gives the seconds it took.
+
+        Raises RuntimeError when an engine attests another version, TimeoutError when a phase passes weights.deadline_s.
+        """
+        start_s = time.monotonic()
+        deadline_s = self._config.weights.deadline_s
+        await self._engines.call_all("pause", deadline_s=deadline_s)
+        await self._trainer.call_all("publish", deadline_s=deadline_s)
+        served = await self._engines.call_all("resume", version, deadline_s=deadline_s)
+        for engine, label in enumerate(served):
+            if label != str(version):
+                raise RuntimeError(f"engine {engine} serves version {label} after version {version} was published")
+        return time.monotonic() - start_s
+
+
+class TrainingRooms:
+    """The training ranks: all that supervised training needs, and the part of it that every loop shares."""
+
+    def __init__(self, config: Config, trainer: ActorGroup) -> None:
+        self._config = config
+        self._trainer = trainer
+
+    async def step(self, method: str, calls: list[dict[str, Any]]) -> StepReport:
+        """The same method on every rank, each with its own share; rank 0's report (reduced over ranks already)."""
+        deadline_s = self._config.train.deadline_s
+        running = [self._trainer.call(rank, method, deadline_s=deadline_s, **call) for rank, call in enumerate(calls)]
+        return (await first_failure(running))[0]
+
+    async def supervised(self, samples: list[Sample]) -> StepReport:
+        shares = balance([sample.num_tokens for sample in samples], self._trainer.size)
+        return await self.step("sft_step", [{"samples": [samples[i] for i in share]} for share in shares])
+
+    async def save_checkpoint(self, folder: Path) -> None:
+        await self._trainer.call_all("save_checkpoint", str(folder), deadline_s=self._config.train.deadline_s)
+
+    async def load_checkpoint(self, folder: Path) -> None:
+        await self._trainer.call_all("load_checkpoint", str(folder), deadline_s=self._config.train.deadline_s)
+
+    async def save_model(self, folder: Path) -> None:
+        await self._trainer.call_all("save_model", str(folder), deadline_s=self._config.train.deadline_s)

@@ -1,0 +1,85 @@
+"""The folder of a run, and what is written into it while it runs.
+
+Takes:  the config, a step's metrics, samples, an evaluation's answers.
+Gives:  config.yaml, metrics.jsonl, samples.jsonl, eval.jsonl, run.log, logs/, checkpoints/, model/.
+Knows:  a run that is resumed goes on in the same files: lines of steps that will come again are taken out.
+Never:  holds a line back: whoever follows the files sees each step as it ends.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from flux_ray.config import Config, to_dict
+from flux_ray.errors import UserError
+
+CONFIG, METRICS, SAMPLES, EVAL, LOG = "config.yaml", "metrics.jsonl", "samples.jsonl", "eval.jsonl", "run.log"
+
+
+class RunFolder:
+    """`path` with everything of one run."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path).expanduser().resolve()
+
+    @property
+    def logs(self) -> Path:
+        return self.path / "logs"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def model(self) -> Path:
+        return self.path / "model"
+
+    def create(self, config: Config, *, resume_step: int | None) -> None:
+        """Make the folder and write the config. UserError for a folder that holds another run already."""
+        if resume_step is None and (self.path / METRICS).exists():
+            raise UserError(f"run_dir={self.path} holds a run already: choose another folder, or go on with resume={self.path}")
+        self.logs.mkdir(parents=True, exist_ok=True)
+        (self.path / CONFIG).write_text(OmegaConf.to_yaml(OmegaConf.create(to_dict(config))))
+        for name in (METRICS, SAMPLES, EVAL):
+            file = self.path / name
+            if resume_step is not None and file.exists():
+                _keep_steps(file, resume_step, inclusive=name == EVAL)
+
+    def append(self, name: str, record: dict[str, Any]) -> None:
+        """One JSON object as one line; what JSON has no number for (nan, inf) becomes null."""
+        with (self.path / name).open("a") as file:
+            file.write(json.dumps(_plain(record)) + "\n")
+
+    def metrics(self, step: int, values: dict[str, float]) -> None:
+        self.append(METRICS, {"step": step, **values})
+
+
+def read_lines(file: Path) -> list[dict[str, Any]]:
+    """The objects of a .jsonl file of ours; none where there is no file."""
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+
+
+def _keep_steps(file: Path, step: int, *, inclusive: bool) -> None:
+    """Keep what was known when `step` steps were done: metrics of steps before it, the evaluation at it."""
+    kept = [line for line in file.read_text().splitlines() if json.loads(line)["step"] < step + (1 if inclusive else 0)]
+    temporary = file.with_suffix(".tmp")
+    temporary.write_text("".join(f"{line}\n" for line in kept))
+    os.replace(temporary, file)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if hasattr(value, "item") and not hasattr(value, "__len__"):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

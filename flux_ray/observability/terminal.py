@@ -1,0 +1,89 @@
+"""What a person sees while a run goes on.
+
+Takes:  phases that start and end, a step's metrics.
+Gives:  calm lines on the terminal; everything else that any library prints goes to the run's log.
+Knows:  where the terminal was before the process's output was turned to the log.
+Never:  prints a library's noise, or anything twice.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TextIO
+
+#: What a step's line shows: metric, label, format. Absent metrics are left out.
+STEP_COLUMNS = (
+    ("reward/mean", "reward", "{:.3f}"), ("train/loss", "loss", "{:.4f}"), ("rollout/response_length_mean", "length", "{:.1f}"),
+    ("actor/entropy", "entropy", "{:.3f}"), ("actor/grpo_kl", "kl", "{:.4f}"), ("weights/logprob_gap_max", "gap", "{:.0e}"),
+    ("rollout/tokens_per_s", "tok/s", "{:.0f}"), ("driver/step_s", "s", "{:.2f}"),
+)
+
+
+class Terminal:
+    """The person's end of a run. With `enabled=False` it says nothing."""
+
+    def __init__(self, stream: TextIO, *, enabled: bool) -> None:
+        self._stream = stream
+        self._enabled = enabled
+        self._start = time.monotonic()
+
+    def say(self, text: str) -> None:
+        if self._enabled:
+            print(f"[{time.monotonic() - self._start:6.1f} s] {text}", file=self._stream, flush=True)
+
+    def step(self, step: int, num_steps: int, metrics: dict[str, float]) -> None:
+        shown = [f"{label} {form.format(metrics[name])}" for name, label, form in STEP_COLUMNS if name in metrics]
+        self.say(f"step {step:>{len(str(num_steps))}}/{num_steps}  " + "  ".join(shown))
+
+
+@contextlib.contextmanager
+def quiet(log: Path, *, progress: bool) -> Iterator[Terminal]:
+    """Turn this process's output to `log` (and logging and warnings with it); the Terminal still reaches the person.
+
+    Everything is as it was when the block ends, however it ends.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    saved = os.dup(1), os.dup(2)
+    streams = sys.stdout, sys.stderr
+    # A stream that isn't the process's own (a notebook, a test's capture) goes on to show what the Terminal says.
+    ours = _is_descriptor(streams[0], 1)
+    file = log.open("a", buffering=1)
+    handler = logging.StreamHandler(file)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    os.dup2(file.fileno(), 1)
+    os.dup2(file.fileno(), 2)
+    terminal = os.fdopen(os.dup(saved[0]), "w", buffering=1) if ours else streams[0]
+    sys.stdout = sys.stderr = file
+    root.handlers[:], root.level = [handler], logging.INFO
+    logging.captureWarnings(True)
+    try:
+        with warnings.catch_warnings():
+            yield Terminal(terminal, enabled=progress)
+    finally:
+        logging.captureWarnings(False)
+        root.handlers[:], root.level = handlers, level
+        sys.stdout, sys.stderr = streams
+        os.dup2(saved[0], 1)
+        os.dup2(saved[1], 2)
+        os.close(saved[0])
+        os.close(saved[1])
+        if ours:
+            terminal.close()
+        file.close()
+
+
+def _is_descriptor(stream: TextIO, number: int) -> bool:
+    try:
+        return stream.fileno() == number
+    except (OSError, ValueError, AttributeError):
+        return False

@@ -1,0 +1,252 @@
+"""One vLLM engine as a plain class.
+
+Takes:  Prompts; weights, through vLLM's weight-transfer framework.
+Gives:  RolloutGroups: token ids, log-probs of the distribution sampled, the policy version of every token.
+Knows:  how vLLM must be set so that its log-probs can be compared with the trainer's.
+Keeps:  the running requests and the version it serves.
+Never:  answers while half an update is loaded: requests wait from `pause` to `resume`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import os
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flux_ray.config import Config, RolloutConfig
+from flux_ray.errors import UserError
+from flux_ray.records import FINISH_LENGTH, FINISH_STOP, Completion, Prompt, RolloutGroup
+from flux_ray.rollout.functions import get_rollout
+
+#: Options of vLLM that decide whether engine and trainer agree, or that have a knob of ours: not to be set twice.
+OWN_ENGINE_ARGS = {
+    "model": "model.path", "tokenizer": "model.tokenizer", "dtype": "model.dtype", "seed": "seed",
+    "max_model_len": "rollout.max_model_len", "max_num_seqs": "rollout.max_num_seqs",
+    "tensor_parallel_size": "rollout.tensor_parallel_size", "kv_cache_memory_bytes": "rollout.kv_cache_gib",
+    "logprobs_mode": "always processed_logprobs", "generation_config": "always vllm",
+    "weight_transfer_config": "weights.backend", "trust_remote_code": "never",
+}
+TURN_SEED_STRIDE = 1_000_003  # the seeds of a trajectory's later turns lie this far apart: beyond any group size
+
+
+def check_engine_args(config: RolloutConfig) -> None:
+    """Refuse, by name, options that we set ourselves."""
+    for key in config.engine_args:
+        if key in OWN_ENGINE_ARGS:
+            raise UserError(f"rollout.engine_args.{key} can't be set there: {OWN_ENGINE_ARGS[key]}")
+
+
+def engine_env(device: str) -> dict[str, str]:
+    """Environment of the engine's process, set before vLLM is imported there."""
+    env = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "INFO", "TOKENIZERS_PARALLELISM": "false",
+           "VLLM_PLUGINS": "flux_ray_gloo", "VLLM_CONFIGURE_LOGGING": "1"}
+    if device == "cpu":
+        # Two OpenMP pools on one core are twenty times slower than one: each process computes with one thread, unbound.
+        env |= {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    return env
+
+
+class RolloutEngine:
+    """vLLM's AsyncLLM with the one request form that we need.
+
+    `index` tells engines apart (logs, ranks of the weight update). Call `start` before anything else, `close` at the end.
+    """
+
+    def __init__(self, config: Config, *, index: int, device: str, dtype: str, weights_backend: str) -> None:
+        self._config = config
+        self._index = index
+        self._device = device
+        self._dtype = dtype
+        self._weights_backend = weights_backend
+        self._engine: Any = None
+        self._tokenizer: Any = None
+        self._version = 0
+        self._request_ids = itertools.count()
+        self._rollout = get_rollout(config.rollout.function)
+
+    async def start(self) -> dict[str, Any]:
+        """Load the model. Gives the context length in tokens."""
+        from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        self._engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**self._engine_args()))
+        self._tokenizer = self._engine.get_tokenizer()
+        await self._engine.update_weight_version(str(self._version))
+        self._max_model_len = int(self._engine.model_config.max_model_len)
+        self._stop_ids = stop_token_ids(self._config.model.path, self._tokenizer)
+        return {"context_length": self._max_model_len}
+
+    def _engine_args(self) -> dict[str, Any]:
+        from vllm.config import WeightTransferConfig
+
+        config = self._config.rollout
+        args: dict[str, Any] = {
+            "model": self._config.model.path,
+            "tokenizer": self._config.model.tokenizer or self._config.model.path,
+            "dtype": self._dtype,
+            "seed": self._config.seed,
+            "max_model_len": config.max_model_len,
+            "max_num_seqs": config.max_num_seqs,
+            "tensor_parallel_size": config.tensor_parallel_size,
+            # Raw log-probs (vLLM's default) ignore the temperature: the trainer's are those of the distribution sampled.
+            "logprobs_mode": "processed_logprobs",
+            # Otherwise a model's own top_p or top_k would enter in silence.
+            "generation_config": "vllm",
+            "weight_transfer_config": WeightTransferConfig(backend=self._weights_backend),
+            "enable_prefix_caching": True,
+            "disable_log_stats": True,
+        }
+        if self._device == "cpu":
+            args["kv_cache_memory_bytes"] = int(config.kv_cache_gib * 2**30)
+            args["enforce_eager"] = True  # compiling costs 20 s of start and gains a small model nothing
+            args["disable_custom_all_reduce"] = True
+            if config.tensor_parallel_size == 1:
+                args["distributed_executor_backend"] = "uni"  # one process fewer
+        check_engine_args(config)
+        return args | config.engine_args
+
+    async def roll(self, prompt: Prompt, temperature: float | None = None) -> tuple[RolloutGroup, dict[str, float]]:
+        """The group of one prompt, and small numbers for the driver.
+
+        Raises TimeoutError after rollout.deadline_s: whoever waited for the engine is told which prompt it was.
+        """
+        generate = _Generate(self, prompt, self._config.rollout.temperature if temperature is None else temperature)
+        try:
+            async with asyncio.timeout(self._config.rollout.deadline_s):
+                trajectories = await self._rollout(prompt, generate)
+        except TimeoutError:
+            raise TimeoutError(f"engine {self._index}: prompt of row {prompt.row} took longer than "
+                               f"rollout.deadline_s={self._config.rollout.deadline_s:g} s") from None
+        if len(trajectories) != prompt.num_samples:
+            raise UserError(f"rollout.function={self._config.rollout.function} gave {len(trajectories)} trajectories for row "
+                            f"{prompt.row}; it must give prompt.num_samples={prompt.num_samples}")
+        group = RolloutGroup(prompt, tuple(trajectories))
+        return group, {"num_tokens": float(sum(t.num_loss_tokens for t in trajectories))}
+
+    async def generate(self, token_ids: Sequence[int] | np.ndarray, *, n: int, seed: int, temperature: float,
+                       max_tokens: int) -> list[Completion]:
+        """`n` samples after `token_ids`; sample i is drawn with seed + i, whatever else runs beside it."""
+        from vllm import SamplingParams
+        from vllm.inputs import TokensPrompt
+        from vllm.sampling_params import RequestOutputKind
+
+        config = self._config.rollout
+        params = SamplingParams(
+            n=n, seed=seed, temperature=temperature, top_p=config.top_p, top_k=config.top_k, min_p=config.min_p,
+            max_tokens=max_tokens, stop=list(config.stop) or None, stop_token_ids=self._stop_ids,
+            ignore_eos=config.ignore_eos, logprobs=0, flat_logprobs=True, detokenize=bool(config.stop),
+            output_kind=RequestOutputKind.FINAL_ONLY)
+        if config.ignore_eos:
+            params.stop_token_ids = []
+        tokens = TokensPrompt(prompt_token_ids=[int(t) for t in token_ids])
+        if config.kv_after_update == "keep":
+            tokens["cache_salt"] = str(self._version)  # a prefix computed by older weights is never hit
+        final = None
+        async for output in self._engine.generate(tokens, params, f"{self._index}-{next(self._request_ids)}"):
+            final = output
+        assert final is not None and final.finished
+        return [completion_of(output) for output in sorted(final.outputs, key=lambda output: output.index)]
+
+    def room_for(self, num_tokens: int) -> int:
+        """Response tokens that fit after `num_tokens`."""
+        return min(self._config.rollout.max_tokens, self._max_model_len - num_tokens)
+
+    @property
+    def tokenizer(self) -> Any:
+        return self._tokenizer
+
+    # The weight update, in the order of its calls. The names in the middle are those of vLLM's framework.
+
+    async def pause(self) -> None:
+        """Freeze running requests; with kv_after_update=recompute they prefill again, under the new weights."""
+        clear = self._config.rollout.kv_after_update == "recompute"
+        await self._engine.pause_generation(mode="keep", clear_cache=clear)
+
+    async def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
+
+        await self._engine.init_weight_transfer_engine(WeightTransferInitRequest(init_info=init_info))
+
+    async def start_weight_update(self) -> None:
+        await self._engine.start_weight_update()
+
+    async def update_weights(self, update_info: Any) -> None:
+        from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
+
+        await self._engine.update_weights(WeightTransferUpdateRequest(update_info=update_info))
+
+    async def finish_weight_update(self) -> None:
+        await self._engine.finish_weight_update()
+
+    async def resume(self, version: int) -> str:
+        """Serve `version` from now on. Gives the label that the engine core holds, for the attestation."""
+        await self._engine.update_weight_version(str(version))
+        self._version = version
+        await self._engine.resume_generation()
+        return str(await self._engine.get_weight_version())
+
+    async def close(self) -> None:
+        """End vLLM's processes."""
+        if self._engine is not None:
+            self._engine.shutdown()
+            self._engine = None
+
+
+class _Generate:
+    """`generate` of one prompt: what a rollout function is given (see rollout.functions.Generate)."""
+
+    def __init__(self, engine: RolloutEngine, prompt: Prompt, temperature: float) -> None:
+        self._engine = engine
+        self._prompt = prompt
+        self._temperature = temperature
+        self._turns: Counter[int] = Counter()
+        self.tokenizer = engine.tokenizer
+
+    async def __call__(self, token_ids: Sequence[int] | np.ndarray, *, n: int = 1, sample: int = 0) -> list[Completion]:
+        seed = self._prompt.seed + sample + self._turns[sample] * TURN_SEED_STRIDE
+        self._turns[sample] += 1
+        room = self._engine.room_for(len(token_ids))
+        if room < 1:  # the context is full: an empty, truncated turn
+            empty = Completion(np.zeros(0, np.int32), np.zeros(0, np.float32), np.zeros(0, np.int32), FINISH_LENGTH)
+            return [empty] * n
+        return await self._engine.generate(token_ids, n=n, seed=seed, temperature=self._temperature, max_tokens=room)
+
+
+def completion_of(output: Any) -> Completion:
+    """A Completion from vLLM's output: log-prob and version of each sampled token."""
+    token_ids = np.asarray(output.token_ids, np.int32)
+    flat = output.logprobs
+    # Position i holds the sampled token first.
+    logprobs = np.asarray([flat.logprobs[i] for i in flat.start_indices], np.float32)
+    versions = np.empty(len(token_ids), np.int32)
+    for span in output.weight_versions or ():
+        versions[span.start:span.end] = int(span.version)
+    assert len(logprobs) == len(token_ids), (len(logprobs), len(token_ids))
+    reason = FINISH_LENGTH if output.finish_reason == "length" else FINISH_STOP
+    return Completion(token_ids, logprobs, versions, reason)
+
+
+def stop_token_ids(model_path: str | None, tokenizer: Any) -> list[int]:
+    """Every token that ends a response: the tokenizer's, and those that the model's generation config names.
+
+    `generation_config="vllm"` keeps a model's sampling defaults out, and its further end tokens with them (a chat model's
+    end of turn, say): without these a response would never end.
+    """
+    ids = {tokenizer.eos_token_id}
+    file = Path(str(model_path)) / "generation_config.json"
+    if file.is_file():
+        eos = json.loads(file.read_text()).get("eos_token_id")
+        ids |= set(eos if isinstance(eos, list) else [eos])
+    elif not os.path.isdir(str(model_path)):
+        from transformers import GenerationConfig
+
+        eos = GenerationConfig.from_pretrained(model_path).eos_token_id
+        ids |= set(eos if isinstance(eos, list) else [eos])
+    return sorted(i for i in ids if i is not None)

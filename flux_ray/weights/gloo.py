@@ -1,0 +1,251 @@
+"""The gloo weight transfer: trainer rank 0 broadcasts packed buckets to every engine worker, on CPU.
+
+Takes:  vLLM's weight-transfer framework (the same calls as its nccl backend) and a WeightSource of (name, tensor).
+Gives:  `register()`, an entry point of vLLM's general plugins; the worker's and the trainer's engine classes.
+Knows:  both sides cut the same buckets from the same metadata, so only tensors travel over the wire.
+Never:  waits without a deadline: the store and each broadcast have one; rank 0 or a dead engine is then named by the error.
+"""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.distributed as dist
+from vllm.distributed.weight_transfer.base import (
+    ParamMeta,
+    TrainerInitInfo,
+    TrainerWeightTransferEngine,
+    VLLMWeightSyncClient,
+    WeightSource,
+    WeightTransferEngine,
+    WeightTransferInitInfo,
+    WeightTransferUpdateInfo,
+)
+from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory, WeightTransferTrainerFactory
+
+BACKEND = "gloo"
+SENDER_RANK = 0  # the trainer; engine workers follow from rank 1
+
+
+def register() -> None:
+    """Put gloo beside nccl and ipc in vLLM's registries. Called once in each of vLLM's processes; again is harmless."""
+    for factory, name in ((WeightTransferEngineFactory, "GlooWeightTransferEngine"),
+                          (WeightTransferTrainerFactory, "GlooTrainerWeightTransferEngine")):
+        if BACKEND not in factory._registry:  # the factory offers no other way to ask
+            factory.register_engine(BACKEND, "flux_ray.weights.gloo", name)
+
+
+def buckets(meta: Sequence[ParamMeta], bucket_bytes: int) -> Iterator[list[ParamMeta]]:
+    """Cut the parameters, in order, into runs of at most `bucket_bytes` (a larger parameter is a bucket by itself)."""
+    run: list[ParamMeta] = []
+    size = 0
+    for param in meta:
+        num_bytes = num_bytes_of(param)
+        if run and size + num_bytes > bucket_bytes:
+            yield run
+            run, size = [], 0
+        run.append(param)
+        size += num_bytes
+    if run:
+        yield run
+
+
+def num_bytes_of(param: ParamMeta) -> int:
+    return param.dtype.itemsize * torch.Size(param.shape).numel()
+
+
+def join_group(address: str, port: int, *, rank: int, world_size: int, timeout_s: float, store: Any = None) -> Any:
+    """A gloo group of its own (no default group is touched).
+
+    Waits until all `world_size` members have come, at most `timeout_s`; the same bound holds for each broadcast.
+    """
+    timeout = datetime.timedelta(seconds=timeout_s)
+    store = store or dist.TCPStore(address, port, world_size, is_master=False, timeout=timeout)
+    return dist.ProcessGroupGloo(dist.PrefixStore("flux_ray/weights", store), rank, world_size, timeout)
+
+
+def broadcast(group: Any, tensor: torch.Tensor) -> Any:
+    options = dist.BroadcastOptions()
+    options.rootRank = SENDER_RANK
+    options.rootTensor = 0
+    return group.broadcast([tensor], options)
+
+
+@dataclass
+class GlooInitInfo(WeightTransferInitInfo):
+    """What a worker needs to join; `rank_offset` is the rank of its engine's first worker."""
+
+    master_address: str
+    master_port: int
+    world_size: int
+    rank_offset: int
+    bucket_bytes: int
+    timeout_s: float
+
+
+@dataclass
+class GlooUpdateInfo(WeightTransferUpdateInfo):
+    """What one round sends: names, dtypes and full shapes, in the order of the wire."""
+
+    names: list[str]
+    dtype_names: list[str]
+    shapes: list[list[int]]
+
+    @classmethod
+    def of(cls, meta: Sequence[ParamMeta]) -> GlooUpdateInfo:
+        return cls([m.name for m in meta], [str(m.dtype).removeprefix("torch.") for m in meta], [list(m.shape) for m in meta])
+
+    def meta(self) -> list[ParamMeta]:
+        rows = zip(self.names, self.dtype_names, self.shapes, strict=True)
+        return [ParamMeta(name, getattr(torch, dtype), tuple(shape)) for name, dtype, shape in rows]
+
+
+class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo]):
+    """The engine worker's end: joins the group, receives buckets, loads them through vLLM's layerwise reload."""
+
+    init_info_cls = GlooInitInfo
+    update_info_cls = GlooUpdateInfo
+    _group: Any = None
+    _bucket_bytes: int = 0
+
+    def init_transfer_engine(self, init_info: GlooInitInfo) -> None:
+        self._bucket_bytes = init_info.bucket_bytes
+        self._group = join_group(init_info.master_address, init_info.master_port,
+                                 rank=init_info.rank_offset + self.parallel_config.rank,
+                                 world_size=init_info.world_size, timeout_s=init_info.timeout_s)
+
+    def start_weight_update(self) -> None:
+        from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
+
+        initialize_layerwise_reload(self.model)
+
+    def receive_weights(self, update_info: GlooUpdateInfo) -> None:
+        from vllm.model_executor.model_loader.mtp_validation import disable_mtp_completeness_check
+
+        assert self._group is not None, "init_transfer_engine comes first"
+        with disable_mtp_completeness_check():  # a bucket is never the whole model
+            for run in buckets(update_info.meta(), self._bucket_bytes):
+                # A fresh buffer each time: the reload keeps views of it until the layer they belong to is complete.
+                wire = torch.empty(sum(map(num_bytes_of, run)), dtype=torch.uint8)
+                broadcast(self._group, wire).wait()
+                self.model.load_weights(unpack(wire, run))
+
+    def finish_weight_update(self) -> None:
+        from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
+
+        finalize_layerwise_reload(self.model, self.model_config)
+        retie_head(self.model, self.model_config.hf_text_config)
+
+    def shutdown(self) -> None:
+        self._group = None
+
+
+def unpack(wire: torch.Tensor, run: Sequence[ParamMeta]) -> list[tuple[str, torch.Tensor]]:
+    """Views of the bytes of one bucket, by name."""
+    pieces = wire.split([num_bytes_of(param) for param in run])
+    return [(param.name, piece.view(param.dtype).view(param.shape)) for param, piece in zip(run, pieces, strict=True)]
+
+
+def retie_head(model: torch.nn.Module, hf_config: Any) -> None:
+    """Give a tied LM head the embedding's new weights.
+
+    On CPU vLLM packs the head's weight into a buffer of its own at load. A reload replaces the embedding that it was packed
+    from and leaves the packed copy old, which no checksum of parameters can see: tie again and pack again.
+    """
+    if not getattr(hf_config, "tie_word_embeddings", False):
+        return
+    head = getattr(model, "lm_head", None)
+    embedding = getattr(getattr(model, "model", None), "embed_tokens", None)
+    if head is None or embedding is None:
+        return
+    head.weight = embedding.weight
+    head.quant_method.process_weights_after_loading(head)
+
+
+@dataclass
+class GlooTrainerInitInfo(TrainerInitInfo):
+    """The trainer's end: where it listens, and how many are in the group (itself and all engine workers)."""
+
+    backend: ClassVar[str] = BACKEND
+
+    master_address: str
+    world_size: int
+    bucket_bytes: int
+    timeout_s: float
+
+
+class GlooTrainerWeightTransferEngine(TrainerWeightTransferEngine[GlooTrainerInitInfo]):
+    """The trainer's end, on every rank: all gather each bucket (the source's collective), rank 0 packs and sends it."""
+
+    init_info_cls = GlooTrainerInitInfo
+
+    def __init__(self, *, client: VLLMWeightSyncClient, source: WeightSource, init_info: GlooTrainerInitInfo) -> None:
+        super().__init__(client=client, source=source, is_sender=init_info.is_sender)
+        self._info = init_info
+        self._store: Any = None
+        self._group: Any = None
+
+    @classmethod
+    def trainer_init(cls, init_info: GlooTrainerInitInfo, *, client: VLLMWeightSyncClient,
+                     source: WeightSource | None = None) -> GlooTrainerWeightTransferEngine:
+        assert source is not None, "gloo sends whole models: it needs a WeightSource"
+        engine = cls(client=client, source=source, init_info=init_info)
+        if engine.is_sender:
+            engine._connect()
+        return engine
+
+    def _connect(self) -> None:
+        info = self._info
+        timeout = datetime.timedelta(seconds=info.timeout_s)
+        self._store = dist.TCPStore(info.master_address, 0, info.world_size, is_master=True, timeout=timeout,
+                                    wait_for_workers=False)
+        worker = GlooInitInfo(info.master_address, self._store.port, info.world_size, rank_offset=1,
+                              bucket_bytes=info.bucket_bytes, timeout_s=info.timeout_s)
+        # The workers wait in their own join for us: ask them from a side thread while we join.
+        with ThreadPoolExecutor(1) as side:
+            joined = side.submit(self.client.init_weight_transfer_engine, asdict(worker))
+            self._group = join_group(info.master_address, self._store.port, rank=SENDER_RANK, world_size=info.world_size,
+                                     timeout_s=info.timeout_s, store=self._store)
+            joined.result()
+
+    def send_weights(self) -> None:
+        assert self.source is not None
+        meta = self.source.metadata()
+        if not self.is_sender:
+            for _ in self.source:  # joins the trainers' gathers; nothing is sent from here
+                pass
+            return
+        self.client.start_weight_update()
+        side = ThreadPoolExecutor(1)
+        try:
+            received = side.submit(self.client.update_weights, asdict(GlooUpdateInfo.of(meta)))
+            self._send(meta, self.source)
+            received.result()
+        finally:
+            side.shutdown(wait=False)  # after a failed send the workers still wait for us: don't wait for them
+        self.client.finish_weight_update()
+
+    def _send(self, meta: Sequence[ParamMeta], source: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Pack bucket k+1 while bucket k is on its way."""
+        tensors = iter(source)
+        sending: tuple[Any, torch.Tensor] | None = None
+        for run in buckets(meta, self._info.bucket_bytes):
+            wire = torch.empty(sum(map(num_bytes_of, run)), dtype=torch.uint8)
+            for (_, place), param in zip(unpack(wire, run), run, strict=True):
+                name, tensor = next(tensors)
+                assert name == param.name, f"the source gave {name} where its metadata says {param.name}"
+                place.copy_(tensor)
+            if sending is not None:
+                sending[0].wait()
+            sending = (broadcast(self._group, wire), wire)
+        if sending is not None:
+            sending[0].wait()
+        assert next(tensors, None) is None, "the source gave more than its metadata says"
+
+    def shutdown(self) -> None:
+        self._group = self._store = None

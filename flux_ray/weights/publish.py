@@ -1,0 +1,111 @@
+"""The trainer's end of a weight update, whatever the backend.
+
+Takes:  the weights of a training rank (metadata, and the tensors in order), and a way to call every engine.
+Gives:  `Publisher`: connect once per membership of engines, publish once per version.
+Knows:  vLLM's framework drives the round trip (start, send, finish) from rank 0; other ranks only join the gathers.
+Never:  touches the driver or the object store with a tensor.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
+
+#: Calls a method on every engine, with one tuple of arguments for each, under a deadline; gives their results.
+CallEngines = Callable[[str, list[tuple[Any, ...]]], list[Any]]
+
+
+class Weights(Protocol):
+    """What a training rank offers: names, types and full shapes, and the tensors in the same order (a collective)."""
+
+    def weight_metadata(self) -> list[tuple[str, Any, tuple[int, ...]]]: ...
+
+    def iter_weights(self, bucket_bytes: int) -> Iterator[tuple[str, Any]]: ...
+
+
+class EngineClient:
+    """vLLM's control plane (its VLLMWeightSyncClient protocol) over engines that are independent of each other."""
+
+    def __init__(self, call: CallEngines, workers_per_engine: Sequence[int]) -> None:
+        self._call = call
+        self._workers = list(workers_per_engine)
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        """Each engine gets the rank of its first worker: vLLM itself only counts within one engine."""
+        payloads: list[tuple[Any, ...]] = []
+        offset = init_info.get("rank_offset", 0)
+        for workers in self._workers:
+            info = dict(init_info)
+            if "rank_offset" in info:
+                info["rank_offset"] = offset
+                offset += workers
+            payloads.append((info,))
+        self._call("init_weight_transfer_engine", payloads)
+
+    def start_weight_update(self) -> None:
+        self._call("start_weight_update", [()] * len(self._workers))
+
+    def update_weights(self, update_info: Any) -> None:
+        self._call("update_weights", [(update_info,)] * len(self._workers))
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        # The version is set when the engine resumes, after every engine has finished.
+        self._call("finish_weight_update", [()] * len(self._workers))
+
+
+class Publisher:
+    """One rank's end. Every rank calls `publish`; `connect` on rank 0 alone opens the wire."""
+
+    def __init__(self, weights: Weights, *, rank: int, backend: str, bucket_bytes: int, deadline_s: float) -> None:
+        self._weights = weights
+        self._rank = rank
+        self._backend = backend
+        self._bucket_bytes = bucket_bytes
+        self._deadline_s = deadline_s
+        self._engine: Any = None
+
+    def connect(self, call: CallEngines, *, workers_per_engine: Sequence[int], address: str, port: int, wire_dtype: str) -> None:
+        """Open the wire to these engines. A second call replaces the first: engines that came or went are another group.
+
+        Raises what the rendezvous raises: each member waits at most weights.deadline_s for the others.
+        """
+        # Only senders pay for importing vLLM.
+        if self._rank != 0 and self._backend != "ipc":
+            return
+        import torch
+        from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
+
+        from flux_ray.weights.gloo import register
+        from flux_ray.weights.source import TrainerSource
+
+        register()
+        if self._engine is not None:
+            self._engine.shutdown()
+        source = TrainerSource(self._weights, bucket_bytes=self._bucket_bytes, dtype=getattr(torch, wire_dtype))
+        info = self._init_info(address, port, world_size=1 + sum(workers_per_engine))
+        client = EngineClient(call, workers_per_engine)
+        self._engine = WeightTransferTrainerFactory.trainer_init(info, client=client, source=source)
+
+    def _init_info(self, address: str, port: int, *, world_size: int) -> Any:
+        if self._backend == "gloo":
+            from flux_ray.weights.gloo import GlooTrainerInitInfo
+
+            return GlooTrainerInitInfo(address, world_size, self._bucket_bytes, self._deadline_s, rank=self._rank)
+        if self._backend == "nccl":
+            from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
+
+            return NCCLTrainerInitInfo(address, port, world_size, packed_buffer_size_bytes=self._bucket_bytes, rank=self._rank)
+        from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
+
+        # Unlike the others, ipc has one buffer that the largest parameter must fit into.
+        largest = max(dtype.itemsize * math.prod(shape) for _, dtype, shape in self._weights.weight_metadata())
+        return IPCTrainerInitInfo(packed=True, packed_buffer_size_bytes=max(self._bucket_bytes, largest), rank=self._rank)
+
+    def publish(self) -> None:
+        """Send the present weights to every engine; returns when all have loaded them. The engines must be paused."""
+        if self._engine is not None:
+            self._engine.send_weights()
+            return
+        for _ in self._weights.iter_weights(self._bucket_bytes):
+            pass  # joins the gathers of a model that is sharded over ranks

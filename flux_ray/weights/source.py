@@ -1,0 +1,34 @@
+"""The trainer's weights in the shape vLLM's framework asks for.
+
+Takes:  a training rank's metadata and tensors.
+Gives:  a WeightSource: the same names and shapes, in the type that the engines hold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
+
+if TYPE_CHECKING:
+    from flux_ray.weights.publish import Weights
+
+
+class TrainerSource(WeightSource):
+    def __init__(self, weights: Weights, *, bucket_bytes: int, dtype: torch.dtype) -> None:
+        self._weights = weights
+        self._bucket_bytes = bucket_bytes
+        self._dtype = dtype
+
+    def metadata(self) -> list[ParamMeta]:
+        return [ParamMeta(name, self._wire(dtype), tuple(shape)) for name, dtype, shape in self._weights.weight_metadata()]
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in self._weights.iter_weights(self._bucket_bytes):
+            yield name, tensor.to(self._wire(tensor.dtype))
+
+    def _wire(self, dtype: torch.dtype) -> torch.dtype:
+        """Floating-point weights travel as the engines hold them (half the bytes for bfloat16); others as they are."""
+        return self._dtype if dtype.is_floating_point else dtype
