@@ -60,11 +60,13 @@ class _ChunkedLogprobs(torch.autograd.Function):
             del logits_CV  # before the next chunk's are made
         ctx.save_for_backward(hidden_RH, weight_VH, bias_V, rows_N, targets_N, normalizer_N, entropy_N)
         ctx.how = how
+        ctx.set_materialize_grads(False)  # an entropy that is only measured has no gradient, and backward skips it
         return logprobs_N, entropy_N
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        grad_logprobs_N, grad_entropy_N = grads
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        grad_logprobs_N = torch.zeros_like(ctx.saved_tensors[-1]) if grads[0] is None else grads[0]
+        grad_entropy_N = grads[1] if ctx.how.with_entropy else None
         hidden_RH, weight_VH, bias_V, rows_N, targets_N, normalizer_N, entropy_N = ctx.saved_tensors
         how: Chunking = ctx.how
         grad_hidden_RH = torch.zeros_like(hidden_RH)
@@ -75,7 +77,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
             rows_CH = hidden_RH[rows_N[chunk]]
             grad_CV = _logits(rows_CH, weight_VH, bias_V, how.scale).sub_(normalizer_N[chunk, None])
             probs_CV = grad_CV.exp()
-            if how.with_entropy:
+            if grad_entropy_N is not None:
                 grad_CV.add_(entropy_N[chunk, None]).mul_(probs_CV).mul_(-grad_entropy_N[chunk, None])
             else:
                 grad_CV.zero_()

@@ -141,3 +141,12 @@ def _logit_scale(hf: Any, path: str | Path) -> float:
             return scale
     raise UserError(f"model {str(path)!r} ({hf.config.model_type}): its logits are not a scaled lm_head(hidden), "
                     f"such a head is not supported (config: {known or 'no known factor'})")
+
+
+def context_length(path: str | Path) -> int:
+    """The model's context in tokens, from its config alone. UserError (one line) where there is no model."""
+    config = _open("model", path, transformers.AutoConfig.from_pretrained).get_text_config()
+    length = getattr(config, "max_position_embeddings", None)
+    if not length:
+        raise UserError(f"model {str(path)!r}: its config names no max_position_embeddings: set rollout.max_model_len")
+    return int(length)

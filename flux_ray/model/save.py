@@ -60,7 +60,7 @@ def save_model(
     """Write the model. `weights` go by their checkpoint names; a tied head is left out by whoever gives them."""
     items = weights.items() if isinstance(weights, Mapping) else weights
     with atomic_folder(folder) as temporary:
-        _write_shards(temporary, items)
+        write_shards(temporary, items)
         hf_config.save_pretrained(temporary)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
@@ -69,7 +69,7 @@ def save_model(
             generation_config.to_json_file(temporary / "generation_config.json")
 
 
-def _write_shards(folder: Path, items: Iterable[tuple[str, Tensor]]) -> None:
+def write_shards(folder: Path, items: Iterable[tuple[str, Tensor]]) -> None:
     """Weights into files of at most MAX_SHARD_BYTES (a tensor may be larger); an index where there are several."""
     shards: list[list[str]] = []
     pending: dict[str, Tensor] = {}

@@ -1,0 +1,6 @@
+"""The training group: DeepSpeed under one Trainer per rank."""
+
+from flux_ray.train.setup import check_deepspeed_options
+from flux_ray.train.trainer import Trainer
+
+__all__ = ["Trainer", "check_deepspeed_options"]

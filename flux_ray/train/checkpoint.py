@@ -1,0 +1,160 @@
+"""The training engine on disk: everything that the next update depends on, independent of ranks and ZeRO stage.
+
+Takes:  an engine, a folder.
+Gives:  per parameter its fp32 master weight and AdamW's two moments, whole (safetensors); random states; a JSON.
+Knows:  where each ZeRO stage keeps them; that moments don't exist before the first update.
+Never:  pickles; leaves a half-written folder; holds more than one gathered parameter beside a shard.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from flux_ray.errors import UserError
+from flux_ray.model.save import atomic_folder, write_shards
+from flux_ray.train import gather
+from flux_ray.train.engine import Engine
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+STATE, RANDOM = "state.json", "random.safetensors"
+FORMAT = 1  # of the folder; a later one may read this
+
+
+def save(engine: Engine, folder: str | Path, *, version: int) -> None:
+    """Rank 0 writes; all ranks call. The folder appears whole or not at all."""
+    random_states = _gathered_random_states(engine)
+    if engine.rank == 0:
+        with atomic_folder(folder) as temporary:
+            write_shards(temporary, _tensors(engine))
+            save_file(random_states, temporary / RANDOM)
+            state = {"format": FORMAT, "version": version, "num_updates": engine.num_updates}
+            (temporary / STATE).write_text(json.dumps(state))
+    else:
+        for _ in _tensors(engine):
+            pass
+    dist.barrier()
+
+
+def load(engine: Engine, folder: str | Path) -> int:
+    """Put the engine back where `save` found it; the version. UserError where the folder doesn't fit the model."""
+    folder = Path(folder)
+    if not (folder / STATE).is_file():
+        raise UserError(f"checkpoint {str(folder)!r}: no {STATE} in it")
+    state = json.loads((folder / STATE).read_text())
+    engine.num_updates = state["num_updates"]
+    _prepare_moments(engine)
+    stored = _stored_tensors(folder)
+    for name, parameter in gather.parameters(engine.policy):
+        parts = {}
+        for kind in ("master", *MOMENTS):
+            key = f"{kind}.{name}"
+            if key not in stored:
+                raise UserError(f"checkpoint {str(folder)!r} is of another model: it lacks {key}")
+            with safe_open(stored[key], framework="pt") as file:
+                parts[kind] = file.get_tensor(key).to(engine.device)
+        shape = gather.whole_shape(parameter)
+        if parts["master"].shape != shape:
+            raise UserError(f"checkpoint {str(folder)!r} is of another model: {name} has shape "
+                            f"{tuple(parts['master'].shape)} there, {tuple(shape)} here")
+        _put(engine, parameter, parts)
+    for state_of_part in engine.deepspeed.basic_optimizer.state.values():
+        state_of_part["step"].fill_(engine.num_updates)
+    _set_random_states(engine, load_file(folder / RANDOM))
+    dist.barrier()
+    return int(state["version"])
+
+
+def _tensors(engine: Engine) -> Iterator[tuple[str, Tensor]]:
+    """("master.NAME" | "exp_avg.NAME" | "exp_avg_sq.NAME", whole fp32 tensor). Collective."""
+    _prepare_moments(engine)
+    for name, parameter in gather.parameters(engine.policy):
+        for kind in ("master", *MOMENTS):
+            yield f"{kind}.{name}", _whole_state(engine, parameter, kind)
+
+
+def _whole_state(engine: Engine, parameter: Any, kind: str) -> Tensor:
+    if engine.zero_stage == 0:
+        tensor = parameter if kind == "master" else engine.deepspeed.basic_optimizer.state[parameter][kind]
+        return tensor.detach()
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+    if kind == "master":
+        return safe_get_full_fp32_param(parameter)
+    return safe_get_full_optimizer_state(parameter, kind)
+
+
+def _put(engine: Engine, parameter: Any, parts: dict[str, Tensor]) -> None:
+    """Both copies of a parameter (the one that computes, the fp32 one that AdamW moves) and its moments."""
+    if engine.zero_stage == 0:
+        parameter.data.copy_(parts["master"])
+        for kind in MOMENTS:
+            engine.deepspeed.basic_optimizer.state[parameter][kind].copy_(parts[kind])
+        return
+    import deepspeed
+    from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+    if engine.zero_stage == 3:
+        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+            parameter.data.copy_(parts["master"])
+    else:
+        parameter.data.copy_(parts["master"])
+    safe_set_full_fp32_param(parameter, parts["master"])
+    for kind in MOMENTS:
+        safe_set_full_optimizer_state(parameter, parts[kind], kind)
+
+
+def _prepare_moments(engine: Engine) -> None:
+    """AdamW's state as its own first step would make it, where there is none yet; ZeRO told where it lies."""
+    wrapper, optimizer = engine.deepspeed.optimizer, engine.deepspeed.basic_optimizer
+    for part in _optimized_parts(engine):
+        if not optimizer.state[part]:
+            optimizer.state[part] = {
+                "step": torch.zeros((), dtype=torch.float32, device=part.device),
+                **{kind: torch.zeros_like(part) for kind in MOMENTS},
+            }
+    if engine.zero_stage in (1, 2):
+        wrapper._lazy_init_hp_params_optimizer_state()  # what its first step does: fragments of moments per parameter
+
+
+def _optimized_parts(engine: Engine) -> list[Tensor]:
+    """The tensors that AdamW moves on this rank: flat fp32 partitions under ZeRO, the parameters themselves without."""
+    if engine.zero_stage == 0:
+        return [parameter for _, parameter in gather.parameters(engine.policy)]
+    if engine.zero_stage == 3:
+        return engine.deepspeed.optimizer.fp32_partitioned_groups_flat
+    return [part for group in engine.deepspeed.basic_optimizer.param_groups for part in group["params"]]
+
+
+def _gathered_random_states(engine: Engine) -> dict[str, Tensor]:
+    mine = {"cpu": torch.get_rng_state()}
+    if engine.device.startswith("cuda"):
+        mine["cuda"] = torch.cuda.get_rng_state(engine.device)
+    everyone: list[dict[str, Tensor]] = [{} for _ in range(engine.world_size)]
+    dist.all_gather_object(everyone, mine)
+    return {f"{kind}.{rank}": state for rank, states in enumerate(everyone) for kind, state in states.items()}
+
+
+def _set_random_states(engine: Engine, states: dict[str, Tensor]) -> None:
+    """This rank's states; with more ranks than were saved, a new one keeps its own seed."""
+    if f"cpu.{engine.rank}" in states:
+        torch.set_rng_state(states[f"cpu.{engine.rank}"])
+    if engine.device.startswith("cuda") and f"cuda.{engine.rank}" in states:
+        torch.cuda.set_rng_state(states[f"cuda.{engine.rank}"], engine.device)
+
+
+def _stored_tensors(folder: Path) -> dict[str, Path]:
+    """Name ► file of every tensor in the folder."""
+    stored = {}
+    for file in sorted(folder.glob("model*.safetensors")):
+        with safe_open(file, framework="pt") as opened:
+            stored.update(dict.fromkeys(opened.keys(), file))
+    return stored

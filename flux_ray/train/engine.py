@@ -1,0 +1,161 @@
+"""One rank of the training engine: forward, backward, one optimizer update, in step with the other ranks.
+
+Takes:  packed micro-batches and an objective (log-probs, entropy ► loss, metrics).
+Gives:  `update` (gradients of the sum over all ranks' micro-batches, then AdamW), `logprobs`, sums over ranks.
+Knows:  DeepSpeed's averaging (undone: the step's loss is a sum), ZeRO's lockstep (every rank runs equally many
+        micro-batches, some of them without weight), the learning rate of each update.
+Never:  trains on what isn't finite: it names the step and the rank and stops.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from flux_ray.batch import MicroBatch, make_micro_batch, zero_weight
+from flux_ray.config import Config
+from flux_ray.model import PolicyModel
+from flux_ray.observability.metrics import Max, Mean, Metric, merge
+from flux_ray.records import Sample
+from flux_ray.train import setup
+
+#: (number of the micro-batch, the micro-batch, log-probs (S,), entropy (S,)) ► loss (a scalar), metrics
+Objective = Callable[[int, MicroBatch, Tensor, Tensor], tuple[Tensor, dict[str, Metric]]]
+
+
+class Engine:
+    """The policy under DeepSpeed. Every method is a collective: all ranks call it, in the same order."""
+
+    def __init__(
+        self, policy: PolicyModel, config: Config, *, deepspeed: object, dtype: torch.dtype, device: str,
+    ) -> None:
+        self.policy, self.config, self.device = policy, config, device
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.zero_stage = setup.zero_stage(config, dtype)
+        self.num_updates = 0
+        train = config.train
+        optimizer = torch.optim.AdamW(
+            policy.parameters(), lr=train.learning_rate, betas=(train.adam_betas[0], train.adam_betas[1]),
+            eps=train.adam_eps, weight_decay=train.weight_decay, fused=True,
+        )
+        self.deepspeed, *_ = deepspeed.initialize(  # type: ignore[attr-defined]
+            model=policy, optimizer=optimizer, config=setup.deepspeed_config(config, dtype))
+
+    # -- collectives ---------------------------------------------------------------------------------------------
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Sum of a small tensor over ranks."""
+        total = values.to(self.device, copy=True)
+        dist.all_reduce(total)
+        return total.to(values.device)
+
+    def max(self, value: int) -> int:
+        largest = torch.tensor(value, device=self.device)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+        return int(largest)
+
+    def merge(self, metrics: dict[str, Metric]) -> dict[str, Metric]:
+        """Every rank's metrics, added up; the same on all of them."""
+        parts: list[dict[str, Metric]] = [{} for _ in range(self.world_size)]
+        dist.all_gather_object(parts, metrics)
+        return merge(parts)
+
+    # -- forward and backward ------------------------------------------------------------------------------------
+
+    def logprobs(self, micro_batches: Sequence[MicroBatch], *, temperature: float) -> list[Tensor]:
+        """(S,) log-probs of each of this rank's micro-batches, without gradients."""
+        results = []
+        self.deepspeed.eval()
+        with torch.no_grad():
+            for micro_batch in self._in_lockstep(micro_batches):
+                logprobs_S, _ = self.deepspeed(
+                    micro_batch.to(self.device), temperature=temperature, with_entropy=False)
+                results.append(logprobs_S)
+        self.deepspeed.train()
+        return results[: len(micro_batches)]
+
+    def update(
+        self, micro_batches: Sequence[MicroBatch], objective: Objective, *, temperature: float, with_entropy: bool,
+        total_updates: int,
+    ) -> dict[str, Metric]:
+        """One optimizer update on the sum of the objective over all ranks' micro-batches; this rank's metrics.
+
+        Nothing is done, and nothing measured, where no rank has a micro-batch. Raises FloatingPointError for a loss
+        or gradient that isn't finite, on all ranks alike.
+        """
+        in_step = self._in_lockstep(micro_batches)
+        if not in_step:
+            return {}
+        metrics: list[dict[str, Metric]] = []
+        self.deepspeed.train()
+        finite = True
+        for i, micro_batch in enumerate(in_step):
+            moved = micro_batch.to(self.device)
+            logprobs_S, entropy_S = self.deepspeed(moved, temperature=temperature, with_entropy=with_entropy)
+            if i < len(micro_batches) and bool(micro_batch.loss_mask_S.any()):
+                loss, measured = objective(i, moved, logprobs_S, entropy_S)
+                metrics.append(measured)
+            else:
+                loss = logprobs_S.sum()  # 0, but with a graph: backward must visit every module
+            finite = finite and bool(torch.isfinite(loss))
+            self.deepspeed.set_gradient_accumulation_boundary(i == len(in_step) - 1)
+            # DeepSpeed averages gradients over ranks; the step's loss is a sum over them.
+            self.deepspeed.backward(loss * self.world_size)
+        self._refuse_if_not_finite(finite)
+        rate = setup.learning_rate(self.config.train, self.num_updates, total_updates)
+        norm = self._optimizer_step(rate)
+        self.num_updates += 1
+        return merge([*metrics, {
+            "train/grad_norm": Mean(norm), "train/learning_rate": Mean(rate),
+            "train/num_micro_batches": Max(len(in_step)), "train/padding_frac": self._padding(micro_batches),
+        }])
+
+    def _in_lockstep(self, micro_batches: Sequence[MicroBatch]) -> list[MicroBatch]:
+        """As many micro-batches on each rank as on the one with the most: the rest have no weight."""
+        missing = self.max(len(micro_batches)) - len(micro_batches)
+        if not missing:
+            return list(micro_batches)
+        if micro_batches:
+            filler = zero_weight(min(micro_batches, key=lambda m: m.num_tokens))
+        else:
+            nothing = Sample(np.zeros(2, np.int32), np.zeros(2, bool), np.zeros(2, np.float32))
+            filler = make_micro_batch([nothing], sample_ids=[0])
+        return [*micro_batches, *[filler] * missing]
+
+    def _padding(self, micro_batches: Sequence[MicroBatch]) -> Mean:
+        """Share of a forward's tokens that are padding."""
+        real = sum(m.num_tokens for m in micro_batches)
+        whole = sum(m.num_padded_tokens for m in micro_batches) if self.policy.layout == "padded" else real
+        return Mean(whole - real, whole)
+
+    # -- the optimizer -------------------------------------------------------------------------------------------
+
+    def _refuse_if_not_finite(self, finite: bool) -> None:
+        culprit = self.max(0 if finite else self.rank + 1) - 1
+        if culprit >= 0:
+            raise FloatingPointError(f"training update {self.num_updates}: the loss on rank {culprit} is not finite")
+
+    def _optimizer_step(self, rate: float) -> float:
+        """AdamW on clipped gradients; the norm before clipping."""
+        for group in self.deepspeed.optimizer.param_groups:
+            group["lr"] = rate
+        norm = math.nan
+        if self.zero_stage == 0:
+            limit = self.config.train.max_grad_norm or math.inf
+            norm = float(torch.nn.utils.clip_grad_norm_(self.policy.parameters(), limit))
+            self._refuse_norm(norm)
+        self.deepspeed.step()
+        if self.zero_stage:  # ZeRO takes the norm inside its step, and skips the update where it isn't finite
+            norm = float(self.deepspeed.get_global_grad_norm())
+            self._refuse_norm(norm)
+        return norm
+
+    def _refuse_norm(self, norm: float) -> None:
+        if not math.isfinite(norm) or norm < 0:  # ZeRO says -1 for a norm that overflowed
+            raise FloatingPointError(
+                f"training update {self.num_updates}: the gradient's norm on rank {self.rank} is not finite ({norm})")
