@@ -17,8 +17,9 @@ from collections.abc import Callable, Iterator
 from flux_ray import config as configs
 from flux_ray import names
 from flux_ray.config import Config
-from flux_ray.errors import UserError, unknown
+from flux_ray.errors import RunFailed, UserError, unknown
 
+RUN_FAILED = 1        # exit code: something broke; the line says what and where the log is
 USER_ERROR = 2        # exit code: the user can mend it
 INTERRUPTED = 130     # exit code of a program ended by Ctrl-C, as shells have it
 
@@ -58,6 +59,9 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"flux-ray: {error}", file=sys.stderr)
         return USER_ERROR
+    except RunFailed as error:
+        print(f"flux-ray: the run failed: {error}", file=sys.stderr)
+        return RUN_FAILED
     except BrokenPipeError:   # `flux-ray train --help | head`: whoever reads has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:

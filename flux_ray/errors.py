@@ -1,7 +1,7 @@
 """What goes wrong, as the user sees it.
 
 Takes:  a name that isn't known, or a mistake in one line.
-Gives:  UserError (the command line prints its text alone and exits with 2) and the nearest right name.
+Gives:  UserError (the command line prints its text alone and exits with 2), RunFailed (1) and the nearest right name.
 """
 
 from __future__ import annotations
@@ -12,6 +12,10 @@ from collections.abc import Iterable
 
 class UserError(ValueError):
     """A mistake that the user can mend: one readable line with file, row, key and value; shown without a traceback."""
+
+
+class RunFailed(RuntimeError):
+    """A run that broke: its first cause in one line, and where its log is (the command line exits with 1)."""
 
 
 def unknown(what: str, name: str, known: Iterable[str]) -> UserError:

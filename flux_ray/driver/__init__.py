@@ -9,16 +9,14 @@ Never:  leaves a process behind, however the run ends; prints what a library pri
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import signal
 import threading
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flux_ray.config import Config
-from flux_ray.errors import UserError
+from flux_ray.errors import RunFailed, UserError
 
 if TYPE_CHECKING:
     from flux_ray.driver.preflight import Prepared
@@ -37,10 +35,6 @@ class TrainingResult:
     @property
     def model_path(self) -> Path:
         return self.run_dir / "model"
-
-
-class RunFailed(RuntimeError):
-    """A run that broke: its cause in one line, and where its log is."""
 
 
 def run(config: Config) -> TrainingResult:
@@ -62,8 +56,7 @@ def run(config: Config) -> TrainingResult:
         for warning in prepared.warnings:
             recorder.warn(warning)
         try:
-            with _termination_is_interruption():
-                asyncio.run(_live(prepared, recorder))
+            asyncio.run(_live(prepared, recorder))
         except BaseException as error:
             raise _told(error, folder.path / LOG) from error
         finally:
@@ -87,6 +80,7 @@ async def _live(prepared: Prepared, recorder: Recorder) -> None:
     # A Ray of the run's own gets as many CPUs as the plan counts: actors share the cores that there are.
     own = make_plan(config, cluster_gpus=_visible_gpus(config), needs_reference=prepared.needs_reference)
     cluster.connect(config.cluster.address, cpus=own.total["CPU"])
+    _end_on_sigterm()
     try:
         plan = make_plan(config, cluster_gpus=cluster.num_gpus(), needs_reference=prepared.needs_reference)
         await cluster.place(plan, deadline_s=config.cluster.placement_deadline_s)
@@ -118,21 +112,12 @@ def _visible_gpus(config: Config) -> int:
     return torch.cuda.device_count()
 
 
-@contextlib.contextmanager
-def _termination_is_interruption() -> Iterator[None]:
+def _end_on_sigterm() -> None:
     """SIGTERM (a scheduler's end, `ray job stop`) ends the run as Ctrl-C does. Only the main thread can take signals."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def interrupt(signum: int, frame: object) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    if threading.current_thread() is threading.main_thread():
+        task = asyncio.current_task()
+        assert task is not None
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
 
 
 def _told(error: BaseException, log: Path) -> BaseException:
@@ -151,4 +136,4 @@ def _told(error: BaseException, log: Path) -> BaseException:
     return RunFailed(f"{text if known else f'{type(error).__name__}: {text}'} (log: {log})")
 
 
-__all__ = ["RunFailed", "TrainingResult", "run"]
+__all__ = ["TrainingResult", "run"]
