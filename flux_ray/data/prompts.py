@@ -41,7 +41,7 @@ class PromptSource:
             try:
                 texts[number] = prompt_text(row, config.data)
             except BadCell as error:
-                bad.add(number, str(error))
+                bad.add(number, error)
         for number, text in texts.items():
             if not isinstance(text, str):
                 require_template(tokenizer, f"{rows.source} row {number + 1} (from 1) is a chat")
@@ -50,7 +50,7 @@ class PromptSource:
         token_ids = dict(zip(texts, encode_prompts(tokenizer, list(texts.values())), strict=True))
         for number, ids in token_ids.items():
             if not 0 < len(ids) <= limit:
-                bad.add(number, f"{len(ids)} tokens, {reason}" if len(ids) else "no token")
+                bad.add(number, BadCell(f"{len(ids)} tokens, {reason}" if len(ids) else "no token"))
 
         self.num_skipped = bad.report()
         self.source = rows.source

@@ -55,7 +55,11 @@ class Rows:
 
 
 class BadCell(Exception):
-    """What is wrong with one cell; `BadRows` knows the file and the row."""
+    """What is wrong with one cell (of `column`, where it isn't the one being read); `BadRows` knows file and row."""
+
+    def __init__(self, why: str, column: str | None = None) -> None:
+        super().__init__(why)
+        self.column = column
 
 
 class BadRows:
@@ -67,9 +71,9 @@ class BadRows:
         self._skip = on_bad_row == "skip"
         self._reasons: dict[int, str] = {}
 
-    def add(self, row: int, why: str) -> None:
+    def add(self, row: int, bad: BadCell) -> None:
         """Row `row` (from 0) is bad. UserError unless bad rows are skipped."""
-        message = f"{self._rows.source} row {row + 1} (from 1): column {self._column!r}: {why}"
+        message = f"{self._rows.source} row {row + 1} (from 1): column {(bad.column or self._column)!r}: {bad}"
         if not self._skip:
             raise UserError(f"{message} (data.on_bad_row=skip leaves such rows out)")
         self._reasons[row] = message

@@ -18,10 +18,20 @@ from flux_ray.toy.model import SPECIAL_TOKENS, UNKNOWN, Sizes, save_model, write
 
 CHARACTERS = "0123456789+="
 NUMBERS = range(10, 100)
+#: 0.8M parameters: two wide layers learn the carry in fewer and cheaper steps than four narrow ones.
+SIZES = Sizes(
+    hidden_size=256,
+    num_hidden_layers=2,
+    intermediate_size=384,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=32,
+    max_position_embeddings=64,
+)
 NUM_EVAL = 512  # held-out prompts: a standard error of at most 2.2 points of accuracy
 
 
-def make_addition(folder: str | Path, *, seed: int = 0, num_eval: int = NUM_EVAL, sizes: Sizes | None = None) -> Path:
+def make_addition(folder: str | Path, *, seed: int = 0, num_eval: int = NUM_EVAL, sizes: Sizes = SIZES) -> Path:
     """Make the toy in `folder` and return it: the same data and weights for a seed, no prompt in both files."""
     folder = Path(folder)
     pairs = list(product(NUMBERS, NUMBERS))
@@ -29,7 +39,7 @@ def make_addition(folder: str | Path, *, seed: int = 0, num_eval: int = NUM_EVAL
     rows = [{"prompt": f"{a}+{b}=", "completion": str(a + b), "answer": str(a + b)} for a, b in pairs]
     write_jsonl(folder / "eval.jsonl", rows[:num_eval])
     write_jsonl(folder / "train.jsonl", rows[num_eval:])
-    save_model(character_tokenizer(CHARACTERS), folder / "model", sizes=sizes or Sizes(), seed=seed)
+    save_model(character_tokenizer(CHARACTERS), folder / "model", sizes=sizes, seed=seed)
     return folder
 
 

@@ -24,13 +24,13 @@ SPECIAL_TOKENS = (PAD, EOS, UNKNOWN)  # ids 0, 1, 2
 class Sizes:
     """Of the model, in the words of transformers' Qwen3Config."""
 
-    hidden_size: int = 128
-    num_hidden_layers: int = 4
-    intermediate_size: int = 384
-    num_attention_heads: int = 4
-    num_key_value_heads: int = 2
-    head_dim: int = 32
-    max_position_embeddings: int = 512  # the context, in tokens
+    hidden_size: int
+    num_hidden_layers: int
+    intermediate_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int  # the context, in tokens
     tie_word_embeddings: bool = True
 
 
