@@ -92,7 +92,7 @@ def _oddities(config: Config, algorithm: Algorithm) -> Iterator[str]:
     if algo.beta > 0 and algo.kl_coef > 0:
         yield f"algo.beta={algo.beta} and algo.kl_coef={algo.kl_coef}: the KL is paid twice, in loss and reward"
     if algorithm.sequence_level and algorithm.aggregation not in ("sequence", "sequence_mean"):
-        yield f"algo.aggregation={algorithm.aggregation} with {name}: a longer sequence weighs more, for all its one ratio"
+        yield f"algo.aggregation={algorithm.aggregation} with {name}: a longer sequence weighs more in the loss"
     clipped = any(_changed(algo, key) and getattr(algo, key) != _preset(algo.name).get(key)
                   for key in ("clip_range", "clip_range_high", "dual_clip"))
     one_update = not algorithm.several_updates and algo.old_logprobs == "trainer"

@@ -165,8 +165,8 @@ def _whiten(values_NL: torch.Tensor, mask_NL: torch.Tensor, reduce: Reduce) -> t
     total, squares, count = reduce(torch.stack([chosen.sum(), chosen.square().sum(), count])).unbind()
     mean = total / count.clamp(min=1)
     std = (squares / count.clamp(min=1) - mean.square()).clamp(min=0).sqrt()
-    whitened = (values_NL - mean.to(values_NL.dtype)) / (std + EPS_STD).to(values_NL.dtype)
-    return whitened.masked_fill(~mask_NL, 0.0)
+    whitened = ((chosen - mean) / (std + EPS_STD)).to(values_NL.dtype)
+    return torch.zeros_like(values_NL).masked_scatter(mask_NL, whitened)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,130 @@
+import re
+
+import pytest
+
+from flux_ray import algo
+from flux_ray.algo.check import check
+from flux_ray.algo.estimators import ESTIMATORS
+from flux_ray.algo.losses import POLICY_LOSSES
+from flux_ray.batch import AGGREGATIONS
+from flux_ray.config import AlgoConfig, from_dict, options, preset
+from flux_ray.errors import UserError
+
+pytestmark = pytest.mark.unit
+
+
+@pytest.mark.parametrize("name", algo.ALGORITHMS)
+def test_every_algorithm_by_its_preset_has_nothing_to_remark(name):
+    assert check(from_dict(preset(name))) == []
+    assert algo.resolve(AlgoConfig(name=name)).name == name
+    assert algo.ALGORITHMS[name].aggregation in AGGREGATIONS
+
+
+def test_presets_hold_what_the_papers_say():
+    """Knobs that differ from config.py, by algorithm, as the papers and the algorithms' table have them."""
+    off = {"beta": 0.0, "entropy_coef": 0.0}
+    gspo = {**off, "clip_range": 3e-4, "clip_range_high": 4e-4}
+    table = {
+        "grpo": {}, "grpo_vectorized": {}, "dr_grpo": {**off, "normalize_by_std": False},
+        "dapo": {**off, "clip_range_high": 0.28, "mask_truncated": True}, "gspo": gspo, "gspo_token": gspo,
+        "rloo": {**off, "kl_coef": 0.05}, "reinforce": off, "reinforce_pp": {**off, "kl_coef": 0.01},
+        "reinforce_pp_baseline": {"entropy_coef": 0.0, "kl_estimator": "k2", "beta": 0.01},
+        "cispo": {**off, "clip_range_high": 4.0},
+    }
+    assert set(table) == set(algo.ALGORITHMS)
+    for name, knobs in table.items():
+        config = from_dict({"algo.name": name, **preset(name)}).algo
+        assert {key: getattr(config, key) for key in knobs} == knobs, name
+
+
+def test_flags_follow_the_estimator_and_the_loss():
+    resolve = lambda **kw: algo.resolve(AlgoConfig(**kw))  # noqa: E731
+    grpo = resolve()
+    assert grpo.needs_groups and grpo.ratio_loss and not grpo.needs_whole_batch and not grpo.sequence_level
+    assert resolve(mini_batches=2).needs_whole_batch and resolve(epochs=2).needs_whole_batch
+    assert resolve(name="reinforce_pp").needs_whole_batch and not resolve(name="reinforce_pp").needs_groups
+    assert resolve(name="gspo").sequence_level and not resolve(name="reinforce").ratio_loss
+    mixed = resolve(name="dapo", estimator="rloo", policy_loss="gspo", aggregation="sequence")
+    assert (mixed.estimator, mixed.policy_loss, mixed.aggregation) == ("rloo", "gspo", "sequence")
+    assert mixed.sequence_level
+
+
+@pytest.mark.parametrize("name", ["drgrpo", "dr-grpo", "dr_grpo"])
+def test_one_algorithm_by_three_spellings(name):
+    assert algo.resolve(AlgoConfig(name=name)).name == "dr_grpo"
+
+
+def test_which_log_probs_are_needed():
+    assert algo.needs_reference(AlgoConfig()) and not algo.needs_reference(AlgoConfig(beta=0.0))
+    assert algo.needs_reference(AlgoConfig(beta=0.0, kl_coef=0.1))
+    assert not algo.needs_old_logprobs(AlgoConfig())
+    assert algo.needs_old_logprobs(AlgoConfig(epochs=2)) and algo.needs_old_logprobs(AlgoConfig(kl_coef=0.1))
+    assert not algo.needs_old_logprobs(AlgoConfig(epochs=2, old_logprobs="sampler"))
+
+
+@pytest.mark.parametrize(("values", "message"), [
+    ({"rollout.group_size": 1}, "rollout.group_size must be >= 2 for grpo, got 1"),
+    ({"rollout.group_size": 1, "algo.name": "drgrpo"}, "rollout.group_size must be >= 2 for dr_grpo, got 1"),
+    ({"algo.name": "grop"}, "unknown algorithm 'grop': did you mean 'grpo'?"),
+    ({"algo.estimator": "rlo"}, "unknown advantage estimator 'rlo': did you mean 'rloo'?"),
+    ({"algo.policy_loss": "gpso"}, "unknown policy loss 'gpso': did you mean 'gspo'?"),
+    ({"algo.kl_estimator": "k1"}, "algo.kl_estimator=k1 has no useful gradient in the loss (algo.beta=0.01)"),
+    ({"rollout.top_p": 0.9}, "rollout.top_p=0.9 samples from another distribution"),
+    ({"rollout.top_k": 20}, "rollout.top_k=20 samples from another distribution"),
+    ({"rollout.min_p": 0.1}, "rollout.min_p=0.1 samples from another distribution"),
+    ({"algo.off_policy": "tis", "algo.old_logprobs": "sampler"}, "off_policy=tis beside algo.old_logprobs=sampler"),
+    ({"algo.name": "gspo", "algo.off_policy": "icepop"}, "algo.off_policy_level must be sequence for gspo"),
+    ({"algo.name": "cispo", "algo.dual_clip": 3.0}, "algo.dual_clip=3.0 is not read by the loss cispo"),
+    ({"algo.name": "reinforce", "algo.clip_range": 0.3}, "algo.clip_range=0.3 is not read by the loss reinforce"),
+    ({"algo.options": {"alpha": 1}}, "algo.options={'alpha': 1} is for registered functions"),
+    ({"algo.tis_cap": 3.0}, "algo.tis_cap=3.0 is read with algo.off_policy=tis alone, which is none"),
+    ({"algo.icepop_high": 3.0, "algo.off_policy": "tis"}, "algo.icepop_high=3.0 is read with algo.off_policy=icepop"),
+])
+def test_refused(values, message):
+    with pytest.raises(UserError, match=re.escape(message)) as error:
+        check(from_dict(values))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("values", "message"), [
+    ({"algo.name": "dr_grpo", "algo.beta": 0.0}, "algo.normalize_by_std=True does nothing: dr_grpo"),
+    ({"algo.name": "gspo", "algo.beta": 0.0}, "algo.clip_range=0.2 with gspo: its ratio is a mean over tokens"),
+    ({"algo.name": "dapo", "algo.beta": 0.02}, "algo.beta=0.02 with dapo: the paper has no KL"),
+    ({"algo.kl_coef": 0.1}, "algo.beta=0.01 and algo.kl_coef=0.1: the KL is paid twice"),
+    ({**preset("gspo"), "algo.aggregation": "token_mean"}, "algo.aggregation=token_mean with gspo"),
+    ({"algo.clip_range": 0.3}, "the clip of grpo can't bind: there is one update per batch"),
+    ({"driver.max_staleness": 2}, "driver.max_staleness=2 with algo.old_logprobs=trainer"),
+])
+def test_legal_but_odd(values, message):
+    warnings = check(from_dict(values))
+    assert len(warnings) == 1 and message in warnings[0]
+
+
+@pytest.mark.parametrize("values", [
+    {"rollout.group_size": 1, "algo.name": "reinforce"},
+    {"rollout.top_p": 0.9, "algo.name": "reinforce"},
+    {"rollout.top_p": 0.9, "rollout.allow_truncated_sampling": True},
+    {"algo.kl_estimator": "k1", "algo.beta": 0.0},
+    {"algo.clip_range": 0.3, "algo.mini_batches": 2},
+    {"driver.max_staleness": 2, "algo.off_policy": "tis", "algo.tis_cap": 3.0},
+    {"algo.name": "sft", "rollout.group_size": 1},
+])
+def test_legal(values):
+    assert check(from_dict(values)) == []
+
+
+def test_what_a_user_registered_is_an_algorithm_by_its_name():
+    try:
+        algo.register_adv_estimator("mine")(lambda *a, **kw: a)
+        algo.register_policy_loss("mine_too", ratio=False)(lambda *a, **kw: a)
+        first, second = (algo.resolve(AlgoConfig(name=name)) for name in ("mine", "mine_too"))
+        assert (first.estimator, first.policy_loss) == ("mine", "ppo") and first.needs_whole_batch
+        assert (second.estimator, second.policy_loss) == ("grpo", "mine_too") and not second.ratio_loss
+        assert check(from_dict({"algo.name": "mine", "algo.options": {"alpha": 1}, "rollout.group_size": 1})) == []
+    finally:
+        del ESTIMATORS["mine"], POLICY_LOSSES["mine_too"]
+
+
+def test_knobs_that_a_loss_reads_are_options():
+    keys = {key for key, _ in options()}
+    assert all(f"algo.{knob}" in keys for loss in POLICY_LOSSES.values() for knob in loss.reads)
