@@ -56,7 +56,7 @@ def make_gsm8k(
     short = [row for row in rows if _is_short(row, tokenizer)]
     if len(short) <= num_eval:
         raise UserError(
-            f"{source}: {len(short)} of {len(rows)} problems have at most {MAX_PROMPT_TOKENS} + {MAX_COMPLETION_TOKENS} "
+            f"{source}: {len(short)} of {len(rows)} problems have at most {MAX_PROMPT_TOKENS}+{MAX_COMPLETION_TOKENS} "
             f"tokens, too few to hold {num_eval} out"
         )
     random.Random(seed).shuffle(short)

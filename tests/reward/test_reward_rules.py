@@ -1,3 +1,4 @@
+import doctest
 from fractions import Fraction
 
 import pytest
@@ -5,6 +6,11 @@ import pytest
 from flux_ray.reward import rules
 
 pytestmark = pytest.mark.unit
+
+
+def test_the_examples_in_docstrings_hold():
+    tried = doctest.testmod(rules)
+    assert tried.attempted > 6 and not tried.failed
 
 
 @pytest.mark.parametrize(

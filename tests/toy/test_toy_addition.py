@@ -1,0 +1,53 @@
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from flux_ray.toy.addition import make_addition
+
+pytestmark = pytest.mark.unit
+
+
+def read(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    return make_addition(tmp_path_factory.mktemp("toy"), seed=3)
+
+
+def test_all_sums_are_there_once_and_right(toy):
+    train, held_out = read(toy / "train.jsonl"), read(toy / "eval.jsonl")
+    assert len(held_out) == 512 and len(train) + len(held_out) == 8100
+    assert len({row["prompt"] for row in train + held_out}) == 8100
+    for row in train + held_out:
+        first, second = row["prompt"].removesuffix("=").split("+")
+        assert int(first) + int(second) == int(row["completion"]) == int(row["answer"])
+
+
+def test_the_tokenizer_comes_back_the_same(toy):
+    tokenizer = AutoTokenizer.from_pretrained(toy / "model")
+    ids = tokenizer("12+30=")["input_ids"]
+    assert len(ids) == 6 and tokenizer.decode([*ids, tokenizer.eos_token_id], skip_special_tokens=True) == "12+30="
+    assert tokenizer("x")["input_ids"] == [tokenizer.unk_token_id]
+    assert len({tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id}) == 3
+
+
+def test_the_model_loads_and_knows_its_end(toy):
+    model = AutoModelForCausalLM.from_pretrained(toy / "model")
+    tokenizer = AutoTokenizer.from_pretrained(toy / "model")
+    assert 0.7e6 < model.num_parameters() < 0.9e6 and model.dtype == torch.float32
+    assert model.config.vocab_size == len(tokenizer)
+    assert GenerationConfig.from_pretrained(toy / "model").eos_token_id == tokenizer.eos_token_id
+
+
+def test_a_seed_makes_one_toy_and_the_callers_random_state_stays(toy, tmp_path):
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    again = make_addition(tmp_path / "again", seed=3)
+    assert torch.equal(before, torch.get_rng_state())
+    other = make_addition(tmp_path / "other", seed=4)
+    for name in ("train.jsonl", "eval.jsonl", "model/model.safetensors"):
+        assert (toy / name).read_bytes() == (again / name).read_bytes() != (other / name).read_bytes()
