@@ -185,7 +185,9 @@ def _one_line(error: Exception) -> UserError:
     if isinstance(error, OverrideParseException):
         return UserError(f"{error.override!r} is no override (key=value, +key=value, ~key): "
                          f"{error.message.splitlines()[0]}")
-    return names.explain(error, options=_keys()) or UserError(" ".join(str(error).split()))
+    explained = names.explain(error, options=_keys()) or UserError(" ".join(str(error).split()))
+    file = re.match(r"In '(.+)': .* raised while composing", str(error))
+    return UserError(f"{file[1]}.yaml: {explained}") if file else explained
 
 
 def _groups_help() -> str:

@@ -15,8 +15,9 @@ import inspect
 import json
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from flux_ray import config as configs
 from flux_ray import names, run_dir
@@ -26,6 +27,7 @@ from flux_ray.errors import UserError
 if TYPE_CHECKING:
     from flux_ray.driver import TrainingResult
 
+Result = TypeVar("Result")
 Rows = Sequence[str] | Sequence[Mapping[str, Any]]
 Reward = str | Callable[..., Any]
 
@@ -73,25 +75,34 @@ class FluxTrainer:
     ) -> TrainingResult:
         """Train on `prompts`: a data file, a hub data set, a list of texts or of rows (dicts); None: config.data.train.
 
-        In-memory rows are written to the run's folder. Intervals are in steps. Works inside a running event loop too.
-        Raises UserError before anything starts for what the values alone can tell.
+        Intervals are in steps; what isn't given is the config's. Works inside a running event loop (a notebook) too.
+        Raises UserError for what the user can mend, before anything is started wherever it can be known then.
         """
         changes = {
             "driver.num_steps": num_steps,
             "eval.every": eval_interval,
             "checkpoint.every": checkpoint_interval,
-            "data.train": _source(prompts),
-            "eval.data": _source(eval_prompts),
         }
-        given = {key: value for key, value in changes.items() if value is not None}
-        config = configs.validate(configs.from_dict({**_flat(self.config), **given}))
-        config = run_dir.claim(config)
+        config = self.prepare(prompts, eval_prompts=eval_prompts, **changes)
+        from flux_ray import driver
+
+        return outside_loop(driver.run, config)
+
+    def prepare(self, prompts: str | Path | Rows | None, *, eval_prompts: str | Path | Rows | None = None,
+                **changes: Any) -> Config:
+        """The Config that `fit` runs, checked; its folder is made and holds the rows that were in memory.
+
+        `changes`: options by their dotted names; None changes nothing.
+        """
+        sources = {"data.train": _source(prompts), "eval.data": _source(eval_prompts)}
+        given = {key: value for key, value in {**changes, **sources}.items() if value is not None}
+        config = run_dir.claim(configs.validate(configs.from_dict({**_flat(self.config), **given})))
         files = {
             "data.train": _write(prompts, config, "data.jsonl"),
-            "eval.data": _write(eval_prompts, config, "eval.jsonl"),
+            "eval.data": _write(eval_prompts, config, "eval_data.jsonl"),
         }
         written = {key: file for key, file in files.items() if file is not None}
-        return _run(configs.from_dict({**_flat(config), **written}))
+        return configs.from_dict({**_flat(config), **written})
 
 
 def _flat(config: Config) -> dict[str, Any]:
@@ -123,36 +134,25 @@ def _write(prompts: str | Path | Rows | None, config: Config, name: str) -> str 
     return str(file)
 
 
-def _run(config: Config) -> TrainingResult:
-    from flux_ray import driver
+def outside_loop(function: Callable[[Config], Result], config: Config) -> Result:
+    """function(config), called here, or in a thread of its own where an event loop runs in this one (a notebook).
 
+    What it raises is raised here. Waits as long as the run takes: the driver, whose waits have deadlines, wakes it.
+    """
     try:
         asyncio.get_running_loop()
     except RuntimeError:
-        return driver.run(config)
-    return _in_thread(driver.run, config)   # a notebook's loop runs in this thread: the driver's needs another
-
-
-def _in_thread(function: Callable[[Config], TrainingResult], config: Config) -> TrainingResult:
-    """The function's result, computed in a thread of its own; what it raises is raised here.
-
-    Waits as long as the run takes: the driver, whose every wait has a deadline, wakes it.
-    """
-    results: list[TrainingResult] = []
-    failures: list[BaseException] = []
+        return function(config)
+    outcome: Future[Result] = Future()
 
     def target() -> None:
         try:
-            results.append(function(config))
+            outcome.set_result(function(config))
         except BaseException as error:   # raised again in the caller's thread
-            failures.append(error)
+            outcome.set_exception(error)
 
-    thread = threading.Thread(target=target, name="flux_ray-run")
-    thread.start()
-    thread.join()
-    if failures:
-        raise failures[0]
-    return results[0]
+    threading.Thread(target=target, name="flux_ray-run").start()
+    return outcome.result()
 
 
 def name_of(function: Callable[..., Any]) -> str:

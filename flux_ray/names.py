@@ -116,7 +116,7 @@ def explain(error: BaseException, *, options: Collection[str]) -> UserError | No
     """OmegaConf's refusal of a key or a value (or whatever was caused by one) in one line; None for other errors."""
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, OmegaConfBaseException):
-        cause = cause.__cause__
+        cause = cause.__cause__ or cause.__context__
     if cause is None:
         return None
     key = cause.full_key or str(cause.key)
@@ -125,4 +125,5 @@ def explain(error: BaseException, *, options: Collection[str]) -> UserError | No
     first_line = (cause.msg or str(cause)).splitlines()[0]
     if "deletion" in first_line:
         first_line = "an option can't be taken away, only given another value (~ is for groups and open mappings)"
-    return UserError(f"{key}: {first_line}")
+    got = "" if cause.value is None or str(cause.value) in first_line else f" (got {cause.value!r})"
+    return UserError(f"{key}: {first_line}{got}")

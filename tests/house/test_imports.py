@@ -1,0 +1,113 @@
+"""Who may import whom, and which library lives in which room."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from tests.house.source import REPO, imports, modules
+
+pytestmark = pytest.mark.unit
+
+#: Module, or room, ► level; the longest name that fits counts. A module imports lower levels and its own room.
+LEVELS = {
+    "flux_ray": 0,
+    "flux_ray.records": 0,
+    "flux_ray.config": 0,
+    "flux_ray.names": 0,
+    "flux_ray.errors": 0,
+    "flux_ray.plugins": 0,
+    "flux_ray.run_dir": 0,
+    "flux_ray.observability.metrics": 0,
+    "flux_ray.cluster.group": 0,
+    "flux_ray.model": 1,
+    "flux_ray.algo": 1,
+    "flux_ray.batch": 1,
+    "flux_ray.toy": 1,
+    "flux_ray.reward.rules": 1,
+    "flux_ray.cluster.plan": 1,
+    "flux_ray.data": 2,
+    "flux_ray.rollout": 2,
+    "flux_ray.reward": 2,
+    "flux_ray.reference": 2,
+    "flux_ray.train": 2,
+    "flux_ray.weights": 2,
+    "flux_ray.observability": 2,
+    "flux_ray.cluster": 3,
+    "flux_ray.driver": 4,
+    "flux_ray.api": 5,
+    "flux_ray.quickstart": 5,
+    "flux_ray.__main__": 5,
+}
+
+#: Library ► the only rooms, or modules, that import it.
+HOMES = {
+    "vllm": {"rollout", "weights"},
+    "deepspeed": {"train", "reference"},
+    "ray": {"cluster"},
+    "hydra": {"__main__"},
+    "omegaconf": {"config", "names", "observability"},   # the last writes config.yaml
+}
+
+
+def level(name: str) -> int | None:
+    fits = [known for known in LEVELS if name == known or (name.startswith(f"{known}.") and known != "flux_ray")]
+    return LEVELS[max(fits, key=len)] if fits else None
+
+
+def room(name: str) -> str:
+    return name.split(".")[1] if "." in name else ""
+
+
+def test_every_module_has_a_level():
+    assert [name for name, _, _ in modules() if level(name) is None] == []
+
+
+def test_imports_go_down_or_stay_in_their_room():
+    wrong = []
+    for name, path, tree in modules():
+        for target, line in imports(tree):
+            if not target.startswith("flux_ray") or target == "flux_ray" or room(target) == room(name):
+                continue
+            below, own = level(target), level(name)
+            if below is None or own is None or not (below < own or below == own == 0):
+                wrong.append(f"{path.relative_to(REPO)}:{line}: {name} (level {own}) imports {target} (level {below})")
+    assert wrong == []
+
+
+def test_libraries_stay_in_their_rooms():
+    wrong = []
+    for name, path, tree in modules():
+        for target, line in imports(tree):
+            homes = HOMES.get(target.split(".")[0])
+            if homes is not None and room(name) not in homes:
+                wrong.append(f"{path.relative_to(REPO)}:{line}: {target} belongs to {', '.join(sorted(homes))}")
+    assert wrong == []
+
+
+def test_the_lower_levels_import_without_ray_vllm_deepspeed():
+    """On a laptop that has none of them; in a process of its own, for this one may have them loaded."""
+    low = [name for name, _, _ in modules() if level(name) in (0, 1)]
+    code = (
+        "import sys, importlib\n"
+        "for library in ('ray', 'vllm', 'deepspeed', 'hydra'): sys.modules[library] = None\n"
+        f"for name in {low!r}: importlib.import_module(name)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+def test_importing_the_package_is_light():
+    heavy = "('torch', 'ray', 'vllm', 'deepspeed', 'omegaconf')"
+    code = f"import sys, flux_ray; print([m for m in {heavy} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_every_public_name_is_where_the_package_says():
+    import flux_ray
+
+    for name in flux_ray.__all__:
+        assert getattr(flux_ray, name).__name__ == name

@@ -1,0 +1,196 @@
+"""The Python API up to the driver's door: names, and rows and functions that other processes can reach."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+import threading
+from types import ModuleType
+
+import pytest
+
+from flux_ray import FluxConfig, FluxTrainer
+from flux_ray.api import name_of, outside_loop
+from flux_ray.config import Config
+from flux_ray.errors import UserError
+
+pytestmark = pytest.mark.unit
+
+YAML_BLOCK = """
+algorithm:
+  name: grpo
+  clip_range: 0.3
+  entropy_coef: 0.02
+  normalize_advantages: false
+"""
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+
+
+def test_config_from_flat_names():
+    config = FluxConfig(
+        model_path="Qwen/Qwen3-8B",
+        algorithm="grpo",
+        algorithm_config={
+            "clip_range": 0.2,
+            "group_size": 4,
+        }
+    )
+    assert isinstance(config, Config)
+    assert (config.model.path, config.algo.name, config.algo.clip_range) == ("Qwen/Qwen3-8B", "grpo", 0.2)
+    assert config.rollout.group_size == 4
+
+
+def test_config_from_a_yaml_block():
+    import yaml
+
+    config = FluxConfig(**yaml.safe_load(YAML_BLOCK))
+    assert (config.algo.clip_range, config.algo.entropy_coef, config.algo.normalize_by_std) == (0.3, 0.02, False)
+
+
+def test_an_algorithm_brings_its_preset_and_the_user_wins():
+    assert FluxConfig(algorithm="dapo").algo.clip_range_high == 0.28
+    assert FluxConfig(algorithm="dapo", algorithm_config={"epsilon_high": 0.5}).algo.clip_range_high == 0.5
+    assert FluxConfig(algorithm="sft").train.learning_rate == 2e-5
+
+
+@pytest.mark.parametrize("options, message", [
+    ({"grop_size": 2}, "did you mean 'rollout.group_size'"),
+    ({"epsilon": 0.1, "algorithm_config": {"clip_range": 0.2}}, "give one of them"),
+    ({"model": "m"}, "takes a mapping"),
+])
+def test_config_refuses(options, message):
+    with pytest.raises(UserError, match=message):
+        FluxConfig(**options)
+
+
+def trainer(**options) -> FluxTrainer:
+    return FluxTrainer(FluxConfig(model_path="m", **options))
+
+
+def test_a_file_of_prompts():
+    config = trainer(seed=4).prepare("data.jsonl", **{"driver.num_steps": 3, "eval.every": None})
+    assert (config.data.train, config.driver.num_steps, config.eval.every, config.seed) == ("data.jsonl", 3, 0, 4)
+
+
+def test_rows_in_memory_become_a_file_of_the_run(tmp_path):
+    config = trainer(prompt_column="question").prepare(
+        ["1+1=", "2+2="], eval_prompts=[{"question": "3+3=", "answer": "6"}], **{"eval.every": 5})
+    assert config.run_dir and config.run_dir.startswith(str(tmp_path / "runs"))
+    assert config.data.train == f"{config.run_dir}/data.jsonl" and config.eval.data and config.eval.every == 5
+    with open(config.data.train) as train, open(config.eval.data) as held_out:
+        assert [json.loads(line) for line in train] == [{"question": "1+1="}, {"question": "2+2="}]
+        assert [json.loads(line) for line in held_out] == [{"question": "3+3=", "answer": "6"}]
+
+
+def test_runs_of_one_second_have_folders_of_their_own():
+    assert len({trainer().prepare(["1+1="]).run_dir for _ in range(3)}) == 3
+
+
+def test_a_named_folder_is_made(tmp_path):
+    assert trainer(run_dir="here/it/is").prepare("d.jsonl").run_dir == str(tmp_path / "here" / "it" / "is")
+    assert (tmp_path / "here" / "it" / "is").is_dir()
+    (tmp_path / "taken").write_text("")
+    with pytest.raises(UserError, match="run_dir=taken: can't be made"):
+        trainer(run_dir="taken").prepare("d.jsonl")
+
+
+@pytest.mark.parametrize("rows, message", [
+    ([3], "row 0: must be a text or a dict"),
+    ([{"a": 1}, {"a": object()}], "row 1: "),
+])
+def test_rows_that_cannot_be_written(rows, message):
+    with pytest.raises(UserError, match=message):
+        trainer().prepare(rows)
+
+
+def test_fit_refuses_before_it_starts(tmp_path):
+    with pytest.raises(UserError, match=r"data\.train is missing"):
+        trainer().fit()
+    with pytest.raises(UserError, match=r"driver\.num_steps must be >= 1"):
+        trainer().fit("d.jsonl", num_steps=0)
+    with pytest.raises(UserError, match="FluxConfig"):
+        FluxTrainer({"model_path": "m"})   # type: ignore[arg-type]
+    assert list(tmp_path.iterdir()) == []
+
+
+def runs_a_loop(config: Config) -> str:
+    """As the driver does: a loop of its own, which no thread may start inside another."""
+    async def run() -> str:
+        return str(config.model.path)
+    return asyncio.run(run())
+
+
+def test_outside_a_loop_nothing_changes_thread():
+    assert outside_loop(lambda config: threading.current_thread(), Config()) is threading.current_thread()
+
+
+async def test_inside_a_running_loop():
+    assert outside_loop(runs_a_loop, FluxConfig(model_path="m")) == "m"
+
+
+async def test_what_a_run_raises_inside_a_loop_is_raised():
+    def fails(config: Config) -> None:
+        raise UserError("no such model")
+
+    with pytest.raises(UserError, match="no such model"):
+        outside_loop(fails, Config())
+
+
+def module_of(path, source: str) -> ModuleType:
+    path.write_text(source)
+    module = ModuleType(path.stem)
+    module.__file__ = str(path)
+    sys.modules[path.stem] = module
+    exec(compile(source, str(path), "exec"), module.__dict__)
+    return module
+
+
+REWARD = "def good(prompts, completions, **columns):\n    return [1.0 for _ in completions]\n"
+
+
+def test_a_function_of_a_file(tmp_path):
+    module = module_of(tmp_path / "my_rewards.py", REWARD)
+    assert name_of(module.good) == f"{tmp_path / 'my_rewards.py'}:good"
+    both = FluxTrainer(FluxConfig(model_path="m"), rewards=["numeric", module.good])
+    assert both.config.reward.functions == ["numeric", f"{tmp_path / 'my_rewards.py'}:good"]
+    assert FluxTrainer(FluxConfig(), rewards="numeric").config.reward.functions == ["numeric"]
+
+
+def test_a_function_of_a_package():
+    from flux_ray.reward.rules import exact_match
+
+    assert name_of(exact_match) == "flux_ray.reward.rules:exact_match"
+
+
+def test_a_script_that_would_train_again(tmp_path):
+    module = module_of(tmp_path / "script_a.py", REWARD + "if False:\n    trainer.fit('d')\n")
+    assert name_of(module.good).endswith("script_a.py:good")
+    path = tmp_path / "script_b.py"
+    module = module_of(path, REWARD)
+    path.write_text(REWARD + "result = trainer.fit('d')\n")
+    with pytest.raises(UserError, match="__main__"):
+        name_of(module.good)
+
+
+def nested():
+    def inner(prompts, completions):
+        return [0.0]
+    return inner
+
+
+@pytest.mark.parametrize("function", [lambda prompts, completions: [0.0], nested(), print])
+def test_functions_that_cannot_reach_other_processes(function):
+    with pytest.raises(UserError, match="other processes can't import it"):
+        name_of(function)
+
+
+def test_a_notebook_s_function():
+    cell: dict = {}
+    exec(compile(REWARD, "<ipython-input-1>", "exec"), cell)
+    with pytest.raises(UserError, match="other processes can't import it"):
+        name_of(cell["good"])

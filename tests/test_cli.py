@@ -1,0 +1,177 @@
+"""`flux-ray train`: Hydra's own command line, errors in one line, nothing left behind."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import yaml
+
+from flux_ray import __main__ as cli
+from flux_ray import config as configs
+from flux_ray.config import Config
+
+pytestmark = pytest.mark.unit
+
+REPO = Path(__file__).parents[1]
+READY = ["model.path=m", "data.train=d.jsonl"]
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def composed(*overrides: str) -> list[Config]:
+    configs_: list[Config] = []
+    cli.compose(list(overrides), then=configs_.append)
+    return configs_
+
+
+def printed(capsys, *arguments: str) -> dict:
+    assert cli.main(["train", *arguments, "--cfg", "job"]) == 0
+    return yaml.safe_load(capsys.readouterr().out)
+
+
+def refusal(capsys, *arguments: str) -> str:
+    assert cli.main(["train", *arguments]) == 2
+    shown = capsys.readouterr()
+    assert shown.out == "" and shown.err.startswith("flux-ray: ") and shown.err.count("\n") == 1
+    return shown.err.removeprefix("flux-ray: ").strip()
+
+
+def test_defaults_are_config_py_s(elsewhere):
+    assert composed(*READY) == [configs.from_dict({"model.path": "m", "data.train": "d.jsonl"})]
+    assert list(elsewhere.iterdir()) == []
+
+
+def test_groups_and_overrides():
+    (config,) = composed(*READY, "algo=dr_grpo", "experiment=addition", "rollout.max_tokens=9", "cluster=one_gpu")
+    assert config.algo.name == "dr_grpo" and not config.algo.normalize_by_std
+    assert config.rollout.group_size == 8 and config.rollout.max_tokens == 9 and config.cluster.colocate
+
+
+def test_an_experiment_chooses_its_algorithm():
+    (config,) = composed(*READY, "experiment=addition_sft")
+    assert config.algo.name == "sft" and config.train.learning_rate == 1e-3 and config.batch.prompts_per_step == 128
+
+
+def test_plus_and_tilde():
+    arguments = ["rollout.engine_args.a=1", "+rollout.engine_args.b=2", "experiment=addition", "~experiment"]
+    (config,) = composed(*READY, *arguments)
+    assert config.rollout.engine_args == {"a": 1, "b": 2} and config.rollout.group_size == 4
+
+
+def test_names_people_bring():
+    (config,) = composed(*READY, "algorithm=drgrpo", "num_generations=16", "epsilon=0.3", "algo.kl_loss_coef=0.5")
+    assert (config.algo.name, config.rollout.group_size) == ("dr_grpo", 16)
+    assert (config.algo.clip_range, config.algo.beta) == (0.3, 0.5)
+
+
+def test_the_last_of_one_name_wins_but_two_names_may_not_disagree(capsys):
+    (config,) = composed(*READY, "rollout.group_size=2", "rollout.group_size=6")
+    assert config.rollout.group_size == 6
+    message = refusal(capsys, "n=2", "rollout.group_size=6")
+    assert message == "rollout.group_size: n=2 and rollout.group_size=6; give one of them"
+
+
+def test_values_with_spaces_and_braces():
+    (config,) = composed(*READY, "data.prompt_template='Q: {prompt} = '", "reward.functions=[numeric,a/b.py:f]")
+    assert config.data.prompt_template == "Q: {prompt} = " and config.reward.functions == ["numeric", "a/b.py:f"]
+
+
+def test_cfg_job_prints_the_whole_config(capsys):
+    values = printed(capsys, "experiment=gsm8k", "n=4")
+    assert values["rollout"]["group_size"] == 4 and set(values) == set(configs.to_dict(Config()))
+
+
+def test_a_folder_of_the_users_own(elsewhere):
+    (elsewhere / "mine" / "experiment").mkdir(parents=True)
+    (elsewhere / "mine" / "experiment" / "first.yaml").write_text(
+        "# @package _global_\nmodel: {path: m}\ndata: {train: d.jsonl}\nseed: 5\n")
+    (config,) = composed("--config-dir", "mine", "experiment=first")
+    assert config.seed == 5
+    (config,) = composed("--config-dir", "mine", "experiment=first", "seed=6", "algo=dapo")
+    assert config.seed == 6 and config.algo.clip_range_high == 0.28
+
+
+def test_an_unknown_key_in_the_users_own_file(elsewhere, capsys):
+    (elsewhere / "mine" / "experiment").mkdir(parents=True)
+    (elsewhere / "mine" / "experiment" / "first.yaml").write_text("# @package _global_\nrollout: {grop_size: 3}\n")
+    message = refusal(capsys, "--config-dir", "mine", "experiment=first")
+    assert message == "experiment/first.yaml: unknown option 'rollout.grop_size': did you mean 'rollout.group_size'?"
+
+
+def test_multirun_gives_each_job_a_folder(elsewhere):
+    first, second = composed("--multirun", *READY, "seed=0,1")
+    assert (first.seed, second.seed) == (0, 1)
+    assert first.run_dir and second.run_dir and first.run_dir != second.run_dir
+    assert [path.name for path in elsewhere.iterdir()] == ["runs"]
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["rollout.grop_size=3"], "unknown option 'rollout.grop_size': did you mean 'rollout.group_size'?"),
+    (["grop_size=3"], "unknown option 'grop_size': did you mean 'rollout.group_size'?"),
+    (["+rollout.grop_size=3"], "unknown option 'rollout.grop_size': did you mean 'rollout.group_size'?"),
+    (["rolout.deadline_s=3"], "unknown option 'rolout.deadline_s': did you mean 'rollout.deadline_s'?"),
+    (["rollout.group_size=many"], "rollout.group_size: Value 'many' of type 'str' could not be converted to Integer"),
+    (["algo=grop"], "unknown algo 'grop': did you mean 'grpo'?"),
+    (["experiment=adition"], "unknown experiment 'adition': did you mean 'addition'?"),
+    (["rollout.group_size"], "'rollout.group_size' is no override"),
+    (["~reward.weights"], "reward.weights: an option can't be taken away"),
+    (["--config-dir", "nowhere"], "nowhere' not found"),
+    (["model.path=${oc.env:SURELY_UNSET}", "data.train=d"], "model.path: "),
+    ([], "model.path is missing"),
+    ([*READY, "algo.off_policy=tos"], "algo.off_policy must be one of none, tis, icepop; got 'tos'"),
+])
+def test_a_mistake_is_one_line(capsys, arguments, message):
+    assert message in refusal(capsys, *arguments)
+
+
+def test_unknown_verb(capsys):
+    assert cli.main(["tran"]) == 2
+    assert capsys.readouterr().err == "flux-ray: unknown verb 'tran': did you mean 'train'? (known: train)\n"
+
+
+def test_help_has_every_option_with_its_meaning(capsys):
+    assert cli.main(["train", "--help"]) == 0
+    text = capsys.readouterr().out
+    for key, f in configs.options():
+        assert f"  {key}=" in text and f.metadata["help"] in text
+    assert "experiment={addition," in text
+    assert cli.main([]) == 0 and "flux-ray train" in capsys.readouterr().out
+
+
+def test_as_a_program_from_another_folder(elsewhere):
+    command = [sys.executable, "-m", "flux_ray", "train"]
+    environment = {"PYTHONPATH": str(REPO), "PATH": ""}
+    done = subprocess.run([*command, "grop_size=3"], env=environment, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "flux-ray: unknown option 'grop_size': did you mean 'rollout.group_size'?\n"
+    done = subprocess.run([*command, "--cfg", "job"], env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and yaml.safe_load(done.stdout)["rollout"]["group_size"] == 4
+    assert list(elsewhere.iterdir()) == []
+
+
+def test_the_wheel_holds_conf(elsewhere):
+    pytest.importorskip("setuptools", minversion="77")
+    source = elsewhere / "source"
+    source.mkdir()
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        (source / name).write_bytes((REPO / name).read_bytes())
+    shutil.copytree(REPO / "flux_ray", source / "flux_ray", symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(REPO / "conf", source / "conf")
+    code = "import os, setuptools.build_meta as b; print(b.build_wheel(os.environ['OUT']))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=source, env={"OUT": str(elsewhere), "PATH": ""},
+                          capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    (wheel,) = elsewhere.glob("*.whl")
+    inside = set(zipfile.ZipFile(wheel).namelist())
+    conf = {f"flux_ray/conf/{path.relative_to(REPO / 'conf')}" for path in (REPO / "conf").rglob("*.yaml")}
+    assert conf <= inside and "flux_ray/py.typed" in inside
+    assert not [name for name in inside if name.startswith(("tests", "conf", "launch"))]

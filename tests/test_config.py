@@ -1,0 +1,132 @@
+"""The one Config: names, types, bounds, and what values must be beside one another."""
+
+from __future__ import annotations
+
+import pytest
+
+from flux_ray import config as configs
+from flux_ray.config import Config, from_dict, options, preset, to_dict, validate
+from flux_ray.errors import UserError
+from flux_ray.names import canonical, flatten
+
+pytestmark = pytest.mark.unit
+
+KEYS = [key for key, _ in options()]
+READY = {"model.path": "m", "data.train": "d.jsonl"}
+
+
+def refusal(values: dict) -> str:
+    with pytest.raises(UserError) as caught:
+        validate(from_dict({**READY, **values}))
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_nothing_given_is_the_defaults():
+    assert from_dict({}) == Config()
+
+
+def test_to_dict_comes_back():
+    config = from_dict({"rollout.engine_args": {"enforce_eager": True}, "reward.functions": ["numeric"], "seed": 3})
+    assert from_dict(to_dict(config)) == config
+    assert config.rollout.engine_args == {"enforce_eager": True}
+
+
+def test_nested_dotted_and_short_names_mix():
+    config = from_dict({"train": {"num_ranks": 2}, "rollout.max_tokens": 5, "num_steps": 7, "algorithm": {"n": 8}})
+    assert (config.train.num_ranks, config.rollout.max_tokens, config.driver.num_steps) == (2, 5, 7)
+    assert config.rollout.group_size == 8
+
+
+@pytest.mark.parametrize("alias, key", [
+    ("epsilon", "algo.clip_range"), ("clip_ratio", "algo.clip_range"), ("cliprange", "algo.clip_range"),
+    ("algo.eps_clip", "algo.clip_range"), ("epsilon_high", "algo.clip_range_high"),
+    ("num_generations", "rollout.group_size"), ("n", "rollout.group_size"), ("rollout.n", "rollout.group_size"),
+    ("num_samples", "rollout.group_size"), ("eval.num_samples", "eval.num_samples"), ("kl_loss_coef", "algo.beta"),
+    ("beta", "algo.beta"), ("kl_coef", "algo.kl_coef"), ("algorithm_config.group_size", "rollout.group_size"),
+    ("rollout.engine_args.anything", "rollout.engine_args.anything"), ("lr", "train.learning_rate"),
+])
+def test_names_people_bring(alias, key):
+    assert canonical(alias, options=KEYS) == key
+
+
+@pytest.mark.parametrize("spelling", ["drgrpo", "dr-grpo", "dr_grpo"])
+def test_spellings_of_an_algorithm(spelling):
+    assert from_dict({"algorithm": spelling}).algo.name == "dr_grpo"
+
+
+def test_two_names_that_disagree():
+    assert refusal({"epsilon": 0.1, "clip_ratio": 0.2}) == (
+        "algo.clip_range: epsilon says 0.1 and clip_ratio says 0.2; give one of them")
+    assert from_dict({"epsilon": 0.1, "clip_ratio": 0.1}).algo.clip_range == 0.1
+
+
+def test_cispo_s_epsilon_high_means_two_things():
+    assert "algo.clip_range_high" in refusal({"algorithm": "cispo", "epsilon_high": 5.0})
+
+
+@pytest.mark.parametrize("key, nearest", [
+    ("rollout.grop_size", "rollout.group_size"), ("grop_size", "rollout.group_size"),
+    ("rolout.deadline_s", "rollout.deadline_s"), ("train.learning_rat", "train.learning_rate"),
+    ("algo.clip_rang", "algo.clip_range"), ("num_generatons", "rollout.group_size"),
+])
+def test_unknown_option_names_the_nearest(key, nearest):
+    assert refusal({key: 1}) == f"unknown option {key!r}: did you mean {nearest!r}?"
+
+
+def test_unknown_option_like_nothing():
+    assert refusal({"qqqq": 1}) == "unknown option 'qqqq' (flux-ray train --help lists them all)"
+
+
+def test_a_name_of_several_options():
+    assert "write it in full" in refusal({"deadline_s": 1.0})
+
+
+@pytest.mark.parametrize("key, value", [
+    ("rollout.group_size", "many"), ("rollout.group_size", 1.5), ("train.learning_rate", "fast"), ("seed", None),
+    ("reward.functions", 3), ("data.shuffle", "perhaps"),
+])
+def test_wrong_type_names_key_and_value(key, value):
+    message = refusal({key: value})
+    assert message.startswith(f"{key}: ") and (value is None or str(value) in message)
+
+
+@pytest.mark.parametrize("values, message", [
+    ({"rollout.group_size": 0}, "rollout.group_size must be >= 1, got 0"),
+    ({"train.zero_stage": 4}, "train.zero_stage must be <= 3, got 4"),
+    ({"rollout.temperature": 0.0}, "rollout.temperature must be > 0, got 0.0"),
+    ({"train.learning_rate": float("nan")}, "train.learning_rate must be a finite number, got nan"),
+    ({"algo.kl_estimator": "k4"}, "algo.kl_estimator must be one of k1, k2, k3; got 'k4'"),
+    ({"model.path": None}, "model.path is missing"),
+    ({"data.train": None}, "data.train is missing"),
+    ({"batch.prompts_per_step": 10, "algo.mini_batches": 4},
+     "batch.prompts_per_step=10 must divide by algo.mini_batches=4"),
+    ({"batch.prompts_per_step": 6, "train.num_ranks": 4}, "= 6 must divide by train.num_ranks=4"),
+    ({"reward.functions": ["numeric"], "reward.weights": [1.0, 2.0]}, "reward.weights=[1.0, 2.0] must be as many as"),
+    ({"train.adam_betas": [0.9]}, "train.adam_betas must be two numbers"),
+    ({"algo.icepop_low": 9.0}, "algo.icepop_low=9.0 must be < algo.icepop_high=5.0"),
+    ({"rollout.max_model_len": 99, "rollout.max_tokens": 99}, "rollout.max_model_len=99 must be > rollout.max_tokens=99"),
+    ({"eval.every": 5}, "eval.every=5 needs eval.data"),
+])
+def test_validate_names_key_and_value(values, message):
+    assert message in refusal(values)
+
+
+def test_what_is_right_passes():
+    config = from_dict({**READY, "batch.prompts_per_step": 8, "algo.mini_batches": 2, "train.num_ranks": 4})
+    assert validate(config) is config
+
+
+def test_every_option_has_a_meaning():
+    for key, f in options():
+        assert f.metadata["help"], key
+        assert not f.metadata["choices"] or configs.default_of(f) in (None, *f.metadata["choices"])
+
+
+def test_a_users_own_algorithm_has_no_preset():
+    assert preset("mine") == {} and preset("drgrpo")["algo"]["name"] == "dr_grpo"
+
+
+def test_flatten_keeps_open_mappings_whole():
+    assert flatten({"reward": {"options": {"regex": {"pattern": "x"}}}}, options=KEYS) == {
+        "reward.options": {"regex": {"pattern": "x"}}}
