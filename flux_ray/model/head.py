@@ -42,9 +42,9 @@ class _ChunkedLogprobs(torch.autograd.Function):
     def forward(
         ctx: Any, hidden_RH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, rows_N: Tensor, targets_N: Tensor,
         how: Chunking,
-    ) -> tuple[Tensor, Tensor]:
-        logprobs_N = torch.empty(len(rows_N), dtype=torch.float32, device=hidden_RH.device)
-        entropy_N = torch.zeros_like(logprobs_N)
+    ) -> Tensor:
+        result_2N = torch.zeros(2, len(rows_N), dtype=torch.float32, device=hidden_RH.device)
+        logprobs_N, entropy_N = result_2N
         normalizer_N = torch.empty_like(logprobs_N)
         for start in range(0, len(rows_N), how.chunk_tokens):
             chunk = slice(start, start + how.chunk_tokens)
@@ -58,15 +58,14 @@ class _ChunkedLogprobs(torch.autograd.Function):
                 entropy_N[chunk] = -probs_CV.mul_(logits_CV).sum(-1)
                 del probs_CV
             del logits_CV  # before the next chunk's are made
-        ctx.save_for_backward(hidden_RH, weight_VH, bias_V, rows_N, targets_N, normalizer_N, entropy_N)
+        ctx.save_for_backward(hidden_RH, weight_VH, bias_V, rows_N, targets_N, normalizer_N, entropy_N.clone())
         ctx.how = how
-        ctx.set_materialize_grads(False)  # an entropy that is only measured has no gradient, and backward skips it
-        return logprobs_N, entropy_N
+        return result_2N
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        grad_logprobs_N = torch.zeros_like(ctx.saved_tensors[-1]) if grads[0] is None else grads[0]
-        grad_entropy_N = grads[1] if ctx.how.with_entropy else None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        grad_logprobs_N, grad_entropy_N = grads[0]
+        through_entropy = bool(grad_entropy_N.any())  # not where the entropy is only measured
         hidden_RH, weight_VH, bias_V, rows_N, targets_N, normalizer_N, entropy_N = ctx.saved_tensors
         how: Chunking = ctx.how
         grad_hidden_RH = torch.zeros_like(hidden_RH)
@@ -77,7 +76,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
             rows_CH = hidden_RH[rows_N[chunk]]
             grad_CV = _logits(rows_CH, weight_VH, bias_V, how.scale).sub_(normalizer_N[chunk, None])
             probs_CV = grad_CV.exp()
-            if grad_entropy_N is not None:
+            if through_entropy:
                 grad_CV.add_(entropy_N[chunk, None]).mul_(probs_CV).mul_(-grad_entropy_N[chunk, None])
             else:
                 grad_CV.zero_()
@@ -103,8 +102,11 @@ class LogprobHead(nn.Linear):
 
     def forward(  # type: ignore[override]
         self, hidden_RH: Tensor, rows_N: Tensor, targets_N: Tensor, temperature: float, with_entropy: bool,
-    ) -> tuple[Tensor, Tensor]:
-        """((N,) log-probs of `targets_N` predicted from `hidden_RH[rows_N]`, (N,) entropies or zeros), fp32."""
+    ) -> Tensor:
+        """(2, N) fp32: log-probs of `targets_N` predicted from `hidden_RH[rows_N]`, and entropies (zeros if unasked).
+
+        One tensor, so that ZeRO-3 sees one output of this module whether or not the loss uses the entropy.
+        """
         how = Chunking(self.logit_scale / temperature, self.chunk_tokens, with_entropy)
         return _ChunkedLogprobs.apply(hidden_RH, self.weight, self.bias, rows_N, targets_N, how)
 

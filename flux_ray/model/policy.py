@@ -45,13 +45,9 @@ class PolicyModel(nn.Module):
         else:
             hidden_RH, rows_S = self._hidden_flat(tokens_S, micro_batch)
         # The first token of a sequence is never wanted, so the row before a wanted token is its own sequence's.
-        logprobs_N, entropy_N = self.head(
-            hidden_RH, rows_S[wanted_N] - 1, tokens_S[wanted_N], temperature, with_entropy)
-        logprobs_S = torch.zeros(len(tokens_S), dtype=torch.float32, device=tokens_S.device)
-        logprobs_S = logprobs_S.index_put((wanted_N,), logprobs_N)
-        if not with_entropy:
-            return logprobs_S, None
-        return logprobs_S, torch.zeros_like(logprobs_S).index_put((wanted_N,), entropy_N)
+        result_2N = self.head(hidden_RH, rows_S[wanted_N] - 1, tokens_S[wanted_N], temperature, with_entropy)
+        result_2S = result_2N.new_zeros(2, len(tokens_S)).index_copy(1, wanted_N, result_2N)
+        return result_2S[0], result_2S[1] if with_entropy else None
 
     def _hidden_padded(self, tokens_S: Tensor, micro_batch: Any) -> tuple[Tensor, Tensor]:
         """Hidden states of rows padded at their right, and where each flat token lies among them.

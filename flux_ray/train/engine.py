@@ -97,11 +97,12 @@ class Engine:
         for i, micro_batch in enumerate(in_step):
             moved = micro_batch.to(self.device)
             logprobs_S, entropy_S = self.deepspeed(moved, temperature=temperature, with_entropy=with_entropy)
+            # Nothing, but backward then takes the same way on every rank: ZeRO-3 gathers as it goes.
+            loss = 0.0 * (logprobs_S.sum() + (0.0 if entropy_S is None else entropy_S.sum()))
             if i < len(micro_batches) and bool(micro_batch.loss_mask_S.any()):
-                loss, measured = objective(i, moved, logprobs_S, entropy_S)
+                wanted, measured = objective(i, moved, logprobs_S, entropy_S)
+                loss = loss + wanted
                 metrics.append(measured)
-            else:
-                loss = logprobs_S.sum()  # 0, but with a graph: backward must visit every module
             finite = finite and bool(torch.isfinite(loss))
             self.deepspeed.set_gradient_accumulation_boundary(i == len(in_step) - 1)
             # DeepSpeed averages gradients over ranks; the step's loss is a sum over them.
