@@ -43,7 +43,7 @@ def compute_advantages(
         assert old_logprobs is not None and reference_logprobs is not None, "a KL in the reward needs both log-probs"
         penalty = kl(old_logprobs, reference_logprobs, estimator="k1").masked_fill(~mask, 0.0)
         token_level_rewards = token_level_rewards - config.kl_coef * penalty
-    rows = token_level_rewards.isnan().any(-1).logical_not().nonzero().squeeze(-1)
+    rows = token_level_rewards.sum(-1).isnan().logical_not().nonzero().squeeze(-1)
     whole = len(rows) == len(token_level_rewards)
     views = {"token_level_rewards": token_level_rewards, "response_mask": mask, "index": index,
              "old_log_prob": old_logprobs, "reference_log_prob": reference_logprobs}

@@ -116,7 +116,8 @@ def _scores(token_level_rewards: torch.Tensor) -> torch.Tensor:
 
 def _spread(advantages_N: torch.Tensor, like: torch.Tensor, response_mask: torch.Tensor) -> Pair:
     """A row's advantage at each of its loss tokens; the returns are the same numbers."""
-    advantages_NL = advantages_N.to(like.dtype)[:, None] * response_mask
+    advantages_N1 = advantages_N.to(like.dtype)[:, None]
+    advantages_NL = torch.where(response_mask.bool(), advantages_N1, torch.zeros_like(advantages_N1))
     return advantages_NL, advantages_NL
 
 

@@ -35,7 +35,7 @@ def over_loss_tokens(values: Mapping[str, Any], *, response_mask: torch.Tensor) 
     """name ► Mean over the loss tokens. A value is a tensor (B, L), a number (a mean already), or a metric, kept."""
     mask = response_mask.bool()
     tensors = {name: v for name, v in values.items() if isinstance(v, torch.Tensor) and v.shape == mask.shape}
-    sums = [value.detach().double().masked_fill(~mask, 0.0).sum() for value in tensors.values()]
+    sums = [value.detach().masked_fill(~mask, 0).sum(dtype=torch.float64) for value in tensors.values()]
     count, *totals = torch.stack([mask.sum().double(), *sums]).tolist()
     metrics: dict[str, Metric] = {name: Mean(total, count) for name, total in zip(tensors, totals, strict=True)}
     for name, value in values.items():
