@@ -23,7 +23,8 @@ NUMBER = re.compile(
 )
 FRACTION = re.compile(r"\\[dt]?frac\s*\{\s*([-+]?\d+)\s*\}\s*\{\s*(\d+)\s*\}")
 MARKED = re.compile(r"####(?P<answer>[^\n]*)")
-LAST_LINE_ANSWER = r"####[ \t]*[^\s#][^\n#]*\s*\Z"  # the default format: a last line `#### answer`
+#: The default format: the response ends in `####` and one number, as GSM8K's solutions do.
+MARKED_NUMBER_AT_END = r"####[ \t]*[-+]?[$€£]?[-+]?\d[\d,]*(?:\.\d+)?(?:/\d+)?[ \t]?%?\s*\Z"
 
 Reward = float | None
 Texts = Sequence[Any]  # G prompts or completions: texts, or lists of chat messages
@@ -95,8 +96,8 @@ def numeric_or_exact(
     return rewards
 
 
-def regex(prompts: Texts, completions: Texts, *, pattern: str = LAST_LINE_ANSWER, **columns: Any) -> list[Reward]:
-    """1 where the pattern is found in the completion; by default a last line `#### answer`.
+def regex(prompts: Texts, completions: Texts, *, pattern: str = MARKED_NUMBER_AT_END, **columns: Any) -> list[Reward]:
+    """1 where the pattern is found in the completion; by default `#### NUMBER` at its end.
 
     >>> regex(None, ["2+2=4\\n#### 4", "4"])
     [1.0, 0.0]

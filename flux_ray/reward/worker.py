@@ -15,7 +15,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-from transformers import AutoTokenizer
 
 from flux_ray.config import Config
 from flux_ray.records import FINISH_LENGTH, RolloutGroup, ScoredGroup
@@ -30,6 +29,8 @@ class RewardWorker:
     """One scoring process's work. Several `score` calls may run at once; functions that aren't async take turns."""
 
     def __init__(self, config: Config, *, tokenizer_path: str) -> None:
+        from transformers import AutoTokenizer  # seconds to import, and whoever wants the rules alone needs none of it
+
         self._config = config
         self._tokenizer = AutoTokenizer.from_pretrained(tokenizer_path)
         self._functions = load_functions(config)

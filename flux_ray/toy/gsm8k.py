@@ -21,10 +21,10 @@ from flux_ray.toy.model import SPECIAL_TOKENS, Sizes, save_model, write_jsonl
 CALCULATION = re.compile(r"<<[^>]*>>")  # GSM8K's notes for a calculator, of no use to a reader
 RESULT_MARK = "####"
 
-#: 5.3M parameters with a vocabulary of 2,000.
+#: 3.7M parameters with a vocabulary of 2,000.
 SIZES = Sizes(
     hidden_size=256,
-    num_hidden_layers=6,
+    num_hidden_layers=4,
     intermediate_size=768,
     num_attention_heads=4,
     num_key_value_heads=2,

@@ -125,7 +125,13 @@ def test_numeric_or_exact(completion, answer, value):
     ("completion", "value"),
     [
         ("1 + 1 = 2\n#### 2", 1.0),
-        ("#### 1,000 dollars\n", 1.0),
+        ("#### 1,000\n", 1.0),
+        ("#### -$2.50", 1.0),
+        ("####1/2", 1.0),
+        ("#### 50%", 1.0),
+        ("#### about 5", 0.0),
+        ("#### 5 dollars", 0.0),
+        ("#### 5\n#### 6", 1.0),
         ("2", 0.0),
         ("####", 0.0),
         ("#### \n", 0.0),
@@ -133,7 +139,7 @@ def test_numeric_or_exact(completion, answer, value):
         ("#### 2\nand then", 0.0),
     ],
 )
-def test_regex_looks_for_an_answer_on_the_last_line_by_default(completion, value):
+def test_regex_looks_for_a_marked_number_at_the_end_by_default(completion, value):
     assert rules.regex(None, [completion]) == [value]
 
 
