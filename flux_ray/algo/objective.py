@@ -45,10 +45,10 @@ def policy_objective(
         for value in (log_prob, old_log_prob, sampler_log_prob, reference_log_prob)
     )
     assert log_prob is not None
-    trainer_old = log_prob.detach() if old_log_prob is None else old_log_prob
-    old = trainer_old
+    old = log_prob.detach() if old_log_prob is None else old_log_prob
     if config.old_logprobs == "sampler":
         assert sampler_log_prob is not None, "algo.old_logprobs=sampler needs the sampler's log-probs"
+        assert config.off_policy == "none", "a ratio over the sampler's log-probs is its own correction"
         old = sampler_log_prob
 
     loss, measured = _policy_term(algorithm.policy_loss, config, old, log_prob, advantages, mask)
@@ -57,7 +57,7 @@ def policy_objective(
         if loss.dim() == 0:
             raise UserError(f"policy loss {algorithm.policy_loss!r} gives a scalar, "
                             f"algo.off_policy={config.off_policy} needs a loss per token")
-        loss = loss * off_policy_weight(trainer_old, sampler_log_prob, mask, config)
+        loss = loss * off_policy_weight(old, sampler_log_prob, mask, config)
     total = loss * loss_weights.sum() if loss.dim() == 0 else _weighted(loss, mask, loss_weights)
 
     with torch.no_grad():

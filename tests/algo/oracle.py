@@ -80,9 +80,8 @@ class Settings:
     band: tuple[float, float] = (0.5, 5.0)
 
 
-def loss(settings, *, log_prob, old, sampler, reference, entropy, advantages, mask, trainer_old=None):
-    """The step's loss. `old`: the ratio's denominator (None: π itself, stopped); `trainer_old`: what corrections are of
-    (None: the same)."""
+def loss(settings, *, log_prob, old, sampler, reference, entropy, advantages, mask):
+    """The step's loss. `old`: the ratio's denominator (None: π itself, stopped), which corrections are of as well."""
     s = settings
     num_sequences = sum(1 for row in mask if row.any())
     num_tokens = int(mask.sum())
@@ -93,10 +92,9 @@ def loss(settings, *, log_prob, old, sampler, reference, entropy, advantages, ma
             continue
         new = [log_prob[n, t] for t in tokens]
         before = [stop(z) for z in new] if old is None else [old[n, t] for t in tokens]
-        proximal = before if trainer_old is None else [trainer_old[n, t] for t in tokens]
         terms = policy_terms(s, new, before, [advantages[n, t] for t in tokens])
         if s.off_policy != "none":
-            factors = corrections(s, proximal, [sampler[n, t] for t in tokens])
+            factors = corrections(s, before, [sampler[n, t] for t in tokens])
             terms = [term * factor for term, factor in zip(terms, factors, strict=True)]
         if s.beta:
             far = [kl(s.kl, z, reference[n, t]) for z, t in zip(new, tokens, strict=True)]
