@@ -1,0 +1,107 @@
+"""launch/submit.sh against a real Ray cluster of one node that asks for a token."""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+pytestmark = [pytest.mark.system, pytest.mark.timeout(400)]
+
+REPO = Path(__file__).parents[2]
+START_DEADLINE_S = 120
+STOP_DEADLINE_S = 30
+JOB_DEADLINE_S = 120
+
+
+def free_port() -> int:
+    """A port below 10002: Ray gives those from 10002 on to its workers."""
+    for port in range(8300, 9900):
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) != 0:
+                return port
+    raise AssertionError("no free port")
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory) -> Iterator[dict[str, str]]:
+    """The environment in which a cluster with a token can be reached."""
+    folder = tmp_path_factory.mktemp("cluster")
+    link = shorter(folder)
+    token = folder / "token"
+    token.touch(mode=0o600)
+    token.write_text(secrets.token_hex(32))
+    dashboard = free_port()
+    environment = {
+        **{key: value for key, value in os.environ.items() if not key.startswith("RAY_")},
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "RAY_DASHBOARD": f"http://127.0.0.1:{dashboard}",
+        "OMP_NUM_THREADS": "1",
+    }
+    head = subprocess.Popen(
+        ["ray", "start", "--head", "--block", "--node-ip-address=127.0.0.1", "--port=6399", "--num-cpus=1",
+         "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", "--disable-usage-stats",
+         f"--temp-dir={link}"],
+        env=environment, stdout=(folder / "head.log").open("w"), stderr=subprocess.STDOUT,
+    )
+    try:
+        wait_for(environment, head, folder / "head.log")
+        yield environment
+    finally:
+        head.send_signal(signal.SIGTERM)
+        head.wait(STOP_DEADLINE_S)
+        link.unlink()
+
+
+def shorter(folder: Path) -> Path:
+    """Ray puts sockets under its folder, whose paths may have 107 bytes: a link with a short name."""
+    link = Path("/tmp") / f"flux_{secrets.token_hex(3)}"
+    link.symlink_to(folder)
+    return link
+
+
+def wait_for(environment: dict[str, str], head: subprocess.Popen, log: Path) -> None:
+    deadline = time.monotonic() + START_DEADLINE_S
+    while time.monotonic() < deadline and head.poll() is None:
+        trial = ["ray", "job", "submit", "--address", environment["RAY_DASHBOARD"], "--no-wait", "--", "true"]
+        asked = subprocess.run(trial,
+                               env=environment, capture_output=True, timeout=START_DEADLINE_S)
+        if asked.returncode == 0:   # the dashboard answers earlier than the agent that starts jobs
+            return
+        time.sleep(1)
+    raise AssertionError(f"ray start did not answer within {START_DEADLINE_S} s:\n{log.read_text()[-2000:]}")
+
+
+def submit(environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([str(REPO / "launch" / "submit.sh"), *arguments], env=environment, cwd=REPO,
+                          capture_output=True, text=True, timeout=JOB_DEADLINE_S)
+
+
+def test_overrides_arrive_as_they_were_written(cluster):
+    template = "data.prompt_template='a  b $HOME `id` \"q\" * {prompt}; exit 3'"
+    done = submit(cluster, "--working-dir", ".", "--", "experiment=addition", template, "n=16", "--cfg", "job")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "prompt_template: a  b $HOME `id` \"q\" * {prompt}; exit 3" in done.stdout
+    assert re.search(r"group_size: 16\b", done.stdout) and "succeeded" in done.stdout
+
+
+def test_a_mistake_fails_the_job_in_one_line(cluster):
+    done = submit(cluster, "--working-dir", ".", "--", "grop_size=3")
+    assert done.returncode != 0
+    assert "flux-ray: unknown option 'grop_size': did you mean 'rollout.group_size'?" in done.stdout + done.stderr
+
+
+def test_without_the_token_nothing_runs(cluster):
+    stranger = {key: value for key, value in cluster.items() if not key.startswith("RAY_AUTH")}
+    done = submit({**stranger, "HOME": "/nonexistent"}, "--working-dir", ".", "--", "--cfg", "job")
+    assert done.returncode != 0 and "group_size" not in done.stdout
+    assert re.search("401|[Uu]nauthorized|token", done.stdout + done.stderr)
