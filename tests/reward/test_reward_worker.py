@@ -171,8 +171,10 @@ def test_a_failure_names_function_row_sample_and_cause(score, keyword, body, kin
     if keyword == "async def":
         body = body.replace("import time; time", "import asyncio; await asyncio")
         message = message.replace("StopIteration", "RuntimeError")  # Python's own doing
+    deadline_s = 0.2 if kind == TIMED_OUT else 60.0
     with pytest.raises(RewardError) as error:
-        score(make_group(["42", "41", "1"]), f"{keyword} f(completions): {body}", functions=[":f"], deadline_s=0.2)
+        code = f"{keyword} f(completions): {body}"
+        score(make_group(["42", "41", "1"]), code, functions=[":f"], deadline_s=deadline_s)
     assert error.value.kind == kind
     assert str(error.value).startswith("reward f, prompt row 5") and message in str(error.value)
     again = pickle.loads(pickle.dumps(error.value))  # noqa: S301
@@ -183,7 +185,7 @@ def test_a_late_call_does_not_hold_up_the_next_one(tokenizer_path, tmp_path):
     (tmp_path / "mine.py").write_text(
         "import time\ndef f(completions):\n    time.sleep(30 if completions == ['1'] else 0)\n    return [1.0]\n"
     )
-    config = Config(reward=RewardConfig(functions=[f"{tmp_path}/mine.py:f"], deadline_s=0.2))
+    config = Config(reward=RewardConfig(functions=[f"{tmp_path}/mine.py:f"], deadline_s=1.0))
     worker = RewardWorker(config, tokenizer_path=tokenizer_path)
 
     async def both():
