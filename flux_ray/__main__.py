@@ -1,7 +1,7 @@
 """The command line: `flux-ray VERB [overrides]`, also `python -m flux_ray VERB [overrides]`.
 
 Takes:  a verb and Hydra's own arguments and overrides.
-Gives:  a validated Config to the driver; exit code 0, or 2 with one line on stderr for what the user can mend.
+Gives:  a validated Config to the driver; exit code 0, 1 for a run that broke, 2 for what the user can mend (one line).
 Knows:  that Hydra composes and nothing more: no folder of its own, no log of its own, no change of folder.
 Never:  holds a default; is imported by anything. The only file with hydra.
 """

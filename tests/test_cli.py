@@ -158,6 +158,12 @@ def test_as_a_program_from_another_folder(elsewhere):
     assert list(elsewhere.iterdir()) == []
 
 
+def test_what_the_run_finds_wrong_is_one_line_too(elsewhere, capsys):
+    message = refusal(capsys, "model.path=no/such/model", "data.train=no_such.jsonl", "cluster.device=cpu")
+    assert "no/such/model" in message or "no_such.jsonl" in message
+    assert list(elsewhere.iterdir()) == []
+
+
 def test_the_wheel_holds_conf(elsewhere):
     pytest.importorskip("setuptools", minversion="77")
     source = elsewhere / "source"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from functools import cache
 
 import pytest
 import yaml
@@ -18,28 +19,23 @@ FILES = sorted(path for path in (REPO / "conf").glob("*/*.yaml"))
 OWN_OBJECTIVE = {"sft"}
 
 
-def reads() -> set[str]:
-    """Every attribute chain's last two names, e.g. `rollout.group_size`, and last name, outside config.py."""
-    found = set()
-    for name, _, tree in modules():
-        if name == "flux_ray.config":
-            continue
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
-                found.add(node.attr)
-                found.add(".".join(ast.unparse(node).split(".")[-2:]))
-    return found
+@cache
+def reads() -> list[set[str]]:
+    """The attributes that each module reads, config.py aside."""
+    return [
+        {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)}
+        for name, _, tree in modules() if name != "flux_ray.config"
+    ]
 
 
 def test_every_option_is_read():
-    """By its name; an option whose name several rooms have, as room.name."""
-    seen, unread = reads(), []
+    """By its name; one whose name several rooms have, in a module that reads its room too."""
     lasts = [key.rpartition(".")[2] for key in OPTIONS]
+    unread = []
     for key in OPTIONS:
-        last = key.rpartition(".")[2]
-        room_read = key in seen or any(read.endswith(f"_config.{last}") or read in (f"config.{last}", f"self.{last}")
-                                       for read in seen)
-        if not (last in seen if lasts.count(last) == 1 else room_read):
+        room, _, last = key.rpartition(".")
+        shared = lasts.count(last) > 1
+        if not any(last in module and (not shared or room in module) for module in reads()):
             unread.append(key)
     assert unread == []
 
