@@ -24,6 +24,7 @@ from flux_ray.errors import UserError, unknown
 from flux_ray.model.policy import LAYOUTS, PolicyModel
 
 NUM_PROBE_TOKENS = 8  # enough that a factor or a cap on the logits shows, too few to cost anything
+LOGIT_FACTORS = ("logit_scale", "logits_scaling", "lm_head_multiplier")  # as configs call them; some divide by theirs
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -133,14 +134,13 @@ def _logit_scale(hf: Any, path: str | Path) -> float:
         plain = head(hf.base_model(input_ids=ids, use_cache=False)[0]).float()
         logits = hf(input_ids=ids, use_cache=False).logits.float()
     hf.train(was_training)
-    known = {name: getattr(config, name, None) for name in ("logit_scale", "logits_scaling", "lm_head_multiplier")}
-    known = {name: float(value) for name, value in known.items() if value}
+    known = {name: float(getattr(config, name, None) or 1.0) for name in LOGIT_FACTORS}
     tolerance = 1e-5 if plain.dtype == head.weight.dtype else 1e-2  # relative to the largest logit, fp32 and bf16
     for scale in (1.0, *known.values(), *(1 / value for value in known.values())):
         if (plain * scale - logits).abs().max() <= tolerance * logits.abs().max():
             return scale
     raise UserError(f"model {str(path)!r} ({hf.config.model_type}): its logits are not a scaled lm_head(hidden), "
-                    f"such a head is not supported (config: {known or 'no known factor'})")
+                    f"such a head is not supported (config: {known})")
 
 
 def context_length(path: str | Path) -> int:

@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def launch(scenario: str, world_size: int, folder: Path) -> dict[str, Any]:
-    """Run `scenario` on this many ranks; the JSON that rank 0 gave. A rank that fails is the error, with its last words."""
+    """Run `scenario` on this many ranks; the JSON that rank 0 gave. A rank that fails is the error, with its log."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]

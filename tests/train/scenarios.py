@@ -1,7 +1,8 @@
 """One rank of a scenario: `python -m tests.train.scenarios NAME WORLD_SIZE PORT FOLDER RANK`.
 
-Takes:  a folder with a model in `model/`.
-Gives:  NAME.json (and safetensors beside it) from rank 0.
+Takes:  a folder with models in `tied/` and `untied/`.
+Gives:  NAME.json and safetensors in the folder, from rank 0; what they should be is the tests' to say.
+Knows:  starting a process costs more than all it does here, so one launch does everything of a world size.
 """
 
 from __future__ import annotations
@@ -13,16 +14,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+import torch.distributed as dist
 from safetensors.torch import save_file
 
 from flux_ray.config import Config, from_dict
 from flux_ray.records import StepReport
-from flux_ray.train import Trainer
-from flux_ray.train import checkpoint as checkpoint_module
+from flux_ray.train import Trainer, checkpoint
 from tests.train.batches import reference_logprobs, rollout_group, scored, supervised
 
 BETA_1 = 0.9
+FIRST, SECOND = tuple(range(6)), tuple(range(6, 12))  # uids of the groups of two steps
 
 
 class Rank:
@@ -31,11 +34,11 @@ class Rank:
     def __init__(self, world_size: int, port: int, folder: Path, rank: int) -> None:
         self.world_size, self.port, self.folder, self.rank = world_size, port, folder, rank
 
-    def trainer(self, **overrides: Any) -> Trainer:
-        return Trainer(self.config(**overrides), rank=self.rank, world_size=self.world_size,
+    def trainer(self, *, model: str = "tied", **overrides: Any) -> Trainer:
+        return Trainer(self.config(model, overrides), rank=self.rank, world_size=self.world_size,
                        master_address="127.0.0.1", master_port=self.port, device="cpu")
 
-    def config(self, *, model: str = "model", **overrides: Any) -> Config:
+    def config(self, model: str, overrides: dict[str, Any]) -> Config:
         values: dict[str, Any] = {
             "model": {"path": str(self.folder / model), "logprob_chunk_tokens": 16},
             "rollout": {"temperature": 0.7, "max_tokens": 12},
@@ -50,79 +53,132 @@ class Rank:
             values["train"]["deepspeed"] = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
         return from_dict(copy.deepcopy(values))
 
-    def step(self, trainer: Trainer, *, uids: tuple[int, ...] = tuple(range(6)), split: int = 4) -> StepReport:
-        """A step on these groups: the first `split` on rank 0, the rest on the last rank (all of them when alone)."""
+    def step(self, trainer: Trainer, uids: tuple[int, ...] = FIRST, *, split: int = 4, spoil: int = -1) -> StepReport:
+        """A step: the first `split` groups are rank 0's, the rest rank 1's. The group `spoil` has a nan reference."""
         mine = uids if self.world_size == 1 else (uids[:split] if self.rank == 0 else uids[split:])
         groups = [rollout_group(uid, version=trainer.version) for uid in mine]
-        return trainer.train_step(groups=groups, scores=[scored(g) for g in groups],
-                                  reference_logprobs=[reference_logprobs(g) for g in groups], version=trainer.version)
-
-    def gradient(self, trainer: Trainer) -> dict[str, torch.Tensor]:
-        """The first update's gradient, read from AdamW's first moment."""
-        return {name.removeprefix("exp_avg."): (tensor / (1 - BETA_1)).clone()
-                for name, tensor in checkpoint_module._tensors(trainer.engine) if name.startswith("exp_avg.")}
+        reference = [[row + (np.nan if g.prompt.uid == spoil else 0) for row in reference_logprobs(g)] for g in groups]
+        return trainer.train_step(groups=groups, scores=[scored(g) for g in groups], reference_logprobs=reference,
+                                  version=trainer.version)
 
     def write(self, name: str, tensors: dict[str, torch.Tensor]) -> None:
         if self.rank == 0:
             save_file({k: v.contiguous() for k, v in tensors.items()}, self.folder / f"{name}.safetensors")
 
 
+def gradient(trainer: Trainer) -> dict[str, torch.Tensor]:
+    """The first update's gradient, read from AdamW's first moment."""
+    return {name.removeprefix("exp_avg."): (tensor / (1 - BETA_1)).clone()
+            for name, tensor in checkpoint._tensors(trainer.engine) if name.startswith("exp_avg.")}
+
+
 def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in trainer.iter_weights(20_000)}
 
 
-def alone(rank: Rank) -> dict[str, Any]:
-    """World size 1: the gradient under different micro-batches and layouts."""
-    variants: dict[str, dict[str, Any]] = {
-        "one": {}, "micro_1": {"batch__micro_batch_size": 1}, "micro_8": {"batch__micro_batch_size": 8},
-        "block_diagonal": {"model__layout": "block_diagonal"}, "checkpointing": {"train__gradient_checkpointing": True},
-    }
+def gradients(rank: Rank, variants: dict[str, dict[str, Any]], split: int = 4) -> dict[str, Any]:
+    """The first gradient under each variant of the config, written by its name."""
     metrics = {}
     for name, overrides in variants.items():
         trainer = rank.trainer(**overrides)
-        metrics[name] = rank.step(trainer).metrics
-        rank.write(name, rank.gradient(trainer))
+        metrics[name] = rank.step(trainer, split=split).metrics
+        rank.write(name, gradient(trainer))
     return metrics
 
 
-SCENARIOS: dict[str, Callable[[Rank], dict[str, Any]]] = {"alone": alone}
+def resume(rank: Rank, name: str, **overrides: Any) -> dict[str, Any]:
+    """A step, a checkpoint, a second step; and the second step again from the checkpoint."""
+    trainer = rank.trainer(train__max_grad_norm=1.0, **overrides)
+    rank.step(trainer)
+    trainer.save_checkpoint(rank.folder / f"checkpoint_{name}")
+    went_on = rank.step(trainer, SECOND)
+    rank.write(f"went_on_{name}", weights(trainer))
+    return {"went_on": went_on.metrics, "resumed": resumed(rank, name, name, **overrides)}
 
 
-def together(rank: Rank) -> dict[str, Any]:
-    """World size 2: the gradient under every ZeRO stage, and with a rank that has no groups."""
-    result = {}
-    for stage in range(4):
-        trainer = rank.trainer(train__zero_stage=stage, batch__micro_batch_size=3)
-        result[f"zero_{stage}"] = rank.step(trainer).metrics
-        rank.write(f"zero_{stage}", rank.gradient(trainer))
-    for stage in (0, 3):
-        trainer = rank.trainer(train__zero_stage=stage)
-        result[f"no_groups_{stage}"] = rank.step(trainer, split=6).metrics
-        rank.write(f"no_groups_{stage}", rank.gradient(trainer))
-    return result
+def resumed(rank: Rank, name: str, saved: str, **overrides: Any) -> dict[str, Any]:
+    trainer = rank.trainer(train__max_grad_norm=1.0, **overrides)
+    trainer.load_checkpoint(rank.folder / f"checkpoint_{saved}")
+    report = rank.step(trainer, SECOND)
+    rank.write(f"resumed_{name}", weights(trainer))
+    return report.metrics | {"version": report.version}
 
 
-SCENARIOS["together"] = together
+def saved_model(rank: Rank, model: str) -> dict[str, Any]:
+    """Train a little under ZeRO 3, write the model and what its log-probs were; names and shapes beside it."""
+    trainer = rank.trainer(model=model, train__zero_stage=3)
+    rank.step(trainer)
+    trainer.save_model(rank.folder / f"saved_{model}")
+    groups = [rollout_group(uid) for uid in ((0, 1, 2) if rank.rank == 0 else (3,))]
+    rows = trainer.logprobs(groups)
+    rank.write(f"logprobs_{model}", {f"{g}.{i}": torch.from_numpy(row) for g, group in enumerate(rows)
+                                     for i, row in enumerate(group)})
+    described = [(name, str(dtype), list(shape)) for name, dtype, shape in trainer.weight_metadata()]
+    given = [(name, str(w.dtype), list(w.shape)) for name, w in trainer.iter_weights(1)]
+    return {"metadata": described, "given": given}
 
 
-def resume(rank: Rank) -> dict[str, Any]:
-    """Under every ZeRO stage: a step, a checkpoint, a second step; and the second step again from the checkpoint."""
-    result = {}
-    for stage in range(4):
-        trainer = rank.trainer(train__zero_stage=stage, train__max_grad_norm=1.0)
-        rank.step(trainer)
-        trainer.save_checkpoint(rank.folder / f"checkpoint_{stage}")
-        went_on = rank.step(trainer, uids=tuple(range(6, 12)))
-        rank.write(f"went_on_{stage}", weights(trainer))
-        again = rank.trainer(train__zero_stage=stage, train__max_grad_norm=1.0)
-        again.load_checkpoint(rank.folder / f"checkpoint_{stage}")
-        resumed = rank.step(again, uids=tuple(range(6, 12)))
-        rank.write(f"resumed_{stage}", weights(again))
-        result[str(stage)] = {"went_on": went_on.metrics, "resumed": resumed.metrics, "version": again.version}
-    return result
+def several_updates(rank: Rank) -> dict[str, Any]:
+    """Two epochs of two mini-batches with the KL in the reward as well; rank 1 has one group, so one part is empty."""
+    trainer = rank.trainer(algo__epochs=2, algo__mini_batches=2, algo__kl_coef=0.05, train__zero_stage=2)
+    metrics = rank.step(trainer, split=5).metrics
+    return metrics | {"num_updates": trainer.engine.num_updates}
 
 
-SCENARIOS["resume"] = resume
+def supervised_steps(rank: Rank) -> dict[str, Any]:
+    trainer = rank.trainer(model="untied", train__zero_stage=1)
+    mine = supervised(7, 5) if rank.rank == 0 else supervised(8, 3)
+    return {"losses": [trainer.sft_step(mine).metrics["train/loss"] for _ in range(20)]}
+
+
+def bfloat16(rank: Rank, stage: int) -> dict[str, Any]:
+    trainer = rank.trainer(model__dtype="bfloat16", train__zero_stage=stage, train__learning_rate=1e-5)
+    metrics = rank.step(trainer).metrics
+    masters = {n: t for n, t in checkpoint._tensors(trainer.engine) if n.startswith("master.")}
+    rank.write(f"bf16_{stage}", gradient(trainer))
+    fine = sum(int((t != t.bfloat16().float()).sum()) for t in masters.values())  # moves that bf16 couldn't hold
+    return {"metrics": metrics, "types": sorted({str(w.dtype) for w in weights(trainer).values()}), "fine": fine}
+
+
+def refusal(rank: Rank, stage: int) -> str:
+    """What a rank says when another rank's loss isn't finite."""
+    trainer = rank.trainer(train__zero_stage=stage)
+    try:
+        rank.step(trainer, spoil=FIRST[-1])
+    except FloatingPointError as error:
+        return str(error)
+    return "trained on"
+
+
+def two_ranks(rank: Rank) -> dict[str, Any]:
+    stages: dict[str, dict[str, Any]] = {
+        f"zero_{s}": {"train__zero_stage": s, "batch__micro_batch_size": 3} for s in range(4)}
+    idle = {f"idle_{s}": {"train__zero_stage": s} for s in (0, 3)}
+    result: dict[str, Any] = {
+        **gradients(rank, stages),
+        **gradients(rank, idle, split=6),
+        "zero_3_checkpointing": gradients(
+            rank, {"zero_3_checkpointing": {"train__zero_stage": 3, "train__gradient_checkpointing": True}}),
+        "resume": {str(s): resume(rank, str(s), train__zero_stage=s) for s in range(4)},
+        "resume_bf16": resume(rank, "bf16", model__dtype="bfloat16"),
+        "saved": {model: saved_model(rank, model) for model in ("tied", "untied")},
+        "several": several_updates(rank),
+        "sft": supervised_steps(rank),
+        "bf16": {str(s): bfloat16(rank, s) for s in range(4)},
+    }
+    says: list[Any] = [None, None]
+    dist.all_gather_object(says, [refusal(rank, s) for s in (0, 2)])
+    return result | {"says": says}
+
+
+def one_rank(rank: Rank) -> dict[str, Any]:
+    return gradients(rank, {
+        "one": {}, "micro_1": {"batch__micro_batch_size": 1}, "micro_8": {"batch__micro_batch_size": 8},
+        "block_diagonal": {"model__layout": "block_diagonal"}, "checkpointing": {"train__gradient_checkpointing": True},
+    }) | {"resumed_elsewhere": resumed(rank, "elsewhere", "3")}
+
+
+SCENARIOS: dict[str, Callable[[Rank], dict[str, Any]]] = {"one_rank": one_rank, "two_ranks": two_ranks}
 
 
 def main() -> None:
@@ -131,6 +187,7 @@ def main() -> None:
     result = SCENARIOS[name](rank)
     if rank.rank == 0:
         (rank.folder / f"{name}.json").write_text(json.dumps(result))
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

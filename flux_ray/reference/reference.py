@@ -1,0 +1,90 @@
+"""The frozen policy: log-probs of groups as they come, several groups in one forward.
+
+Takes:  a model's path, a type, a device; one RolloutGroup a call, from many callers at once.
+Gives:  `await logprobs(group)`: (T,) float32 per trajectory, 0 off the mask.
+Knows:  what arrives while a forward runs waits and is packed together, up to max_tokens_per_forward.
+Never:  trains, or blocks its event loop: the forward runs in a thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from flux_ray.batch import pack
+from flux_ray.model import load_policy
+from flux_ray.model.scoring import by_group, per_sample, scoring_samples
+from flux_ray.records import RolloutGroup
+
+Waiting = tuple[RolloutGroup, asyncio.Future[list[np.ndarray]]]
+
+
+class Reference:
+    """A policy that stays as it was. Calls are served in the order they came; a failed forward fails its callers."""
+
+    def __init__(
+        self, path: str | Path, *, dtype: torch.dtype, device: str, temperature: float, max_tokens_per_forward: int,
+        attention: str = "auto", layout: str = "auto", chunk_tokens: int,
+    ) -> None:
+        self.policy = load_policy(path, dtype=dtype, attention=attention, layout=layout, chunk_tokens=chunk_tokens)
+        self.policy.to(device).eval().requires_grad_(False)
+        self.device, self.temperature = device, temperature
+        self.max_tokens_per_forward = max_tokens_per_forward
+        self._waiting: list[Waiting] = []
+        self._server: asyncio.Task[None] | None = None
+
+    async def logprobs(self, group: RolloutGroup) -> list[np.ndarray]:
+        """(T,) float32 log-probs of each trajectory, at the rollout's temperature; 0 where the loss mask is False.
+
+        Waits for the forward of its own process only; whoever calls over a network sets the deadline.
+        """
+        answer: asyncio.Future[list[np.ndarray]] = asyncio.get_running_loop().create_future()
+        self._waiting.append((group, answer))
+        if self._server is None or self._server.done():
+            self._server = asyncio.create_task(self._serve())
+        return await answer
+
+    async def _serve(self) -> None:
+        """Forward after forward until nobody waits. Its callers get what it raises."""
+        while self._waiting:
+            batch = self._take()
+            groups = [group for group, _ in batch]
+            try:
+                results = await asyncio.to_thread(self.forward, groups)
+            except asyncio.CancelledError:
+                for _, answer in [*batch, *self._waiting]:
+                    answer.cancel()
+                raise
+            except Exception as error:
+                for _, answer in batch:
+                    if not answer.done():
+                        answer.set_exception(error)
+                continue
+            for (_, answer), result in zip(batch, results, strict=True):
+                if not answer.done():  # a caller may have given up
+                    answer.set_result(result)
+
+    def _take(self) -> list[Waiting]:
+        """The oldest waiting groups that fit in one forward together; at least one."""
+        tokens, count = 0, 0
+        for group, _ in self._waiting:
+            tokens += sum(t.num_tokens for t in group.trajectories)
+            if count and tokens > self.max_tokens_per_forward:
+                break
+            count += 1
+        batch, self._waiting = self._waiting[:count], self._waiting[count:]
+        return batch
+
+    @torch.no_grad()
+    def forward(self, groups: list[RolloutGroup]) -> list[list[np.ndarray]]:
+        """Log-probs of whole groups, in forwards of at most max_tokens_per_forward tokens (padding included)."""
+        samples = scoring_samples(groups)
+        micro_batches = pack(samples, max_tokens=self.max_tokens_per_forward, max_samples=None,
+                             padded=self.policy.layout == "padded")
+        values = [
+            self.policy(m.to(self.device), temperature=self.temperature, with_entropy=False)[0] for m in micro_batches
+        ]
+        return by_group(per_sample(values, micro_batches, len(samples)), groups)

@@ -1,0 +1,84 @@
+"""The frozen policy: right numbers, several groups in one forward, failures go to whoever asked."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from flux_ray.records import RolloutGroup
+from flux_ray.reference import Reference
+from tests.tiny import tiny_model
+from tests.train.batches import rollout_group
+
+pytestmark = pytest.mark.unit
+
+
+class CountingReference(Reference):
+    """A Reference that keeps what each forward was given, and can be held up."""
+
+    def __init__(self, path: Path, max_tokens: int) -> None:
+        super().__init__(path, dtype=torch.float32, device="cpu", temperature=0.7, max_tokens_per_forward=max_tokens,
+                         chunk_tokens=32)
+        self.forwards: list[list[int]] = []
+        self.gate, self.begun = threading.Event(), threading.Event()
+        self.gate.set()
+
+    def forward(self, groups: list[RolloutGroup]) -> list[list[np.ndarray]]:
+        self.forwards.append([g.prompt.uid for g in groups])
+        self.begun.set()
+        assert self.gate.wait(30)
+        return super().forward(groups)
+
+
+def wanted(hf: torch.nn.Module, group: RolloutGroup) -> list[np.ndarray]:
+    rows = []
+    for t in group.trajectories:
+        ids = torch.from_numpy(t.token_ids).long()[None]
+        with torch.no_grad():
+            log_p = torch.log_softmax(hf(input_ids=ids).logits[0].float() / 0.7, -1)
+        row = np.zeros(t.num_tokens, np.float32)
+        row[1:] = log_p[:-1].gather(1, ids[0, 1:, None])[:, 0].numpy()
+        rows.append(np.where(t.loss_mask, row, 0))
+    return rows
+
+
+async def test_groups_that_wait_share_a_forward(tmp_path) -> None:
+    reference = CountingReference(tiny_model(tmp_path, tied=True), max_tokens=10_000)
+    reference.gate.clear()
+    groups = [rollout_group(uid) for uid in range(5)]
+    calls = [asyncio.create_task(reference.logprobs(groups[0]))]
+    assert await asyncio.to_thread(reference.begun.wait, 30)  # the first forward's thread holds, this loop doesn't
+    calls += [asyncio.create_task(reference.logprobs(g)) for g in groups[1:]]
+    await asyncio.sleep(0)
+    reference.gate.set()
+    results = await asyncio.wait_for(asyncio.gather(*calls), 30)
+    assert reference.forwards == [[0], [1, 2, 3, 4]]
+    hf = AutoModelForCausalLM.from_pretrained(tmp_path)
+    for group, rows in zip(groups, results, strict=True):
+        for row, want in zip(rows, wanted(hf, group), strict=True):
+            assert row.dtype == np.float32
+            np.testing.assert_allclose(row, want, atol=1e-5)
+
+
+async def test_the_token_budget_bounds_a_forward(tmp_path) -> None:
+    reference = CountingReference(tiny_model(tmp_path, tied=True), max_tokens=40)
+    groups = [rollout_group(uid) for uid in range(4)]
+    assert all(sum(t.num_tokens for t in g.trajectories) > 20 for g in groups)
+    await asyncio.wait_for(asyncio.gather(*(reference.logprobs(g) for g in groups)), 30)
+    assert reference.forwards == [[0], [1], [2], [3]]
+
+
+async def test_a_failed_forward_fails_its_callers_and_no_others(tmp_path) -> None:
+    reference = CountingReference(tiny_model(tmp_path, tied=True), max_tokens=40)
+    bad = rollout_group(0, vocab=64)
+    bad.trajectories[0].token_ids[0] = 10_000  # beyond the vocabulary
+    results = await asyncio.wait_for(
+        asyncio.gather(reference.logprobs(bad), reference.logprobs(rollout_group(1)), return_exceptions=True), 30)
+    assert isinstance(results[0], IndexError)
+    assert not isinstance(results[1], BaseException) and len(results[1]) == 4
