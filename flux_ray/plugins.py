@@ -1,6 +1,6 @@
 """Users' own Python files, in every process.
 
-Takes:  the paths of `plugins`, and names of the form path/to/file.py:function.
+Takes:  the paths of `plugins`, and names of the form path/to/file.py:function or package.module:function.
 Gives:  `load_plugins`, `load_function`: each file is imported once in a process; what it registers is then known there.
 Never:  imports anything of the project's rooms: a plugin imports what it registers with.
 """
@@ -8,18 +8,20 @@ Never:  imports anything of the project's rooms: a plugin imports what it regist
 from __future__ import annotations
 
 import hashlib
+import importlib
 import importlib.util
 import sys
+import traceback
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from flux_ray.errors import UserError
+from flux_ray.errors import UserError, unknown
 
 
 def import_file(path: str, *, option: str) -> ModuleType:
-    """The module of a Python file, imported once. UserError names the option, the file and what failed in it."""
+    """The module of a Python file, imported once. UserError names the option, the file, the line and what failed."""
     file = Path(path).expanduser().resolve()
     # The name is the same in every process, so that what the file defines can travel between them.
     name = f"flux_ray_user_{file.stem}_{hashlib.blake2b(str(file).encode(), digest_size=4).hexdigest()}"
@@ -32,12 +34,23 @@ def import_file(path: str, *, option: str) -> ModuleType:
         raise UserError(f"{option}: {file} is not a Python file")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
+    if str(file.parent) not in sys.path:
+        sys.path.append(str(file.parent))  # it may import the files beside it, as when it is run as a script
     try:
         spec.loader.exec_module(module)
     except Exception as error:
         del sys.modules[name]
-        raise UserError(f"{option}: importing {file} failed: {type(error).__name__}: {error}") from error
+        where = f"{file}{_line_in(file, error)}"
+        raise UserError(f"{option}: importing {where} failed: {type(error).__name__}: {error}") from error
     return module
+
+
+def _line_in(file: Path, error: Exception) -> str:
+    """` line N`: where in the file the error came up; nothing where it didn't."""
+    if isinstance(error, SyntaxError) and error.filename == str(file):
+        return f" line {error.lineno}"
+    lines = [line for frame, line in traceback.walk_tb(error.__traceback__) if frame.f_code.co_filename == str(file)]
+    return f" line {lines[-1]}" if lines else ""
 
 
 def load_plugins(paths: Iterable[str]) -> None:
@@ -47,10 +60,22 @@ def load_plugins(paths: Iterable[str]) -> None:
 
 
 def load_function(name: str, *, option: str) -> Callable[..., Any]:
-    """The function that `path/to/file.py:function` names."""
-    path, _, attribute = name.rpartition(":")
-    module = import_file(path, option=f"{option}={name}")
+    """The function that `path/to/file.py:function` or `package.module:function` names. UserError: what is missing."""
+    place, _, attribute = name.rpartition(":")
+    if not place or not attribute:
+        raise UserError(f"{option}: {name!r} is not of the form path/to/file.py:function")
+    module = import_file(place, option=option) if place.endswith(".py") else _import_module(place, option=option)
     function = getattr(module, attribute, None)
+    if function is None:
+        functions = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        raise UserError(f"{option}: {place}: {unknown('function', attribute, functions)}")
     if not callable(function):
-        raise UserError(f"{option}={name}: {Path(path).expanduser().resolve()} has no function {attribute!r}")
+        raise UserError(f"{option}: {name}: {attribute} is {type(function).__name__}, not a function")
     return function
+
+
+def _import_module(name: str, *, option: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except Exception as error:
+        raise UserError(f"{option}: importing {name} failed: {type(error).__name__}: {error}") from error

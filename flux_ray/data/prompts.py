@@ -78,8 +78,8 @@ class PromptSource:
         cls, config: Config, tokenizer: Any, *, context_length: int, prompts: Prompts | None = None
     ) -> PromptSource:
         """The prompts to evaluate on: `eval.data`, or `prompts`; in the file's order, with the same seeds each time."""
-        data = config.eval
-        rows = _load(prompts, data.data, "eval.data", config, split=data.split, max_rows=data.max_rows)
+        split, max_rows = config.eval.split, config.eval.max_rows
+        rows = _load(prompts, config.eval.data, "eval.data", config, split=split, max_rows=max_rows)
         return cls(rows, config, tokenizer, context_length=context_length, role=EVAL)
 
     def prompt(self, uid: int) -> Prompt:

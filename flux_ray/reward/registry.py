@@ -1,26 +1,21 @@
 """Which functions reward a run.
 
 Takes:  names of rules, registered names, `path/to/file.py:function` or `package.module:function`; the config.
-Gives:  RewardFunction (callable, weight, options); `register_reward`, `get_reward`, `list_rewards`, `load_function`.
+Gives:  RewardFunction (callable, weight, options); `register_reward`, `get_reward`, `list_rewards`.
 Knows:  what can be told before a run starts: names, imports, options, weights, columns that a function needs.
-Keeps:  the registry; files already imported.
+Keeps:  the registry of this process.
 """
 
 from __future__ import annotations
 
-import hashlib
-import importlib
-import importlib.util
 import inspect
-import sys
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from flux_ray.config import Config
 from flux_ray.errors import UserError, unknown
+from flux_ray.plugins import load_function
 from flux_ray.reward.rules import RULES, SHAPING
 
 ANSWER_COLUMNS = ("answer", "solution", "label")  # beside data.answer_column: what people call it
@@ -31,7 +26,6 @@ GIVEN = frozenset({"prompts", "completions", "completion_ids", "trainer_state", 
 Function = Callable[..., Any]
 
 _registered: dict[str, tuple[Function, bool]] = {}
-_modules: dict[str, ModuleType] = {}
 
 
 @dataclass(frozen=True)
@@ -78,65 +72,6 @@ def list_rewards() -> list[str]:
     return sorted({*RULES, *_registered})
 
 
-def load_function(reference: str, *, what: str = "reward.functions") -> Function:
-    """The function that `path/to/file.py:name` or `package.module:name` means. A file is imported once a process.
-
-    UserError, in one line, where the file, the function or something that the file imports is missing.
-    """
-    place, _, name = reference.rpartition(":")
-    if not place or not name:
-        raise UserError(f"{what}: {reference!r} is not of the form path/to/file.py:function")
-    module = _import_file(place, what) if place.endswith(".py") else _import_module(place, reference, what)
-    if not hasattr(module, name):
-        functions = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        raise UserError(f"{what}: {place}: {unknown('function', name, functions)}")
-    function = getattr(module, name)
-    if not callable(function):
-        raise UserError(f"{what}: {reference}: {name} is {type(function).__name__}, not a function")
-    return function
-
-
-def _import_file(place: str, what: str) -> ModuleType:
-    path = Path(place).expanduser().resolve()
-    if not path.is_file():
-        raise UserError(f"{what}: {place}: no such file")
-    name = f"{path.stem}_{hashlib.blake2b(str(path).encode(), digest_size=4).hexdigest()}"
-    if name in _modules:
-        return _modules[name]
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None, path
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # before it runs: dataclasses and pickle look their module up
-    if str(path.parent) not in sys.path:
-        sys.path.append(str(path.parent))  # a file beside it can be imported, as when it is run as a script
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        del sys.modules[name]
-        raise UserError(f"{what}: {place}{_line_in(path, error)}: {type(error).__name__}: {error}") from error
-    _modules[name] = module
-    return module
-
-
-def _import_module(place: str, reference: str, what: str) -> ModuleType:
-    try:
-        return importlib.import_module(place)
-    except Exception as error:
-        raise UserError(f"{what}: {reference}: {type(error).__name__}: {error}") from error
-
-
-def _line_in(path: Path, error: Exception) -> str:
-    """` line N`: where in the file the error came up; nothing where it didn't."""
-    if isinstance(error, SyntaxError) and error.filename == str(path):
-        return f" line {error.lineno}"
-    lines, trace = [], error.__traceback__
-    while trace is not None:
-        if trace.tb_frame.f_code.co_filename == str(path):
-            lines.append(trace.tb_lineno)
-        trace = trace.tb_next
-    return f" line {lines[-1]}" if lines else ""
-
-
 def load_functions(config: Config) -> tuple[RewardFunction, ...]:
     """The functions that the config names (none: numeric_or_exact). UserError: a name, weight or option is wrong."""
     references = config.reward.functions or [DEFAULT_REWARD]
@@ -152,7 +87,7 @@ def load_functions(config: Config) -> tuple[RewardFunction, ...]:
             raise UserError(f"reward.options: {unknown('function', name, names)}")
     functions = []
     for reference, name, weight in zip(references, names, weights, strict=True):
-        call = load_function(reference) if ":" in reference else get_reward(reference)
+        call = load_function(reference, option="reward.functions") if ":" in reference else get_reward(reference)
         options = dict(config.reward.options.get(name) or {})
         is_rule = call is RULES.get(name)
         is_shaping = name in SHAPING if is_rule else _registered.get(name, (None, False)) == (call, True)

@@ -96,7 +96,7 @@ def test_a_folder_and_a_hub_name_that_cannot_be_had_are_refused_in_one_line(tmp_
     with pytest.raises(UserError, match="a folder"):
         load(str(tmp_path))
     with pytest.raises(UserError, match="neither a file here nor a data set") as error:
-        load("no/such:name:at all")
+        load("no such name!")
     assert "\n" not in str(error.value)
 
 

@@ -4,8 +4,9 @@ import pytest
 
 from flux_ray.config import Config, DataConfig, RewardConfig
 from flux_ray.errors import UserError
+from flux_ray.plugins import load_function, load_plugins
 from flux_ray.reward import registry
-from flux_ray.reward.registry import get_reward, list_rewards, load_function, register_reward, resolve_functions
+from flux_ray.reward.registry import get_reward, list_rewards, register_reward, resolve_functions
 
 pytestmark = pytest.mark.unit
 
@@ -55,7 +56,7 @@ def test_weights_and_options_go_with_their_functions():
         ({"functions": ["exact_match"], "options": {"exact_match": {"answer": "a"}}}, "unknown option 'answer'"),
         ({"functions": [":f"]}, "not of the form"),
         ({"functions": ["no_such_package.rewards:f"]}, "No module named 'no_such_package'"),
-        ({"functions": ["gone.py:f"]}, "gone.py: no such file"),
+        ({"functions": ["gone.py:f"]}, "there is no file"),
     ],
 )
 def test_what_cannot_be_is_refused_by_name_at_start(knobs, message):
@@ -73,18 +74,18 @@ def test_a_function_of_ones_own_from_a_file(tmp_path):
     path = tmp_path / "mine.py"
     path.write_text("import beside\ndef by_length(completions, **kw):\n    return [beside.ONE] * len(completions)\n")
     (tmp_path / "beside.py").write_text("ONE = 1.0\n")
-    function = load_function(f"{path}:by_length")
+    function = load_function(f"{path}:by_length", option="reward.functions")
     assert function(completions=["a", "b"]) == [1.0, 1.0]
-    assert load_function(f"{path}:by_length") is function
+    assert load_function(f"{path}:by_length", option="reward.functions") is function
 
 
 @pytest.mark.parametrize(
     ("code", "message"),
     [
         ("def other(completions): ...", "unknown function 'othr': did you mean 'other'? (known: other)"),
-        ("\nimport no_such_thing", "line 2: ModuleNotFoundError: No module named 'no_such_thing'"),
-        ("x = 1\ndef f(:", "line 2: SyntaxError"),
-        ("raise RuntimeError('at import')", "line 1: RuntimeError: at import"),
+        ("\nimport no_such_thing", "line 2 failed: ModuleNotFoundError: No module named 'no_such_thing'"),
+        ("x = 1\ndef f(:", "line 2 failed: SyntaxError"),
+        ("raise RuntimeError('at import')", "line 1 failed: RuntimeError: at import"),
         ("othr = 3", "othr is int, not a function"),
     ],
 )
@@ -92,7 +93,7 @@ def test_a_file_that_cannot_be_used_says_what_failed_in_one_line(tmp_path, code,
     path = tmp_path / "mine.py"
     path.write_text(code)
     with pytest.raises(UserError, match=re.escape(message)) as error:
-        load_function(f"{path}:othr")
+        load_function(f"{path}:othr", option="reward.functions")
     assert str(path) in str(error.value) and "\n" not in str(error.value)
 
 
@@ -105,6 +106,17 @@ def test_a_function_needs_columns_that_are_there(tmp_path):
     resolve_functions(rewards(functions=[f"{path}:g"], options={"g": {"level": 2}}), {"topic"})
     with pytest.raises(UserError, match=r"options\.f: unknown option 'scal': did you mean 'scale'"):
         resolve_functions(rewards(functions=[f"{path}:f"], options={"f": {"scal": 2}}), {"topic"})
+
+
+def test_a_plugin_may_also_be_named_as_a_file(registered, tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "from flux_ray.reward.registry import register_reward\n"
+        "@register_reward('mine')\ndef by_length(completions):\n    return [0.0 for c in completions]\n"
+    )
+    load_plugins([str(path)])
+    functions = resolve_functions(rewards(functions=["mine", f"{path}:by_length"]), set())
+    assert functions[0].call is functions[1].call
 
 
 def test_registered_rewards(registered):
