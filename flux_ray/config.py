@@ -44,7 +44,7 @@ class DataConfig:
     prompt_column: str = knob("prompt", "column that holds the prompt: a text, or a list of chat messages")
     completion_column: str = knob("completion", "column that holds the completion to learn (algo=sft)")
     answer_column: str = knob("answer", "column that the built-in rewards compare a completion with")
-    system_prompt: str | None = knob(None, "system message put before every chat prompt")
+    system_prompt: str | None = knob(None, "system message put before every chat prompt that has none of its own")
     as_chat: bool = knob(False, "wrap a plain text prompt as a user message and apply the chat template")
     prompt_template: str | None = knob(None, "text around a plain prompt, which goes where {prompt} is; {COLUMN}")
     max_prompt_tokens: int | None = knob(None, "longest prompt in tokens; none: what the context leaves", least=1)
