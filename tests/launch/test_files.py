@@ -136,7 +136,7 @@ def test_set_up_shows_why_an_installation_failed(tmp_path):
     (tmp_path / "launch").mkdir()
     (tmp_path / "launch" / "setup.sh").write_bytes((REPO / "launch" / "setup.sh").read_bytes())
     (tmp_path / "pyproject.toml").write_text("this is not toml")
-    done = subprocess.run(["bash", "-c", ". launch/setup.sh && flux_setup test"], cwd=tmp_path, timeout=120,
-                          capture_output=True, text=True)
+    done = subprocess.run(["bash", "-c", ". launch/setup.sh && _flux_find_uv() { false; } && flux_setup test"],
+                          cwd=tmp_path, timeout=120, capture_output=True, text=True)
     assert done.returncode == 1 and "install [test] ... failed" in done.stdout and "pyproject.toml" in done.stderr
     assert not (tmp_path / ".venv" / ".installed").exists()
