@@ -38,8 +38,8 @@ LEVELS = {
     "flux_ray.toy": 3,
     "flux_ray.driver": 4,
     "flux_ray.api": 5,
-    "flux_ray.quickstart": 5,
     "flux_ray.__main__": 5,
+    "flux_ray.quickstart": 6,   # it calls the command line, as anybody would
 }
 
 #: Library ► the only rooms, or modules, that import it.

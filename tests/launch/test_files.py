@@ -27,7 +27,8 @@ DOCKERFILES = {"docker/Dockerfile": "gpu,test", "docker/Dockerfile.cpu": "cpu,te
 
 
 def load(path: Path) -> dict:
-    return yaml.safe_load(path.read_text(encoding="utf-8"))
+    # The whole definition is 1.4 MB: libyaml reads it in a tenth of the time.
+    return yaml.load(path.read_text(encoding="utf-8"), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
 
 
 @pytest.fixture(scope="module")
@@ -138,5 +139,5 @@ def test_set_up_shows_why_an_installation_failed(tmp_path):
     (tmp_path / "pyproject.toml").write_text("this is not toml")
     done = subprocess.run(["bash", "-c", ". launch/setup.sh && _flux_find_uv() { false; } && flux_setup test"],
                           cwd=tmp_path, timeout=120, capture_output=True, text=True)
-    assert done.returncode == 1 and "install [test] ... failed" in done.stdout and "pyproject.toml" in done.stderr
+    assert done.returncode == 1 and "install [test] ... failed" in done.stdout and "toml" in done.stderr.lower()
     assert not (tmp_path / ".venv" / ".installed").exists()
