@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,10 +27,10 @@ class Reference:
     """A policy that stays as it was. Calls are served in the order they came; a failed forward fails its callers."""
 
     def __init__(
-        self, path: str | Path, *, dtype: torch.dtype, device: str, temperature: float, max_tokens_per_forward: int,
-        attention: str = "auto", layout: str = "auto", chunk_tokens: int,
+        self, path: str | Path, *, device: str, temperature: float, max_tokens_per_forward: int, **loading: Any,
     ) -> None:
-        self.policy = load_policy(path, dtype=dtype, attention=attention, layout=layout, chunk_tokens=chunk_tokens)
+        """`loading`: dtype, chunk_tokens, attention, layout, as `load_policy` takes them."""
+        self.policy = load_policy(path, **loading)
         self.policy.to(device).eval().requires_grad_(False)
         self.device, self.temperature = device, temperature
         self.max_tokens_per_forward = max_tokens_per_forward
@@ -48,24 +49,28 @@ class Reference:
         return await answer
 
     async def _serve(self) -> None:
-        """Forward after forward until nobody waits. Its callers get what it raises."""
-        while self._waiting:
-            batch = self._take()
-            groups = [group for group, _ in batch]
-            try:
-                results = await asyncio.to_thread(self.forward, groups)
-            except asyncio.CancelledError:
-                for _, answer in [*batch, *self._waiting]:
-                    answer.cancel()
+        """Forward after forward until nobody waits."""
+        try:
+            while self._waiting:
+                await self._answer(self._take())
+        finally:  # nobody is left waiting for a server that was cancelled
+            for _, answer in self._waiting:
+                answer.cancel()
+
+    async def _answer(self, batch: list[Waiting]) -> None:
+        """One forward for these callers; what it raises is theirs. A caller may have given up meanwhile."""
+        try:
+            results = await asyncio.to_thread(self.forward, [group for group, _ in batch])
+        except BaseException as error:
+            failed = error if isinstance(error, Exception) else None
+            for answer in (answer for _, answer in batch if not answer.done()):
+                answer.set_exception(failed) if failed else answer.cancel()
+            if failed is None:
                 raise
-            except Exception as error:
-                for _, answer in batch:
-                    if not answer.done():
-                        answer.set_exception(error)
-                continue
-            for (_, answer), result in zip(batch, results, strict=True):
-                if not answer.done():  # a caller may have given up
-                    answer.set_result(result)
+            return
+        for (_, answer), result in zip(batch, results, strict=True):
+            if not answer.done():
+                answer.set_result(result)
 
     def _take(self) -> list[Waiting]:
         """The oldest waiting groups that fit in one forward together; at least one."""
