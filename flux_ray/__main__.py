@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Iterator
 
 from flux_ray import config as configs
-from flux_ray import names
+from flux_ray import names, run_dir
 from flux_ray.config import Config
 from flux_ray.errors import RunFailed, UserError, unknown
 
@@ -108,7 +108,7 @@ def compose(overrides: list[str], *, then: Callable[[Config], None]) -> None:
             tree.run_dir = tree.run_dir or settings.runtime.output_dir
             then(configs.validate(configs.from_tree(tree)))
         else:
-            composed.append(tree)
+            composed.append(_resumed(tree, list(settings.overrides.task)) if tree.resume else tree)
 
     ConfigStore.instance().store(name="defaults_in_config_py", node=configs.schema())
     application = hydra.main(version_base="1.3", config_path=str(configs.CONF.resolve()), config_name="config")(task)
@@ -120,6 +120,20 @@ def compose(overrides: list[str], *, then: Callable[[Config], None]) -> None:
             raise _one_line(error) from error
     for tree in composed:
         then(configs.validate(configs.from_tree(tree)))
+
+
+def _resumed(tree: configs.DictConfig, overrides: list[str]) -> configs.DictConfig:
+    """The config of the run that goes on, with the options that the command line names over it.
+
+    A command line that chooses a group (experiment=..., algo=...) is taken whole, as for a new run.
+    """
+    keys = {match["key"] for match in map(OVERRIDE.fullmatch, overrides) if match}
+    if keys & set(_groups()):
+        return tree
+    old = configs.OmegaConf.create(run_dir.saved_config(tree.resume))
+    for key in keys:
+        configs.OmegaConf.update(old, key, configs.OmegaConf.select(tree, key), force_add=True)
+    return old
 
 
 @contextlib.contextmanager

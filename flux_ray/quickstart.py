@@ -30,8 +30,14 @@ def quickstart(folder: Path, *, seed: int, overrides: list[str]) -> int:
     toy = make_addition(folder / "toy", seed=seed)
     data = [f"data.train={toy / 'train.jsonl'}", f"seed={seed}"]
     warm_up = ["experiment=addition_sft", f"model.path={toy / 'model'}", f"run_dir={folder / 'warm-up'}", *data]
-    grpo = ["experiment=addition", f"model.path={folder / 'warm-up' / 'model'}", f"run_dir={folder / 'grpo'}", *data,
-            f"eval.data={toy / 'eval.jsonl'}", *overrides]
+    grpo = [
+        "experiment=addition",
+        f"model.path={folder / 'warm-up' / 'model'}",
+        f"run_dir={folder / 'grpo'}",
+        *data,
+        f"eval.data={toy / 'eval.jsonl'}",
+        *overrides,
+    ]
     for name, arguments in (("supervised warm-up", warm_up), ("GRPO", grpo)):
         print(f"{name}: flux-ray train {' '.join(arguments)}", flush=True)
         exit_code = flux_ray_command(["train", *arguments])
@@ -42,7 +48,9 @@ def quickstart(folder: Path, *, seed: int, overrides: list[str]) -> int:
     for old, new in list(zip(before["answers"], after["answers"], strict=True))[:NUM_SHOWN]:
         print(f"{old['prompt']:>8}  {_marked(old):>8}  {_marked(new):>8}")
     print(f"\nthe run: {folder / 'grpo'} (metrics.jsonl, eval.jsonl, model/)")
-    print(f"accuracy {before['eval/mean']:.2f} -> {after['eval/mean']:.2f} in {time.time() - started:.0f} s", flush=True)
+    print(
+        f"accuracy {before['eval/mean']:.2f} -> {after['eval/mean']:.2f} in {time.time() - started:.0f} s", flush=True
+    )
     return 0
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-FINISH_STOP = "stop"      # the policy sampled its end token (or a stop string): the response is whole
+FINISH_STOP = "stop"  # the policy sampled its end token (or a stop string): the response is whole
 FINISH_LENGTH = "length"  # the token limit cut it: truncated, without an end token
 
 #: A message of a chat: {"role": ..., "content": ...}
@@ -32,27 +32,28 @@ class Prompt:
     8
     """
 
-    uid: int                     # position in the run's stream of prompts: 0, 1, 2 … never used twice in a run
-    row: int                     # row of the data file it came from, from 0
-    text: str | list[Message]    # as the user wrote it: plain text, or chat messages
-    token_ids: np.ndarray        # (T,) int32, after the chat template
-    columns: dict[str, Any]      # the row's other columns; rewards get them by name
-    num_samples: int             # G
-    seed: int                    # sample i is drawn with seed + i, whatever engine draws it
+    uid: int  # position in the run's stream of prompts: 0, 1, 2 … never used twice in a run
+    row: int  # row of the data file it came from, from 0
+    text: str | list[Message]  # as the user wrote it: plain text, or chat messages
+    token_ids: np.ndarray  # (T,) int32, after the chat template
+    columns: dict[str, Any]  # the row's other columns; rewards get them by name
+    num_samples: int  # G
+    seed: int  # sample i is drawn with seed + i, whatever engine draws it
 
 
 @dataclass(frozen=True)
 class Completion:
     """What `generate` gives for one of its n samples: the sampled tokens and nothing else.
 
-    >>> Completion(np.array([4, 2], np.int32), np.array([-.1, -.2], np.float32), np.array([7, 7], np.int32), "stop").num_tokens
+    >>> Completion(np.array([4, 2], np.int32), np.array([-.1, -.2], np.float32), np.array([7, 7], np.int32),
+    ...            "stop").num_tokens
     2
     """
 
-    token_ids: np.ndarray   # (T,) int32, the sampled end token included
-    logprobs: np.ndarray    # (T,) float32, of the distribution that was sampled (after temperature)
-    versions: np.ndarray    # (T,) int32, the policy version that sampled each token
-    finish_reason: str      # FINISH_STOP or FINISH_LENGTH
+    token_ids: np.ndarray  # (T,) int32, the sampled end token included
+    logprobs: np.ndarray  # (T,) float32, of the distribution that was sampled (after temperature)
+    versions: np.ndarray  # (T,) int32, the policy version that sampled each token
+    finish_reason: str  # FINISH_STOP or FINISH_LENGTH
 
     @property
     def num_tokens(self) -> int:
@@ -63,17 +64,18 @@ class Completion:
 class Trajectory:
     """One whole sequence: prompt, sampled tokens and, in multi-turn rollouts, tokens of tools between them.
 
-    >>> t = Trajectory(np.array([5, 6, 4, 2], np.int32), np.array([0, 0, 1, 1], bool), np.array([0, 0, -.1, -.2], np.float32),
+    >>> t = Trajectory(np.array([5, 6, 4, 2], np.int32), np.array([0, 0, 1, 1], bool),
+    ...                np.array([0, 0, -.1, -.2], np.float32),
     ...                np.array([-1, -1, 7, 7], np.int32), prompt_length=2, finish_reason="stop")
     >>> t.num_loss_tokens, t.oldest_version
     (2, 7)
     """
 
-    token_ids: np.ndarray         # (T,) int32
-    loss_mask: np.ndarray         # (T,) bool: True where the policy sampled the token
+    token_ids: np.ndarray  # (T,) int32
+    loss_mask: np.ndarray  # (T,) bool: True where the policy sampled the token
     sampler_logprobs: np.ndarray  # (T,) float32: 0 where the mask is False
-    versions: np.ndarray          # (T,) int32: -1 where the mask is False
-    prompt_length: int            # tokens of the prompt; what follows is the response
+    versions: np.ndarray  # (T,) int32: -1 where the mask is False
+    prompt_length: int  # tokens of the prompt; what follows is the response
     finish_reason: str
 
     def __post_init__(self) -> None:
@@ -112,22 +114,24 @@ class RolloutGroup:
 
 @dataclass(frozen=True)
 class ScoredGroup:
-    """What the driver and the trainer need to know of a group beside its tokens: small, and the same size at any length.
+    """What the driver and the trainer need to know of a group beside its tokens: small, and the same size at any
+    length.
 
-    >>> ScoredGroup(uid=17, rewards=np.array([1., 0.]), task_rewards=np.array([1., 0.]), parts={"exact_match": np.array([1., 0.])},
+    >>> ScoredGroup(uid=17, rewards=np.array([1., 0.]), task_rewards=np.array([1., 0.]),
+    ...             parts={"exact_match": np.array([1., 0.])},
     ...             num_tokens=np.array([9, 8]), num_loss_tokens=np.array([3, 2]), truncated=np.array([False, False]),
     ...             oldest_version=7).group_size
     2
     """
 
     uid: int
-    rewards: np.ndarray            # (G,) float64, weighted sum of the parts (after shaping), nan where no function scored it
-    task_rewards: np.ndarray       # (G,) float64, before length penalties and other shaping; what filters look at
-    parts: dict[str, np.ndarray]   # name of the function or of its part ► (G,) float64, nan where it gave None
-    num_tokens: np.ndarray         # (G,) prompt and response
-    num_loss_tokens: np.ndarray    # (G,)
-    truncated: np.ndarray          # (G,) bool
-    oldest_version: int            # of the group's oldest token
+    rewards: np.ndarray  # (G,) float64, weighted sum of the parts (after shaping), nan where no function scored it
+    task_rewards: np.ndarray  # (G,) float64, before length penalties and other shaping; what filters look at
+    parts: dict[str, np.ndarray]  # name of the function or of its part ► (G,) float64, nan where it gave None
+    num_tokens: np.ndarray  # (G,) prompt and response
+    num_loss_tokens: np.ndarray  # (G,)
+    truncated: np.ndarray  # (G,) bool
+    oldest_version: int  # of the group's oldest token
 
     @property
     def group_size(self) -> int:
@@ -142,13 +146,13 @@ class Sample:
     `loss_weights` carry the aggregation: the loss of the step is the sum of weight times per-token loss.
     """
 
-    token_ids: np.ndarray                        # (T,) int32
-    loss_mask: np.ndarray                        # (T,) bool
-    loss_weights: np.ndarray                     # (T,) float32, 0 where the mask is False
-    advantages: np.ndarray | None = None         # (T,) float32
-    sampler_logprobs: np.ndarray | None = None   # (T,) float32
-    reference_logprobs: np.ndarray | None = None # (T,) float32
-    current_version: bool = True                 # every sampled token is of the trainer's present version
+    token_ids: np.ndarray  # (T,) int32
+    loss_mask: np.ndarray  # (T,) bool
+    loss_weights: np.ndarray  # (T,) float32, 0 where the mask is False
+    advantages: np.ndarray | None = None  # (T,) float32
+    sampler_logprobs: np.ndarray | None = None  # (T,) float32
+    reference_logprobs: np.ndarray | None = None  # (T,) float32
+    current_version: bool = True  # every sampled token is of the trainer's present version
 
     def __post_init__(self) -> None:
         for name in ("loss_mask", "loss_weights", "advantages", "sampler_logprobs", "reference_logprobs"):
@@ -166,7 +170,7 @@ class PreferencePair:
 
     row: int
     prompt_length: int
-    chosen_ids: np.ndarray    # (T,) int32
+    chosen_ids: np.ndarray  # (T,) int32
     rejected_ids: np.ndarray  # (T,) int32
 
 

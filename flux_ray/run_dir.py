@@ -10,22 +10,43 @@ import dataclasses
 import datetime
 import itertools
 from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
 
 from flux_ray.config import Config
 from flux_ray.errors import UserError
 
 
 def claim(config: Config) -> Config:
-    """`config` with its run_dir made: the one it names, or runs/DATE_TIME under the present folder.
+    """`config` with its run_dir made: the one it names, that of the run it resumes, or runs/DATE_TIME under the
+    present folder.
 
     Two runs that start in one second get two folders. Raises UserError where the folder can't be made.
     """
     try:
-        folder = Path(config.run_dir).expanduser().absolute() if config.run_dir else _new()
+        if config.run_dir:
+            folder = Path(config.run_dir).expanduser().absolute()
+        else:
+            folder = run_of(config.resume) if config.resume else _new()
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"run_dir={config.run_dir or 'runs/DATE_TIME'}: can't be made: {error}") from error
     return dataclasses.replace(config, run_dir=str(folder))
+
+
+def run_of(resume: str) -> Path:
+    """The run folder that `resume` names: itself, or the one that its checkpoint lies in."""
+    path = Path(resume).expanduser().absolute()
+    return path.parent.parent if path.parent.name == "checkpoints" else path
+
+
+def saved_config(resume: str) -> dict[str, Any]:
+    """The options of the run to resume, as it saved them. UserError where there is no such run."""
+    file = run_of(resume) / "config.yaml"
+    if not file.is_file():
+        raise UserError(f"resume={resume}: there is no {file}, so no run to go on with")
+    return OmegaConf.to_container(OmegaConf.load(file))  # type: ignore[return-value]
 
 
 def _new() -> Path:

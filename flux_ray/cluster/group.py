@@ -25,7 +25,9 @@ class ActorGroup(Protocol):
     """`size` actors of one role, each around one plain object."""
 
     role: str
-    size: int
+
+    @property
+    def size(self) -> int: ...
 
     def submit(self, index: int, method: str, *args: Any, num_returns: int = 1, **kwargs: Any) -> Any:
         """Start a call; gives its reference (a list of them for num_returns > 1) at once."""

@@ -32,18 +32,21 @@ from flux_ray.errors import UserError
 #: Results above it live in the object store; below it Ray would send them inline through the driver.
 INLINE_BYTES = 4096
 LOCAL_OBJECT_STORE_BYTES = 512 * 2**20  # of a Ray of the run's own, on CPU
-MAX_CONCURRENT_CALLS = 1000             # of one actor: all groups in flight may wait in one engine
-CLOSE_DEADLINE_S = 5.0                  # for an actor to end its own children before it is killed
+MAX_CONCURRENT_CALLS = 1000  # of one actor: all groups in flight may wait in one engine
+CLOSE_DEADLINE_S = 5.0  # for an actor to end its own children before it is killed
 
 
 class Host:
-    """The Ray actor around one plain object. Coroutines run on the loop; plain methods one after the other in one thread,
+    """The Ray actor around one plain object. Coroutines run on the loop; plain methods one after the other in one
+    thread,
     so that the loop lives through a long one, and its OpenMP pool is always the same."""
 
     def __init__(self, log_file: str, plugins: list[str]) -> None:
         redirect_output(log_file)
         # The rooms talk to their log through logging; Ray and vLLM write to the file descriptors.
-        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+        logging.basicConfig(
+            level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
+        )
         from flux_ray.plugins import load_plugins
 
         load_plugins(plugins)
@@ -140,18 +143,25 @@ class RayGroup:
         try:
             return await asyncio.wait_for(reference, deadline_s)
         except TimeoutError:
-            raise TimeoutError(f"{name} did not finish {what} within {deadline_s:g} s; its log: {self._log_files[index]}") from None
+            raise TimeoutError(
+                f"{name} did not finish {what} within {deadline_s:g} s; its log: {self._log_files[index]}"
+            ) from None
         except ray.exceptions.RayTaskError as error:
             cause = error.cause if isinstance(error.cause, BaseException) else error
             if isinstance(cause, UserError):
                 raise cause from None
             raise ActorError(f"{name}, {what}: {type(cause).__name__}: {cause}", role=self.role, index=index) from cause
         except ray.exceptions.RayActorError as error:
-            raise ActorError(f"{name} died during {what} ({_why_died(error)}); its log: {self._log_files[index]}",
-                             role=self.role, index=index) from error
+            raise ActorError(
+                f"{name} died during {what} ({_why_died(error)}); its log: {self._log_files[index]}",
+                role=self.role,
+                index=index,
+            ) from error
 
     async def call(self, index: int, method: str, *args: Any, deadline_s: float, **kwargs: Any) -> Any:
-        return await self.result(self.submit(index, method, *args, **kwargs), index=index, what=method, deadline_s=deadline_s)
+        return await self.result(
+            self.submit(index, method, *args, **kwargs), index=index, what=method, deadline_s=deadline_s
+        )
 
     async def call_all(self, method: str, *args: Any, deadline_s: float, **kwargs: Any) -> list[Any]:
         calls = [self.call(i, method, *args, deadline_s=deadline_s, **kwargs) for i in range(self.size)]
@@ -160,11 +170,17 @@ class RayGroup:
     async def build(self, cls: Callable[..., Any], each: list[dict[str, Any]], *, deadline_s: float) -> None:
         """Make the plain object inside every actor, with its own arguments."""
         references = [actor.build.remote(cls, kwargs) for actor, kwargs in zip(self.actors, each, strict=True)]
-        await first_failure([self.result(reference, index=i, what="start", deadline_s=deadline_s)
-                             for i, reference in enumerate(references)])
+        await first_failure(
+            [
+                self.result(reference, index=i, what="start", deadline_s=deadline_s)
+                for i, reference in enumerate(references)
+            ]
+        )
 
     async def address(self, index: int, *, deadline_s: float) -> tuple[str, int]:
-        return await self.result(self.actors[index].address.remote(), index=index, what="address", deadline_s=deadline_s)
+        return await self.result(
+            self.actors[index].address.remote(), index=index, what="address", deadline_s=deadline_s
+        )
 
     async def close(self, *, deadline_s: float = CLOSE_DEADLINE_S) -> None:
         closing = [asyncio.ensure_future(_wait_quietly(actor.close.remote(), deadline_s)) for actor in self.actors]
@@ -195,11 +211,15 @@ class EngineCaller:
         self._deadline_s = deadline_s
 
     def __call__(self, method: str, payloads: list[tuple[Any, ...]]) -> list[Any]:
-        references = [actor.call.remote(method, payload, {}) for actor, payload in zip(self._actors, payloads, strict=True)]
+        references = [
+            actor.call.remote(method, payload, {}) for actor, payload in zip(self._actors, payloads, strict=True)
+        ]
         try:
             return ray.get(references, timeout=self._deadline_s)
         except ray.exceptions.GetTimeoutError:
-            raise TimeoutError(f"not every engine finished {method} within weights.deadline_s={self._deadline_s:g} s") from None
+            raise TimeoutError(
+                f"not every engine finished {method} within weights.deadline_s={self._deadline_s:g} s"
+            ) from None
 
 
 class Cluster:
@@ -217,7 +237,9 @@ class Cluster:
         """The cluster to join: the config's, else RAY_ADDRESS (set inside a Ray job), else none: start one."""
         return address or os.environ.get("RAY_ADDRESS") or None
 
-    def connect(self, address: str | None, *, cpus: float, object_store_bytes: int | None = LOCAL_OBJECT_STORE_BYTES) -> None:
+    def connect(
+        self, address: str | None, *, cpus: float, object_store_bytes: int | None = LOCAL_OBJECT_STORE_BYTES
+    ) -> None:
         """Join the cluster at `address`, or start one with that many CPUs declared."""
         address = self.wanted_address(address)
         options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "ignore_reinit_error": True}
@@ -227,17 +249,27 @@ class Cluster:
                 ray.init(address=address, **options)
             else:
                 self._owned = not ray.is_initialized()
-                ray.init(num_cpus=max(1, round(cpus + 0.5)), include_dashboard=False, object_store_memory=object_store_bytes,
-                         _system_config={"max_direct_call_object_size": INLINE_BYTES}, **options)
+                ray.init(
+                    num_cpus=max(1, round(cpus + 0.5)),
+                    include_dashboard=False,
+                    object_store_memory=object_store_bytes,
+                    _system_config={"max_direct_call_object_size": INLINE_BYTES},
+                    **options,
+                )
         except ConnectionError as error:
-            raise UserError(f"no Ray cluster answers at cluster.address={address}: {str(error).splitlines()[0]}") from None
+            raise UserError(
+                f"no Ray cluster answers at cluster.address={address}: {str(error).splitlines()[0]}"
+            ) from None
 
     @staticmethod
     def num_gpus() -> int:
         return int(ray.cluster_resources().get("GPU", 0))
 
     async def place(self, plan: Plan, *, deadline_s: float) -> None:
-        """Reserve every bundle of the plan, all within the deadline. UserError names what can't be placed, and what there is."""
+        """Reserve every bundle of the plan, all within the deadline.
+
+        UserError names what can't be placed, and what there is.
+        """
         loop = asyncio.get_running_loop()
         end = loop.time() + deadline_s
         for role, groups in plan.bundles().items():
@@ -247,9 +279,11 @@ class Cluster:
                 ready = await loop.run_in_executor(None, placed.wait, max(0.1, end - loop.time()))
                 if not ready:
                     have, free = ray.cluster_resources(), ray.available_resources()
-                    raise UserError(f"{role}: no place for a group of {len(bundles)} x ({describe(bundles[0])}) within "
-                                    f"{deadline_s:g} s; the run asks for {describe(plan.total)}, the cluster has "
-                                    f"{describe(have)}, of which {describe(free)} free")
+                    raise UserError(
+                        f"{role}: no place for a group of {len(bundles)} x ({describe(bundles[0])}) within "
+                        f"{deadline_s:g} s; the run asks for {describe(plan.total)}, the cluster has "
+                        f"{describe(have)}, of which {describe(free)} free"
+                    )
 
     def spawn(self, role: Role, *, env: dict[str, str]) -> RayGroup:
         """Start the role's actors in their places. Their objects come with `RayGroup.build`."""
@@ -258,11 +292,19 @@ class Cluster:
         actors = []
         for i, log_file in enumerate(log_files):
             each = role.own_group_each or role.inside is not None
-            place = PlacementGroupSchedulingStrategy(placements[i] if each else placements[0],
-                                                     placement_group_bundle_index=0 if each else i,
-                                                     placement_group_capture_child_tasks=False)
-            options = {"num_cpus": role.cpus, "num_gpus": role.gpus, "scheduling_strategy": place,
-                       "max_concurrency": MAX_CONCURRENT_CALLS, "runtime_env": {"env_vars": env}, "max_restarts": 0}
+            place = PlacementGroupSchedulingStrategy(
+                placements[i] if each else placements[0],
+                placement_group_bundle_index=0 if each else i,
+                placement_group_capture_child_tasks=False,
+            )
+            options = {
+                "num_cpus": role.cpus,
+                "num_gpus": role.gpus,
+                "scheduling_strategy": place,
+                "max_concurrency": MAX_CONCURRENT_CALLS,
+                "runtime_env": {"env_vars": env},
+                "max_restarts": 0,
+            }
             actors.append(ray.remote(Host).options(**options).remote(str(log_file), self._plugins))
         group = RayGroup(role.name, actors, log_files)
         self._groups.append(group)

@@ -31,7 +31,7 @@ class Role:
     count: int
     cpus: float
     gpus: float
-    own_group_each: bool = False   # a placement group per actor: it can join and leave alone
+    own_group_each: bool = False  # a placement group per actor: it can join and leave alone
     inside: str | None = None
 
     @property
@@ -44,7 +44,7 @@ class Role:
 
 @dataclass(frozen=True)
 class Plan:
-    device: str           # cpu or cuda
+    device: str  # cpu or cuda
     weights_backend: str  # gloo, nccl or ipc
     roles: tuple[Role, ...]
 
@@ -77,7 +77,10 @@ class Plan:
 
 
 def make_plan(config: Config, *, cluster_gpus: int, needs_reference: bool) -> Plan:
-    """The plan for a cluster with that many GPUs, with reference actors where a KL is asked for. What can't be placed anywhere: UserError."""
+    """The plan for a cluster with that many GPUs, with reference actors where a KL is asked for.
+
+    What can't be placed anywhere: UserError.
+    """
     device = config.cluster.device
     if device == "auto":
         device = "cuda" if cluster_gpus else "cpu"
@@ -110,12 +113,16 @@ def make_plan(config: Config, *, cluster_gpus: int, needs_reference: bool) -> Pl
 
 def _check_shared(config: Config, counts: dict[str, int]) -> None:
     if config.rollout.tensor_parallel_size != 1:
-        raise UserError("engines that share GPUs with the trainer must have rollout.tensor_parallel_size=1, "
-                        f"got {config.rollout.tensor_parallel_size}")
+        raise UserError(
+            "engines that share GPUs with the trainer must have rollout.tensor_parallel_size=1, "
+            f"got {config.rollout.tensor_parallel_size}"
+        )
     if counts[TRAINER] != counts[ENGINE] or counts.get(REFERENCE, 0) > counts[ENGINE]:
-        raise UserError("where GPUs are shared, train.num_ranks must equal rollout.num_engines and reference.num_actors must "
-                        f"not exceed it, got {counts[TRAINER]} ranks, {counts[ENGINE]} engines, "
-                        f"{counts.get(REFERENCE, 0)} reference actors")
+        raise UserError(
+            "where GPUs are shared, train.num_ranks must equal rollout.num_engines and reference.num_actors must "
+            f"not exceed it, got {counts[TRAINER]} ranks, {counts[ENGINE]} engines, "
+            f"{counts.get(REFERENCE, 0)} reference actors"
+        )
 
 
 def _weights_backend(config: Config, device: str, shared: bool) -> str:

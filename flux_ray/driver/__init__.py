@@ -38,7 +38,10 @@ class TrainingResult:
 
 
 def run(config: Config) -> TrainingResult:
-    """Train as the config says. UserError for a mistake in it, RunFailed for what broke, KeyboardInterrupt for Ctrl-C."""
+    """Train as the config says.
+
+    UserError for a mistake in it, RunFailed for what broke, KeyboardInterrupt for Ctrl-C.
+    """
     from flux_ray import run_dir
     from flux_ray.driver.preflight import prepare
     from flux_ray.driver.recorder import Recorder
@@ -88,16 +91,23 @@ async def _live(prepared: Prepared, recorder: Recorder) -> None:
         if prepared.examples is not None:
             training = await build.training_rooms(prepared, cluster, plan)
             say("ready")
-            await SupervisedLoop(config, rooms=training, examples=prepared.examples, recorder=recorder,
-                                 start=prepared.start).run()
+            await SupervisedLoop(
+                config, rooms=training, examples=prepared.examples, recorder=recorder, start=prepared.start
+            ).run()
         else:
             assert prepared.prompts is not None
             rooms = await build.policy_rooms(prepared, cluster, plan)
             training = rooms.training
             say("ready")
             evaluation = Evaluation(config, prepared.eval_prompts) if prepared.eval_prompts else None
-            await Loop(config, rooms=rooms, prompts=prepared.prompts, evaluation=evaluation, recorder=recorder,
-                       start=prepared.start).run()
+            await Loop(
+                config,
+                rooms=rooms,
+                prompts=prepared.prompts,
+                evaluation=evaluation,
+                recorder=recorder,
+                start=prepared.start,
+            ).run()
         await training.save_model(recorder.folder.model)
     finally:
         await cluster.close()
@@ -113,7 +123,10 @@ def _visible_gpus(config: Config) -> int:
 
 
 def _end_on_sigterm() -> None:
-    """SIGTERM (a scheduler's end, `ray job stop`) ends the run as Ctrl-C does. Only the main thread can take signals."""
+    """SIGTERM (a scheduler's end, `ray job stop`) ends the run as Ctrl-C does.
+
+    Only the main thread can take signals.
+    """
     if threading.current_thread() is threading.main_thread():
         task = asyncio.current_task()
         assert task is not None

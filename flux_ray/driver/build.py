@@ -33,8 +33,9 @@ async def policy_rooms(prepared: Prepared, cluster: Cluster, plan: Plan) -> Poli
         if REFERENCE in groups:
             tasks.create_task(_build_reference(config, plan, groups[REFERENCE]))
     await _connect(config, plan, groups[TRAINER], groups[ENGINE])
-    return PolicyRooms(config, engines=groups[ENGINE], rewards=groups[REWARD], reference=groups.get(REFERENCE),
-                       trainer=groups[TRAINER])
+    return PolicyRooms(
+        config, engines=groups[ENGINE], rewards=groups[REWARD], reference=groups.get(REFERENCE), trainer=groups[TRAINER]
+    )
 
 
 async def training_rooms(prepared: Prepared, cluster: Cluster, plan: Plan) -> TrainingRooms:
@@ -49,19 +50,42 @@ async def training_rooms(prepared: Prepared, cluster: Cluster, plan: Plan) -> Tr
 async def _build_trainer(prepared: Prepared, plan: Plan, trainer: RayGroup) -> None:
     config, deadline_s = prepared.config, prepared.config.cluster.start_deadline_s
     address, port = await trainer.address(0, deadline_s=deadline_s)
-    await trainer.build(TrainingRank, [
-        {"config": config, "rank": rank, "world_size": trainer.size, "master_address": address, "master_port": port,
-         "device": "cuda:0" if plan.device == "cuda" else "cpu", "weights_backend": plan.weights_backend}
-        for rank in range(trainer.size)], deadline_s=deadline_s)
+    await trainer.build(
+        TrainingRank,
+        [
+            {
+                "config": config,
+                "rank": rank,
+                "world_size": trainer.size,
+                "master_address": address,
+                "master_port": port,
+                "device": "cuda:0" if plan.device == "cuda" else "cpu",
+                "weights_backend": plan.weights_backend,
+            }
+            for rank in range(trainer.size)
+        ],
+        deadline_s=deadline_s,
+    )
     if prepared.checkpoint is not None:
         await TrainingRooms(config, trainer).load_checkpoint(prepared.checkpoint / TRAINER_FOLDER)
 
 
 async def _build_engines(config: Config, plan: Plan, engines: RayGroup) -> None:
     dtype = _dtype_name(config.model.dtype, plan.device)
-    await engines.build(RolloutEngine, [
-        {"config": config, "index": index, "device": plan.device, "dtype": dtype, "weights_backend": plan.weights_backend}
-        for index in range(engines.size)], deadline_s=config.cluster.start_deadline_s)
+    await engines.build(
+        RolloutEngine,
+        [
+            {
+                "config": config,
+                "index": index,
+                "device": plan.device,
+                "dtype": dtype,
+                "weights_backend": plan.weights_backend,
+            }
+            for index in range(engines.size)
+        ],
+        deadline_s=config.cluster.start_deadline_s,
+    )
     await engines.call_all("start", deadline_s=config.cluster.start_deadline_s)
 
 
@@ -73,8 +97,16 @@ async def _build_rewards(config: Config, rewards: RayGroup) -> None:
 async def _build_reference(config: Config, plan: Plan, reference: RayGroup) -> None:
     device = "cuda:0" if plan.device == "cuda" else "cpu"
     dtype = resolve_dtype(config.model.dtype if config.reference.dtype == "auto" else config.reference.dtype, device)
-    arguments: dict[str, Any] = {"path": config.reference.path or config.model.path, "dtype": dtype, "device": device,
-                                 "config": config}
+    arguments: dict[str, Any] = {
+        "path": config.reference.path or config.model.path,
+        "dtype": dtype,
+        "device": device,
+        "temperature": config.rollout.temperature,
+        "max_tokens_per_forward": config.reference.max_tokens_per_forward,
+        "attention": config.model.attention,
+        "layout": config.model.layout,
+        "chunk_tokens": config.model.logprob_chunk_tokens,
+    }
     await reference.build(ReferencePolicy, [arguments] * reference.size, deadline_s=config.cluster.start_deadline_s)
 
 
@@ -84,13 +116,22 @@ async def _connect(config: Config, plan: Plan, trainer: RayGroup, engines: RayGr
     address, port = await trainer.address(0, deadline_s=deadline_s)
     call = EngineCaller(engines.actors, deadline_s)
     # A first import of vLLM in rank 0 is part of this wait, hence the start's deadline.
-    await trainer.call_all("connect", call, workers_per_engine=[config.rollout.tensor_parallel_size] * engines.size,
-                           address=address, port=port, wire_dtype=_dtype_name(config.model.dtype, plan.device),
-                           deadline_s=config.cluster.start_deadline_s)
+    await trainer.call_all(
+        "connect",
+        call,
+        workers_per_engine=[config.rollout.tensor_parallel_size] * engines.size,
+        address=address,
+        port=port,
+        wire_dtype=_dtype_name(config.model.dtype, plan.device),
+        deadline_s=config.cluster.start_deadline_s,
+    )
 
 
 def _env(config: Config, plan: Plan, role: str) -> dict[str, str]:
-    """Environment of a role's actors: one OpenMP thread on CPU, whatever the machine has, and the user's own variables."""
+    """Environment of a role's actors:
+
+    one OpenMP thread on CPU, whatever the machine has, and the user's own variables.
+    """
     env = {"TOKENIZERS_PARALLELISM": "false"}
     if plan.device == "cpu":
         threads = config.train.num_threads if role == TRAINER else 1
@@ -102,5 +143,3 @@ def _env(config: Config, plan: Plan, role: str) -> dict[str, str]:
 
 def _dtype_name(name: str, device: str) -> str:
     return str(resolve_dtype(name, device)).removeprefix("torch.")
-
-

@@ -34,7 +34,9 @@ class Evaluation:
         answers = []
         for uid, (rolled, scored) in enumerate(answered[:NUM_ANSWERS]):
             texts = await rooms.texts(rolled)
-            answers.append({"prompt": self._prompts.prompt(uid).text, "completion": texts[0], "reward": scored.rewards[0]})
+            answers.append(
+                {"prompt": self._prompts.prompt(uid).text, "completion": texts[0], "reward": scored.rewards[0]}
+            )
         recorder.evaluation(version, metrics, answers)
         return metrics
 

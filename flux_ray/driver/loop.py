@@ -24,12 +24,19 @@ from flux_ray.driver.slots import Slots
 from flux_ray.driver.state import LoopState
 
 
-
 class Loop:
     """One run of reinforcement learning."""
 
-    def __init__(self, config: Config, *, rooms: PolicyRooms, prompts: PromptSource, evaluation: Evaluation | None,
-                 recorder: Recorder, start: LoopState) -> None:
+    def __init__(
+        self,
+        config: Config,
+        *,
+        rooms: PolicyRooms,
+        prompts: PromptSource,
+        evaluation: Evaluation | None,
+        recorder: Recorder,
+        start: LoopState,
+    ) -> None:
         self._config, self._rooms, self._prompts = config, rooms, prompts
         self._evaluation, self._recorder = evaluation, recorder
         self._slots = Slots(config.batch.prompts_per_step, config.driver.max_staleness)
@@ -37,10 +44,13 @@ class Loop:
         self._unfinished = list(start.unfinished)  # of the run that is resumed: they start first
         self._next_uid = start.next_uid
         self._dropped = start.prompts_dropped
-        self._changed = asyncio.Condition()        # slots came free, or a group is ready
+        self._changed = asyncio.Condition()  # slots came free, or a group is ready
 
     async def run(self) -> None:
-        """Feed prompts, carry each group through its stages and train, until the last step. The first failure ends all."""
+        """Feed prompts, carry each group through its stages and train, until the last step.
+
+        The first failure ends all.
+        """
         await self._rooms.publish(self._version)  # even the first: what is wrong with the wire shows here
         if self._version == 0:
             await self._evaluate()
@@ -50,7 +60,10 @@ class Loop:
             feeding.cancel()
 
     async def _feed_prompts(self, tasks: asyncio.TaskGroup) -> None:
-        """Consumes free slots, starts a group's task in each. Woken by `_train_steps` (a step's slots) or a dropped group."""
+        """Consumes free slots, starts a group's task in each.
+
+        Woken by `_train_steps` (a step's slots) or a dropped group.
+        """
         while True:
             async with self._changed:
                 await self._changed.wait_for(lambda: self._slots.free > 0)
@@ -65,7 +78,10 @@ class Loop:
         return self._next_uid - 1
 
     async def _one_group(self, uid: int) -> None:
-        """One prompt: roll ► score ► reference. Its group is then ready, or dropped and its slot free. Woken by its actors."""
+        """One prompt: roll ► score ► reference. Its group is then ready, or dropped and its slot free.
+
+        Woken by its actors.
+        """
         rolled = await self._rooms.roll(self._prompts.prompt(uid))
         try:
             scored = await self._rooms.score(rolled)
@@ -78,7 +94,10 @@ class Loop:
             self._changed.notify_all()
 
     async def _drop_failed(self, uid: int, error: ActorError) -> None:
-        """The one place where a failed group is caught: with reward.on_failure=drop it is counted and its slot is free."""
+        """The one place where a failed group is caught:
+
+        with reward.on_failure=drop it is counted and its slot is free.
+        """
         if self._config.reward.on_failure != "drop" or error.role != "reward":
             raise error
         self._recorder.warn(f"prompt {uid} dropped: {error}")
@@ -97,8 +116,13 @@ class Loop:
             train_s = time.monotonic() - start_s - wait_s
             publish_s = await self._rooms.publish(report.version)
             metrics = batch_metrics(batch, version=self._version) | report.metrics
-            metrics |= {"driver/wait_s": wait_s, "train/step_s": train_s, "weights/publish_s": publish_s,
-                        "driver/step_s": time.monotonic() - start_s, "driver/groups_dropped": float(self._dropped)}
+            metrics |= {
+                "driver/wait_s": wait_s,
+                "train/step_s": train_s,
+                "weights/publish_s": publish_s,
+                "driver/step_s": time.monotonic() - start_s,
+                "driver/groups_dropped": float(self._dropped),
+            }
             await self._after_step(report.version, batch, metrics)
 
     async def _next_batch(self) -> list[ReadyGroup]:
@@ -128,8 +152,9 @@ class Loop:
         every = self._config.checkpoint.every
         if every and self._version % every == 0:
             state = LoopState(self._version, self._next_uid, tuple(self._slots.in_flight), self._dropped)
-            await saved.save_whole(self._recorder.folder.checkpoints, state, self._rooms.training,
-                                   keep=self._config.checkpoint.keep)
+            await saved.save_whole(
+                self._recorder.folder.checkpoints, state, self._rooms.training, keep=self._config.checkpoint.keep
+            )
 
     async def _evaluate(self) -> None:
         """At the start, every eval.every steps and at the end."""
@@ -139,5 +164,3 @@ class Loop:
         every = self._config.eval.every
         if self._version == 0 or last or (every and self._version % every == 0):
             await self._evaluation.run(self._rooms, version=self._version, recorder=self._recorder)
-
-

@@ -14,7 +14,10 @@ from flux_ray.records import ScoredGroup
 
 
 def reward_metrics(groups: list[ScoredGroup], prefix: str) -> dict[str, float]:
-    """Mean and standard deviation (ddof 0) of the rewards over samples, and the mean of each part; unscored samples left out."""
+    """Mean and standard deviation (ddof 0) of the rewards over samples, and the mean of each part;
+
+    unscored samples left out.
+    """
     rewards = np.concatenate([group.rewards for group in groups])
     rewards = rewards[~np.isnan(rewards)]
     metrics = {}
@@ -32,8 +35,11 @@ def length_metrics(groups: list[ScoredGroup], prefix: str) -> dict[str, float]:
     """Sampled tokens of a response (mean, largest) and the share of responses that the limit cut."""
     lengths = np.concatenate([group.num_loss_tokens for group in groups])
     truncated = np.concatenate([group.truncated for group in groups])
-    return {f"{prefix}/response_length_mean": float(lengths.mean()), f"{prefix}/response_length_max": float(lengths.max()),
-            f"{prefix}/truncated_frac": float(truncated.mean())}
+    return {
+        f"{prefix}/response_length_mean": float(lengths.mean()),
+        f"{prefix}/response_length_max": float(lengths.max()),
+        f"{prefix}/truncated_frac": float(truncated.mean()),
+    }
 
 
 def batch_metrics(batch: list[ReadyGroup], *, version: int) -> dict[str, float]:
@@ -44,9 +50,15 @@ def batch_metrics(batch: list[ReadyGroup], *, version: int) -> dict[str, float]:
     tokens = sum(r.num_tokens for r in rolled)
     staleness = [version - group.oldest_version for group in groups if group.oldest_version >= 0]
     same = [group for group in groups if len(group.rewards) and np.ptp(group.rewards) == 0]
-    return reward_metrics(groups, "reward") | length_metrics(groups, "rollout") | {
-        "reward/same_frac": len(same) / len(groups),
-        "rollout/s": seconds, "rollout/tokens": float(tokens), "rollout/tokens_per_s": tokens / seconds,
-        "driver/staleness_mean": float(np.mean(staleness)) if staleness else 0.0,
-        "driver/staleness_max": float(max(staleness, default=0)),
-    }
+    return (
+        reward_metrics(groups, "reward")
+        | length_metrics(groups, "rollout")
+        | {
+            "reward/same_frac": len(same) / len(groups),
+            "rollout/s": seconds,
+            "rollout/tokens": float(tokens),
+            "rollout/tokens_per_s": tokens / seconds,
+            "driver/staleness_mean": float(np.mean(staleness)) if staleness else 0.0,
+            "driver/staleness_max": float(max(staleness, default=0)),
+        }
+    )

@@ -35,12 +35,12 @@ SUPERVISED = ("sft",)
 @dataclass(frozen=True)
 class Prepared:
     config: Config
-    prompts: PromptSource | None      # reinforcement learning
-    examples: SftSource | None        # supervised training
+    prompts: PromptSource | None  # reinforcement learning
+    examples: SftSource | None  # supervised training
     eval_prompts: PromptSource | None
     needs_reference: bool
     start: LoopState
-    checkpoint: Path | None           # to load before the first step
+    checkpoint: Path | None  # to load before the first step
     warnings: tuple[str, ...]
 
     @property
@@ -50,6 +50,7 @@ class Prepared:
 
 def prepare(config: Config) -> Prepared:
     """Check it all. UserError for the first mistake: one line with key, file and row."""
+    config = _absolute(config)
     load_plugins(config.plugins)
     config = validate(config)
     warnings = list(check_algo(config))
@@ -64,7 +65,9 @@ def prepare(config: Config) -> Prepared:
     checkpoint = saved.find(config.resume) if config.resume else None
     start = saved.load(checkpoint) if checkpoint else LoopState(step=0, next_uid=0)
     if start.step > config.driver.num_steps:
-        raise UserError(f"driver.num_steps={config.driver.num_steps} is less than the {start.step} steps done in {checkpoint}")
+        raise UserError(
+            f"driver.num_steps={config.driver.num_steps} is less than the {start.step} steps done in {checkpoint}"
+        )
     if config.algo.name in SUPERVISED:
         examples = SftSource.from_config(config, tokenizer, context_length=limit)
         warnings += _skipped(examples.num_skipped, examples.source)
@@ -77,13 +80,27 @@ def prepare(config: Config) -> Prepared:
     if config.eval.data:
         eval_prompts = PromptSource.for_eval(config, tokenizer, context_length=limit)
         resolve_functions(config, eval_prompts.columns)
-    return Prepared(config, prompts, None, eval_prompts, algo.needs_reference(config.algo), start, checkpoint, tuple(warnings))
+    return Prepared(
+        config, prompts, None, eval_prompts, algo.needs_reference(config.algo), start, checkpoint, tuple(warnings)
+    )
 
 
 def _default_reward(config: Config, prompts: PromptSource) -> str:
     """The one function that stands in where none is named; UserError where the data don't call for one."""
     (function,) = resolve_functions(config, prompts.columns)
     return function.name
+
+
+def _absolute(config: Config) -> Config:
+    """Paths of users' files as every process finds them, whatever folder it runs in."""
+    config = dataclasses.replace(config, plugins=[str(Path(path).expanduser().absolute()) for path in config.plugins])
+    config = _with(config, "reward", functions=[_absolute_function(name) for name in config.reward.functions])
+    return _with(config, "rollout", function=_absolute_function(config.rollout.function))
+
+
+def _absolute_function(name: str) -> str:
+    path, colon, function = name.rpartition(":")
+    return f"{Path(path).expanduser().absolute()}:{function}" if colon and path.endswith(".py") else name
 
 
 def _skipped(count: int, source: str) -> list[str]:

@@ -34,14 +34,29 @@ class Recorder:
         self._write_board(step, metrics)
 
     def sample(self, step: int, prompt: Prompt, text: str, scored: ScoredGroup) -> None:
-        self.folder.append(SAMPLES, {"step": step, "row": prompt.row, "prompt": prompt.text, "completion": text,
-                                     "reward": scored.rewards[0], "parts": {n: p[0] for n, p in scored.parts.items()}})
+        self.folder.append(
+            SAMPLES,
+            {
+                "step": step,
+                "row": prompt.row,
+                "prompt": prompt.text,
+                "completion": text,
+                "reward": scored.rewards[0],
+                "parts": {n: p[0] for n, p in scored.parts.items()},
+            },
+        )
 
     def evaluation(self, version: int, metrics: dict[str, float], answers: list[dict[str, Any]]) -> None:
         """`answers`: prompt, completion and reward of the first prompts."""
         self.folder.append(EVAL, {"step": version, **metrics, "answers": answers})
-        self.terminal.say(f"evaluation at step {version}: " + "  ".join(
-            f"{name.removeprefix('eval/')} {value:.3f}" for name, value in metrics.items() if name.startswith("eval/")))
+        self.terminal.say(
+            f"evaluation at step {version}: "
+            + "  ".join(
+                f"{name.removeprefix('eval/')} {value:.3f}"
+                for name, value in metrics.items()
+                if name.startswith("eval/")
+            )
+        )
         self._write_board(version, metrics)
 
     def warn(self, text: str) -> None:
@@ -62,5 +77,7 @@ def _tensorboard(folder: RunFolder) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        raise UserError("observability.tensorboard=true needs the tensorboard package: pip install tensorboard") from None
+        raise UserError(
+            "observability.tensorboard=true needs the tensorboard package: pip install tensorboard"
+        ) from None
     return SummaryWriter(str(folder.path / "tensorboard"))

@@ -1,7 +1,8 @@
 """What runs inside each kind of actor: rooms put together.
 
 Takes:  the arguments that `build` sends.
-Gives:  TrainingRank (a trainer that can publish its weights), ReferencePolicy; engines and reward workers are rooms as they are.
+Gives:  TrainingRank (a trainer that can publish its weights), ReferencePolicy; engines and reward workers are rooms
+        as they are.
 Knows:  that no room knows another: here, above them, they meet.
 """
 
@@ -25,8 +26,13 @@ class TrainingRank(Trainer):
 
     def __init__(self, config: Config, *, rank: int, weights_backend: str, **group: Any) -> None:
         super().__init__(config, rank=rank, **group)
-        self._publisher = Publisher(self, rank=rank, backend=weights_backend, deadline_s=config.weights.deadline_s,
-                                    bucket_bytes=config.weights.bucket_mib * MIB)
+        self._publisher = Publisher(
+            self,
+            rank=rank,
+            backend=weights_backend,
+            deadline_s=config.weights.deadline_s,
+            bucket_bytes=config.weights.bucket_mib * MIB,
+        )
 
     def connect(self, call: CallEngines, **wire: Any) -> None:
         self._publisher.connect(call, **wire)

@@ -24,10 +24,10 @@ from flux_ray.rollout.routing import Router
 class Rolled:
     """A group that an engine has generated: a reference to it, and what it cost."""
 
-    group: Any          # reference to a RolloutGroup
-    num_tokens: int     # sampled tokens
+    group: Any  # reference to a RolloutGroup
+    num_tokens: int  # sampled tokens
     engine: int
-    start_s: float      # on the driver's monotonic clock
+    start_s: float  # on the driver's monotonic clock
     end_s: float
 
 
@@ -43,8 +43,15 @@ class ReadyGroup:
 class PolicyRooms:
     """Engines, reward workers, reference actors (or none) and training ranks."""
 
-    def __init__(self, config: Config, *, engines: ActorGroup, rewards: ActorGroup, reference: ActorGroup | None,
-                 trainer: ActorGroup) -> None:
+    def __init__(
+        self,
+        config: Config,
+        *,
+        engines: ActorGroup,
+        rewards: ActorGroup,
+        reference: ActorGroup | None,
+        trainer: ActorGroup,
+    ) -> None:
         self._config = config
         self._engines, self._rewards, self._reference, self._trainer = engines, rewards, reference, trainer
         self._engine_router = Router(engines.size)
@@ -60,8 +67,12 @@ class PolicyRooms:
             start_s = time.monotonic()
             group, small = self._engines.submit(engine, "roll", prompt, temperature, num_returns=2)
             # The engine's own deadline comes first and names the prompt; this one is for an engine that doesn't answer.
-            numbers = await self._engines.result(small, index=engine, what=f"rollout of row {prompt.row}",
-                                                 deadline_s=rollout.deadline_s + self._config.weights.deadline_s)
+            numbers = await self._engines.result(
+                small,
+                index=engine,
+                what=f"rollout of row {prompt.row}",
+                deadline_s=rollout.deadline_s + self._config.weights.deadline_s,
+            )
             return Rolled(group, int(numbers["num_tokens"]), engine, start_s, time.monotonic())
 
     async def score(self, rolled: Rolled) -> ScoredGroup:
@@ -79,8 +90,9 @@ class PolicyRooms:
             return None
         with self._reference_router.route(rolled.num_tokens) as actor:
             logprobs, done = self._reference.submit(actor, "logprobs_and_done", rolled.group, num_returns=2)
-            await self._reference.result(done, index=actor, what="log-probs",
-                                         deadline_s=self._config.reference.deadline_s)
+            await self._reference.result(
+                done, index=actor, what="log-probs", deadline_s=self._config.reference.deadline_s
+            )
             return logprobs
 
     async def train(self, batch: list[ReadyGroup], *, version: int) -> StepReport:
@@ -89,9 +101,14 @@ class PolicyRooms:
         calls = []
         for share in shares:
             groups = [batch[i] for i in share]
-            calls.append({"groups": [group.rolled.group for group in groups], "scores": [group.scored for group in groups],
-                          "reference_logprobs": [group.reference for group in groups] if self._reference else None,
-                          "version": version})
+            calls.append(
+                {
+                    "groups": [group.rolled.group for group in groups],
+                    "scores": [group.scored for group in groups],
+                    "reference_logprobs": [group.reference for group in groups] if self._reference else None,
+                    "version": version,
+                }
+            )
         return await self.training.step("train_step", calls)
 
     async def publish(self, version: int) -> float:

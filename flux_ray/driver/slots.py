@@ -30,9 +30,9 @@ class Slots:
 
     prompts_per_step: int
     max_staleness: int
-    _born: dict[int, int] = field(default_factory=dict)   # uid ► version when its prompt started
+    _born: dict[int, int] = field(default_factory=dict)  # uid ► version when its prompt started
     _ready: dict[int, Any] = field(default_factory=dict)  # uid ► its finished group
-    _taken: set[int] = field(default_factory=set)         # in the step that is being trained
+    _taken: set[int] = field(default_factory=set)  # in the step that is being trained
 
     @property
     def free(self) -> int:
@@ -62,8 +62,12 @@ class Slots:
         It waits for `prompts_per_step` groups, and for every group that would pass the bound one step later.
         """
         waiting = {uid: born for uid, born in self._born.items() if uid not in self._taken}
-        due = [uid for uid, born in waiting.items() if version - born >= self.max_staleness] if self.max_staleness else []
-        if len(self._ready) < self.prompts_per_step or any(uid not in self._ready for uid in due[: self.prompts_per_step]):
+        due = (
+            [uid for uid, born in waiting.items() if version - born >= self.max_staleness] if self.max_staleness else []
+        )
+        if len(self._ready) < self.prompts_per_step or any(
+            uid not in self._ready for uid in due[: self.prompts_per_step]
+        ):
             return None
         chosen = sorted(sorted(self._ready, key=lambda uid: (waiting[uid], uid))[: self.prompts_per_step])
         self._taken = set(chosen)

@@ -32,8 +32,8 @@ class LoopState:
     3
     """
 
-    step: int                         # steps done, and so the policy's version
-    next_uid: int                     # the next prompt of the stream
+    step: int  # steps done, and so the policy's version
+    next_uid: int  # the next prompt of the stream
     unfinished: tuple[int, ...] = ()  # prompts started and not trained on: they start again
     prompts_dropped: int = 0
 
@@ -58,7 +58,11 @@ def checkpoint_folder(checkpoints: Path, step: int) -> Path:
 
 def whole(checkpoints: Path) -> list[Path]:
     """Checkpoints that count, the oldest first."""
-    found = [path for path in checkpoints.glob("step-*") if re.fullmatch(r"step-\d{6,}", path.name) and (path / STATE).is_file()]
+    found = [
+        path
+        for path in checkpoints.glob("step-*")
+        if re.fullmatch(r"step-\d{6,}", path.name) and (path / STATE).is_file()
+    ]
     return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
 
 
@@ -69,7 +73,10 @@ def find(path: str) -> Path:
         return folder
     found = whole(folder / "checkpoints")
     if not found:
-        raise UserError(f"resume={path}: no whole checkpoint in {folder / 'checkpoints'} (checkpoint.every sets how often one is made)")
+        raise UserError(
+            f"resume={path}: no whole checkpoint in {folder / 'checkpoints'} "
+            "(checkpoint.every sets how often one is made)"
+        )
     return found[-1]
 
 

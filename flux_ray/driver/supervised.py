@@ -18,7 +18,9 @@ from flux_ray.driver.state import LoopState
 
 
 class SupervisedLoop:
-    def __init__(self, config: Config, *, rooms: TrainingRooms, examples: SftSource, recorder: Recorder, start: LoopState) -> None:
+    def __init__(
+        self, config: Config, *, rooms: TrainingRooms, examples: SftSource, recorder: Recorder, start: LoopState
+    ) -> None:
         self._config, self._rooms, self._examples, self._recorder = config, rooms, examples, recorder
         self._start = start
 
@@ -27,11 +29,17 @@ class SupervisedLoop:
             start_s = time.monotonic()
             report = await self._rooms.supervised(self._examples.batch(step, self._config.batch.prompts_per_step))
             seconds = time.monotonic() - start_s
-            self._recorder.step(step, report.metrics | {"driver/step_s": seconds, "driver/version": float(report.version)})
+            self._recorder.step(
+                step, report.metrics | {"driver/step_s": seconds, "driver/version": float(report.version)}
+            )
             await self._save_if_due(step + 1)
 
     async def _save_if_due(self, step: int) -> None:
         every = self._config.checkpoint.every
         if every and step % every == 0:
-            await saved.save_whole(self._recorder.folder.checkpoints, LoopState(step, next_uid=0), self._rooms,
-                                   keep=self._config.checkpoint.keep)
+            await saved.save_whole(
+                self._recorder.folder.checkpoints,
+                LoopState(step, next_uid=0),
+                self._rooms,
+                keep=self._config.checkpoint.keep,
+            )

@@ -83,5 +83,8 @@ def merge(parts: Iterable[Mapping[str, Metric]]) -> dict[str, Metric]:
 
 
 def read(metrics: Mapping[str, Metric]) -> dict[str, float]:
-    """The values, by name; a Mean or Std over nothing is left out (a metric that wasn't measured is absent, not nan)."""
+    """The values, by name;
+
+    a Mean or Std over nothing is left out (a metric that wasn't measured is absent, not nan).
+    """
     return {name: metric.value for name, metric in metrics.items() if not math.isnan(metric.value)}

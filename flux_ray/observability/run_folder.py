@@ -43,7 +43,9 @@ class RunFolder:
     def create(self, config: Config, *, resume_step: int | None) -> None:
         """Make the folder and write the config. UserError for a folder that holds another run already."""
         if resume_step is None and (self.path / METRICS).exists():
-            raise UserError(f"run_dir={self.path} holds a run already: choose another folder, or go on with resume={self.path}")
+            raise UserError(
+                f"run_dir={self.path} holds a run already: choose another folder, or go on with resume={self.path}"
+            )
         self.logs.mkdir(parents=True, exist_ok=True)
         (self.path / CONFIG).write_text(OmegaConf.to_yaml(OmegaConf.create(to_dict(config))))
         for name in (METRICS, SAMPLES, EVAL):

@@ -20,9 +20,14 @@ from typing import TextIO
 
 #: What a step's line shows: metric, label, format. Absent metrics are left out.
 STEP_COLUMNS = (
-    ("reward/mean", "reward", "{:.3f}"), ("train/loss", "loss", "{:.4f}"), ("rollout/response_length_mean", "length", "{:.1f}"),
-    ("actor/entropy", "entropy", "{:.3f}"), ("actor/grpo_kl", "kl", "{:.4f}"), ("weights/logprob_gap_max", "gap", "{:.0e}"),
-    ("rollout/tokens_per_s", "tok/s", "{:.0f}"), ("driver/step_s", "s", "{:.2f}"),
+    ("reward/mean", "reward", "{:.3f}"),
+    ("train/loss", "loss", "{:.4f}"),
+    ("rollout/response_length_mean", "length", "{:.1f}"),
+    ("actor/entropy", "entropy", "{:.3f}"),
+    ("actor/grpo_kl", "kl", "{:.4f}"),
+    ("weights/logprob_gap_max", "gap", "{:.0e}"),
+    ("rollout/tokens_per_s", "tok/s", "{:.0f}"),
+    ("driver/step_s", "s", "{:.2f}"),
 )
 
 

@@ -27,11 +27,18 @@ from flux_ray.rollout.functions import get_rollout
 
 #: Options of vLLM that decide whether engine and trainer agree, or that have a knob of ours: not to be set twice.
 OWN_ENGINE_ARGS = {
-    "model": "model.path", "tokenizer": "model.tokenizer", "dtype": "model.dtype", "seed": "seed",
-    "max_model_len": "rollout.max_model_len", "max_num_seqs": "rollout.max_num_seqs",
-    "tensor_parallel_size": "rollout.tensor_parallel_size", "kv_cache_memory_bytes": "rollout.kv_cache_gib",
-    "logprobs_mode": "always processed_logprobs", "generation_config": "always vllm",
-    "weight_transfer_config": "weights.backend", "trust_remote_code": "never",
+    "model": "model.path",
+    "tokenizer": "model.tokenizer",
+    "dtype": "model.dtype",
+    "seed": "seed",
+    "max_model_len": "rollout.max_model_len",
+    "max_num_seqs": "rollout.max_num_seqs",
+    "tensor_parallel_size": "rollout.tensor_parallel_size",
+    "kv_cache_memory_bytes": "rollout.kv_cache_gib",
+    "logprobs_mode": "always processed_logprobs",
+    "generation_config": "always vllm",
+    "weight_transfer_config": "weights.backend",
+    "trust_remote_code": "never",
 }
 TURN_SEED_STRIDE = 1_000_003  # the seeds of a trajectory's later turns lie this far apart: beyond any group size
 
@@ -45,8 +52,13 @@ def check_engine_args(config: RolloutConfig) -> None:
 
 def engine_env(device: str) -> dict[str, str]:
     """Environment of the engine's process, set before vLLM is imported there."""
-    env = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "INFO", "TOKENIZERS_PARALLELISM": "false",
-           "VLLM_PLUGINS": "flux_ray_gloo", "VLLM_CONFIGURE_LOGGING": "1"}
+    env = {
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_LOGGING_LEVEL": "INFO",
+        "TOKENIZERS_PARALLELISM": "false",
+        "VLLM_PLUGINS": "flux_ray_gloo",
+        "VLLM_CONFIGURE_LOGGING": "1",
+    }
     if device == "cpu":
         # Two OpenMP pools on one core are twenty times slower than one: each process computes with one thread, unbound.
         env |= {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
@@ -56,7 +68,8 @@ def engine_env(device: str) -> dict[str, str]:
 class RolloutEngine:
     """vLLM's AsyncLLM with the one request form that we need.
 
-    `index` tells engines apart (logs, ranks of the weight update). Call `start` before anything else, `close` at the end.
+    `index` tells engines apart (logs, ranks of the weight update). Call `start` before anything else, `close` at
+    the end.
     """
 
     def __init__(self, config: Config, *, index: int, device: str, dtype: str, weights_backend: str) -> None:
@@ -95,7 +108,8 @@ class RolloutEngine:
             "max_model_len": config.max_model_len,
             "max_num_seqs": config.max_num_seqs,
             "tensor_parallel_size": config.tensor_parallel_size,
-            # Raw log-probs (vLLM's default) ignore the temperature: the trainer's are those of the distribution sampled.
+            # Raw log-probs (vLLM's default) ignore the temperature: the trainer's are those of the distribution
+            # sampled.
             "logprobs_mode": "processed_logprobs",
             # Otherwise a model's own top_p or top_k would enter in silence.
             "generation_config": "vllm",
@@ -122,16 +136,21 @@ class RolloutEngine:
             async with asyncio.timeout(self._config.rollout.deadline_s):
                 trajectories = await self._rollout(prompt, generate)
         except TimeoutError:
-            raise TimeoutError(f"engine {self._index}: prompt of row {prompt.row} took longer than "
-                               f"rollout.deadline_s={self._config.rollout.deadline_s:g} s") from None
+            raise TimeoutError(
+                f"engine {self._index}: prompt of row {prompt.row} took longer than "
+                f"rollout.deadline_s={self._config.rollout.deadline_s:g} s"
+            ) from None
         if len(trajectories) != prompt.num_samples:
-            raise UserError(f"rollout.function={self._config.rollout.function} gave {len(trajectories)} trajectories for row "
-                            f"{prompt.row}; it must give prompt.num_samples={prompt.num_samples}")
+            raise UserError(
+                f"rollout.function={self._config.rollout.function} gave {len(trajectories)} trajectories for row "
+                f"{prompt.row}; it must give prompt.num_samples={prompt.num_samples}"
+            )
         group = RolloutGroup(prompt, tuple(trajectories))
         return group, {"num_tokens": float(sum(t.num_loss_tokens for t in trajectories))}
 
-    async def generate(self, token_ids: Sequence[int] | np.ndarray, *, n: int, seed: int, temperature: float,
-                       max_tokens: int) -> list[Completion]:
+    async def generate(
+        self, token_ids: Sequence[int] | np.ndarray, *, n: int, seed: int, temperature: float, max_tokens: int
+    ) -> list[Completion]:
         """`n` samples after `token_ids`; sample i is drawn with seed + i, whatever else runs beside it."""
         from vllm import SamplingParams
         from vllm.inputs import TokensPrompt
@@ -139,10 +158,21 @@ class RolloutEngine:
 
         config = self._config.rollout
         params = SamplingParams(
-            n=n, seed=seed, temperature=temperature, top_p=config.top_p, top_k=config.top_k, min_p=config.min_p,
-            max_tokens=max_tokens, stop=list(config.stop) or None, stop_token_ids=self._stop_ids,
-            ignore_eos=config.ignore_eos, logprobs=0, flat_logprobs=True, detokenize=bool(config.stop),
-            output_kind=RequestOutputKind.FINAL_ONLY)
+            n=n,
+            seed=seed,
+            temperature=temperature,
+            top_p=config.top_p,
+            top_k=config.top_k,
+            min_p=config.min_p,
+            max_tokens=max_tokens,
+            stop=list(config.stop) or None,
+            stop_token_ids=self._stop_ids,
+            ignore_eos=config.ignore_eos,
+            logprobs=0,
+            flat_logprobs=True,
+            detokenize=bool(config.stop),
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
         if config.ignore_eos:
             params.stop_token_ids = []
         tokens = TokensPrompt(prompt_token_ids=[int(t) for t in token_ids])
@@ -227,7 +257,7 @@ def completion_of(output: Any) -> Completion:
     logprobs = np.asarray([flat.logprobs[i] for i in flat.start_indices], np.float32)
     versions = np.empty(len(token_ids), np.int32)
     for span in output.weight_versions or ():
-        versions[span.start:span.end] = int(span.version)
+        versions[span.start : span.end] = int(span.version)
     assert len(logprobs) == len(token_ids), (len(logprobs), len(token_ids))
     reason = FINISH_LENGTH if output.finish_reason == "length" else FINISH_STOP
     return Completion(token_ids, logprobs, versions, reason)
@@ -236,7 +266,8 @@ def completion_of(output: Any) -> Completion:
 def stop_token_ids(model_path: str | None, tokenizer: Any) -> list[int]:
     """Every token that ends a response: the tokenizer's, and those that the model's generation config names.
 
-    `generation_config="vllm"` keeps a model's sampling defaults out, and its further end tokens with them (a chat model's
+    `generation_config="vllm"` keeps a model's sampling defaults out, and its further end tokens with them (a chat
+    model's
     end of turn, say): without these a response would never end.
     """
     ids = {tokenizer.eos_token_id}

@@ -21,11 +21,16 @@ NOT_SAMPLED = -1  # the version of a token that no policy sampled
 
 
 class Generate(Protocol):
-    """Samples from the policy. `sample` says which of the group's trajectories asks: it fixes the seed, so that a run repeats."""
+    """Samples from the policy. `sample` says which of the group's trajectories asks:
+
+    it fixes the seed, so that a run repeats.
+    """
 
     tokenizer: Any
 
-    async def __call__(self, token_ids: Sequence[int] | np.ndarray, *, n: int = 1, sample: int = 0) -> list[Completion]: ...
+    async def __call__(
+        self, token_ids: Sequence[int] | np.ndarray, *, n: int = 1, sample: int = 0
+    ) -> list[Completion]: ...
 
 
 Rollout = Callable[[Prompt, Generate], Awaitable[list[Trajectory]]]
@@ -68,8 +73,14 @@ class Turns:
         self._versions.append(np.asarray(versions, np.int32))
 
     def finish(self) -> Trajectory:
-        return Trajectory(self.token_ids, np.concatenate(self._masks), np.concatenate(self._logprobs),
-                          np.concatenate(self._versions), self._prompt_length, self._finish_reason)
+        return Trajectory(
+            self.token_ids,
+            np.concatenate(self._masks),
+            np.concatenate(self._logprobs),
+            np.concatenate(self._versions),
+            self._prompt_length,
+            self._finish_reason,
+        )
 
 
 async def single_turn(prompt: Prompt, generate: Generate) -> list[Trajectory]:
@@ -98,7 +109,10 @@ def register_rollout(name: str) -> Callable[[Rollout], Rollout]:
 
 
 def get_rollout(name: str) -> Rollout:
-    """The rollout of that name, or `path/to/file.py:function`. Unknown names and files that can't be imported: UserError."""
+    """The rollout of that name, or `path/to/file.py:function`. Unknown names and files that can't be imported:
+
+    UserError.
+    """
     if ":" in name:
         return load_function(name, option="rollout.function")
     if name not in _ROLLOUTS:

@@ -25,7 +25,9 @@ class Router:
 
     @contextmanager
     def route(self, num_tokens: int) -> Iterator[int]:
-        """An engine for a request of that many tokens (prompt, and responses at their longest), held until it is done."""
+        """An engine for a request of that many tokens (prompt, and responses at their longest), held until it is
+        done.
+        """
         engine = min(range(len(self._outstanding)), key=lambda index: (self._outstanding[index], index))
         self._outstanding[engine] += num_tokens
         try:

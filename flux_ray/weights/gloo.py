@@ -3,7 +3,8 @@
 Takes:  vLLM's weight-transfer framework (the same calls as its nccl backend) and a WeightSource of (name, tensor).
 Gives:  `register()`, an entry point of vLLM's general plugins; the worker's and the trainer's engine classes.
 Knows:  both sides cut the same buckets from the same metadata, so only tensors travel over the wire.
-Never:  waits without a deadline: the store and each broadcast have one; rank 0 or a dead engine is then named by the error.
+Never:  waits without a deadline: the store and each broadcast have one; rank 0 or a dead engine is then named by
+        the error.
 """
 
 from __future__ import annotations
@@ -34,8 +35,10 @@ SENDER_RANK = 0  # the trainer; engine workers follow from rank 1
 
 def register() -> None:
     """Put gloo beside nccl and ipc in vLLM's registries. Called once in each of vLLM's processes; again is harmless."""
-    for factory, name in ((WeightTransferEngineFactory, "GlooWeightTransferEngine"),
-                          (WeightTransferTrainerFactory, "GlooTrainerWeightTransferEngine")):
+    for factory, name in (
+        (WeightTransferEngineFactory, "GlooWeightTransferEngine"),
+        (WeightTransferTrainerFactory, "GlooTrainerWeightTransferEngine"),
+    ):
         if BACKEND not in factory._registry:  # the factory offers no other way to ask
             factory.register_engine(BACKEND, "flux_ray.weights.gloo", name)
 
@@ -98,7 +101,9 @@ class GlooUpdateInfo(WeightTransferUpdateInfo):
 
     @classmethod
     def of(cls, meta: Sequence[ParamMeta]) -> GlooUpdateInfo:
-        return cls([m.name for m in meta], [str(m.dtype).removeprefix("torch.") for m in meta], [list(m.shape) for m in meta])
+        return cls(
+            [m.name for m in meta], [str(m.dtype).removeprefix("torch.") for m in meta], [list(m.shape) for m in meta]
+        )
 
     def meta(self) -> list[ParamMeta]:
         rows = zip(self.names, self.dtype_names, self.shapes, strict=True)
@@ -115,9 +120,13 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
 
     def init_transfer_engine(self, init_info: GlooInitInfo) -> None:
         self._bucket_bytes = init_info.bucket_bytes
-        self._group = join_group(init_info.master_address, init_info.master_port,
-                                 rank=init_info.rank_offset + self.parallel_config.rank,
-                                 world_size=init_info.world_size, timeout_s=init_info.timeout_s)
+        self._group = join_group(
+            init_info.master_address,
+            init_info.master_port,
+            rank=init_info.rank_offset + self.parallel_config.rank,
+            world_size=init_info.world_size,
+            timeout_s=init_info.timeout_s,
+        )
 
     def start_weight_update(self) -> None:
         from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
@@ -154,7 +163,8 @@ def unpack(wire: torch.Tensor, run: Sequence[ParamMeta]) -> list[tuple[str, torc
 def retie_head(model: torch.nn.Module, hf_config: Any) -> None:
     """Give a tied LM head the embedding's new weights.
 
-    On CPU vLLM packs the head's weight into a buffer of its own at load. A reload replaces the embedding that it was packed
+    On CPU vLLM packs the head's weight into a buffer of its own at load. A reload replaces the embedding that it
+    was packed
     from and leaves the packed copy old, which no checksum of parameters can see: tie again and pack again.
     """
     if not getattr(hf_config, "tie_word_embeddings", False):
@@ -191,8 +201,9 @@ class GlooTrainerWeightTransferEngine(TrainerWeightTransferEngine[GlooTrainerIni
         self._group: Any = None
 
     @classmethod
-    def trainer_init(cls, init_info: GlooTrainerInitInfo, *, client: VLLMWeightSyncClient,
-                     source: WeightSource | None = None) -> GlooTrainerWeightTransferEngine:
+    def trainer_init(
+        cls, init_info: GlooTrainerInitInfo, *, client: VLLMWeightSyncClient, source: WeightSource | None = None
+    ) -> GlooTrainerWeightTransferEngine:
         assert source is not None, "gloo sends whole models: it needs a WeightSource"
         engine = cls(client=client, source=source, init_info=init_info)
         if engine.is_sender:
@@ -202,15 +213,28 @@ class GlooTrainerWeightTransferEngine(TrainerWeightTransferEngine[GlooTrainerIni
     def _connect(self) -> None:
         info = self._info
         timeout = datetime.timedelta(seconds=info.timeout_s)
-        self._store = dist.TCPStore(info.master_address, 0, info.world_size, is_master=True, timeout=timeout,
-                                    wait_for_workers=False)
-        worker = GlooInitInfo(info.master_address, self._store.port, info.world_size, rank_offset=1,
-                              bucket_bytes=info.bucket_bytes, timeout_s=info.timeout_s)
+        self._store = dist.TCPStore(
+            info.master_address, 0, info.world_size, is_master=True, timeout=timeout, wait_for_workers=False
+        )
+        worker = GlooInitInfo(
+            info.master_address,
+            self._store.port,
+            info.world_size,
+            rank_offset=1,
+            bucket_bytes=info.bucket_bytes,
+            timeout_s=info.timeout_s,
+        )
         # The workers wait in their own join for us: ask them from a side thread while we join.
         with ThreadPoolExecutor(1) as side:
             joined = side.submit(self.client.init_weight_transfer_engine, asdict(worker))
-            self._group = join_group(info.master_address, self._store.port, rank=SENDER_RANK, world_size=info.world_size,
-                                     timeout_s=info.timeout_s, store=self._store)
+            self._group = join_group(
+                info.master_address,
+                self._store.port,
+                rank=SENDER_RANK,
+                world_size=info.world_size,
+                timeout_s=info.timeout_s,
+                store=self._store,
+            )
             joined.result()
 
     def send_weights(self) -> None:

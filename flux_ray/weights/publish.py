@@ -65,8 +65,11 @@ class Publisher:
         self._deadline_s = deadline_s
         self._engine: Any = None
 
-    def connect(self, call: CallEngines, *, workers_per_engine: Sequence[int], address: str, port: int, wire_dtype: str) -> None:
-        """Open the wire to these engines. A second call replaces the first: engines that came or went are another group.
+    def connect(
+        self, call: CallEngines, *, workers_per_engine: Sequence[int], address: str, port: int, wire_dtype: str
+    ) -> None:
+        """Open the wire to these engines. A second call replaces the first: engines that came or went are another
+        group.
 
         Raises what the rendezvous raises: each member waits at most weights.deadline_s for the others.
         """
@@ -95,12 +98,16 @@ class Publisher:
         if self._backend == "nccl":
             from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
-            return NCCLTrainerInitInfo(address, port, world_size, packed_buffer_size_bytes=self._bucket_bytes, rank=self._rank)
+            return NCCLTrainerInitInfo(
+                address, port, world_size, packed_buffer_size_bytes=self._bucket_bytes, rank=self._rank
+            )
         from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
 
         # Unlike the others, ipc has one buffer that the largest parameter must fit into.
         largest = max(dtype.itemsize * math.prod(shape) for _, dtype, shape in self._weights.weight_metadata())
-        return IPCTrainerInitInfo(packed=True, packed_buffer_size_bytes=max(self._bucket_bytes, largest), rank=self._rank)
+        return IPCTrainerInitInfo(
+            packed=True, packed_buffer_size_bytes=max(self._bucket_bytes, largest), rank=self._rank
+        )
 
     def publish(self) -> None:
         """Send the present weights to every engine; returns when all have loaded them. The engines must be paused."""

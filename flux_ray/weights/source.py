@@ -23,7 +23,9 @@ class TrainerSource(WeightSource):
         self._dtype = dtype
 
     def metadata(self) -> list[ParamMeta]:
-        return [ParamMeta(name, self._wire(dtype), tuple(shape)) for name, dtype, shape in self._weights.weight_metadata()]
+        return [
+            ParamMeta(name, self._wire(dtype), tuple(shape)) for name, dtype, shape in self._weights.weight_metadata()
+        ]
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
         for name, tensor in self._weights.iter_weights(self._bucket_bytes):
