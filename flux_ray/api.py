@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from flux_ray.driver import TrainingResult
 
 Result = TypeVar("Result")
+IN_MEMORY = "rows in memory"   # what data.train is until they have a file
+
 Rows = Sequence[str] | Sequence[Mapping[str, Any]]
 Reward = str | Callable[..., Any]
 
@@ -90,13 +92,16 @@ class FluxTrainer:
 
     def prepare(self, prompts: str | Path | Rows | None, *, eval_prompts: str | Path | Rows | None = None,
                 **changes: Any) -> Config:
-        """The Config that `fit` runs, checked; its folder is made and holds the rows that were in memory.
+        """The Config that `fit` runs, checked; rows in memory are a file in its folder now, which is made for them.
 
         `changes`: options by their dotted names; None changes nothing.
         """
         sources = {"data.train": _source(prompts), "eval.data": _source(eval_prompts)}
         given = {key: value for key, value in {**changes, **sources}.items() if value is not None}
-        config = run_dir.claim(configs.validate(configs.from_dict({**_flat(self.config), **given})))
+        config = configs.validate(configs.from_dict({**_flat(self.config), **given}))
+        if IN_MEMORY not in sources.values():
+            return config
+        config = run_dir.claim(config)
         files = {
             "data.train": _write(prompts, config, "data.jsonl"),
             "eval.data": _write(eval_prompts, config, "eval_data.jsonl"),
@@ -113,7 +118,7 @@ def _source(prompts: str | Path | Rows | None) -> str | None:
     """What data.train is for these prompts; rows in memory have their file's name later, when the run has a folder."""
     if prompts is None:
         return None
-    return str(prompts) if isinstance(prompts, (str, Path)) else "rows in memory"
+    return str(prompts) if isinstance(prompts, (str, Path)) else IN_MEMORY
 
 
 def _write(prompts: str | Path | Rows | None, config: Config, name: str) -> str | None:

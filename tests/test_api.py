@@ -72,9 +72,10 @@ def trainer(**options) -> FluxTrainer:
     return FluxTrainer(FluxConfig(model_path="m", **options))
 
 
-def test_a_file_of_prompts():
+def test_a_file_of_prompts(tmp_path):
     config = trainer(seed=4).prepare("data.jsonl", **{"driver.num_steps": 3, "eval.every": None})
     assert (config.data.train, config.driver.num_steps, config.eval.every, config.seed) == ("data.jsonl", 3, 0, 4)
+    assert list(tmp_path.iterdir()) == []   # the driver makes the folder, once it knows that the run can start
 
 
 def test_rows_in_memory_become_a_file_of_the_run(tmp_path):
@@ -92,11 +93,11 @@ def test_runs_of_one_second_have_folders_of_their_own():
 
 
 def test_a_named_folder_is_made(tmp_path):
-    assert trainer(run_dir="here/it/is").prepare("d.jsonl").run_dir == str(tmp_path / "here" / "it" / "is")
+    assert trainer(run_dir="here/it/is").prepare(["1+1="]).run_dir == str(tmp_path / "here" / "it" / "is")
     assert (tmp_path / "here" / "it" / "is").is_dir()
     (tmp_path / "taken").write_text("")
     with pytest.raises(UserError, match="run_dir=taken: can't be made"):
-        trainer(run_dir="taken").prepare("d.jsonl")
+        trainer(run_dir="taken").prepare(["1+1="])
 
 
 @pytest.mark.parametrize("rows, message", [
