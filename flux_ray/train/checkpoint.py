@@ -45,11 +45,16 @@ def save(engine: Engine, folder: str | Path, *, version: int) -> None:
 
 
 def load(engine: Engine, folder: str | Path) -> int:
-    """Put the engine back where `save` found it; the version. UserError where the folder doesn't fit the model."""
+    """Put the engine back where `save` found it; the version. Every rank reads the folder.
+
+    Raises UserError where there is no checkpoint, or one of another model.
+    """
     folder = Path(folder)
     if not (folder / STATE).is_file():
         raise UserError(f"checkpoint {str(folder)!r}: no {STATE} in it")
     state = json.loads((folder / STATE).read_text())
+    if state["format"] != FORMAT:
+        raise UserError(f"checkpoint {str(folder)!r}: format {state['format']}, this version reads {FORMAT}")
     engine.num_updates = state["num_updates"]
     _prepare_moments(engine)
     stored = _stored_tensors(folder)

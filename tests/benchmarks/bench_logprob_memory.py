@@ -66,8 +66,8 @@ def main() -> None:
     for shape in SHAPES:
         extra = peak_extra_bytes(shape)
         whole = shape.tokens * shape.vocabulary * 4
-        print(f"{shape.tokens} tokens x {shape.hidden}, vocabulary {shape.vocabulary}, chunk {shape.chunk}, {shape.dtype}: "
-              f"extra peak {extra / MIB:.1f} MiB = {extra / shape.bound_bytes:.2f} of the bound "
+        print(f"{shape.tokens} tokens x {shape.hidden}, vocabulary {shape.vocabulary}, chunk {shape.chunk}, "
+              f"{shape.dtype}: extra peak {extra / MIB:.1f} MiB = {extra / shape.bound_bytes:.2f} of the bound "
               f"(whole fp32 logits alone: {whole / MIB:.0f} MiB)")
 
 
