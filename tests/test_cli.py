@@ -53,12 +53,14 @@ def test_defaults_are_config_py_s(elsewhere):
 def test_groups_and_overrides():
     (config,) = composed(*READY, "algo=dr_grpo", "experiment=addition", "rollout.max_tokens=9", "cluster=one_gpu")
     assert config.algo.name == "dr_grpo" and not config.algo.normalize_by_std
-    assert config.rollout.group_size == 8 and config.rollout.max_tokens == 9 and config.cluster.colocate
+    assert config.reward.functions == ["exact_match"] and config.rollout.max_tokens == 9 and config.cluster.colocate
 
 
-def test_an_experiment_chooses_its_algorithm():
+def test_an_experiment_chooses_its_algorithm_and_has_the_last_word():
     (config,) = composed(*READY, "experiment=addition_sft")
-    assert config.algo.name == "sft" and config.train.learning_rate == 1e-3 and config.batch.prompts_per_step == 128
+    values = yaml.safe_load((REPO / "conf" / "experiment" / "addition_sft.yaml").read_text())
+    assert config.algo.name == "sft" and config.algo.beta == 0.0
+    assert config.train.learning_rate == values["train"]["learning_rate"]
 
 
 def test_plus_and_tilde():

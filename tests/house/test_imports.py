@@ -48,7 +48,7 @@ HOMES = {
     "deepspeed": {"train", "reference"},
     "ray": {"cluster"},
     "hydra": {"__main__"},
-    "omegaconf": {"config", "names", "observability"},   # the last writes config.yaml
+    "omegaconf": {"config", "names", "run_dir", "observability"},   # the last two read and write config.yaml
 }
 
 
