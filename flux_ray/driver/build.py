@@ -137,7 +137,7 @@ def _env(config: Config, plan: Plan, role: str) -> dict[str, str]:
         threads = config.train.num_threads if role == TRAINER else 1
         env |= {"OMP_NUM_THREADS": str(threads), "CUDA_VISIBLE_DEVICES": ""}
     if role in (ENGINE, TRAINER):  # rank 0 of the trainer imports vLLM as well
-        env = engine_env(plan.device) | env
+        env = engine_env(plan.device, tensor_parallel_size=config.rollout.tensor_parallel_size) | env
     return env | config.cluster.env
 
 

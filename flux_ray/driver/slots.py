@@ -59,19 +59,21 @@ class Slots:
     def take(self, *, version: int) -> list[Any] | None:
         """The next step's groups in the order of their prompts; None while it must wait.
 
-        It waits for `prompts_per_step` groups, and for every group that would pass the bound one step later.
+        Those born first go first. It waits for `prompts_per_step` of them, and while what it would leave behind could
+        not all be trained within the bound.
         """
         waiting = {uid: born for uid, born in self._born.items() if uid not in self._taken}
-        due = (
-            [uid for uid, born in waiting.items() if version - born >= self.max_staleness] if self.max_staleness else []
-        )
-        if len(self._ready) < self.prompts_per_step or any(
-            uid not in self._ready for uid in due[: self.prompts_per_step]
-        ):
+        chosen = sorted(self._ready, key=lambda uid: (waiting[uid], uid))[: self.prompts_per_step]
+        left = [born for uid, born in waiting.items() if uid not in set(chosen)]
+        if len(chosen) < self.prompts_per_step or not self._in_time(left, version=version + 1):
             return None
-        chosen = sorted(sorted(self._ready, key=lambda uid: (waiting[uid], uid))[: self.prompts_per_step])
         self._taken = set(chosen)
-        return [self._ready.pop(uid) for uid in chosen]
+        return [self._ready.pop(uid) for uid in sorted(chosen)]
+
+    def _in_time(self, born: list[int], *, version: int) -> bool:
+        """Whether groups born at these versions can all be trained, a step's worth at each version from `version` on."""
+        last_versions = sorted(b + self.max_staleness for b in born)
+        return all(last >= version + i // self.prompts_per_step for i, last in enumerate(last_versions))
 
     def release(self) -> None:
         """The step's groups are trained on and the new version is served: their slots are free."""

@@ -50,18 +50,15 @@ def check_engine_args(config: RolloutConfig) -> None:
             raise UserError(f"rollout.engine_args.{key} can't be set there: {OWN_ENGINE_ARGS[key]}")
 
 
-def engine_env(device: str) -> dict[str, str]:
+def engine_env(device: str, *, tensor_parallel_size: int) -> dict[str, str]:
     """Environment of the engine's process, set before vLLM is imported there."""
-    env = {
-        "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_LOGGING_LEVEL": "INFO",
-        "TOKENIZERS_PARALLELISM": "false",
-        "VLLM_PLUGINS": "flux_ray_gloo",
-        "VLLM_CONFIGURE_LOGGING": "1",
-    }
+    env = {"VLLM_NO_USAGE_STATS": "1", "TOKENIZERS_PARALLELISM": "false", "VLLM_PLUGINS": "flux_ray_gloo"}
     if device == "cpu":
         # Two OpenMP pools on one core are twenty times slower than one: each process computes with one thread, unbound.
         env |= {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+        if tensor_parallel_size == 1:
+            # Lets the engine core compute itself: a process fewer to start and to hold vLLM. Its OpenMP is set above.
+            env["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     return env
 
 

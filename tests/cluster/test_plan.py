@@ -1,0 +1,60 @@
+import pytest
+
+from flux_ray.cluster.plan import make_plan
+from flux_ray.config import from_dict
+from flux_ray.errors import UserError
+
+pytestmark = pytest.mark.unit
+
+
+def plan(gpus=0, reference=False, **options):
+    return make_plan(from_dict(options), cluster_gpus=gpus, needs_reference=reference)
+
+
+def test_on_cpu_every_role_has_its_bundles_and_every_engine_its_own_group():
+    got = plan(reference=True, **{"rollout.num_engines": 2, "train.num_ranks": 2})
+    assert (got.device, got.weights_backend) == ("cpu", "gloo")
+    assert got.bundles() == {
+        "engine": [[{"CPU": 1.0}], [{"CPU": 1.0}]],
+        "trainer": [[{"CPU": 1.0}, {"CPU": 1.0}]],
+        "reference": [[{"CPU": 1.0}]],
+        "reward": [[{"CPU": 1.0}]],
+    }
+    assert got.total == {"CPU": 6.0}
+
+
+def test_supervised_training_places_the_trainer_alone():
+    assert [role.name for role in plan(**{"algo.name": "sft", "train.num_ranks": 2}).roles] == ["trainer"]
+
+
+def test_without_a_kl_there_is_no_reference():
+    assert plan().role("reference") is None
+
+
+def test_many_gpus_are_not_shared():
+    got = plan(gpus=8, reference=True, **{"rollout.num_engines": 2, "rollout.tensor_parallel_size": 2,
+                                          "train.num_ranks": 3})
+    assert (got.device, got.weights_backend) == ("cuda", "nccl")
+    assert got.total["GPU"] == 2 * 2 + 3 + 1
+    assert got.bundles()["engine"] == [[{"CPU": 1.0, "GPU": 2.0}]] * 2
+
+
+def test_one_gpu_is_shared_and_reserved_once():
+    got = plan(gpus=1, reference=True)
+    assert (got.device, got.weights_backend) == ("cuda", "ipc")
+    assert got.total["GPU"] == 1.0
+    shares = {role.name: role.gpus for role in got.roles}
+    assert sum(shares.values()) == pytest.approx(1.0)
+    assert got.role("trainer").inside == "engine"
+
+
+@pytest.mark.parametrize(("gpus", "options", "words"), [
+    (0, {"cluster.device": "cuda"}, "no GPU"),
+    (1, {"train.num_ranks": 2}, "train.num_ranks must equal rollout.num_engines"),
+    (8, {"cluster.colocate": True, "rollout.tensor_parallel_size": 2}, "tensor_parallel_size=1, got 2"),
+    (0, {"weights.backend": "nccl"}, "weights.backend=nccl can't work on CPU: use gloo"),
+    (8, {"weights.backend": "ipc"}, "between GPUs: use nccl"),
+])
+def test_what_no_cluster_could_place_is_refused_by_name(gpus, options, words):
+    with pytest.raises(UserError, match=words):
+        plan(gpus=gpus, **options)

@@ -1,0 +1,27 @@
+"""One real engine for all tests of the rollout room and of the wire."""
+
+import os
+from types import SimpleNamespace
+
+import pytest_asyncio
+
+from flux_ray.config import from_dict
+from flux_ray.rollout.engine import RolloutEngine, engine_env
+from tests.tiny import tiny_model
+
+TEMPERATURE = 0.7  # not 1: raw and processed log-probs differ
+
+
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
+async def served(tmp_path_factory):
+    """The engine and where its model lies. Tied embeddings: the case in which an update can miss the LM head."""
+    path = tiny_model(tmp_path_factory.mktemp("engine") / "model", tied=True)
+    os.environ.update(engine_env("cpu", tensor_parallel_size=1))
+    config = from_dict({"model.path": str(path), "rollout.temperature": TEMPERATURE, "rollout.max_tokens": 48,
+                        "weights.deadline_s": 60.0})
+    engine = RolloutEngine(config, index=0, device="cpu", dtype="float32", weights_backend="gloo")
+    await engine.start()
+    try:
+        yield SimpleNamespace(engine=engine, path=path, config=config)
+    finally:
+        await engine.close()

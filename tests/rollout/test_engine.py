@@ -1,0 +1,191 @@
+"""A real vLLM engine: its log-probs against transformers, repeats, updates over the real wire, turns with a tool."""
+
+import asyncio
+import threading
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from flux_ray.records import FINISH_LENGTH, FINISH_STOP, Prompt
+from flux_ray.rollout.functions import Turns
+from flux_ray.weights.publish import Publisher
+from tests.rollout.conftest import TEMPERATURE
+from tests.tiny import EOS_ID
+
+pytestmark = [pytest.mark.system, pytest.mark.asyncio(loop_scope="session")]
+
+MAX_GAP = 2e-5  # of log-probs between engine and transformers, in fp32
+
+
+def prompt_of(tokens, *, num_samples=4, seed=7):
+    return Prompt(0, 0, "", np.array(tokens, np.int32), {}, num_samples, seed)
+
+
+def largest_gap(model, trajectories, *, from_version=None):
+    """Largest difference of sampler log-probs from a transformers model's, over sampled tokens (of a version on)."""
+    gaps = []
+    for trajectory in trajectories:
+        ids = torch.tensor(trajectory.token_ids, dtype=torch.long)
+        with torch.no_grad():
+            logits_TV = model(ids[None]).logits[0].float() / TEMPERATURE
+        logprobs_T = logits_TV.log_softmax(-1)[:-1].gather(1, ids[1:, None])[:, 0].numpy()
+        wanted = trajectory.loss_mask[1:] & (trajectory.versions[1:] >= (from_version or 0))
+        gaps.append(np.abs(logprobs_T - trajectory.sampler_logprobs[1:])[wanted])
+    return float(np.concatenate(gaps).max())
+
+
+class ModelWeights:
+    """A transformers model as the trainer's end of the wire sees it."""
+
+    def __init__(self, model):
+        self.model = model
+
+    def weight_metadata(self):
+        return [(name, p.dtype, tuple(p.shape)) for name, p in self.model.named_parameters()]
+
+    def iter_weights(self, bucket_bytes):
+        yield from ((name, p.detach()) for name, p in self.model.named_parameters())
+
+
+class Wire:
+    """The real publisher, in a thread; its calls reach the engine on this loop."""
+
+    def __init__(self, served, model):
+        self._engine, self._loop = served.engine, asyncio.get_running_loop()
+        # A small bucket: the model takes several, and one parameter is larger than a bucket.
+        self._publisher = Publisher(ModelWeights(model), rank=0, backend="gloo", bucket_bytes=8192, deadline_s=30.0)
+
+    def _call(self, method, payloads):
+        (payload,) = payloads
+        calling = asyncio.run_coroutine_threadsafe(getattr(self._engine, method)(*payload), self._loop)
+        return [calling.result(timeout=30)]
+
+    async def connect(self):
+        await asyncio.to_thread(self._publisher.connect, self._call, workers_per_engine=[1], address="127.0.0.1", port=0,
+                                wire_dtype="float32")
+
+    async def publish(self, version):
+        await self._engine.pause()
+        await asyncio.to_thread(self._publisher.publish)
+        assert await self._engine.resume(version) == str(version)
+
+
+@pytest.fixture
+def model(served):
+    return transformers.AutoModelForCausalLM.from_pretrained(served.path, dtype=torch.float32)
+
+
+def perturb(model, seed):
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.05 * p.std() * torch.randn(p.shape, generator=generator) if p.numel() > 1 else 0)
+
+
+async def test_logprobs_repeats_and_ends(served, model):
+    prompt = prompt_of([5, 6, 7, 8])
+    group, numbers = await served.engine.roll(prompt)
+    again, _ = await served.engine.roll(prompt)
+    others = [served.engine.roll(prompt_of([9, 9, i + 3], seed=100 * i)) for i in range(8)]
+    beside = (await asyncio.gather(served.engine.roll(prompt), *others))[0][0]
+
+    assert largest_gap(model, group.trajectories) < MAX_GAP
+    for repeat in (again, beside):
+        for a, b in zip(group.trajectories, repeat.trajectories, strict=True):
+            np.testing.assert_array_equal(a.token_ids, b.token_ids)
+            np.testing.assert_array_equal(a.sampler_logprobs, b.sampler_logprobs)
+    assert numbers["num_tokens"] == sum(t.num_loss_tokens for t in group.trajectories)
+    assert len({t.token_ids.tobytes() for t in group.trajectories}) > 1, "samples of a group have seeds of their own"
+
+
+async def test_the_end_token_belongs_to_the_response_and_a_cut_one_has_none(served):
+    groups = await asyncio.gather(*(served.engine.roll(prompt_of([5, i + 3], seed=i * 1000)) for i in range(30)))
+    trajectories = [t for group, _ in groups for t in group.trajectories]
+    ended = [t for t in trajectories if t.finish_reason == FINISH_STOP]
+    cut = [t for t in trajectories if t.finish_reason == FINISH_LENGTH]
+    assert ended and cut
+    assert all(t.token_ids[-1] == EOS_ID and t.loss_mask[-1] for t in ended)
+    assert all(EOS_ID not in t.token_ids[t.prompt_length:] for t in cut)
+    assert all(t.num_loss_tokens == served.config.rollout.max_tokens for t in cut)
+
+
+async def test_every_update_reaches_the_tied_head(served, model):
+    wire = Wire(served, model)
+    await wire.connect()
+    for version in (1, 2, 3):
+        perturb(model, version)
+        await wire.publish(version)
+        group, _ = await served.engine.roll(prompt_of([5, 6, 7], seed=version))
+        assert largest_gap(model, group.trajectories) < MAX_GAP
+        assert all((t.versions[t.loss_mask] == version).all() for t in group.trajectories)
+
+
+async def test_a_running_request_goes_on_under_the_new_weights(served, model):
+    wire = Wire(served, model)
+    await wire.connect()
+    await wire.publish(10)
+    rolls = [asyncio.create_task(served.engine.roll(prompt_of([5, 6, i + 3], seed=50 * i))) for i in range(40)]
+    await asyncio.sleep(0.05)  # into the generation; how far does not matter, the versions tell
+    perturb(model, 11)
+    await wire.publish(11)
+    trajectories = [t for group, _ in await asyncio.gather(*rolls) for t in group.trajectories]
+    spanning = [t for t in trajectories if t.newest_version == 11]
+    assert spanning, "the update came after every request had ended"
+    assert any(t.oldest_version == 10 for t in spanning), "no request was running when the update came"
+    assert all((np.diff(t.versions[t.loss_mask]) >= 0).all() for t in trajectories)
+    # Recomputed KV: what follows the update is sampled as if the new weights had seen the whole sequence.
+    assert largest_gap(model, spanning, from_version=11) < MAX_GAP
+
+
+async def test_a_second_turn_after_a_tool(served, model):
+    """Two turns: the policy speaks, a tool answers, the policy goes on. Only the policy's tokens are trained on."""
+    tool_ids = [20, 21, 22]
+
+    async def with_tool(prompt, generate):
+        async def one(sample):
+            turns = Turns(prompt.token_ids)
+            for _ in range(2):
+                (completion,) = await generate(turns.token_ids, sample=sample)
+                turns.sampled(completion)
+                turns.observed(tool_ids)
+            return turns.finish()
+
+        return list(await asyncio.gather(*(one(i) for i in range(prompt.num_samples))))
+
+    wire = Wire(served, model)
+    await wire.connect()
+    await wire.publish(20)
+    served.engine._rollout, single = with_tool, served.engine._rollout
+    try:
+        group, _ = await served.engine.roll(prompt_of([5, 6], seed=3))
+        again, _ = await served.engine.roll(prompt_of([5, 6], seed=3))
+    finally:
+        served.engine._rollout = single
+    for t, repeat in zip(group.trajectories, again.trajectories, strict=True):
+        np.testing.assert_array_equal(t.token_ids, repeat.token_ids)
+        response = t.token_ids[t.prompt_length:]
+        unmasked = response[~t.loss_mask[t.prompt_length:]]
+        assert unmasked.tolist() == tool_ids * 2
+        assert (t.sampler_logprobs[~t.loss_mask] == 0).all() and (t.versions[~t.loss_mask] == -1).all()
+    assert largest_gap(model, group.trajectories) < MAX_GAP
+
+
+async def test_an_engine_that_nobody_sends_to_gives_up_by_its_deadline(served, model):
+    """A sender that dies before the send: the wait ends by itself, and a new connection works again."""
+    publisher = Publisher(ModelWeights(model), rank=0, backend="gloo", bucket_bytes=8192, deadline_s=2.0)
+
+    def nobody_answers(method, payloads):
+        if method == "init_weight_transfer_engine":
+            threading.Event().wait(0.1)
+        return [None]
+
+    with pytest.raises(RuntimeError):
+        await asyncio.wait_for(asyncio.to_thread(publisher.connect, nobody_answers, workers_per_engine=[1],
+                                                 address="127.0.0.1", port=0, wire_dtype="float32"), timeout=30)
+    wire = Wire(served, model)
+    await wire.connect()
+    await wire.publish(30)
+    group, _ = await served.engine.roll(prompt_of([5, 6, 7]))
+    assert largest_gap(model, group.trajectories) < MAX_GAP
