@@ -15,9 +15,11 @@ UV_VERSION_RANGE="uv>=0.8"
 flux_setup() {
     local extras="$1" started=$SECONDS stamp
     cd "$REPO" || return 1
+    unset PYTHONDONTWRITEBYTECODE   # without bytecode on disk every process compiles vLLM and transformers anew
     stamp="$(_flux_stamp "$extras")"
     if [ "$(cat "$VENV/.installed" 2>/dev/null)" != "$stamp" ]; then
-        _flux_make_venv && _flux_phase "install [$extras]" _flux_install "$extras" || return 1
+        _flux_make_venv && _flux_phase "install [$extras]" _flux_install "$extras" \
+            && _flux_phase "compile what a run imports" _flux_compile || return 1
         printf '%s' "$stamp" > "$VENV/.installed"
         echo "set up in $((SECONDS - started)) s (log: $LOG)"
     fi
@@ -71,6 +73,13 @@ _flux_install() {
     case ",$extras," in *,cpu,*) ;; *) return 1 ;; esac
     echo "--- again, with $TORCH_CPU_INDEX"
     "$tool" "$extras" --extra-index-url "$TORCH_CPU_INDEX"
+}
+
+# Bytecode of what a run's processes import, so that the first run starts as fast as the second. What can't be imported
+# here (vLLM's GPU build on a machine without one) is compiled when it is.
+_flux_compile() {
+    "$VENV/bin/python" -c "import flux_ray.driver.roles, flux_ray.reward, ray, deepspeed"
+    "$VENV/bin/python" -c "import vllm.v1.engine.async_llm, vllm.v1.engine.core, vllm.v1.worker.cpu_worker" || true
 }
 
 _flux_find_uv() {

@@ -27,7 +27,7 @@ async def policy_rooms(prepared: Prepared, cluster: Cluster, plan: Plan) -> Poli
     config = prepared.config
     groups = {role.name: cluster.spawn(role, env=_env(config, plan, role.name)) for role in plan.roles}
     async with asyncio.TaskGroup() as tasks:
-        tasks.create_task(_build_trainer(prepared, plan, groups[TRAINER]))
+        tasks.create_task(_build_sender(prepared, plan, groups[TRAINER]))
         tasks.create_task(_build_engines(config, plan, groups[ENGINE]))
         tasks.create_task(_build_rewards(config, groups[REWARD]))
         if REFERENCE in groups:
@@ -68,6 +68,11 @@ async def _build_trainer(prepared: Prepared, plan: Plan, trainer: RayGroup) -> N
     )
     if prepared.checkpoint is not None:
         await TrainingRooms(config, trainer).load_checkpoint(prepared.checkpoint / TRAINER_FOLDER)
+
+
+async def _build_sender(prepared: Prepared, plan: Plan, trainer: RayGroup) -> None:
+    await _build_trainer(prepared, plan, trainer)
+    await trainer.call_all("prepare_wire", deadline_s=prepared.config.cluster.start_deadline_s)
 
 
 async def _build_engines(config: Config, plan: Plan, engines: RayGroup) -> None:
@@ -115,7 +120,6 @@ async def _connect(config: Config, plan: Plan, trainer: RayGroup, engines: RayGr
     deadline_s = config.weights.deadline_s
     address, port = await trainer.address(0, deadline_s=deadline_s)
     call = EngineCaller(engines.actors, deadline_s)
-    # A first import of vLLM in rank 0 is part of this wait, hence the start's deadline.
     await trainer.call_all(
         "connect",
         call,
@@ -123,7 +127,7 @@ async def _connect(config: Config, plan: Plan, trainer: RayGroup, engines: RayGr
         address=address,
         port=port,
         wire_dtype=_dtype_name(config.model.dtype, plan.device),
-        deadline_s=config.cluster.start_deadline_s,
+        deadline_s=deadline_s,
     )
 
 

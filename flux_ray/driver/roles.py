@@ -34,6 +34,9 @@ class TrainingRank(Trainer):
             bucket_bytes=config.weights.bucket_mib * MIB,
         )
 
+    def prepare_wire(self) -> None:
+        self._publisher.prepare()
+
     def connect(self, call: CallEngines, **wire: Any) -> None:
         self._publisher.connect(call, **wire)
 

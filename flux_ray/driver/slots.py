@@ -71,7 +71,7 @@ class Slots:
         return [self._ready.pop(uid) for uid in sorted(chosen)]
 
     def _in_time(self, born: list[int], *, version: int) -> bool:
-        """Whether groups born at these versions can all be trained, a step's worth at each version from `version` on."""
+        """Whether groups born at these versions can all be trained, one step's worth a version from `version` on."""
         last_versions = sorted(b + self.max_staleness for b in born)
         return all(last >= version + i // self.prompts_per_step for i, last in enumerate(last_versions))
 

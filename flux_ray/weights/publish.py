@@ -65,6 +65,17 @@ class Publisher:
         self._deadline_s = deadline_s
         self._engine: Any = None
 
+    @property
+    def _joins(self) -> bool:
+        """Whether this rank has an end of the wire; only those pay for importing vLLM."""
+        return self._rank == 0 or self._backend == "ipc"
+
+    def prepare(self) -> None:
+        """Import what `connect` needs: several seconds, well spent while the engines load."""
+        if self._joins:
+            import flux_ray.weights.gloo
+            import flux_ray.weights.source  # noqa: F401
+
     def connect(
         self, call: CallEngines, *, workers_per_engine: Sequence[int], address: str, port: int, wire_dtype: str
     ) -> None:
@@ -73,8 +84,7 @@ class Publisher:
 
         Raises what the rendezvous raises: each member waits at most weights.deadline_s for the others.
         """
-        # Only senders pay for importing vLLM.
-        if self._rank != 0 and self._backend != "ipc":
+        if not self._joins:
             return
         import torch
         from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
