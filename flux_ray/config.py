@@ -100,11 +100,26 @@ class RewardConfig:
     functions: list[str] = knob([], "rewards: rules (exact_match, numeric, regex, length, repetition), registered "
                                 "names or path/to/file.py:function; none with an answer column: numeric_or_exact")
     weights: list[float] = knob([], "one weight per function; none: 1 each")
+    combine: str = knob("sum", "several functions: sum (weighted, then the algorithm's advantage), or each (each one "
+                        "normalised alone over its group, then weighted; algo.normalize_by_std divides no more)",
+                        choices=("sum", "each"))
+    overlong_penalty: float = knob(0.0, "soft penalty on length, reached at rollout.max_tokens (task rewards don't "
+                                   "have it); 0: none", least=0)
+    overlong_tokens: int | None = knob(None, "last tokens of rollout.max_tokens over which it rises from 0; none: a "
+                                       "fifth of them", least=1)
     options: dict[str, Any] = knob({}, "arguments of a function by its name, e.g. options.regex.pattern='#### ...'")
     num_workers: int = knob(1, "processes that score", least=1)
     deadline_s: float = knob(60.0, "longest time one call of one function may take, in seconds", above=0)
     on_failure: str = knob("stop", "a function that raises or times out: stop the run, or drop the group and count it",
                            choices=("stop", "drop"))
+
+
+@dataclass(frozen=True)
+class FilterConfig:
+    reward: str | None = knob(None, "drop a group whose samples all have this reward alike and draw another prompt: "
+                              "task (all rewards but shaping), or a function's name; none: keep every group")
+    max_batches: int = knob(10, "batches of prompts that one step may draw, dropped groups of any cause included, "
+                            "before the run stops", least=1)
 
 
 @dataclass(frozen=True)
@@ -127,6 +142,9 @@ class AlgoConfig:
                                    above=1)
     beta: float = knob(0.01, "weight of the KL to the reference in the loss; 0: no KL there", least=0)
     kl_coef: float = knob(0.0, "weight of the KL to the reference in the reward; 0: no KL there", least=0)
+    kl_target: float | None = knob(None, "adapt kl_coef until a sequence's KL in the reward is this, in nats; none: "
+                                   "fixed", above=0)
+    kl_horizon: float = knob(10_000.0, "sequences over which an adapted kl_coef moves by its error", above=0)
     kl_estimator: str = knob("k3", "estimator of the KL in the loss (k1 has no useful gradient there: refused)",
                              choices=("k1", "k2", "k3"))
     entropy_coef: float = knob(0.01, "weight of the entropy bonus", least=0)
@@ -143,7 +161,8 @@ class AlgoConfig:
     icepop_high: float = knob(5.0, "icepop: above it the weight is 0", above=0)
     epochs: int = knob(1, "passes over a batch", least=1)
     mini_batches: int = knob(1, "optimizer updates per pass", least=1)
-    mask_truncated: bool = knob(False, "truncated responses leave the loss (they stay in their group's statistics)")
+    mask_truncated: bool = knob(False, "truncated responses leave the loss (they stay in their group's statistics), "
+                                "except under reward.overlong_penalty, which they would not learn from")
     options: dict[str, Any] = knob({}, "further arguments for a registered estimator or loss")
 
 
@@ -231,6 +250,7 @@ class Config:
     model: ModelConfig = group(ModelConfig)
     rollout: RolloutConfig = group(RolloutConfig)
     reward: RewardConfig = group(RewardConfig)
+    filter: FilterConfig = group(FilterConfig)
     reference: ReferenceConfig = group(ReferenceConfig)
     algo: AlgoConfig = group(AlgoConfig)
     batch: BatchConfig = group(BatchConfig)

@@ -19,6 +19,8 @@ import numpy as np
 FINISH_STOP = "stop"  # the policy sampled its end token (or a stop string): the response is whole
 FINISH_LENGTH = "length"  # the token limit cut it: truncated, without an end token
 
+OVERLONG = "overlong"  # name of the part of a reward that is the soft penalty on length
+
 #: A message of a chat: {"role": ..., "content": ...}
 Message = dict[str, Any]
 

@@ -1,15 +1,24 @@
 """Advantages, losses, KL and the algorithms made of them; the registries that a user's own functions join."""
 
 from flux_ray.algo.advantages import compute_advantages
-from flux_ray.algo.algorithms import ALGORITHMS, Algorithm, needs_old_logprobs, needs_reference, resolve
+from flux_ray.algo.algorithms import (
+    ALGORITHMS,
+    Algorithm,
+    estimator_config,
+    masks_truncated,
+    needs_old_logprobs,
+    needs_reference,
+    resolve,
+)
 from flux_ray.algo.estimators import get_adv_estimator, list_adv_estimators, register_adv_estimator
-from flux_ray.algo.kl import kl
+from flux_ray.algo.kl import adapted_coef, kl
 from flux_ray.algo.losses import get_policy_loss, list_policy_losses, register_policy_loss
-from flux_ray.algo.metrics import METRICS, logprob_gap
+from flux_ray.algo.metrics import METRICS, logprob_gap, reward_kl
 from flux_ray.algo.objective import policy_objective
 
 __all__ = [
-    "ALGORITHMS", "METRICS", "Algorithm", "compute_advantages", "get_adv_estimator", "get_policy_loss", "kl",
-    "list_adv_estimators", "list_policy_losses", "logprob_gap", "needs_old_logprobs", "needs_reference",
-    "policy_objective", "register_adv_estimator", "register_policy_loss", "resolve",
+    "ALGORITHMS", "METRICS", "Algorithm", "adapted_coef", "compute_advantages", "estimator_config",
+    "get_adv_estimator", "get_policy_loss", "kl", "list_adv_estimators", "list_policy_losses", "logprob_gap",
+    "masks_truncated", "needs_old_logprobs", "needs_reference", "policy_objective", "register_adv_estimator",
+    "register_policy_loss", "resolve", "reward_kl",
 ]

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from flux_ray import names
 from flux_ray.algo.estimators import ESTIMATORS, find_adv_estimator
 from flux_ray.algo.losses import POLICY_LOSSES, find_policy_loss
-from flux_ray.config import AlgoConfig
+from flux_ray.config import AlgoConfig, Config
 from flux_ray.errors import unknown
 
 
@@ -100,3 +100,13 @@ def needs_reference(config: AlgoConfig) -> bool:
 def needs_old_logprobs(config: AlgoConfig) -> bool:
     """Whether the trainer computes π_old before its first update: for several updates, or a KL in the reward."""
     return config.kl_coef > 0 or (config.old_logprobs == "trainer" and config.epochs * config.mini_batches > 1)
+
+
+def masks_truncated(config: Config) -> bool:
+    """Whether truncated responses leave the loss: not under the soft penalty on length, which needs their gradient."""
+    return config.algo.mask_truncated and not config.reward.overlong_penalty
+
+
+def estimator_config(config: Config) -> AlgoConfig:
+    """What estimators are told: rewards that were each normalised alone are not divided by their sum's std as well."""
+    return replace(config.algo, normalize_by_std=False) if config.reward.combine == "each" else config.algo

@@ -73,6 +73,10 @@ def _ignored(algo: AlgoConfig, algorithm: Algorithm) -> Iterator[str]:
                 yield f"algo.{key}={getattr(algo, key)} is not read by the loss {algorithm.policy_loss}: leave it out"
     if algo.options and loss.ours and estimator.ours:
         yield f"algo.options={algo.options} is for registered functions: {algorithm.name} takes none"
+    for key in ("kl_target", "kl_horizon"):
+        needed = "kl_coef" if key == "kl_target" else "kl_target"
+        if _changed(algo, key) and not getattr(algo, needed):
+            yield f"algo.{key}={getattr(algo, key)} adapts the KL in the reward: it needs algo.{needed}"
     readers = {"tis_cap": ("tis",), "icepop_low": ("icepop",), "icepop_high": ("icepop",)}
     for key, corrections in readers.items():
         if _changed(algo, key) and algo.off_policy not in corrections:

@@ -1,7 +1,7 @@
 """Estimators of the KL divergence of one policy from another, by the tokens that were sampled.
 
 Takes:  log-probs of the same tokens under both.
-Gives:  one value per token.
+Gives:  one value per token; `adapted_coef`, the next weight of a KL in the reward.
 Knows:  k1 is unbiased; k2 has the right gradient in a loss; k3 is unbiased and never negative (J. Schulman, 2020).
 Never:  averages.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import torch
 
+MAX_ERROR = 0.2  # of the measured KL from its target, as a share of it, that one step answers (1909.08593)
 MAX_LOG_RATIO = 20.0  # before exp: e^20 = 4.9e8 is beyond any use, and far from overflow in float32 (e^88)
 
 
@@ -26,3 +27,12 @@ def kl(log_prob: torch.Tensor, reference_log_prob: torch.Tensor, *, estimator: s
     assert estimator == "k3", estimator
     k1 = k1.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     return torch.expm1(-k1) + k1
+
+
+def adapted_coef(coef: float, *, kl: float, target: float, num_sequences: float, horizon: float) -> float:
+    """coef * (1 + clip(kl / target - 1, +-0.2) * num_sequences / horizon) (1909.08593, section 2.2).
+
+    kl: mean over sequences of the sum over their tokens.
+    """
+    error = min(max(kl / target - 1, -MAX_ERROR), MAX_ERROR)
+    return coef * (1 + error * num_sequences / horizon)

@@ -26,6 +26,9 @@ METRICS: dict[str, tuple[str, str, str]] = {
     "actor/adv_mean": ("mean of A", "reward (÷ std)", "loss tokens"),
     "actor/adv_std": ("population standard deviation (ddof 0) of A", "reward (÷ std)", "loss tokens"),
     "actor/ratio_mean": ("mean of π/π_old per token, its logarithm clamped to ±20", "1", "loss tokens"),
+    "actor/reward_kl": ("mean over sequences of Σ_t k1 of π_old to the reference, which kl_coef multiplies", "nat",
+                        "loss tokens of a sequence"),
+    "actor/kl_coef": ("weight of that KL in this step's rewards", "reward / nat", "none"),
     "weights/logprob_gap_mean": ("mean of |log π_old − log μ|", "nat", "loss tokens of samples of the current version"),
     "weights/logprob_gap_max": ("largest |log π_old − log μ|", "nat", "loss tokens of samples of the current version"),
 }
@@ -48,6 +51,15 @@ def advantage_metrics(advantages: torch.Tensor, *, response_mask: torch.Tensor) 
     chosen = advantages.detach()[response_mask.bool()].double()
     total, squares = torch.stack([chosen.sum(), chosen.square().sum()]).tolist()
     return {"actor/adv_mean": Mean(total, len(chosen)), "actor/adv_std": Std(total, squares, len(chosen))}
+
+
+def reward_kl(
+    old_logprobs: torch.Tensor, reference_logprobs: torch.Tensor, *, response_mask: torch.Tensor, coef: float,
+) -> dict[str, Metric]:
+    """The KL in the reward, per sequence that has a loss token, and the weight it had."""
+    sums_N = (old_logprobs - reference_logprobs).masked_fill(~response_mask.bool(), 0.0).sum(-1, dtype=torch.float64)
+    num_sequences = int(response_mask.any(-1).sum())
+    return {"actor/reward_kl": Mean(float(sums_N.sum()), num_sequences), "actor/kl_coef": Max(coef)}
 
 
 def logprob_gap(

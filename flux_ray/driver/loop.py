@@ -12,10 +12,12 @@ from __future__ import annotations
 import asyncio
 import time
 
+from flux_ray.algo import filters
 from flux_ray.cluster.group import ActorError
 from flux_ray.config import Config
 from flux_ray.data import PromptSource
 from flux_ray.driver import state as saved
+from flux_ray.driver.drops import REWARD_FAILED, Drops
 from flux_ray.driver.evaluation import Evaluation
 from flux_ray.driver.measure import batch_metrics
 from flux_ray.driver.recorder import Recorder
@@ -43,7 +45,7 @@ class Loop:
         self._version = start.step
         self._unfinished = list(start.unfinished)  # of the run that is resumed: they start first
         self._next_uid = start.next_uid
-        self._dropped = start.prompts_dropped
+        self._drops = Drops(config, total=start.prompts_dropped)
         self._changed = asyncio.Condition()  # slots came free, or a group is ready
 
     async def run(self) -> None:
@@ -78,7 +80,7 @@ class Loop:
         return self._next_uid - 1
 
     async def _one_group(self, uid: int) -> None:
-        """One prompt: roll ► score ► reference. Its group is then ready, or dropped and its slot free.
+        """One prompt: roll ► score ► filter ► reference. Its group is then ready, or dropped and its slot free.
 
         Woken by its actors.
         """
@@ -86,22 +88,26 @@ class Loop:
         try:
             scored = await self._rooms.score(rolled)
         except ActorError as error:
-            await self._drop_failed(uid, error)
-            return
+            self._tolerate(uid, error)
+            return await self._drop(uid, REWARD_FAILED)
+        cause = filters.refusal(scored, self._config.filter)
+        if cause is not None:
+            return await self._drop(uid, cause)
+        self._drops.kept()
         reference = await self._rooms.reference(rolled)
         async with self._changed:
             self._slots.ready(uid, ReadyGroup(scored, rolled, reference))
             self._changed.notify_all()
 
-    async def _drop_failed(self, uid: int, error: ActorError) -> None:
-        """The one place where a failed group is caught:
-
-        with reward.on_failure=drop it is counted and its slot is free.
-        """
+    def _tolerate(self, uid: int, error: ActorError) -> None:
+        """The one place where a failed group is caught: a reward's failure, with reward.on_failure=drop."""
         if self._config.reward.on_failure != "drop" or error.role != "reward":
             raise error
         self._recorder.warn(f"prompt {uid} dropped: {error}")
-        self._dropped += 1
+
+    async def _drop(self, uid: int, cause: str) -> None:
+        """Count the group and free its slot: another prompt takes it, until the batch is full."""
+        self._drops.dropped(cause)
         async with self._changed:
             self._slots.drop(uid)
             self._changed.notify_all()
@@ -121,8 +127,8 @@ class Loop:
                 "train/step_s": train_s,
                 "weights/publish_s": publish_s,
                 "driver/step_s": time.monotonic() - start_s,
-                "driver/groups_dropped": float(self._dropped),
             }
+            metrics |= self._drops.step_metrics()
             await self._after_step(report.version, batch, metrics)
 
     async def _next_batch(self) -> list[ReadyGroup]:
@@ -151,7 +157,7 @@ class Loop:
     async def _save_if_due(self) -> None:
         every = self._config.checkpoint.every
         if every and self._version % every == 0:
-            state = LoopState(self._version, self._next_uid, tuple(self._slots.in_flight), self._dropped)
+            state = LoopState(self._version, self._next_uid, tuple(self._slots.in_flight), self._drops.total)
             await saved.save_whole(
                 self._recorder.folder.checkpoints, state, self._rooms.training, keep=self._config.checkpoint.keep
             )

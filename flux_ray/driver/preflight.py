@@ -15,6 +15,7 @@ from pathlib import Path
 
 from flux_ray import algo
 from flux_ray.algo.check import check as check_algo
+from flux_ray.algo.filters import check_filter
 from flux_ray.config import Config, validate
 from flux_ray.data import PromptSource, SftSource
 from flux_ray.driver import state as saved
@@ -75,7 +76,7 @@ def prepare(config: Config) -> Prepared:
     prompts = PromptSource.from_config(config, tokenizer, context_length=limit)
     warnings += _skipped(prompts.num_skipped, prompts.source)
     config = _with(config, "reward", functions=list(config.reward.functions) or [_default_reward(config, prompts)])
-    resolve_functions(config, prompts.columns)
+    check_filter(config, [function.name for function in resolve_functions(config, prompts.columns)])
     eval_prompts = None
     if config.eval.data:
         eval_prompts = PromptSource.for_eval(config, tokenizer, context_length=limit)

@@ -17,12 +17,14 @@ from typing import Any
 import numpy as np
 
 from flux_ray.config import Config
-from flux_ray.records import FINISH_LENGTH, RolloutGroup, ScoredGroup
+from flux_ray.records import FINISH_LENGTH, OVERLONG, RolloutGroup, ScoredGroup
 from flux_ray.reward.calls import Arguments, Caller
 from flux_ray.reward.registry import GIVEN, RewardFunction, find_answer_column, load_functions
 
 #: Columns that are not passed on: TRL leaves these two out, and a call needs the other names for itself.
 RESERVED = frozenset({"prompt", "completion"}) | GIVEN
+
+OVERLONG_SHARE = 0.2  # of rollout.max_tokens: where the soft penalty begins, unless reward.overlong_tokens says it
 
 
 class RewardWorker:
@@ -56,13 +58,18 @@ class RewardWorker:
         parts |= {name: np.full(size, value) for name, value in metrics.items()}
         task = [function for function in self._functions if not function.is_shaping]
         versions = [t.oldest_version for t in group.trajectories if t.num_loss_tokens]
+        lengths = np.array([t.num_loss_tokens for t in group.trajectories])
+        rewards = weighted_sum(self._functions, parts, size)
+        if self._config.reward.overlong_penalty:
+            parts[OVERLONG] = overlong(lengths, self._config)
+            rewards = rewards + parts[OVERLONG]
         return ScoredGroup(
             uid=group.prompt.uid,
-            rewards=weighted_sum(self._functions, parts, size),
+            rewards=rewards,
             task_rewards=weighted_sum(task, parts, size),
             parts=parts,
             num_tokens=np.array([t.num_tokens for t in group.trajectories]),
-            num_loss_tokens=np.array([t.num_loss_tokens for t in group.trajectories]),
+            num_loss_tokens=lengths,
             truncated=np.array([t.finish_reason == FINISH_LENGTH for t in group.trajectories]),
             oldest_version=min(versions, default=-1),
         )
@@ -103,6 +110,14 @@ class RewardWorker:
             given = [value.get(name) if isinstance(value, dict) else None for value in values]
             parts[f"{function.name}/{name}"] = np.array([_number(value) for value in given])
         return parts
+
+
+def overlong(lengths_G: np.ndarray, config: Config) -> np.ndarray:
+    """(G,) float64: the soft penalty, 0 up to L_max - L_cache sampled tokens, then falling in a straight line to
+    -reward.overlong_penalty at L_max = rollout.max_tokens (2503.14476, eq. 13)."""
+    longest = config.rollout.max_tokens
+    cache = config.reward.overlong_tokens or longest * OVERLONG_SHARE
+    return -config.reward.overlong_penalty * np.clip((lengths_G - (longest - cache)) / cache, 0.0, 1.0)
 
 
 def weighted_sum(functions: Any, parts: dict[str, np.ndarray], size: int) -> np.ndarray:

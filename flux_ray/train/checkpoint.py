@@ -26,17 +26,17 @@ from flux_ray.train.engine import Engine
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 STATE, RANDOM = "state.json", "random.safetensors"
-FORMAT = 1  # of the folder; a later one may read this
+FORMAT = 2  # of the folder; a later one may read this
 
 
-def save(engine: Engine, folder: str | Path, *, version: int) -> None:
+def save(engine: Engine, folder: str | Path, *, version: int, kl_coef: float) -> None:
     """Rank 0 writes; all ranks call. The folder appears whole or not at all."""
     random_states = _gathered_random_states(engine)
     if engine.rank == 0:
         with atomic_folder(folder) as temporary:
             write_shards(temporary, _tensors(engine))
             save_file(random_states, temporary / RANDOM)
-            state = {"format": FORMAT, "version": version, "num_updates": engine.num_updates}
+            state = {"format": FORMAT, "version": version, "num_updates": engine.num_updates, "kl_coef": kl_coef}
             (temporary / STATE).write_text(json.dumps(state))
     else:
         for _ in _tensors(engine):
@@ -44,8 +44,8 @@ def save(engine: Engine, folder: str | Path, *, version: int) -> None:
     dist.barrier()
 
 
-def load(engine: Engine, folder: str | Path) -> int:
-    """Put the engine back where `save` found it; the version. Every rank reads the folder.
+def load(engine: Engine, folder: str | Path) -> tuple[int, float]:
+    """Put the engine back where `save` found it; (version, kl_coef). Every rank reads the folder.
 
     Raises UserError where there is no checkpoint, or one of another model.
     """
@@ -75,7 +75,7 @@ def load(engine: Engine, folder: str | Path) -> int:
         state_of_part["step"].fill_(engine.num_updates)
     _set_random_states(engine, load_file(folder / RANDOM))
     dist.barrier()
-    return int(state["version"])
+    return int(state["version"]), float(state["kl_coef"])
 
 
 def _tensors(engine: Engine) -> Iterator[tuple[str, Tensor]]:

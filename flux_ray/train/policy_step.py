@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from flux_ray.batch import (
     MicroBatch,
     StepCounts,
     Weighting,
+    estimated,
     make_samples,
     pack,
     padded_mask,
@@ -53,11 +54,12 @@ class RankBatch:
 def run(engine: Engine, config: Config, batch: RankBatch) -> dict[str, Metric]:
     """All updates of one step. Collective."""
     algorithm = algo.resolve(config.algo)
+    batch = replace(batch, scores=[estimated(score, config.reward) for score in batch.scores])
     old = _old_logprobs(engine, config, batch) if algo.needs_old_logprobs(config.algo) else None
-    advantages = _advantages(engine, config, algorithm, batch, old)
+    advantages, kl_paid = _advantages(engine, config, algorithm, batch, old)
     mini_batches = _mini_batches(engine, config, algorithm, batch, advantages, old)
     total_updates = config.driver.num_steps * config.algo.epochs * config.algo.mini_batches
-    measured = []
+    measured = [kl_paid]
     for epoch in range(config.algo.epochs):
         for k, mini_batch in enumerate(mini_batches):
             # The gap to the sampler is that of the policy before the batch's first update.
@@ -135,18 +137,26 @@ def _old_logprobs(engine: Engine, config: Config, batch: RankBatch) -> list[np.n
 
 def _advantages(
     engine: Engine, config: Config, algorithm: Algorithm, batch: RankBatch, old: list[np.ndarray] | None,
-) -> list[np.ndarray]:
-    """Per-sample (T,) advantages of this rank's groups; statistics over the batch come from all ranks."""
-    views = response_views(batch.groups, batch.scores, mask_truncated=config.algo.mask_truncated)
+) -> tuple[list[np.ndarray], dict[str, Metric]]:
+    """Per-sample (T,) advantages of this rank's groups, and what is measured of a KL in their rewards.
+
+    Statistics over the batch come from all ranks.
+    """
+    views = response_views(batch.groups, batch.scores, mask_truncated=algo.masks_truncated(config))
     reference = None
     if batch.reference_logprobs is not None:
         reference = views.from_samples([row for group in batch.reference_logprobs for row in group])
+    old_NL = None if old is None else views.from_samples(old)
     advantages_NL, _ = algo.compute_advantages(
         algorithm, token_level_rewards=views.token_level_rewards_NL, response_mask=views.response_mask_NL,
-        index=views.index_N, config=config.algo, group_size=config.rollout.group_size,
-        old_logprobs=None if old is None else views.from_samples(old), reference_logprobs=reference, reduce=engine.sum,
+        index=views.index_N, config=algo.estimator_config(config), group_size=config.rollout.group_size,
+        old_logprobs=old_NL, reference_logprobs=reference, reduce=engine.sum,
     )
-    return views.to_samples(advantages_NL)
+    measured = {}
+    if config.algo.kl_coef:
+        assert old_NL is not None and reference is not None, "a KL in the reward needs both log-probs"
+        measured = algo.reward_kl(old_NL, reference, response_mask=views.response_mask_NL, coef=config.algo.kl_coef)
+    return views.to_samples(advantages_NL), measured
 
 
 def _mini_batches(
@@ -163,7 +173,7 @@ def _mini_batches(
         samples = make_samples(
             part.groups, part.scores, advantages=advantages[a:b], reference_logprobs=part.reference_logprobs,
             weighting=Weighting(algorithm.aggregation, count, config.rollout.max_tokens),
-            mask_truncated=config.algo.mask_truncated, version=part.version,
+            mask_truncated=algo.masks_truncated(config), version=part.version,
         )
         micro_batches = packed(engine, config, samples)
         flat = None if old is None else [_flat(old[a:b], m) for m in micro_batches]
@@ -172,7 +182,7 @@ def _mini_batches(
 
 
 def _counts_of_all_ranks(engine: Engine, config: Config, parts: Sequence[RankBatch]) -> list[StepCounts]:
-    mine = [step_counts(part.scores, mask_truncated=config.algo.mask_truncated) for part in parts]
+    mine = [step_counts(part.scores, mask_truncated=algo.masks_truncated(config)) for part in parts]
     everyone = engine.sum(torch.tensor([[c.num_sequences, c.num_tokens] for c in mine], dtype=torch.int64))
     return [StepCounts(num_sequences=int(n), num_tokens=int(t)) for n, t in everyone.tolist()]
 

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from flux_ray.algo import adapted_coef
 from flux_ray.batch import MicroBatch, StepCounts, loss_weights
 from flux_ray.config import Config
 from flux_ray.errors import UserError
@@ -41,6 +42,7 @@ class Trainer:
         torch.manual_seed(config.seed + rank)
         self.config = config
         self.version = 0
+        self.kl_coef = config.algo.kl_coef  # of the next step: algo.kl_target moves it
         dtype = resolve_dtype(config.model.dtype, device)
         self.policy = load_policy(
             config.model.path, dtype=dtype, attention=config.model.attention, layout=config.model.layout,
@@ -57,7 +59,8 @@ class Trainer:
         Raises FloatingPointError, naming update and rank, where a loss or a gradient isn't finite.
         """
         batch = policy_step.RankBatch(groups, scores, reference_logprobs, version)
-        return self._report(policy_step.run(self.engine, self.config, batch), version + 1)
+        config = replace(self.config, algo=replace(self.config.algo, kl_coef=self.kl_coef))
+        return self._report(policy_step.run(self.engine, config, batch), version + 1)
 
     def sft_step(self, samples: Sequence[Sample]) -> StepReport:
         """One supervised step: the token mean of -log p over all ranks' loss tokens (their weights are made here)."""
@@ -75,7 +78,12 @@ class Trainer:
 
     def _report(self, metrics: dict[str, Metric], version: int) -> StepReport:
         self.version = version
-        return StepReport(version, read(self.engine.merge(metrics)))
+        merged = self.engine.merge(metrics)
+        paid = merged.get("actor/reward_kl")
+        if self.config.algo.kl_target is not None and isinstance(paid, Mean) and paid.weight:
+            self.kl_coef = adapted_coef(self.kl_coef, kl=paid.value, target=self.config.algo.kl_target,
+                                        num_sequences=paid.weight, horizon=self.config.algo.kl_horizon)
+        return StepReport(version, read(merged))
 
     def logprobs(self, groups: Sequence[RolloutGroup]) -> list[list[np.ndarray]]:
         """Log-probs per group and trajectory, (T,) float32, 0 off the mask, at the rollout's temperature."""
@@ -91,11 +99,13 @@ class Trainer:
 
     def save_checkpoint(self, folder: str | Path) -> None:
         """All that the next step depends on, in one folder, whole or not at all."""
-        checkpoint.save(self.engine, folder, version=self.version)
+        checkpoint.save(self.engine, folder, version=self.version, kl_coef=self.kl_coef)
 
     def load_checkpoint(self, folder: str | Path) -> None:
         """Go on as if never stopped; any number of ranks, any ZeRO stage."""
-        self.version = checkpoint.load(self.engine, folder)
+        self.version, kl_coef = checkpoint.load(self.engine, folder)
+        if self.config.algo.kl_target is not None:   # a fixed one is the config's, which a resume may change
+            self.kl_coef = kl_coef
 
     def save_model(self, folder: str | Path) -> None:
         """The model in Hugging Face layout. Rank 0 writes."""

@@ -54,6 +54,24 @@ def test_one_algorithm_by_three_spellings(name):
     assert algo.resolve(AlgoConfig(name=name)).name == "dr_grpo"
 
 
+def test_what_several_options_say_together():
+    """Truncated responses stay where the soft penalty is their gradient; what was normalised alone isn't again."""
+    dapo = preset("dapo")
+    assert not algo.masks_truncated(from_dict(dapo))
+    assert algo.masks_truncated(from_dict({**dapo, "reward": {"overlong_penalty": 0.0}}))
+    assert not algo.masks_truncated(from_dict({}))
+    assert algo.estimator_config(from_dict({})).normalize_by_std
+    assert not algo.estimator_config(from_dict({"reward.combine": "each"})).normalize_by_std
+
+
+def test_an_adapted_kl_coef_by_hand():
+    """Up by 20 % of n / horizon at most, down as much, still at the target (1909.08593, section 2.2)."""
+    adapted = lambda kl: algo.adapted_coef(0.1, kl=kl, target=6.0, num_sequences=100, horizon=1000)  # noqa: E731
+    assert adapted(60.0) == pytest.approx(0.1 * (1 + 0.2 * 0.1))
+    assert adapted(0.0) == pytest.approx(0.1 * (1 - 0.2 * 0.1))
+    assert adapted(6.6) == pytest.approx(0.1 * (1 + 0.1 * 0.1)) and adapted(6.0) == 0.1
+
+
 def test_which_log_probs_are_needed():
     assert algo.needs_reference(AlgoConfig()) and not algo.needs_reference(AlgoConfig(beta=0.0))
     assert algo.needs_reference(AlgoConfig(beta=0.0, kl_coef=0.1))
@@ -78,6 +96,8 @@ def test_which_log_probs_are_needed():
     ({"algo.name": "reinforce", "algo.clip_range": 0.3}, "algo.clip_range=0.3 is not read by the loss reinforce"),
     ({"algo.options": {"alpha": 1}}, "algo.options={'alpha': 1} is for registered functions"),
     ({"algo.tis_cap": 3.0}, "algo.tis_cap=3.0 is read with algo.off_policy=tis alone, which is none"),
+    ({"algo.kl_target": 6.0}, "algo.kl_target=6.0 adapts the KL in the reward: it needs algo.kl_coef"),
+    ({"algo.kl_coef": 0.1, "algo.beta": 0.0, "algo.kl_horizon": 9.0}, "algo.kl_horizon=9.0 adapts the KL in the "),
     ({"algo.icepop_high": 3.0, "algo.off_policy": "tis"}, "algo.icepop_high=3.0 is read with algo.off_policy=icepop"),
 ])
 def test_refused(values, message):

@@ -192,8 +192,20 @@ def test_metrics_that_were_not_measured_are_absent():
     batch = batch_of(9)
     *_, metrics = ours("grpo", config_of("grpo", S()), batch, weights_of("sequence_mean", batch["mask"]),
                        reference=None, entropy=None)
-    assert set(algo.METRICS) - set(metrics) == {"actor/grpo_kl", "actor/entropy", "weights/logprob_gap_mean",
-                                                 "weights/logprob_gap_max"}
+    assert set(algo.METRICS) - set(metrics) == {
+        "actor/grpo_kl", "actor/entropy", "actor/reward_kl", "actor/kl_coef", "weights/logprob_gap_mean",
+        "weights/logprob_gap_max"}
+
+
+def test_the_kl_in_the_reward():
+    """Per sequence that has a loss token: the sum over its tokens."""
+    rng = np.random.default_rng(1)
+    old, reference, mask = rng.normal(size=(4, 5)), rng.normal(size=(4, 5)), rng.random((4, 5)) < 0.6
+    mask[2] = False
+    metrics = algo.reward_kl(torch.from_numpy(old), torch.from_numpy(reference),
+                             response_mask=torch.from_numpy(mask), coef=0.3)
+    sums = [sum(old[n, t] - reference[n, t] for t in range(5) if mask[n, t]) for n in (0, 1, 3)]
+    assert read(metrics) == pytest.approx({"actor/reward_kl": np.mean(sums), "actor/kl_coef": 0.3})
 
 
 def test_logprob_gap():

@@ -50,7 +50,7 @@ def test_the_bound_holds_and_nothing_stalls_whatever_the_order(max_staleness):
 
 
 def run_randomly(slots, chance, num_steps):
-    """Groups finish, and some are dropped, in a random order; the oldest version of a group is the one it started at."""
+    """Groups finish, and some are dropped, in a random order; a group's oldest version is the one it started at."""
     version, next_uid, running, born = 0, 0, [], {}
     trained = set()
     while version < num_steps:

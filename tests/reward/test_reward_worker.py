@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from flux_ray.config import Config, DataConfig, RewardConfig
+from flux_ray.config import Config, DataConfig, RewardConfig, RolloutConfig
 from flux_ray.records import Prompt, RolloutGroup, Trajectory
 from flux_ray.reward.calls import BAD_RESULT, RAISED, TIMED_OUT, RewardError
 from flux_ray.reward.worker import RewardWorker
@@ -60,7 +60,8 @@ def score(tokenizer_path, tmp_path):
         path = tmp_path / "mine.py"
         path.write_text(code)
         knobs["functions"] = [name if name.isidentifier() else f"{path}{name}" for name in knobs.get("functions", [])]
-        config = Config(reward=RewardConfig(**knobs), data=data or DataConfig())
+        rollout = RolloutConfig(max_tokens=knobs.pop("max_tokens", 256))
+        config = Config(reward=RewardConfig(**knobs), data=data or DataConfig(), rollout=rollout)
         return asyncio.run(RewardWorker(config, tokenizer_path=tokenizer_path).score(group))
 
     return run
@@ -82,6 +83,18 @@ def test_weights_and_shaping(score):
     np.testing.assert_allclose(scored.rewards, [2 - 0.3, -0.5])
     np.testing.assert_allclose(scored.task_rewards, [2, 0])
     np.testing.assert_allclose(scored.parts["length"], [-0.3, -0.5])
+
+
+def test_the_soft_penalty_on_length_is_shaping(score):
+    """Sampled tokens 2, 8, 9, 10 of 10: 0 up to 8, then down to the whole penalty at the limit."""
+    group = make_group(["4", "4242424", "42424242", "4242424242"], truncated={3}, columns={"answer": "4"})
+    scored = score(group, functions=["exact_match"], overlong_penalty=1.0, max_tokens=10)
+    np.testing.assert_allclose(scored.parts["overlong"], [0, 0, -0.5, -1], atol=1e-12)
+    np.testing.assert_allclose(scored.rewards, [1, 0, -0.5, -1], atol=1e-12)
+    np.testing.assert_allclose(scored.task_rewards, [1, 0, 0, 0])
+    scored = score(group, functions=["exact_match"], overlong_penalty=0.5, overlong_tokens=4, max_tokens=10)
+    np.testing.assert_allclose(scored.parts["overlong"], [0, -0.25, -0.375, -0.5])
+    assert "overlong" not in score(group, functions=["exact_match"], max_tokens=10).parts
 
 
 def test_the_configured_answer_column_is_what_rules_compare_with(score):

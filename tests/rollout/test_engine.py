@@ -63,8 +63,8 @@ class Wire:
         return [calling.result(timeout=30)]
 
     async def connect(self):
-        await asyncio.to_thread(self._publisher.connect, self._call, workers_per_engine=[1], address="127.0.0.1", port=0,
-                                wire_dtype="float32")
+        await asyncio.to_thread(self._publisher.connect, self._call, workers_per_engine=[1], address="127.0.0.1",
+                                port=0, wire_dtype="float32")
 
     async def publish(self, version):
         await self._engine.pause()

@@ -119,10 +119,14 @@ def saved_model(rank: Rank, model: str) -> dict[str, Any]:
 
 
 def several_updates(rank: Rank) -> dict[str, Any]:
-    """Two epochs of two mini-batches with the KL in the reward as well; rank 1 has one group, so one part is empty."""
-    trainer = rank.trainer(algo__epochs=2, algo__mini_batches=2, algo__kl_coef=0.05, train__zero_stage=2)
+    """Two epochs of two mini-batches with an adapted KL in the reward; rank 1 has one group, so one part is empty."""
+    settings = {"algo__kl_coef": 0.05, "algo__kl_target": 0.001, "algo__kl_horizon": 100.0, "train__zero_stage": 2}
+    trainer = rank.trainer(algo__epochs=2, algo__mini_batches=2, **settings)
     metrics = rank.step(trainer, split=5).metrics
-    return metrics | {"num_updates": trainer.engine.num_updates}
+    trainer.save_checkpoint(rank.folder / "checkpoint_adapted")
+    again = rank.trainer(**settings)
+    again.load_checkpoint(rank.folder / "checkpoint_adapted")
+    return metrics | {"num_updates": trainer.engine.num_updates, "next_kl_coef": [trainer.kl_coef, again.kl_coef]}
 
 
 def supervised_steps(rank: Rank) -> dict[str, Any]:

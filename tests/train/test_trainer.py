@@ -122,6 +122,14 @@ def test_several_updates_with_kl_in_the_reward(two: dict) -> None:
     assert metrics["weights/logprob_gap_max"] == pytest.approx(two["zero_0"]["weights/logprob_gap_max"], rel=1e-5)
 
 
+def test_an_adapted_kl_coef_is_of_all_ranks_and_in_the_checkpoint(two: dict) -> None:
+    """23 sequences with a loss token, on both ranks; their KL is far from its target, to the side of its sign."""
+    metrics = two["several"]
+    assert metrics["actor/kl_coef"] == 0.05 and abs(metrics["actor/reward_kl"]) > 0.01
+    error = 0.2 if metrics["actor/reward_kl"] > 0 else -0.2
+    assert metrics["next_kl_coef"] == [pytest.approx(0.05 * (1 + error * 23 / 100), rel=1e-12)] * 2
+
+
 def test_supervised_steps(folder: Path, two: dict) -> None:
     losses = two["sft"]["losses"]
     hf = AutoModelForCausalLM.from_pretrained(folder / "untied")

@@ -1,0 +1,53 @@
+"""Which groups are worth training on.
+
+Takes:  a ScoredGroup, the filter's config.
+Gives:  `refusal`: the cause for which a group is dropped, or None; `check_filter` for the start of a run.
+Knows:  a group whose samples are all rewarded alike has no advantage: it would only dilute the batch (2503.14476).
+Never:  sees a token; counts (the driver does).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import numpy as np
+
+from flux_ray.config import Config, FilterConfig
+from flux_ray.errors import UserError, unknown
+from flux_ray.records import ScoredGroup
+
+SAME_REWARD, UNSCORED = "same_reward", "unscored"
+CAUSES = (SAME_REWARD, UNSCORED)
+TASK = "task"  # the value of filter.reward for the task reward: all functions but shaping
+
+
+def refusal(scored: ScoredGroup, config: FilterConfig) -> str | None:
+    """Why this group is dropped: SAME_REWARD, or UNSCORED where no sample has the reward; None: it is kept.
+
+    >>> group = ScoredGroup(uid=1, rewards=np.array([1., .9]), task_rewards=np.array([1., 1.]), parts={},
+    ...                     num_tokens=np.array([9, 8]), num_loss_tokens=np.array([3, 2]),
+    ...                     truncated=np.array([False, False]), oldest_version=7)
+    >>> refusal(group, FilterConfig(reward="task"))
+    'same_reward'
+    """
+    if config.reward is None:
+        return None
+    if config.reward != TASK and config.reward not in scored.parts:
+        raise UserError(f"filter.reward: {unknown('reward', config.reward, {TASK, *scored.parts})}")
+    rewards_G = scored.task_rewards if config.reward == TASK else scored.parts[config.reward]
+    given = rewards_G[~np.isnan(rewards_G)]
+    if not len(given):
+        return UNSCORED
+    return SAME_REWARD if np.ptp(given) == 0 else None
+
+
+def check_filter(config: Config, functions: Collection[str]) -> None:
+    """UserError where the filter could keep nothing, or looks at a reward that no function of the run gives."""
+    name, group_size = config.filter.reward, config.rollout.group_size
+    if name is None:
+        return
+    if group_size < 2:
+        raise UserError(f"filter.reward={name} compares the samples of a group: rollout.group_size must be >= 2, "
+                        f"got {group_size}")
+    if name != TASK and name.partition("/")[0] not in functions:   # NAME/PART: which parts there are shows later
+        raise UserError(f"filter.reward: {unknown('reward', name, {TASK, *functions})}")

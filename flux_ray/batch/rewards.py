@@ -1,0 +1,42 @@
+"""What the estimator sees of a group's rewards.
+
+Takes:  a ScoredGroup, the config of the rewards.
+Gives:  `estimated`: the group with the rewards that advantages are made from.
+Knows:  summed first is what the group holds already; each normalised alone is made here, so that metrics, filters and
+        evaluations go on seeing the rewards as they were given.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from flux_ray.config import RewardConfig
+from flux_ray.records import OVERLONG, ScoredGroup
+
+EPS_STD = 1e-6  # in the reward's unit, added to a standard deviation that divides: far below any reward's resolution
+
+
+def estimated(scored: ScoredGroup, config: RewardConfig) -> ScoredGroup:
+    """The group as it is (reward.combine=sum), or (each) with rewards sum_k w_k (R_k - mean_k) / (std_k + eps).
+
+    Mean and std (ddof 1) are of the samples that function k scored; the soft penalty on length is added as it is. A
+    sample that nothing scored stays nan.
+    """
+    if config.combine == "sum":
+        return scored
+    names = [function.rpartition(":")[2] for function in config.functions]
+    weights = config.weights or [1.0] * len(names)
+    parts_FG = np.stack([scored.parts[name] for name in names])
+    relative_FG = np.stack([_relative(part_G) for part_G in parts_FG])
+    total_G = np.nansum(np.array(weights)[:, None] * relative_FG, axis=0) + scored.parts.get(OVERLONG, 0.0)
+    return replace(scored, rewards=np.where(np.isnan(parts_FG).all(axis=0), np.nan, total_G))
+
+
+def _relative(values_G: np.ndarray) -> np.ndarray:
+    """Less the mean, over the standard deviation; 0 where all that are given are equal, nan where none is."""
+    given = values_G[~np.isnan(values_G)]
+    if len(given) < 2 or np.ptp(given) == 0:
+        return np.where(np.isnan(values_G), np.nan, 0.0)
+    return (values_G - given.mean()) / (given.std(ddof=1) + EPS_STD)

@@ -1,0 +1,116 @@
+"""Actor groups of objects in this process, and the smallest rooms that a loop can run on.
+
+Gives:  `LocalGroup`; `policy_rooms`: a sampler of made groups, a scorer by table, a reference and a trainer that note
+        what they are given.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from flux_ray.cluster.group import ActorError
+from flux_ray.config import Config
+from flux_ray.driver.rooms import PolicyRooms
+from flux_ray.records import FINISH_STOP, Prompt, RolloutGroup, ScoredGroup, StepReport, Trajectory
+
+
+class LocalGroup:
+    """Obeys cluster.group.ActorGroup."""
+
+    def __init__(self, role: str, objects: list[Any]) -> None:
+        self.role, self._objects = role, objects
+
+    @property
+    def size(self) -> int:
+        return len(self._objects)
+
+    def submit(self, index: int, method: str, *args: Any, num_returns: int = 1, **kwargs: Any) -> Any:
+        async def run() -> Any:
+            result = getattr(self._objects[index], method)(*args, **kwargs)
+            return await result if inspect.isawaitable(result) else result
+
+        task = asyncio.ensure_future(run())
+        if num_returns == 1:
+            return task
+
+        async def part(i: int) -> Any:
+            return (await task)[i]
+
+        return [asyncio.ensure_future(part(i)) for i in range(num_returns)]
+
+    async def result(self, reference: Any, *, index: int, what: str, deadline_s: float) -> Any:
+        try:
+            return await asyncio.wait_for(reference, deadline_s)
+        except ArithmeticError as error:
+            raise ActorError(f"{self.role} {index}: {what}: {error}", role=self.role, index=index) from error
+
+    async def call(self, index: int, method: str, *args: Any, deadline_s: float, **kwargs: Any) -> Any:
+        started = self.submit(index, method, *args, **kwargs)
+        return await self.result(started, index=index, what=method, deadline_s=deadline_s)
+
+    async def call_watched(
+        self, index: int, method: str, *args: Any, what: str, deadline_s: float, patience_s: float
+    ) -> Any:
+        return await self.result(self.submit(index, method, *args), index=index, what=what, deadline_s=deadline_s)
+
+    def incarnation(self, index: int) -> Any:
+        return self._objects[index]
+
+    async def call_all(self, method: str, *args: Any, deadline_s: float, **kwargs: Any) -> list[Any]:
+        return [await self.call(i, method, *args, deadline_s=deadline_s, **kwargs) for i in range(self.size)]
+
+
+@dataclass
+class Parts:
+    """Engine, reward worker, reference and trainer in one object, and what each of them saw."""
+
+    rewards_of: Any  # uid ► rewards of its samples, or an ArithmeticError to raise
+    version: int = 0
+    referenced: list[int] = field(default_factory=list)
+    trained: list[list[int]] = field(default_factory=list)
+
+    async def roll(self, prompt: Prompt, temperature: float | None) -> tuple[RolloutGroup, dict[str, float]]:
+        ids, mask = np.array([1, 2, 3], np.int32), np.array([False, False, True])
+        versions = np.where(mask, self.version, -1).astype(np.int32)
+        one = Trajectory(ids, mask, np.zeros(3, np.float32), versions, 2, FINISH_STOP)
+        return RolloutGroup(prompt, (one,) * prompt.num_samples), {"num_tokens": float(prompt.num_samples)}
+
+    async def score(self, rolled: Any) -> ScoredGroup:
+        group = await rolled
+        rewards = self.rewards_of(group.prompt.uid)
+        if isinstance(rewards, ArithmeticError):
+            raise rewards
+        values, size = np.array(rewards, float), len(rewards)
+        return ScoredGroup(group.prompt.uid, values, values, {"made": values}, np.full(size, 3), np.full(size, 1),
+                           np.zeros(size, bool), group.trajectories[0].oldest_version)
+
+    async def logprobs_and_done(self, rolled: Any) -> tuple[list[np.ndarray], bool]:
+        group = await rolled
+        self.referenced.append(group.prompt.uid)
+        return [np.zeros(3, np.float32) for _ in group.trajectories], True
+
+    async def train_step(self, *, groups: Any, scores: list[ScoredGroup], version: int, **_: Any) -> StepReport:
+        self.trained.append([score.uid for score in scores])
+        return StepReport(version + 1, {"actor/loss": 0.5})
+
+    async def decode(self, rolled: Any) -> list[str]:
+        return ["text" for _ in (await rolled).trajectories]
+
+    def pause(self) -> None: ...
+
+    def publish(self) -> None: ...
+
+    def resume(self, version: int) -> str:
+        self.version = version
+        return str(version)
+
+
+def policy_rooms(config: Config, parts: Parts) -> PolicyRooms:
+    roles = {role: LocalGroup(role, [parts]) for role in ("engine", "reward", "reference", "trainer")}
+    return PolicyRooms(config, engines=roles["engine"], rewards=roles["reward"], reference=roles["reference"],
+                       trainer=roles["trainer"])

@@ -1,0 +1,75 @@
+"""The loop's own promises, on rooms in this process: what is dropped, refilled, referenced, trained on and told."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+
+import pytest
+
+from flux_ray.config import from_dict
+from flux_ray.data import PromptSource
+from flux_ray.driver.loop import Loop
+from flux_ray.driver.recorder import Recorder
+from flux_ray.driver.state import LoopState
+from flux_ray.observability.run_folder import METRICS, RunFolder, read_lines
+from flux_ray.observability.terminal import Terminal
+from tests.driver.local import Parts, policy_rooms
+from tests.tiny import tiny_tokenizer
+
+pytestmark = pytest.mark.unit
+
+
+def run(tmp_path, rewards_of, **values) -> Parts:
+    """Three steps of four prompts; gives what the rooms saw. metrics.jsonl is in tmp_path."""
+    config = from_dict({"batch.prompts_per_step": 4, "rollout.group_size": 2, "driver.num_steps": 3,
+                        "rollout.max_tokens": 4, **values})
+    folder = RunFolder(tmp_path)
+    folder.create(config, resume_step=None)
+    recorder = Recorder(config, folder=folder, terminal=Terminal(io.StringIO(), enabled=True))
+    sums = [f"{i}+1=" for i in range(9)]
+    prompts = PromptSource.from_config(config, tiny_tokenizer(), context_length=64, prompts=sums)
+    parts = Parts(rewards_of)
+    loop = Loop(config, rooms=policy_rooms(config, parts), prompts=prompts, evaluation=None, recorder=recorder,
+                start=LoopState(step=0, next_uid=0))
+    asyncio.run(asyncio.wait_for(loop.run(), 30))
+    return parts
+
+
+def differs_but_every_third(uid):
+    return [1, 1] if uid % 3 == 0 else [1, 0]
+
+
+@pytest.mark.parametrize("max_staleness", [0, 1])
+def test_dropped_groups_are_refilled_and_never_referenced_or_trained_on(tmp_path, max_staleness):
+    parts = run(tmp_path, differs_but_every_third, **{"filter.reward": "task", "driver.max_staleness": max_staleness})
+    assert all(len(batch) == 4 for batch in parts.trained) and len(parts.trained) == 3
+    seen = {uid for batch in parts.trained for uid in batch}
+    assert len(seen) == 12 and not any(uid % 3 == 0 for uid in seen)
+    assert not any(uid % 3 == 0 for uid in parts.referenced)
+    lines = read_lines(tmp_path / METRICS)
+    assert sum(line["filter/dropped_same_reward"] for line in lines) == lines[-1]["driver/groups_dropped"] >= 5
+    assert lines[0]["filter/acceptance_rate"] < 1
+
+
+def test_without_a_filter_all_are_trained_on_in_order(tmp_path):
+    parts = run(tmp_path, differs_but_every_third)
+    assert parts.trained == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
+
+
+def test_a_filter_that_nothing_passes_stops_the_run(tmp_path):
+    with pytest.raises(BaseExceptionGroup) as caught:
+        run(tmp_path, lambda uid: [0, 0], **{"filter.reward": "task", "filter.max_batches": 3})
+    first = str(caught.value.exceptions[0])
+    assert "9 of 9 groups drawn since the last step were dropped (same_reward 9): acceptance rate 0.0%" in first
+
+
+def test_failed_rewards_are_dropped_where_the_user_says_so_and_have_the_same_limit(tmp_path):
+    fails = lambda uid: ArithmeticError("no") if uid in (1, 2) else [1, 0]  # noqa: E731
+    parts = run(tmp_path, fails, **{"reward.on_failure": "drop"})
+    assert sorted(parts.trained[0]) == [0, 3, 4, 5]
+    assert read_lines(tmp_path / METRICS)[0]["filter/dropped_reward_failed"] == 2
+    with pytest.raises(BaseExceptionGroup):
+        run(tmp_path / "all", lambda uid: ArithmeticError("no"), **{"reward.on_failure": "drop"})
+    with pytest.raises(BaseExceptionGroup):
+        run(tmp_path / "stop", fails)
