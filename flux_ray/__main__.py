@@ -9,6 +9,7 @@ Never:  holds a default; is imported by anything. The only file with hydra.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import re
 import sys
@@ -23,14 +24,17 @@ RUN_FAILED = 1        # exit code: something broke; the line says what and where
 USER_ERROR = 2        # exit code: the user can mend it
 INTERRUPTED = 130     # exit code of a program ended by Ctrl-C, as shells have it
 
+NOT_GIVEN = "not given"   # what explain takes for a model or data that aren't named
+
 #: [+, ++ or ~] key [= value]
 OVERRIDE = re.compile(r"(?P<sign>\+\+|\+|~|)(?P<key>[^=@~+]+)(?P<value>=.*)?", re.DOTALL)
 
 ABOUT = """\
 flux-ray: reinforcement-learning post-training of language models on Ray, vLLM and DeepSpeed
 
-  flux-ray train [overrides]   train: GRPO and its kin, or supervised with algo=sft
-  flux-ray train --help        every option with its default and meaning
+  flux-ray train [overrides]     train: GRPO and its kin, or supervised with algo=sft
+  flux-ray train --help          every option with its default and meaning
+  flux-ray explain [overrides]   the objective that these options mean, and what is odd about it; starts nothing
 """
 
 TRAIN_HELP = """\
@@ -82,10 +86,34 @@ def train(overrides: list[str]) -> None:
 def _run(config: Config) -> None:
     from flux_ray import driver
 
-    driver.run(config)
+    driver.run(configs.validate(config))
 
 
-VERBS: dict[str, Callable[[list[str]], None]] = {"train": train}
+def explain(overrides: list[str]) -> None:
+    if {"-h", "--help"} & set(overrides):
+        print(ABOUT, end="")
+        return
+    compose(overrides, then=_explain)
+
+
+def _explain(config: Config) -> None:
+    from flux_ray.algo.check import check
+    from flux_ray.algo.explain import explain as explained
+    from flux_ray.plugins import load_plugins
+
+    load_plugins(config.plugins)
+    # An objective doesn't depend on model and data: they may be left out.
+    model = dataclasses.replace(config.model, path=config.model.path or NOT_GIVEN)
+    data = dataclasses.replace(config.data, train=config.data.train or NOT_GIVEN)
+    config = configs.validate(dataclasses.replace(config, model=model, data=data))
+    warnings = check(config)
+    for heading, text in explained(config):
+        print(f"{heading:<12} {text}")
+    for warning in warnings:
+        print(f"warning: {warning}")
+
+
+VERBS: dict[str, Callable[[list[str]], None]] = {"train": train, "explain": explain}
 
 
 def compose(overrides: list[str], *, then: Callable[[Config], None]) -> None:
@@ -106,7 +134,7 @@ def compose(overrides: list[str], *, then: Callable[[Config], None]) -> None:
         settings = HydraConfig.get()
         if settings.mode == RunMode.MULTIRUN:
             tree.run_dir = tree.run_dir or settings.runtime.output_dir
-            then(configs.validate(configs.from_tree(tree)))
+            then(configs.from_tree(tree))
         else:
             composed.append(_resumed(tree, list(settings.overrides.task)) if tree.resume else tree)
 
@@ -119,7 +147,7 @@ def compose(overrides: list[str], *, then: Callable[[Config], None]) -> None:
         except HydraException as error:
             raise _one_line(error) from error
     for tree in composed:
-        then(configs.validate(configs.from_tree(tree)))
+        then(configs.from_tree(tree))
 
 
 def _resumed(tree: configs.DictConfig, overrides: list[str]) -> configs.DictConfig:

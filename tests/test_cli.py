@@ -137,7 +137,7 @@ def test_a_mistake_is_one_line(capsys, arguments, message):
 
 def test_unknown_verb(capsys):
     assert cli.main(["tran"]) == 2
-    assert capsys.readouterr().err == "flux-ray: unknown verb 'tran': did you mean 'train'? (known: train)\n"
+    assert capsys.readouterr().err == "flux-ray: unknown verb 'tran': did you mean 'train'? (known: explain, train)\n"
 
 
 def test_help_has_every_option_with_its_meaning(capsys):
@@ -183,3 +183,28 @@ def test_the_wheel_holds_conf(elsewhere):
     conf = {f"flux_ray/conf/{path.relative_to(REPO / 'conf')}" for path in (REPO / "conf").rglob("*.yaml")}
     assert conf <= inside and "flux_ray/py.typed" in inside
     assert not [name for name in inside if name.startswith(("tests", "conf", "launch"))]
+
+
+PLUGIN = """
+from flux_ray import register_policy_loss
+
+@register_policy_loss("from_a_plugin")
+def loss(old_log_prob, log_prob, advantages, response_mask, **kw):
+    return -log_prob * advantages, {}
+"""
+
+
+def test_explain_prints_the_objective_and_starts_nothing(elsewhere, capsys):
+    assert cli.main(["explain", "algorithm=gspo", "epsilon=0.2", "n=8"]) == 0
+    shown = capsys.readouterr().out
+    assert "−min(s·A, clip(s, 1 − 0.2, 1 + 0.0004)·A)" in shown and "× 8 samples" in shown
+    assert "warning: algo.clip_range=0.2 with gspo" in shown
+    assert list(elsewhere.iterdir()) == []
+
+
+def test_explain_knows_what_a_plugin_registers_and_refuses_what_train_refuses(elsewhere, capsys):
+    (elsewhere / "mine.py").write_text(PLUGIN)
+    assert cli.main(["explain", "plugins=[mine.py]", "algo.policy_loss=from_a_plugin"]) == 0
+    assert "what the registered loss from_a_plugin gives" in capsys.readouterr().out
+    assert cli.main(["explain", "rollout.group_size=1"]) == 2
+    assert "rollout.group_size must be >= 2 for grpo, got 1" in capsys.readouterr().err
