@@ -46,7 +46,8 @@ def saved_config(resume: str) -> dict[str, Any]:
     file = run_of(resume) / "config.yaml"
     if not file.is_file():
         raise UserError(f"resume={resume}: there is no {file}, so no run to go on with")
-    return OmegaConf.to_container(OmegaConf.load(file))  # type: ignore[return-value]
+    values = OmegaConf.to_container(OmegaConf.load(file))
+    return {**values, "run_dir": str(run_of(resume))}  # type: ignore[dict-item]  # where it lies now
 
 
 def _new() -> Path:

@@ -9,16 +9,25 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 
 class ActorError(RuntimeError):
-    """A call to an actor failed: says which actor, what it did and why; `__cause__` is the actor's own exception."""
+    """A call to an actor failed: says which actor, what it did and why; `__cause__` is the actor's own exception.
 
-    def __init__(self, message: str, *, role: str, index: int) -> None:
+    `log_file` is where the actor's own output lies, if it has any of its own.
+    """
+
+    def __init__(self, message: str, *, role: str, index: int, log_file: Path | None = None) -> None:
         super().__init__(message)
         self.role = role
         self.index = index
+        self.log_file = log_file
+
+
+class ActorDied(ActorError):
+    """The actor is gone, or was ended because it answered nobody: another call to it can't succeed."""
 
 
 class ActorGroup(Protocol):
@@ -37,6 +46,17 @@ class ActorGroup(Protocol):
 
     async def call(self, index: int, method: str, *args: Any, deadline_s: float, **kwargs: Any) -> Any:
         """submit and result."""
+
+    async def call_watched(
+        self, index: int, method: str, *args: Any, what: str, deadline_s: float, patience_s: float
+    ) -> Any:
+        """As call; an actor that doesn't even answer a ping within `patience_s` is ended: ActorDied."""
+
+    def incarnation(self, index: int) -> Any:
+        """Which of the actors that have stood at `index` stands there now."""
+
+    async def replace(self, index: int, *, seen: Any, deadline_s: float) -> None:
+        """A new actor with an object made alike, where the one at `index` is still the one that was `seen`."""
 
     async def call_all(self, method: str, *args: Any, deadline_s: float, **kwargs: Any) -> list[Any]:
         """The same call on every actor; the first failure is raised."""

@@ -1,8 +1,8 @@
-"""Actors, placement and the cluster, on Ray: the only file that imports it.
+"""Actors, placement and the cluster, on Ray.
 
 Takes:  a Plan, and plain classes to make actors of.
 Gives:  `Cluster` (connect, place, spawn, close) and `RayGroup`, an ActorGroup.
-Knows:  where an actor's output goes (a file of the run's logs), and how an actor's failure becomes one readable line.
+Knows:  how an actor's failure becomes one readable line, and who died first.
 Keeps:  the placement groups and actors it made, to end them.
 Never:  waits without a deadline; leaves a process behind.
 """
@@ -10,13 +10,9 @@ Never:  waits without a deadline; leaves a process behind.
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures
 import contextlib
-import inspect
 import logging
 import os
-import socket
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,7 +21,8 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from flux_ray.cluster.group import ActorError, first_failure
+from flux_ray.cluster.group import ActorDied, ActorError, first_failure
+from flux_ray.cluster.host import Host, take
 from flux_ray.cluster.plan import Plan, Role, describe
 from flux_ray.errors import UserError
 
@@ -36,98 +33,16 @@ MAX_CONCURRENT_CALLS = 1000  # of one actor: all groups in flight may wait in on
 CLOSE_DEADLINE_S = 5.0  # for an actor to end its own children before it is killed
 
 
-class Host:
-    """The Ray actor around one plain object. Coroutines run on the loop; plain methods one after the other in one
-    thread,
-    so that the loop lives through a long one, and its OpenMP pool is always the same."""
-
-    def __init__(self, log_file: str, plugins: list[str]) -> None:
-        redirect_output(log_file)
-        # The rooms talk to their log through logging; Ray and vLLM write to the file descriptors.
-        logging.basicConfig(
-            level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
-        )
-        from flux_ray.plugins import load_plugins
-
-        load_plugins(plugins)
-        self._thread = concurrent.futures.ThreadPoolExecutor(1)
-        self._room: Any = None
-
-    def address(self) -> tuple[str, int]:
-        """This node's address and a port that is free now."""
-        with socket.socket() as probe:
-            probe.bind(("", 0))
-            return ray.util.get_node_ip_address(), probe.getsockname()[1]
-
-    async def build(self, cls: Callable[..., Any], kwargs: dict[str, Any]) -> None:
-        loop = asyncio.get_running_loop()
-        self._room = await loop.run_in_executor(self._thread, lambda: cls(**kwargs))
-
-    async def call(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any], *references: Any) -> Any:
-        """`references` are arguments that Ray has resolved; `_Placed` marks where they go (see `RayGroup.submit`)."""
-        args, kwargs = _fill(args, references), _fill(kwargs, references)
-        function = getattr(self._room, method)
-        if inspect.iscoroutinefunction(function):
-            return await function(*args, **kwargs)
-        return await asyncio.get_running_loop().run_in_executor(self._thread, lambda: function(*args, **kwargs))
-
-    async def close(self) -> None:
-        close = getattr(self._room, "close", None)
-        if close is not None:
-            result = close()
-            if inspect.isawaitable(result):
-                await result
-
-
-class _Placed:
-    """Stands in for the n-th reference inside nested arguments: Ray resolves references only at the top level."""
-
-    def __init__(self, index: int) -> None:
-        self.index = index
-
-
-def _take(value: Any, references: list[Any]) -> Any:
-    if isinstance(value, ray.ObjectRef):
-        references.append(value)
-        return _Placed(len(references) - 1)
-    if isinstance(value, (list, tuple)):
-        return type(value)(_take(item, references) for item in value)
-    if isinstance(value, dict):
-        return {key: _take(item, references) for key, item in value.items()}
-    return value
-
-
-def _fill(value: Any, references: tuple[Any, ...]) -> Any:
-    if isinstance(value, _Placed):
-        return references[value.index]
-    if isinstance(value, (list, tuple)):
-        return type(value)(_fill(item, references) for item in value)
-    if isinstance(value, dict):
-        return {key: _fill(item, references) for key, item in value.items()}
-    return value
-
-
-def redirect_output(file: str | Path) -> None:
-    """Send this process's output, and its children's, to a file (made with its folder)."""
-    Path(file).parent.mkdir(parents=True, exist_ok=True)
-    log = os.open(str(file), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    os.close(log)
-    # Ray replaced the streams by its own: what Python prints must go the same way.
-    sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
-    sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
-
-
 class RayGroup:
-    """An ActorGroup of Host actors."""
+    """An ActorGroup of Host actors; `make(i)` starts the one at index i."""
 
-    def __init__(self, role: str, actors: list[Any], log_files: list[Path]) -> None:
+    def __init__(self, role: str, make: Callable[[int], Any], log_files: list[Path]) -> None:
         self.role = role
-        self.actors = actors
+        self.actors = [make(index) for index in range(len(log_files))]
+        self._make = make
         self._log_files = log_files
+        self._rooms: list[tuple[Callable[..., Any], dict[str, Any]]] = []
+        self._replacing = asyncio.Lock()
 
     @property
     def size(self) -> int:
@@ -136,7 +51,7 @@ class RayGroup:
     def submit(self, index: int, method: str, *args: Any, num_returns: int = 1, **kwargs: Any) -> Any:
         references: list[Any] = []
         call = self.actors[index].call.options(num_returns=num_returns)
-        return call.remote(method, _take(args, references), _take(kwargs, references), *references)
+        return call.remote(method, take(args, references), take(kwargs, references), *references)
 
     async def result(self, reference: Any, *, index: int, what: str, deadline_s: float) -> Any:
         name = f"{self.role} {index}"
@@ -150,18 +65,47 @@ class RayGroup:
             cause = error.cause if isinstance(error.cause, BaseException) else error
             if isinstance(cause, UserError):
                 raise cause from None
-            raise ActorError(f"{name}, {what}: {type(cause).__name__}: {cause}", role=self.role, index=index) from cause
+            raise self._error(ActorError, index, f"{name}, {what}: {type(cause).__name__}: {cause}") from cause
         except ray.exceptions.RayActorError as error:
-            raise ActorError(
-                f"{name} died during {what} ({_why_died(error)}); its log: {self._log_files[index]}",
-                role=self.role,
-                index=index,
-            ) from error
+            raise self._died(index, error, f" during {what}") from error
+
+    def _died(self, index: int, error: Exception, when: str) -> ActorError:
+        return self._error(ActorDied, index, f"{self.role} {index} died{when} ({_why_died(error)})")
+
+    def _error(self, kind: type[ActorError], index: int, message: str) -> ActorError:
+        return kind(message, role=self.role, index=index, log_file=self._log_files[index])
+
+    async def death(self, index: int) -> ActorError:
+        """Waits as long as the actor lives; whoever waits ends it with the run."""
+        try:
+            await self.actors[index].live.remote()
+        except ray.exceptions.RayActorError as error:
+            return self._died(index, error, "")
+        raise AssertionError("it never answers")
 
     async def call(self, index: int, method: str, *args: Any, deadline_s: float, **kwargs: Any) -> Any:
         return await self.result(
             self.submit(index, method, *args, **kwargs), index=index, what=method, deadline_s=deadline_s
         )
+
+    async def call_watched(
+        self, index: int, method: str, *args: Any, what: str, deadline_s: float, patience_s: float
+    ) -> Any:
+        actor = self.actors[index]
+        reference = self.submit(index, method, *args)
+        calling = asyncio.ensure_future(self.result(reference, index=index, what=what, deadline_s=deadline_s))
+        try:
+            while not (await asyncio.wait({calling}, timeout=patience_s))[0]:
+                await asyncio.wait_for(actor.ping.remote(), patience_s)
+        except (TimeoutError, ray.exceptions.RayActorError):
+            if calling.done():
+                return calling.result()
+            ray.kill(actor, no_restart=True)
+            why = f"the process did not answer for {patience_s:g} s and was ended"
+            raise self._error(ActorDied, index, f"{self.role} {index}, {what}: {why}") from None
+        finally:
+            calling.cancel()
+        return calling.result()
 
     async def call_all(self, method: str, *args: Any, deadline_s: float, **kwargs: Any) -> list[Any]:
         calls = [self.call(i, method, *args, deadline_s=deadline_s, **kwargs) for i in range(self.size)]
@@ -169,13 +113,24 @@ class RayGroup:
 
     async def build(self, cls: Callable[..., Any], each: list[dict[str, Any]], *, deadline_s: float) -> None:
         """Make the plain object inside every actor, with its own arguments."""
-        references = [actor.build.remote(cls, kwargs) for actor, kwargs in zip(self.actors, each, strict=True)]
-        await first_failure(
-            [
-                self.result(reference, index=i, what="start", deadline_s=deadline_s)
-                for i, reference in enumerate(references)
-            ]
-        )
+        self._rooms = [(cls, kwargs) for kwargs in each]
+        assert len(each) == self.size, (len(each), self.size)
+        await first_failure([self._build(index, deadline_s) for index in range(self.size)])
+
+    async def _build(self, index: int, deadline_s: float) -> None:
+        reference = self.actors[index].build.remote(*self._rooms[index])
+        await self.result(reference, index=index, what="start", deadline_s=deadline_s)
+
+    def incarnation(self, index: int) -> Any:
+        return self.actors[index]
+
+    async def replace(self, index: int, *, seen: Any, deadline_s: float) -> None:
+        async with self._replacing:
+            if self.actors[index] is not seen:
+                return
+            ray.kill(seen, no_restart=True)
+            self.actors[index] = self._make(index)
+            await self._build(index, deadline_s)
 
     async def address(self, index: int, *, deadline_s: float) -> tuple[str, int]:
         return await self.result(
@@ -196,11 +151,16 @@ async def _wait_quietly(reference: Any, deadline_s: float) -> None:
 
 
 def _why_died(error: Exception) -> str:
-    text = str(error)
-    for line in text.splitlines():
+    """Ray's reason in a few words."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    if "creation task" in lines[0]:
+        return lines[-1]  # the exception, below its traceback
+    for line in lines:
         if "cause" in line.lower() or "exit" in line.lower() or "kill" in line.lower():
-            return line.strip().rstrip(".")
-    return text.splitlines()[0] if text else type(error).__name__
+            return line.rstrip(".")
+    return lines[0]
 
 
 class EngineCaller:
@@ -231,6 +191,8 @@ class Cluster:
         self._groups: list[RayGroup] = []
         self._placements: dict[str, list[PlacementGroup]] = {}
         self._owned = False
+        self._watches: list[asyncio.Task[ActorError]] = []
+        self._death: asyncio.Future[ActorError] | None = None
 
     @staticmethod
     def wanted_address(address: str | None) -> str | None:
@@ -285,33 +247,56 @@ class Cluster:
                         f"{describe(have)}, of which {describe(free)} free"
                     )
 
-    def spawn(self, role: Role, *, env: dict[str, str]) -> RayGroup:
-        """Start the role's actors in their places. Their objects come with `RayGroup.build`."""
-        placements = self._placements[role.inside or role.name]
+    def spawn(self, role: Role, *, env: dict[str, str], may_die: bool = False) -> RayGroup:
+        """Start the role's actors in their places. Their objects come with `RayGroup.build`.
+
+        Unless they `may_die`, their death is what `first_death` tells.
+        """
         log_files = [self._log_dir / f"{role.name}-{i}.log" for i in range(role.count)]
-        actors = []
-        for i, log_file in enumerate(log_files):
-            each = role.own_group_each or role.inside is not None
-            place = PlacementGroupSchedulingStrategy(
-                placements[i] if each else placements[0],
-                placement_group_bundle_index=0 if each else i,
-                placement_group_capture_child_tasks=False,
-            )
-            options = {
-                "num_cpus": role.cpus,
-                "num_gpus": role.gpus,
-                "scheduling_strategy": place,
-                "max_concurrency": MAX_CONCURRENT_CALLS,
-                "runtime_env": {"env_vars": env},
-                "max_restarts": 0,
-            }
-            actors.append(ray.remote(Host).options(**options).remote(str(log_file), self._plugins))
-        group = RayGroup(role.name, actors, log_files)
+
+        def make(index: int) -> Any:
+            options = self._options(role, index) | {"runtime_env": {"env_vars": env}}
+            return ray.remote(Host).options(**options).remote(str(log_files[index]), self._plugins)
+
+        group = RayGroup(role.name, make, log_files)
         self._groups.append(group)
+        for index in range(0 if may_die else group.size):
+            watch = asyncio.ensure_future(group.death(index))
+            watch.add_done_callback(self._found_dead)
+            self._watches.append(watch)
         return group
+
+    def _options(self, role: Role, index: int) -> dict[str, Any]:
+        placements = self._placements[role.inside or role.name]
+        each = role.own_group_each or role.inside is not None
+        place = PlacementGroupSchedulingStrategy(
+            placements[index] if each else placements[0],
+            placement_group_bundle_index=0 if each else index,
+            placement_group_capture_child_tasks=False,
+        )
+        return {
+            "num_cpus": role.cpus,
+            "num_gpus": role.gpus,
+            "scheduling_strategy": place,
+            "max_concurrency": MAX_CONCURRENT_CALLS,
+            "max_restarts": 0,
+        }
+
+    def _found_dead(self, watch: asyncio.Task[ActorError]) -> None:
+        if not watch.cancelled() and watch.exception() is None and not self.first_death.done():
+            self.first_death.set_result(watch.result())
+
+    @property
+    def first_death(self) -> asyncio.Future[ActorError]:
+        """Done when the first of the actors that may not die has died."""
+        if self._death is None:
+            self._death = asyncio.get_running_loop().create_future()
+        return self._death
 
     async def close(self) -> None:
         """End the actors, give the places back, leave the cluster (and end it if it is the run's own). Never raises."""
+        for watch in self._watches:
+            watch.cancel()
         await asyncio.gather(*(group.close() for group in self._groups), return_exceptions=True)
         for placed in (placed for groups in self._placements.values() for placed in groups):
             with contextlib.suppress(Exception):

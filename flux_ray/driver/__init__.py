@@ -11,16 +11,22 @@ from __future__ import annotations
 import asyncio
 import signal
 import threading
+from collections.abc import Coroutine
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from flux_ray.cluster.group import ActorDied, ActorError
 from flux_ray.config import Config
 from flux_ray.errors import RunFailed, UserError
 
 if TYPE_CHECKING:
+    from flux_ray.cluster.on_ray import Cluster
+    from flux_ray.cluster.plan import Plan
     from flux_ray.driver.preflight import Prepared
     from flux_ray.driver.recorder import Recorder
+
+DEATH_SHOWS_S = 3.0  # Ray tells of an actor's death 1 to 2 s later; what it broke may fail at once
 
 
 @dataclass(frozen=True)
@@ -73,44 +79,64 @@ async def _live(prepared: Prepared, recorder: Recorder) -> None:
     """Connect, place, build, loop, save; then, whatever happened, end every process of the run."""
     from flux_ray.cluster.on_ray import Cluster
     from flux_ray.cluster.plan import make_plan
-    from flux_ray.driver import build
-    from flux_ray.driver.evaluation import Evaluation
-    from flux_ray.driver.loop import Loop
-    from flux_ray.driver.supervised import SupervisedLoop
 
     config, say = prepared.config, recorder.terminal.say
     cluster = Cluster(log_dir=recorder.folder.logs, plugins=list(config.plugins))
     # A Ray of the run's own gets as many CPUs as the plan counts: actors share the cores that there are.
     own = make_plan(config, cluster_gpus=_visible_gpus(config), needs_reference=prepared.needs_reference)
-    cluster.connect(config.cluster.address, cpus=own.total["CPU"])
     _end_on_sigterm()
     try:
+        cluster.connect(config.cluster.address, cpus=own.total["CPU"])
+        _end_on_sigterm()  # again: connecting puts a handler of Ray's own in its place
         plan = make_plan(config, cluster_gpus=cluster.num_gpus(), needs_reference=prepared.needs_reference)
         await cluster.place(plan, deadline_s=config.cluster.placement_deadline_s)
         say("starting " + ", ".join(f"{role.count} {role.name}" for role in plan.roles) + f" on {plan.device}")
-        if prepared.examples is not None:
-            training = await build.training_rooms(prepared, cluster, plan)
-            say("ready")
-            await SupervisedLoop(
-                config, rooms=training, examples=prepared.examples, recorder=recorder, start=prepared.start
-            ).run()
-        else:
-            assert prepared.prompts is not None
-            rooms = await build.policy_rooms(prepared, cluster, plan)
-            training = rooms.training
-            say("ready")
-            evaluation = Evaluation(config, prepared.eval_prompts) if prepared.eval_prompts else None
-            await Loop(
-                config,
-                rooms=rooms,
-                prompts=prepared.prompts,
-                evaluation=evaluation,
-                recorder=recorder,
-                start=prepared.start,
-            ).run()
-        await training.save_model(recorder.folder.model)
+        await _unless_one_dies(cluster, _train(prepared, cluster, plan, recorder))
     finally:
         await cluster.close()
+
+
+async def _train(prepared: Prepared, cluster: Cluster, plan: Plan, recorder: Recorder) -> None:
+    """Build the rooms, run the loop that goes with the data, save the model."""
+    from flux_ray.driver import build
+    from flux_ray.driver.evaluation import Evaluation
+    from flux_ray.driver.loop import Loop
+    from flux_ray.driver.supervised import SupervisedLoop
+
+    config, start = prepared.config, prepared.start
+    loop: Loop | SupervisedLoop
+    if prepared.examples is not None:
+        training = await build.training_rooms(prepared, cluster, plan)
+        loop = SupervisedLoop(config, rooms=training, examples=prepared.examples, recorder=recorder, start=start)
+    else:
+        assert prepared.prompts is not None
+        rooms = await build.policy_rooms(prepared, cluster, plan)
+        training = rooms.training
+        evaluation = Evaluation(config, prepared.eval_prompts) if prepared.eval_prompts else None
+        loop = Loop(
+            config, rooms=rooms, prompts=prepared.prompts, evaluation=evaluation, recorder=recorder, start=start
+        )
+    recorder.terminal.say("ready")
+    await loop.run()
+    await training.save_model(recorder.folder.model)
+
+
+async def _unless_one_dies(cluster: Cluster, work: Coroutine[Any, Any, None]) -> None:
+    """Do the work. Where an actor dies, that is what is told, and not what its death broke elsewhere."""
+    working, death = asyncio.ensure_future(work), cluster.first_death
+    either: set[asyncio.Future[Any]] = {working, death}
+    try:
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        error = working.exception() if working.done() else None
+        if working.done() and (error is None or isinstance(error, UserError)):
+            return working.result()
+        await asyncio.wait(either, timeout=DEATH_SHOWS_S)
+        if death.done() and not (working.done() and isinstance(working.exception(), ActorDied)):
+            raise death.result() from error
+        working.result()
+    finally:
+        working.cancel()
+        await asyncio.wait({working})
 
 
 def _visible_gpus(config: Config) -> int:
@@ -140,12 +166,14 @@ def _told(error: BaseException, log: Path) -> BaseException:
     logging.getLogger(__name__).error("the run failed", exc_info=error)
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
-    if isinstance(error, (UserError, KeyboardInterrupt, SystemExit)):
+    if isinstance(error, (UserError, KeyboardInterrupt)):
         return error
-    if isinstance(error, asyncio.CancelledError):
+    if isinstance(error, (asyncio.CancelledError, SystemExit)):  # Ray answers a SIGTERM while it starts by an exit
         return KeyboardInterrupt()
     text = str(error).strip() or type(error).__name__
     known = isinstance(error, (RuntimeError, TimeoutError))
+    if isinstance(error, ActorError) and error.log_file:
+        log = error.log_file
     return RunFailed(f"{text if known else f'{type(error).__name__}: {text}'} (log: {log})")
 
 

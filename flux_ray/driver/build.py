@@ -11,7 +11,7 @@ import asyncio
 from typing import Any
 
 from flux_ray.cluster.on_ray import Cluster, EngineCaller, RayGroup
-from flux_ray.cluster.plan import ENGINE, REFERENCE, REWARD, TRAINER, Plan
+from flux_ray.cluster.plan import ENGINE, REFERENCE, REWARD, TRAINER, Plan, Role
 from flux_ray.config import Config
 from flux_ray.driver.preflight import Prepared
 from flux_ray.driver.roles import ReferencePolicy, TrainingRank
@@ -25,7 +25,7 @@ from flux_ray.rollout.engine import RolloutEngine, engine_env
 async def policy_rooms(prepared: Prepared, cluster: Cluster, plan: Plan) -> PolicyRooms:
     """All four roles, started side by side; then the wire from trainer to engines."""
     config = prepared.config
-    groups = {role.name: cluster.spawn(role, env=_env(config, plan, role.name)) for role in plan.roles}
+    groups = {role.name: _spawn(config, cluster, plan, role) for role in plan.roles}
     async with asyncio.TaskGroup() as tasks:
         tasks.create_task(_build_sender(prepared, plan, groups[TRAINER]))
         tasks.create_task(_build_engines(config, plan, groups[ENGINE]))
@@ -38,11 +38,16 @@ async def policy_rooms(prepared: Prepared, cluster: Cluster, plan: Plan) -> Poli
     )
 
 
+def _spawn(config: Config, cluster: Cluster, plan: Plan, role: Role) -> RayGroup:
+    may_die = role.name == REWARD and config.reward.on_failure == "drop"  # it is replaced
+    return cluster.spawn(role, env=_env(config, plan, role.name), may_die=may_die)
+
+
 async def training_rooms(prepared: Prepared, cluster: Cluster, plan: Plan) -> TrainingRooms:
     """The training ranks alone."""
     role = plan.role(TRAINER)
     assert role is not None
-    trainer = cluster.spawn(role, env=_env(prepared.config, plan, TRAINER))
+    trainer = _spawn(prepared.config, cluster, plan, role)
     await _build_trainer(prepared, plan, trainer)
     return TrainingRooms(prepared.config, trainer)
 

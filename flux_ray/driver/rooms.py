@@ -8,13 +8,14 @@ Never:  decides anything.
 
 from __future__ import annotations
 
+import asyncio
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from flux_ray.batch import balance
-from flux_ray.cluster.group import ActorGroup, first_failure
+from flux_ray.cluster.group import ActorDied, ActorGroup, first_failure
 from flux_ray.config import Config
 from flux_ray.records import Prompt, Sample, ScoredGroup, StepReport
 from flux_ray.rollout.routing import Router
@@ -25,6 +26,7 @@ class Rolled:
     """A group that an engine has generated: a reference to it, and what it cost."""
 
     group: Any  # reference to a RolloutGroup
+    row: int  # of the data, from 0
     num_tokens: int  # sampled tokens
     engine: int
     start_s: float  # on the driver's monotonic clock
@@ -57,6 +59,7 @@ class PolicyRooms:
         self._engine_router = Router(engines.size)
         self._reward_router = Router(rewards.size)
         self._reference_router = Router(reference.size) if reference else None
+        self._second_try = asyncio.Lock()
         self.training = TrainingRooms(config, trainer)
 
     async def roll(self, prompt: Prompt, *, temperature: float | None = None) -> Rolled:
@@ -73,16 +76,47 @@ class PolicyRooms:
                 what=f"rollout of row {prompt.row}",
                 deadline_s=rollout.deadline_s + self._config.weights.deadline_s,
             )
-            return Rolled(group, int(numbers["num_tokens"]), engine, start_s, time.monotonic())
+            return Rolled(group, prompt.row, int(numbers["num_tokens"]), engine, start_s, time.monotonic())
 
     async def score(self, rolled: Rolled) -> ScoredGroup:
-        reward = self._config.reward
-        with self._reward_router.route(1) as worker:
-            deadline_s = reward.deadline_s * (1 + len(reward.functions)) + self._config.rollout.deadline_s
-            return await self._rewards.call(worker, "score", rolled.group, deadline_s=deadline_s)
+        return await self._ask_reward_worker("score", rolled)
 
     async def texts(self, rolled: Rolled) -> list[str]:
-        return await self._rewards.call(0, "decode", rolled.group, deadline_s=self._config.reward.deadline_s)
+        return await self._ask_reward_worker("decode", rolled)
+
+    async def _ask_reward_worker(self, method: str, rolled: Rolled) -> Any:
+        """Users' code may end or block its process. With reward.on_failure=drop the worker is then replaced.
+
+        What the worker had is asked again, one group at a time: the group that did it fails alone (ActorDied).
+        """
+        try:
+            return await self._ask_once(method, rolled)
+        except ActorDied:
+            if self._config.reward.on_failure == "stop":
+                raise
+        async with self._second_try:
+            return await self._ask_once(method, rolled)
+
+    async def _ask_once(self, method: str, rolled: Rolled) -> Any:
+        reward, slots = self._config.reward, self._config.driver.max_staleness + 1
+        # All groups in flight may wait in one worker, where functions take turns.
+        calls = (1 + len(reward.functions)) * slots * self._config.batch.prompts_per_step
+        with self._reward_router.route(1) as worker:
+            actor = self._rewards.incarnation(worker)
+            try:
+                return await self._rewards.call_watched(
+                    worker,
+                    method,
+                    rolled.group,
+                    what=f"{method} of prompt row {rolled.row + 1} (from 1) by {', '.join(reward.functions)}",
+                    deadline_s=reward.deadline_s * calls,
+                    patience_s=reward.deadline_s,
+                )
+            except ActorDied:
+                if reward.on_failure == "drop":
+                    deadline_s = self._config.cluster.start_deadline_s
+                    await self._rewards.replace(worker, seen=actor, deadline_s=deadline_s)
+                raise
 
     async def reference(self, rolled: Rolled) -> Any | None:
         """A reference to the frozen policy's log-probs; None where no KL is asked for."""

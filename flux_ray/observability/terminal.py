@@ -1,7 +1,7 @@
 """What a person sees while a run goes on.
 
 Takes:  phases that start and end, a step's metrics.
-Gives:  calm lines on the terminal; everything else that any library prints goes to the run's log.
+Gives:  calm lines on the terminal, in the run's log too; everything else that any library prints goes to the run's log.
 Knows:  where the terminal was before the process's output was turned to the log.
 Never:  prints a library's noise, or anything twice.
 """
@@ -18,10 +18,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
+log = logging.getLogger(__name__)
+
 #: What a step's line shows: metric, label, format. Absent metrics are left out.
 STEP_COLUMNS = (
     ("reward/mean", "reward", "{:.3f}"),
-    ("train/loss", "loss", "{:.4f}"),
+    ("actor/loss", "loss", "{:.4f}"),
+    ("train/loss", "loss", "{:.4f}"),  # supervised
     ("rollout/response_length_mean", "length", "{:.1f}"),
     ("actor/entropy", "entropy", "{:.3f}"),
     ("actor/grpo_kl", "kl", "{:.4f}"),
@@ -40,6 +43,7 @@ class Terminal:
         self._start = time.monotonic()
 
     def say(self, text: str) -> None:
+        log.info(text)
         if self._enabled:
             print(f"[{time.monotonic() - self._start:6.1f} s] {text}", file=self._stream, flush=True)
 

@@ -152,6 +152,7 @@ class RolloutEngine:
         from vllm import SamplingParams
         from vllm.inputs import TokensPrompt
         from vllm.sampling_params import RequestOutputKind
+        from vllm.v1.engine.exceptions import EngineDeadError
 
         config = self._config.rollout
         params = SamplingParams(
@@ -176,8 +177,11 @@ class RolloutEngine:
         if config.kv_after_update == "keep":
             tokens["cache_salt"] = str(self._version)  # a prefix computed by older weights is never hit
         final = None
-        async for output in self._engine.generate(tokens, params, f"{self._index}-{next(self._request_ids)}"):
-            final = output
+        try:
+            async for output in self._engine.generate(tokens, params, f"{self._index}-{next(self._request_ids)}"):
+                final = output
+        except EngineDeadError:  # its own text points at a stack trace that is in the log
+            raise RuntimeError("the process in which vLLM computes died") from None
         assert final is not None and final.finished
         return [completion_of(output) for output in sorted(final.outputs, key=lambda output: output.index)]
 

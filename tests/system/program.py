@@ -1,0 +1,102 @@
+"""`python -m flux_ray`, as a person starts it: what it printed, how it ended, which processes it has.
+
+Takes:  overrides of the command line.
+Gives:  Program: wait for a line, send a signal, wait for the end; its processes, found by a mark in their environment.
+Never:  leaves a process behind: `end_all` kills what carries the mark.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+REPO = Path(__file__).parents[2]
+START_DEADLINE_S = 180
+GONE_DEADLINE_S = 15  # from the end of a run to that of its last process
+MARK = "FLUX_RAY_TEST_RUN"
+NUMBERS = ("actor/loss", "train/grad_norm", "reward/mean", "actor/entropy", "rollout/response_length_mean")
+
+
+class Program:
+    """One run of the command line (or of another program), in a process group of its own as a shell makes it."""
+
+    def __init__(self, arguments: list[str], *, folder: Path, program: tuple[str, ...] = ("-m", "flux_ray", "train"),
+                 **environment: str) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        self._mark = secrets.token_hex(8)
+        self._output = folder / "terminal.txt"
+        kept = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "VLLM_"))}
+        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        with self._output.open("w") as output:
+            self.process = subprocess.Popen(
+                [sys.executable, *program, *arguments], stdout=output, stderr=subprocess.STDOUT, cwd=folder,
+                env={**kept, "PATH": path, "PYTHONPATH": str(REPO), MARK: self._mark, **environment},
+                start_new_session=True,
+            )
+
+    @property
+    def shown(self) -> str:
+        """The terminal so far."""
+        return self._output.read_text()
+
+    def processes(self) -> list[psutil.Process]:
+        found = []
+        for process in psutil.process_iter():
+            try:
+                if process.environ().get(MARK) == self._mark and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process)
+            except (psutil.NoSuchProcess, psutil.AccessDenied):
+                continue
+        return found
+
+    def named(self, text: str) -> psutil.Process:
+        """The one process of the run whose command line has `text`."""
+        (found,) = [process for process in self.processes() if text in " ".join(process.cmdline())]
+        return found
+
+    def wait_for(self, pattern: str, *, deadline_s: float = START_DEADLINE_S) -> None:
+        """Until the terminal shows it. The run must not end before."""
+        end = time.monotonic() + deadline_s
+        while not re.search(pattern, self.shown):
+            assert self.process.poll() is None, f"ended with {self.process.returncode}:\n{self.shown}"
+            assert time.monotonic() < end, f"no {pattern!r} within {deadline_s} s:\n{self.shown}"
+            time.sleep(0.1)
+
+    def interrupt(self) -> None:
+        """Ctrl-C, as a terminal sends it: to the whole foreground group."""
+        os.killpg(self.process.pid, signal.SIGINT)
+
+    def end(self, *, deadline_s: float = START_DEADLINE_S) -> int:
+        """The exit code; then no process of the run may be left after a while."""
+        code = self.process.wait(deadline_s)
+        end = time.monotonic() + GONE_DEADLINE_S
+        while (left := self.processes()) and time.monotonic() < end:
+            time.sleep(0.1)
+        assert left == [], f"{[p.cmdline()[:3] for p in left]} left after the run ended with {code}"
+        return code
+
+    def end_all(self) -> None:
+        for process in self.processes():
+            process.kill()
+        self.process.wait(10)
+
+
+def metrics(run_dir: Path) -> list[dict[str, Any]]:
+    file = run_dir / "metrics.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+
+
+def numbers(lines: list[dict[str, Any]]) -> list[tuple[float, ...]]:
+    """What two runs of one seed must share exactly: step, loss, gradient, reward, entropy, length."""
+    return [(line["step"], *(line[name] for name in NUMBERS)) for line in lines]

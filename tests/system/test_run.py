@@ -1,0 +1,162 @@
+"""The whole loop: trainer and engines agree after every update; a run's folder; stopped and resumed; the same again."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from flux_ray import FluxConfig, FluxTrainer
+from flux_ray.config import from_dict, to_dict
+from tests.system.program import metrics, numbers
+
+pytestmark = [pytest.mark.system, pytest.mark.timeout(400)]
+
+MAX_GAP = 2e-5  # nats, float32: log-probs of up to -10 agree to some float32 ulps
+NUM_STEPS = 12
+CHECKPOINT_AT = 4
+SECONDS = ("driver/step_s", "driver/wait_s", "train/step_s", "weights/publish_s", "rollout/s", "rollout/tokens_per_s")
+#: What every line of a policy run has beside the seconds.
+NAMES = (
+    "step", "actor/clip_frac", "actor/entropy", "actor/adv_mean", "actor/adv_std", "actor/ratio_mean", "actor/loss",
+    "reward/mean", "reward/std", "rollout/response_length_mean", "rollout/response_length_max",
+    "rollout/truncated_frac", "rollout/tokens", "driver/version", "driver/groups_dropped", "train/grad_norm",
+    "weights/logprob_gap_mean", "weights/logprob_gap_max",
+)
+
+
+def options(toys, model: Path) -> dict:
+    """A small run whose weights move far in a few steps."""
+    return {
+        "model.path": str(model), "rollout.num_engines": 2, "rollout.max_tokens": 16, "train.num_ranks": 2,
+        "batch.prompts_per_step": 8, "algo.beta": 0.0, "train.learning_rate": 3e-3, "train.warmup_steps": 0,
+        "reward.functions": [f"{toys.rewards}:digits"], "driver.num_steps": NUM_STEPS,
+        "observability.samples_per_step": 2,
+    }
+
+
+def assert_agreement(run_dir: Path, model: Path, num_steps: int = NUM_STEPS) -> None:
+    lines = metrics(run_dir)
+    assert [line["step"] for line in lines] == list(range(num_steps))
+    gaps = [line["weights/logprob_gap_max"] for line in lines]
+    assert max(gaps) <= MAX_GAP, gaps
+    before, after = load_file(model / "model.safetensors"), load_file(run_dir / "model" / "model.safetensors")
+    moved = math.sqrt(sum(float((after[name] - w).square().sum()) for name, w in before.items()))
+    size = math.sqrt(sum(float(w.square().sum()) for w in before.values()))
+    assert moved > 0.05 * size, f"the weights moved by {moved:.3g} of {size:.3g}: agreement says nothing"
+
+
+@pytest.fixture(scope="module")
+def whole(toys, tmp_path_factory) -> Path:
+    """The folder of an uninterrupted run from Python: tied embeddings, temperature 1, two engines, two ranks."""
+    run_dir = tmp_path_factory.mktemp("whole") / "run"
+    config = FluxConfig(algorithm="grpo", **options(toys, toys.tied), run_dir=str(run_dir))
+    result = FluxTrainer(config).fit(prompts=str(toys.data))
+    assert result.run_dir == run_dir and result.model_path.is_dir() and result.num_steps == NUM_STEPS
+    assert [line["step"] for line in result.history] == list(range(NUM_STEPS))
+    return run_dir
+
+
+def test_engines_and_trainer_agree_after_every_update(whole, toys):
+    assert_agreement(whole, toys.tied)
+
+
+def test_the_run_folder(whole):
+    import yaml
+
+    values = yaml.safe_load((whole / "config.yaml").read_text())
+    config = from_dict(values)
+    assert to_dict(config) == values and config.run_dir == str(whole) and config.train.num_ranks == 2
+    for line in metrics(whole):
+        assert set(NAMES) | set(SECONDS) <= set(line), set(NAMES) - set(line)
+        assert all(line[name] > 0 for name in SECONDS) and line["driver/version"] == line["step"] + 1
+        assert line["actor/ratio_mean"] == pytest.approx(1.0) and line["actor/clip_frac"] == 0.0
+    samples = [json.loads(line) for line in (whole / "samples.jsonl").read_text().splitlines()]
+    assert [s["step"] for s in samples] == [step for step in range(NUM_STEPS) for _ in range(2)]
+    for sample in samples:
+        assert sample["prompt"].endswith("=")
+        assert sample["reward"] == pytest.approx(sum(c.isdigit() for c in sample["completion"]) / 16)
+    assert "step 12/12" in (whole / "run.log").read_text()
+    logs = {f"{role}-{i}.log" for role, count in (("engine", 2), ("trainer", 2), ("reward", 1)) for i in range(count)}
+    assert logs <= {path.name for path in (whole / "logs").iterdir()}
+
+
+def test_the_model_is_one_that_transformers_loads(whole, toys):
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+    model = AutoModelForCausalLM.from_pretrained(whole / "model")
+    saved = load_file(whole / "model" / "model.safetensors")
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in saved.items())
+    tokenizer = AutoTokenizer.from_pretrained(whole / "model")
+    assert tokenizer.decode(tokenizer("1+2=")["input_ids"]) == "1+2="
+    eos = GenerationConfig.from_pretrained(whole / "model").eos_token_id
+    assert eos == GenerationConfig.from_pretrained(toys.tied).eos_token_id == tokenizer.eos_token_id
+
+
+@pytest.fixture(scope="module")
+def interrupted(toys, whole, tmp_path_factory):
+    """The same run from the command line, on one engine instead of two, ended by Ctrl-C after its first checkpoint."""
+    from tests.system.program import Program
+
+    run_dir = tmp_path_factory.mktemp("interrupted") / "run"
+    values = {**options(toys, toys.tied), "data.train": toys.data, "run_dir": run_dir, "rollout.num_engines": 1,
+              "checkpoint.every": CHECKPOINT_AT, "driver.num_steps": 10_000,
+              # An engine core of its own, as on GPUs.
+              "cluster.env.VLLM_ENABLE_V1_MULTIPROCESSING": "'1'"}
+    arguments = [f"{key}={value}" for key, value in values.items()]
+    program = Program(arguments, folder=run_dir.parent)
+    try:
+        program.wait_for(rf"step +{CHECKPOINT_AT + 2}/")
+        program.interrupt()
+        code = program.end(deadline_s=30)
+        yield run_dir, code, program.shown
+    finally:
+        program.end_all()
+
+
+def test_ctrl_c_ends_all_processes_calmly(interrupted):
+    _, code, shown = interrupted
+    assert code == 130 and shown.splitlines()[-1] == "flux-ray: interrupted"
+    assert "Traceback" not in shown and "Error" not in shown
+
+
+def test_the_same_seed_is_the_same_run_on_fewer_engines(interrupted, whole):
+    steps = metrics(interrupted[0])[:CHECKPOINT_AT]
+    assert len(steps) == CHECKPOINT_AT and numbers(steps) == numbers(metrics(whole)[:CHECKPOINT_AT])
+
+
+def test_resumed_it_goes_on_as_if_nothing_had_happened_and_a_dead_engine_ends_it(interrupted, whole, start):
+    """From its checkpoint; then the engine's own child process is killed: the run says so and ends."""
+    run_dir, *_ = interrupted
+    program = start(f"resume={run_dir}", f"driver.num_steps={10_000}", folder=run_dir.parent / "resumed")
+    program.wait_for(rf"step +{NUM_STEPS}/")
+    lines = metrics(run_dir)
+    assert [line["step"] for line in lines] == list(range(len(lines))), "each step once"
+    assert numbers(lines[:NUM_STEPS]) == numbers(metrics(whole))
+
+    core = program.named("EngineCore")
+    core.send_signal(signal.SIGKILL)
+    assert program.end(deadline_s=60) == 1
+    last = program.shown.splitlines()[-1]
+    assert last.startswith("flux-ray: the run failed: engine 0") and "Traceback" not in program.shown
+
+
+def test_a_troubled_reward_is_dropped_and_counted_and_agreement_holds(toys, tmp_path):
+    """Untied embeddings, temperature 0.7. At one step a prompt's reward raises, one hangs, one ends its process, one
+    blocks it with the interpreter's lock held: each is one dropped group, and the run goes on.
+    """
+    values = {**options(toys, toys.untied), "rollout.temperature": 0.7, "data.shuffle": False,
+              "reward.functions": [f"{toys.rewards}:troubled"], "reward.on_failure": "drop", "reward.deadline_s": 3.0}
+    result = FluxTrainer(FluxConfig(algorithm="grpo", **values, run_dir=str(tmp_path / "run"))).fit(str(toys.data))
+    assert_agreement(result.run_dir, toys.untied)
+    dropped = [line["driver/groups_dropped"] for line in metrics(result.run_dir)]
+    assert dropped[:2] == [0, 0] and dropped[-1] >= 4, dropped
+    log = (result.run_dir / "run.log").read_text()
+    for cause in ("KeyError: 'no such thing'", "no value within reward.deadline_s=3", "reward 0 died during score",
+                  "the process did not answer for 3 s"):
+        assert cause in log, f"{cause} is not in\n{log}"
