@@ -13,6 +13,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -125,12 +126,15 @@ class RayGroup:
         return self.actors[index]
 
     async def replace(self, index: int, *, seen: Any, deadline_s: float) -> None:
+        """Until the new one is built, calls still go to the dead one, and fail as those before them did."""
         async with self._replacing:
             if self.actors[index] is not seen:
                 return
             ray.kill(seen, no_restart=True)
-            self.actors[index] = self._make(index)
-            await self._build(index, deadline_s)
+            new = self._make(index)
+            built = new.build.remote(*self._rooms[index])
+            await self.result(built, index=index, what="start after a death", deadline_s=deadline_s)
+            self.actors[index] = new
 
     async def address(self, index: int, *, deadline_s: float) -> tuple[str, int]:
         return await self.result(
@@ -157,6 +161,9 @@ def _why_died(error: Exception) -> str:
         return type(error).__name__
     if "creation task" in lines[0]:
         return lines[-1]  # the exception, below its traceback
+    detail = re.search(r"Worker exit detail: (.*?)\.?( Some common causes| Worker |$)", " ".join(lines))
+    if detail:
+        return detail[1]
     for line in lines:
         if "cause" in line.lower() or "exit" in line.lower() or "kill" in line.lower():
             return line.rstrip(".")

@@ -42,25 +42,15 @@ class ReadyGroup:
     reference: Any | None  # reference to the reference policy's log-probs
 
 
-class PolicyRooms:
-    """Engines, reward workers, reference actors (or none) and training ranks."""
+class SamplingRooms:
+    """Engines and reward workers: all that an evaluation needs."""
 
-    def __init__(
-        self,
-        config: Config,
-        *,
-        engines: ActorGroup,
-        rewards: ActorGroup,
-        reference: ActorGroup | None,
-        trainer: ActorGroup,
-    ) -> None:
+    def __init__(self, config: Config, *, engines: ActorGroup, rewards: ActorGroup) -> None:
         self._config = config
-        self._engines, self._rewards, self._reference, self._trainer = engines, rewards, reference, trainer
+        self._engines, self._rewards = engines, rewards
         self._engine_router = Router(engines.size)
         self._reward_router = Router(rewards.size)
-        self._reference_router = Router(reference.size) if reference else None
         self._second_try = asyncio.Lock()
-        self.training = TrainingRooms(config, trainer)
 
     async def roll(self, prompt: Prompt, *, temperature: float | None = None) -> Rolled:
         """Generate the prompt's group on the engine with the fewest tokens outstanding."""
@@ -108,15 +98,34 @@ class PolicyRooms:
                     worker,
                     method,
                     rolled.group,
-                    what=f"{method} of prompt row {rolled.row + 1} (from 1) by {', '.join(reward.functions)}",
+                    what=f"{method} of prompt row {rolled.row + 1} (from 1)",
                     deadline_s=reward.deadline_s * calls,
                     patience_s=reward.deadline_s,
                 )
-            except ActorDied:
+            except ActorDied as error:
                 if reward.on_failure == "drop":
                     deadline_s = self._config.cluster.start_deadline_s
                     await self._rewards.replace(worker, seen=actor, deadline_s=deadline_s)
-                raise
+                message = f"{error}; reward.functions={reward.functions}"
+                raise ActorDied(message, role=error.role, index=error.index, log_file=error.log_file) from error
+
+
+class PolicyRooms(SamplingRooms):
+    """Engines, reward workers, reference actors (or none) and training ranks."""
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        engines: ActorGroup,
+        rewards: ActorGroup,
+        reference: ActorGroup | None,
+        trainer: ActorGroup,
+    ) -> None:
+        super().__init__(config, engines=engines, rewards=rewards)
+        self._reference, self._trainer = reference, trainer
+        self._reference_router = Router(reference.size) if reference else None
+        self.training = TrainingRooms(config, trainer)
 
     async def reference(self, rolled: Rolled) -> Any | None:
         """A reference to the frozen policy's log-probs; None where no KL is asked for."""

@@ -185,9 +185,10 @@ class RolloutEngine:
         assert final is not None and final.finished
         return [completion_of(output) for output in sorted(final.outputs, key=lambda output: output.index)]
 
-    def room_for(self, num_tokens: int) -> int:
-        """Response tokens that fit after `num_tokens`."""
-        return min(self._config.rollout.max_tokens, self._max_model_len - num_tokens)
+    def room_for(self, num_tokens: int, *, prompt_length: int) -> int:
+        """Response tokens that fit after `num_tokens`, of which `prompt_length` are the prompt's; all turns count."""
+        used = max(0, num_tokens - prompt_length)
+        return min(self._config.rollout.max_tokens - used, self._max_model_len - num_tokens)
 
     @property
     def tokenizer(self) -> Any:
@@ -243,8 +244,8 @@ class _Generate:
     async def __call__(self, token_ids: Sequence[int] | np.ndarray, *, n: int = 1, sample: int = 0) -> list[Completion]:
         seed = self._prompt.seed + sample + self._turns[sample] * TURN_SEED_STRIDE
         self._turns[sample] += 1
-        room = self._engine.room_for(len(token_ids))
-        if room < 1:  # the context is full: an empty, truncated turn
+        room = self._engine.room_for(len(token_ids), prompt_length=len(self._prompt.token_ids))
+        if room < 1:  # the response is full: an empty, truncated turn
             empty = Completion(np.zeros(0, np.int32), np.zeros(0, np.float32), np.zeros(0, np.int32), FINISH_LENGTH)
             return [empty] * n
         return await self._engine.generate(token_ids, n=n, seed=seed, temperature=self._temperature, max_tokens=room)

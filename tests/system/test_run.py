@@ -151,12 +151,12 @@ def test_a_troubled_reward_is_dropped_and_counted_and_agreement_holds(toys, tmp_
     blocks it with the interpreter's lock held: each is one dropped group, and the run goes on.
     """
     values = {**options(toys, toys.untied), "rollout.temperature": 0.7, "data.shuffle": False,
-              "reward.functions": [f"{toys.rewards}:troubled"], "reward.on_failure": "drop", "reward.deadline_s": 3.0}
+              "reward.functions": [f"{toys.rewards}:troubled"], "reward.on_failure": "drop", "reward.deadline_s": 2.0}
     result = FluxTrainer(FluxConfig(algorithm="grpo", **values, run_dir=str(tmp_path / "run"))).fit(str(toys.data))
     assert_agreement(result.run_dir, toys.untied)
     dropped = [line["driver/groups_dropped"] for line in metrics(result.run_dir)]
     assert dropped[:2] == [0, 0] and dropped[-1] >= 4, dropped
     log = (result.run_dir / "run.log").read_text()
-    for cause in ("KeyError: 'no such thing'", "no value within reward.deadline_s=3", "reward 0 died during score",
-                  "the process did not answer for 3 s"):
+    for cause in ("KeyError: 'no such thing'", "no value within reward.deadline_s=2", "reward 0 died during score",
+                  "the process did not answer for 2 s"):
         assert cause in log, f"{cause} is not in\n{log}"

@@ -1,0 +1,101 @@
+"""Runs that are ended from outside, or by what they are given: told in one line, and nothing is left behind."""
+
+from __future__ import annotations
+
+import signal
+import time
+
+import psutil
+import pytest
+
+from tests.system.program import metrics
+
+pytestmark = [pytest.mark.system, pytest.mark.timeout(300)]
+
+END_DEADLINE_S = 60
+
+
+def supervised(toys, run_dir, *more: str) -> list[str]:
+    """The run that starts fastest: no engine."""
+    return ["algo=sft", f"model.path={toys.untied}", f"data.train={toys.data}", "batch.prompts_per_step=8",
+            "train.num_ranks=2", "train.learning_rate=1e-3", f"run_dir={run_dir}", *more]
+
+
+def last_line(program, exit_code: int) -> str:
+    """The last line of a run that ended with that code and without a traceback."""
+    assert program.end(deadline_s=END_DEADLINE_S) == exit_code, program.shown
+    assert "Traceback" not in program.shown, program.shown
+    return program.shown.splitlines()[-1]
+
+
+def test_a_supervised_run_ends_well(toys, tmp_path, start):
+    run_dir = tmp_path / "run"
+    program = start(*supervised(toys, run_dir, "driver.num_steps=3", "train.warmup_steps=0"), folder=tmp_path)
+    assert last_line(program, 0).endswith(f"{run_dir}/model")
+    lines = metrics(run_dir)
+    assert [line["driver/version"] for line in lines] == [1, 2, 3]
+    assert lines[-1]["train/loss"] < lines[0]["train/loss"]
+    assert (run_dir / "model" / "model.safetensors").is_file()
+
+
+def test_a_trainer_rank_that_is_killed(toys, tmp_path, start):
+    """Rank 0 fails too, as its peer is gone; the run names the rank that died, and where its log is."""
+    program = start(*supervised(toys, tmp_path / "run", "driver.num_steps=1000000"), folder=tmp_path)
+    program.wait_for("step +3/")
+    rank_1 = {file: pid for pid, file in logs_of(program)}[tmp_path / "run" / "logs" / "trainer-1.log"]
+    psutil.Process(rank_1).send_signal(signal.SIGKILL)
+    line = last_line(program, 1)
+    assert line.startswith("flux-ray: the run failed: trainer 1 died"), line
+    assert line.endswith(f"(log: {tmp_path}/run/logs/trainer-1.log)"), line
+
+
+def logs_of(program):
+    """(process, the file that it writes to as its standard output)"""
+    import os
+    from pathlib import Path
+
+    return [(process.pid, Path(os.readlink(f"/proc/{process.pid}/fd/1"))) for process in program.processes()]
+
+
+@pytest.mark.parametrize("when", ["step +3/", "run folder"])
+def test_sigterm_to_the_driver(toys, tmp_path, start, when):
+    """While it trains, or while Ray starts."""
+    program = start(*supervised(toys, tmp_path / "run", "driver.num_steps=1000000"), folder=tmp_path)
+    program.wait_for(when)
+    time.sleep(0.5)
+    program.process.send_signal(signal.SIGTERM)
+    assert last_line(program, 130) == "flux-ray: interrupted"
+
+
+@pytest.mark.parametrize("when", ["run folder", "starting"])
+def test_ctrl_c_while_it_starts(toys, tmp_path, start, when):
+    program = start(*supervised(toys, tmp_path / "run"), "algo=grpo", "reward.functions=[numeric]", "data.max_rows=8",
+                    "rollout.max_tokens=8", folder=tmp_path)
+    program.wait_for(when)
+    time.sleep(0.5)
+    program.interrupt()
+    assert last_line(program, 130) == "flux-ray: interrupted"
+
+
+def test_a_driver_that_is_killed_leaves_nothing(toys, tmp_path, start):
+    program = start(*supervised(toys, tmp_path / "run", "driver.num_steps=1000000"), folder=tmp_path)
+    program.wait_for("step +1/")
+    program.process.kill()
+    assert program.end(deadline_s=END_DEADLINE_S) == -signal.SIGKILL
+
+
+def test_a_reward_that_raises_ends_the_run_naming_function_and_sample(toys, tmp_path, start):
+    """The rollout is the example of the documentation, with two turns; its third step's reward breaks."""
+    from tests.system.program import REPO
+
+    run_dir = tmp_path / "run"
+    program = start(
+        f"model.path={toys.untied}", f"data.train={toys.data}", "batch.prompts_per_step=8", "algo.beta=0",
+        "data.shuffle=false", "rollout.max_tokens=16", "driver.num_steps=100", f"run_dir={run_dir}",
+        f"rollout.function={REPO}/docs/examples/calculator.py:with_calculator",
+        f"reward.functions=[{toys.rewards}:breaks]", folder=tmp_path)
+    line = last_line(program, 1)
+    assert line.startswith("flux-ray: the run failed: reward 0, score of prompt row 18 (from 1): RewardError: "
+                           "reward breaks, prompt row 18 (from 1), sample 1 of 4: KeyError: 'no such thing'"), line
+    assert [l["step"] for l in metrics(run_dir)] == [0, 1]
+    assert not (run_dir / "model").exists()
