@@ -2,7 +2,7 @@
 
 Takes:  a folder to make, a seed.
 Gives:  model/ (characters as tokens, random weights), train.jsonl, eval.jsonl (held out).
-Knows:  all 8,100 sums of two numbers from 10 to 99.
+Knows:  all 8,100 sums of two numbers from 10 to 99; `completion` is a fallible teacher's, `answer` the truth.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from flux_ray.toy.model import SPECIAL_TOKENS, UNKNOWN, Sizes, save_model, write
 
 CHARACTERS = "0123456789+="
 NUMBERS = range(10, 100)
-#: 0.8M parameters: two wide layers learn the carry in fewer and cheaper steps than four narrow ones.
+#: 0.8M parameters: two wide layers learn the carry in fewer and cheaper steps than four narrow ones. Untied, with large
+#: embeddings: with the usual small ones the first norm multiplies every error by fifty, rounding errors too.
 SIZES = Sizes(
     hidden_size=256,
     num_hidden_layers=2,
@@ -27,7 +28,14 @@ SIZES = Sizes(
     num_key_value_heads=2,
     head_dim=32,
     max_position_embeddings=64,
+    tie_word_embeddings=False,
+    initializer_range=0.06,
 )
+EMBEDDING_RANGE = 0.5
+#: The teacher whom the warm-up imitates slips in so many of his sums, by one or by ten: what GRPO has to unlearn from
+#: right and wrong alone.
+TEACHER_SLIPS = 0.3
+SLIPS = (-10, -1, 1, 10)
 NUM_EVAL = 512  # held-out prompts: a standard error of at most 2.2 points of accuracy
 
 
@@ -36,11 +44,18 @@ def make_addition(folder: str | Path, *, seed: int = 0, num_eval: int = NUM_EVAL
     folder = Path(folder)
     pairs = list(product(NUMBERS, NUMBERS))
     random.Random(seed).shuffle(pairs)
-    rows = [{"prompt": f"{a}+{b}=", "completion": str(a + b), "answer": str(a + b)} for a, b in pairs]
+    teacher = random.Random(seed + 1)
+    rows = [{"prompt": f"{a}+{b}=", "completion": _taught(a + b, teacher), "answer": str(a + b)} for a, b in pairs]
     write_jsonl(folder / "eval.jsonl", rows[:num_eval])
     write_jsonl(folder / "train.jsonl", rows[num_eval:])
-    save_model(character_tokenizer(CHARACTERS), folder / "model", sizes=sizes, seed=seed)
+    tokenizer = character_tokenizer(CHARACTERS)
+    save_model(tokenizer, folder / "model", sizes=sizes, seed=seed, embedding_range=EMBEDDING_RANGE)
     return folder
+
+
+def _taught(total: int, teacher: random.Random) -> str:
+    """What the teacher writes: mostly the sum."""
+    return str(total + (teacher.choice(SLIPS) if teacher.random() < TEACHER_SLIPS else 0))
 
 
 def character_tokenizer(characters: str) -> Tokenizer:

@@ -32,10 +32,16 @@ class Sizes:
     head_dim: int
     max_position_embeddings: int  # the context, in tokens
     tie_word_embeddings: bool = True
+    initializer_range: float = 0.02  # standard deviation of the random weights
 
 
-def save_model(tokenizer: Tokenizer, folder: Path, *, sizes: Sizes, seed: int) -> int:
-    """Write model and tokenizer into `folder`; the number of parameters. The same seed gives the same weights."""
+def save_model(
+    tokenizer: Tokenizer, folder: Path, *, sizes: Sizes, seed: int, embedding_range: float | None = None
+) -> int:
+    """Write model and tokenizer into `folder`; the number of parameters. The same seed gives the same weights.
+
+    `embedding_range`: standard deviation of untied input embeddings; None: as all weights.
+    """
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token=PAD,
@@ -55,6 +61,8 @@ def save_model(tokenizer: Tokenizer, folder: Path, *, sizes: Sizes, seed: int) -
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Qwen3ForCausalLM(config)
+        if embedding_range is not None:
+            torch.nn.init.normal_(model.get_input_embeddings().weight, std=embedding_range)
     model.generation_config = GenerationConfig(eos_token_id=fast.eos_token_id, pad_token_id=fast.pad_token_id)
     model.save_pretrained(folder)
     fast.save_pretrained(folder)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from flux_ray.toy.addition import make_addition
+from flux_ray.toy.addition import SLIPS, TEACHER_SLIPS, make_addition
 
 pytestmark = pytest.mark.unit
 
@@ -18,13 +18,21 @@ def toy(tmp_path_factory):
     return make_addition(tmp_path_factory.mktemp("toy"), seed=3)
 
 
-def test_all_sums_are_there_once_and_right(toy):
+def test_all_sums_are_there_once(toy):
     train, held_out = read(toy / "train.jsonl"), read(toy / "eval.jsonl")
     assert len(held_out) == 512 and len(train) + len(held_out) == 8100
     assert len({row["prompt"] for row in train + held_out}) == 8100
     for row in train + held_out:
         first, second = row["prompt"].removesuffix("=").split("+")
-        assert int(first) + int(second) == int(row["completion"]) == int(row["answer"])
+        assert int(first) + int(second) == int(row["answer"])
+
+
+def test_the_teacher_slips_as_often_as_said_and_by_one_or_ten(toy):
+    rows = read(toy / "train.jsonl") + read(toy / "eval.jsonl")
+    slips = [int(row["completion"]) - int(row["answer"]) for row in rows]
+    wrong = [slip for slip in slips if slip]
+    assert len(wrong) / len(slips) == pytest.approx(TEACHER_SLIPS, abs=0.02)  # four standard errors of 8,100
+    assert set(wrong) == set(SLIPS)
 
 
 def test_the_tokenizer_comes_back_the_same(toy):
