@@ -1,17 +1,19 @@
 """Writes what happens in a run, for people and for programs.
 
 Takes:  metrics, samples, answers of an evaluation, warnings.
-Gives:  lines in the run's folder, on the terminal and, if asked for, TensorBoard.
-Keeps:  every step's metrics of this process (the TrainingResult's history).
+Gives:  lines in the run's folder, on the terminal and, if asked for, TensorBoard; calls of the user's callbacks.
+Keeps:  every step's metrics of this process (the TrainingResult's history), and the last evaluation's.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 from flux_ray.config import Config
 from flux_ray.errors import UserError
+from flux_ray.observability.callbacks import Callback
 from flux_ray.observability.run_folder import EVAL, SAMPLES, RunFolder
 from flux_ray.observability.terminal import Terminal
 from flux_ray.records import Prompt, ScoredGroup
@@ -20,10 +22,14 @@ log = logging.getLogger(__name__)
 
 
 class Recorder:
-    def __init__(self, config: Config, *, folder: RunFolder, terminal: Terminal) -> None:
+    def __init__(
+        self, config: Config, *, folder: RunFolder, terminal: Terminal, callbacks: Sequence[Callback] = ()
+    ) -> None:
         self.folder = folder
+        self._callbacks = callbacks
         self.terminal = terminal
         self.history: list[dict[str, float]] = []
+        self.last_evaluation: dict[str, float] = {}
         self._num_steps = config.driver.num_steps
         self._board = _tensorboard(folder) if config.observability.tensorboard else None
 
@@ -32,6 +38,8 @@ class Recorder:
         self.folder.metrics(step, metrics)
         self.terminal.step(step + 1, self._num_steps, metrics)
         self._write_board(step, metrics)
+        for callback in self._callbacks:
+            callback.on_step(step, dict(metrics))
 
     def sample(self, step: int, prompt: Prompt, text: str, scored: ScoredGroup) -> None:
         self.folder.append(
@@ -48,6 +56,7 @@ class Recorder:
 
     def evaluation(self, version: int, metrics: dict[str, float], answers: list[dict[str, Any]]) -> None:
         """`answers`: prompt, completion and reward of the first prompts."""
+        self.last_evaluation = dict(metrics)
         self.folder.append(EVAL, {"step": version, **metrics, "answers": answers})
         self.terminal.say(
             f"evaluation at step {version}: "
@@ -58,6 +67,8 @@ class Recorder:
             )
         )
         self._write_board(version, metrics)
+        for callback in self._callbacks:
+            callback.on_evaluation(version, dict(metrics))
 
     def warn(self, text: str) -> None:
         log.warning(text)

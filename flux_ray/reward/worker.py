@@ -105,7 +105,7 @@ class RewardWorker:
             answers = [group.prompt.columns[answer_column]] * arguments.size
             arguments = replace(arguments, per_sample={**arguments.per_sample, "answer": answers})
         values = await self._caller.call(function, arguments, where=f"prompt row {group.prompt.row + 1} (from 1)")
-        parts = {function.name: np.array([_total(value) for value in values])}
+        parts = {function.name: np.array([value_of(value) for value in values])}
         for name in dict.fromkeys(name for value in values if isinstance(value, dict) for name in value):
             given = [value.get(name) if isinstance(value, dict) else None for value in values]
             parts[f"{function.name}/{name}"] = np.array([_number(value) for value in given])
@@ -138,7 +138,7 @@ def _number(value: Any) -> float:
     return math.nan if value is None else float(value)
 
 
-def _total(value: Any) -> float:
+def value_of(value: Any) -> float:
     """A sample's value: itself, or the sum of its parts (those that are None left out; nan where all are)."""
     if not isinstance(value, dict):
         return _number(value)

@@ -1,0 +1,157 @@
+"""Runs a config through TRL's own trainers, in this process.
+
+Takes:  a Config whose paths are set (rewards by name, rows in a file), callbacks.
+Gives:  a run folder as ours: config, metrics under our names, the model; a TrainingResult.
+Knows:  how our prompts, rewards and metrics look to TRL.
+Never:  needs Ray, vLLM or DeepSpeed; runs a setting that TRL hasn't (`check_trl`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flux_ray import run_dir
+from flux_ray.backends.trl_settings import check_trl, trainer_arguments
+from flux_ray.config import Config
+from flux_ray.data import PromptSource
+from flux_ray.driver import TrainingResult
+from flux_ray.driver.preflight import prepare
+from flux_ray.driver.recorder import Recorder
+from flux_ray.errors import UserError
+from flux_ray.model import load_tokenizer, resolve_dtype
+from flux_ray.observability.callbacks import Callback
+from flux_ray.observability.run_folder import LOG, RunFolder
+from flux_ray.observability.terminal import quiet
+from flux_ray.records import OVERLONG
+from flux_ray.reward.calls import Arguments, Caller
+from flux_ray.reward.registry import GIVEN, RewardFunction, find_answer_column, resolve_functions
+from flux_ray.reward.worker import RESERVED, overlong, value_of
+
+#: TRL's metric ► ours; what isn't here goes by trl/NAME.
+METRICS = {
+    "reward": "reward/mean", "loss": "actor/loss", "kl": "actor/grpo_kl", "entropy": "actor/entropy",
+    "clip_ratio/region_mean": "actor/clip_frac", "grad_norm": "train/grad_norm", "learning_rate": "train/learning_rate",
+    "completions/mean_length": "rollout/response_length_mean",
+    "completions/max_length": "rollout/response_length_max", "completions/clipped_ratio": "rollout/truncated_frac",
+}
+
+#: (config, device) ► the policy, where another library opens it
+LoadModel = Callable[[Config, str], Any]
+
+
+def require(package: str, *, backend: str, install: str) -> None:
+    """UserError where a package isn't installed."""
+    if importlib.util.find_spec(package) is None:
+        raise UserError(f"backend={backend} needs the {package} package: {install}")
+
+
+def train(config: Config, *, callbacks: Sequence[Callback] = (), load_model: LoadModel | None = None) -> TrainingResult:
+    """Train as the config says. UserError: trl isn't installed, or hasn't what the config asks for."""
+    require("trl", backend="trl", install="pip install 'flux-ray[trl]'")
+    config, differences = check_trl(config)
+    prepared = prepare(config)
+    prompts = prepared.prompts
+    assert prompts is not None   # check_trl has refused supervised training
+    config = run_dir.claim(prepared.config)
+    assert config.run_dir is not None
+    folder = RunFolder(config.run_dir)
+    folder.create(config, resume_step=None)
+    with quiet(folder.path / LOG, progress=config.observability.progress) as terminal:
+        recorder = Recorder(config, folder=folder, terminal=terminal, callbacks=callbacks)
+        for warning in (*prepared.warnings, *differences):
+            recorder.warn(warning)
+        try:
+            trainer = make_trainer(config, prompts, recorder=recorder, load_model=load_model)
+            trainer.train()
+            trainer.save_model(str(folder.model))
+        finally:
+            recorder.close()
+        terminal.say(f"done: model in {folder.model}")
+    history = tuple(recorder.history)
+    return TrainingResult(folder.path, config.driver.num_steps, history[-1] if history else {}, history)
+
+
+def make_trainer(
+    config: Config, prompts: PromptSource, *, recorder: Recorder, load_model: LoadModel | None = None,
+) -> Any:
+    """TRL's trainer, ready to train."""
+    import torch
+    import trl
+    from datasets import Dataset
+
+    device = "cuda" if torch.cuda.is_available() and config.cluster.device != "cpu" else "cpu"
+    kind, arguments = ((trl.RLOOTrainer, trl.RLOOConfig) if config.algo.name == "rloo"
+                       else (trl.GRPOTrainer, trl.GRPOConfig))
+    settings = trainer_arguments(config, longest_prompt=prompts.longest_prompt, on_cpu=device == "cpu")
+    dtype = str(resolve_dtype(config.model.dtype, device)).removeprefix("torch.")
+    if load_model is None:
+        attention = "sdpa" if config.model.attention == "auto" else config.model.attention
+        settings["model_init_kwargs"] = {"dtype": dtype, "attn_implementation": attention}
+    functions = resolve_functions(config, prompts.columns)
+    weights = [function.weight for function in functions]
+    rewards = [as_trl(function, config) for function in functions]
+    if config.reward.overlong_penalty:
+        rewards, weights = [*rewards, _overlong_reward(config)], [*weights, 1.0]
+    return kind(
+        model=config.model.path if load_model is None else load_model(config, device),
+        args=arguments(output_dir=str(Path(str(config.run_dir), "trl")), reward_weights=weights, **settings),
+        reward_funcs=rewards,
+        train_dataset=Dataset.from_list(rows(prompts)),
+        processing_class=load_tokenizer(config.model.tokenizer or str(config.model.path)),
+        callbacks=[_recording(recorder, updates_per_step=config.algo.epochs * config.algo.mini_batches)],
+    )
+
+
+def rows(prompts: PromptSource) -> list[dict[str, Any]]:
+    """The rows of the first epoch, in its order: prompt as TRL takes it, and the columns for the rewards."""
+    drawn = [prompts.prompt(uid) for uid in range(prompts.num_rows)]
+    return [{**{k: v for k, v in p.columns.items() if k not in RESERVED}, "prompt": p.text} for p in drawn]
+
+
+def as_trl(function: RewardFunction, config: Config) -> Callable[..., list[float | None]]:
+    """The function as TRL calls one: under its name and with its options, deadline and answer column."""
+    def reward(prompts: list[Any], completions: list[Any], **given: Any) -> list[float | None]:
+        size = len(completions)
+        columns = {name: value for name, value in given.items() if name not in GIVEN}
+        answer_column = find_answer_column(config, columns)
+        if answer_column is not None and (function.is_rule or "answer" not in columns):
+            columns["answer"] = columns[answer_column]
+        ids = [list(map(int, one)) for one in given["completion_ids"]]
+        per_sample = {**columns, "prompts": prompts, "completions": completions, "completion_ids": ids}
+        common = {name: value for name, value in given.items() if name in GIVEN - {"completion_ids"}}
+        caller = Caller(deadline_s=config.reward.deadline_s)
+        call = caller.call(function, Arguments(size, per_sample, common), where="a batch of prompts")
+        values = [value_of(value) for value in asyncio.run(call)]
+        return [None if np.isnan(value) else value for value in values]
+
+    reward.__name__ = function.name
+    return reward
+
+
+def _overlong_reward(config: Config) -> Callable[..., list[float | None]]:
+    def reward(completion_ids: list[Any], **_: Any) -> list[float | None]:
+        return overlong(np.array([len(ids) for ids in completion_ids]), config).tolist()
+
+    reward.__name__ = OVERLONG
+    return reward
+
+
+def _recording(recorder: Recorder, *, updates_per_step: int) -> Any:
+    """TRL's logs as lines of our run."""
+    from transformers import TrainerCallback
+
+    class Recording(TrainerCallback):
+        def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
+            if logs and "reward" in logs:   # the last log of a training has totals alone
+                ours = {METRICS.get(name, f"trl/{name}"): float(value) for name, value in logs.items()}
+                recorder.step(state.global_step // updates_per_step - 1, ours)
+
+    return Recording()
+
+

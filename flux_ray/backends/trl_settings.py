@@ -1,0 +1,137 @@
+"""A Config in TRL's words, or one line why TRL can't run it.
+
+Takes:  a Config; the longest prompt, for the size of a micro-batch.
+Gives:  `check_trl`: the Config that TRL can run, with warnings; `trainer_arguments`: of GRPOConfig, or of RLOOConfig.
+Knows:  which of our options TRL 1.16 has, what it calls them, and where its defaults would mean another objective.
+Never:  imports trl.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+from flux_ray import algo
+from flux_ray.config import Config, preset
+from flux_ray.errors import UserError, unknown
+
+#: algorithm ► what makes it one in GRPOConfig; rloo has a trainer of its own
+ALGORITHMS: dict[str, dict[str, Any]] = {
+    "grpo": {}, "grpo_vectorized": {}, "dr_grpo": {}, "dapo": {},
+    "gspo": {"importance_sampling_level": "sequence"},
+    "cispo": {"loss_type": "cispo"},
+    "rloo": {},
+}
+LOSS_TYPES = {"sequence_mean": "grpo", "sequence": "grpo", "token_mean": "dapo", "constant_length": "dr_grpo"}
+SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
+
+#: option ► the only value that TRL can run, and why
+ONLY: dict[str, tuple[Any, str]] = {
+    "algo.estimator": (None, "it has its algorithms' own"),
+    "algo.policy_loss": (None, "it has its algorithms' own"),
+    "algo.old_logprobs": ("trainer", "its ratio is over the trainer's old policy"),
+    "algo.off_policy": ("none", "it corrects for the sampler under vLLM alone, and has no IcePop"),
+    "algo.kl_target": (None, "it adapts no KL"),
+    "reward.combine": ("sum", "where it normalises each reward alone it whitens their sum over the batch as well"),
+    "reward.on_failure": ("stop", "it drops no groups"),
+    "rollout.function": ("single_turn", "our rollouts need our engines"),
+    "rollout.stop": ([], "it stops at the end token alone"),
+    "rollout.ignore_eos": (False, "it stops at the end token"),
+    "driver.max_staleness": (0, "it is synchronous"),
+    "eval.data": (None, "evaluate the model it gives: FluxTrainer.evaluate"),
+    "checkpoint.every": (0, "it writes the model at the end"),
+    "resume": (None, "it starts anew"),
+    "model.layout": ("auto", "it pads"),
+    "train.deepspeed": ({}, "it runs in one process"),
+}
+
+
+def check_trl(config: Config) -> tuple[Config, list[str]]:
+    """The config as TRL runs it, and what differs by its nature. UserError for a setting that it hasn't."""
+    for problem in _problems(config):
+        raise UserError(f"backend=trl: {problem}")
+    warnings = []
+    if config.filter.reward is not None:
+        config = dataclasses.replace(config, filter=dataclasses.replace(config.filter, reward=None))
+        warnings.append(f"backend=trl has no dynamic sampling: {config.algo.name} keeps groups without an advantage")
+    if config.algo.entropy_coef and algo.resolve(config.algo).aggregation != "token_mean":
+        warnings.append("backend=trl takes the entropy bonus as a mean over tokens, whatever weighs the other terms")
+    return config, warnings
+
+
+def _problems(config: Config) -> Iterator[str]:
+    name = config.algo.name
+    if name not in ALGORITHMS:
+        yield str(unknown("algorithm", name, ALGORITHMS))
+    for key, (value, why) in ONLY.items():
+        room, _, last = key.rpartition(".")
+        given = getattr(getattr(config, room) if room else config, last)
+        if given != value:
+            yield f"{key}={given} isn't there: {why}"
+    chosen = preset(name).get("filter", {}).get("reward")
+    if config.filter.reward not in (None, chosen):
+        yield f"filter.reward={config.filter.reward} isn't there: it has no dynamic sampling"
+    algorithm = algo.resolve(config.algo)
+    if name in ("gspo", "rloo") and algorithm.aggregation != "sequence":
+        yield f"algo.aggregation={algorithm.aggregation} isn't there for {name}"
+    if name == "cispo" and algorithm.aggregation != "token_mean":
+        yield f"algo.aggregation={algorithm.aggregation} isn't there for cispo"
+    if config.algo.beta and (config.algo.kl_estimator != "k3" or name == "rloo"):
+        yield f"algo.beta={config.algo.beta} with algo.kl_estimator={config.algo.kl_estimator}: it has k3, not for rloo"
+    if config.algo.kl_coef and name != "rloo":
+        yield f"algo.kl_coef={config.algo.kl_coef} isn't there for {name}: its KL is in the loss (algo.beta)"
+    for key in ("entropy_coef", "dual_clip"):
+        if name == "rloo" and getattr(config.algo, key):
+            yield f"algo.{key}={getattr(config.algo, key)} isn't there for rloo"
+
+
+def micro_batch_size(config: Config, *, longest_prompt: int) -> int:
+    """Samples of one forward pass: the most that divide an update's and keep to the token budget, at least 1."""
+    update = config.batch.prompts_per_step * config.rollout.group_size // config.algo.mini_batches
+    tokens = longest_prompt + config.rollout.max_tokens
+    most = min(config.batch.micro_batch_size or update, max(config.batch.max_tokens_per_micro_batch // tokens, 1))
+    return max(size for size in range(1, most + 1) if update % size == 0)
+
+
+def trainer_arguments(config: Config, *, longest_prompt: int, on_cpu: bool) -> dict[str, Any]:
+    """Keyword arguments of GRPOConfig (rloo: RLOOConfig) for a config that `check_trl` gave."""
+    algorithm, rollout, train = config.algo, config.rollout, config.train
+    size = micro_batch_size(config, longest_prompt=longest_prompt)
+    update = config.batch.prompts_per_step * rollout.group_size // algorithm.mini_batches
+    high = algorithm.clip_range if algorithm.clip_range_high is None else algorithm.clip_range_high
+    common = {
+        "per_device_train_batch_size": size,
+        "gradient_accumulation_steps": update // size,
+        "steps_per_generation": update // size * algorithm.mini_batches,
+        "num_iterations": algorithm.epochs,
+        "max_steps": config.driver.num_steps * algorithm.epochs * algorithm.mini_batches,
+        "num_generations": rollout.group_size,
+        "max_completion_length": rollout.max_tokens,
+        "temperature": rollout.temperature, "top_p": rollout.top_p, "top_k": rollout.top_k,
+        "min_p": rollout.min_p or None,
+        "epsilon": algorithm.clip_range, "epsilon_high": high,
+        "learning_rate": train.learning_rate, "warmup_steps": train.warmup_steps,
+        "lr_scheduler_type": SCHEDULES[train.schedule],
+        "adam_beta1": train.adam_betas[0], "adam_beta2": train.adam_betas[1], "adam_epsilon": train.adam_eps,
+        "weight_decay": train.weight_decay, "max_grad_norm": train.max_grad_norm,
+        "gradient_checkpointing": train.gradient_checkpointing, "disable_dropout": True,
+        "mask_truncated_completions": algo.masks_truncated(config),
+        "seed": config.seed, "shuffle_dataset": False,
+        "bf16": False, "use_cpu": on_cpu,
+        "logging_steps": algorithm.epochs * algorithm.mini_batches, "save_strategy": "no", "report_to": "none",
+    }
+    if algorithm.name == "rloo":
+        return {**common, "beta": algorithm.kl_coef, "normalize_advantages": False}
+    resolved = algo.resolve(algorithm)
+    return {
+        **common,
+        "beta": algorithm.beta,
+        "use_bias_correction_kl": False,   # its default multiplies the KL by the ratio
+        "delta": algorithm.dual_clip,
+        "entropy_coef": algorithm.entropy_coef,
+        "scale_rewards": "group" if algorithm.normalize_by_std and resolved.estimator != "dr_grpo" else "none",
+        "loss_type": LOSS_TYPES[resolved.aggregation],
+        **ALGORITHMS[algorithm.name],
+        **({"epsilon_high": 1 + high} if algorithm.name == "cispo" else {}),   # there it is the bound itself
+    }

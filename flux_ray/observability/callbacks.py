@@ -1,0 +1,49 @@
+"""What a program may do at each step of a run, in the driver's process.
+
+Takes:  the metrics of a step or of an evaluation.
+Gives:  `Callback`, to inherit from, and `as_callback` for a plain function.
+Never:  runs in another process; what it raises ends the run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from flux_ray.errors import UserError
+
+Metrics = dict[str, float]
+
+
+class Callback:
+    """Inherit and override what you want. Calls are made between steps: a slow one makes the run wait.
+
+    >>> class Best(Callback):
+    ...     best = 0.0
+    ...     def on_step(self, step, metrics):
+    ...         self.best = max(self.best, metrics["reward/mean"])
+    >>> best = Best(); best.on_step(0, {"reward/mean": 0.5}); best.best
+    0.5
+    """
+
+    def on_step(self, step: int, metrics: Metrics) -> None:
+        """After training step `step` (from 0), with all that its line in metrics.jsonl holds."""
+
+    def on_evaluation(self, step: int, metrics: Metrics) -> None:
+        """After an evaluation, with its `eval/*`; `step` steps have been trained (0: before the first)."""
+
+
+class _OnStep(Callback):
+    def __init__(self, function: Callable[[int, Metrics], None]) -> None:
+        self._function = function
+
+    def on_step(self, step: int, metrics: Metrics) -> None:
+        self._function(step, metrics)
+
+
+def as_callback(given: Callback | Callable[[int, Metrics], None]) -> Callback:
+    """A Callback as it is; a function (step, metrics) as one that is called after each step. UserError for others."""
+    if isinstance(given, Callback):
+        return given
+    if isinstance(given, type) or not callable(given):
+        raise UserError(f"callbacks: {given!r} is neither a Callback nor a function of (step, metrics)")
+    return _OnStep(given)
