@@ -15,15 +15,19 @@ if TYPE_CHECKING:
     from flux_ray.config import Config
     from flux_ray.driver import TrainingResult
     from flux_ray.errors import UserError
+    from flux_ray.observability.callbacks import Callback
     from flux_ray.reward import register_reward
+    from flux_ray.rl_trainer import create_rl_trainer
 
 #: Public name ► the module that has it.
 _HOMES = {
+    "Callback": "flux_ray.observability.callbacks",
     "Config": "flux_ray.config",
     "FluxConfig": "flux_ray.api",
     "FluxTrainer": "flux_ray.api",
     "TrainingResult": "flux_ray.driver",
     "UserError": "flux_ray.errors",
+    "create_rl_trainer": "flux_ray.rl_trainer",
     "register_adv_estimator": "flux_ray.algo",
     "register_policy_loss": "flux_ray.algo",
     "register_reward": "flux_ray.reward",
@@ -31,11 +35,13 @@ _HOMES = {
 
 __version__ = "0.1.0"
 __all__ = [
+    "Callback",
     "Config",
     "FluxConfig",
     "FluxTrainer",
     "TrainingResult",
     "UserError",
+    "create_rl_trainer",
     "register_adv_estimator",
     "register_policy_loss",
     "register_reward",

@@ -1,7 +1,7 @@
 """The Python API: the one Config from the names that people use, and a trainer around the driver.
 
 Takes:  `FluxConfig(model_path=..., algorithm="grpo", algorithm_config={...})`; prompts as a file or in memory.
-Gives:  a Config; `FluxTrainer(config).fit(prompts=...)` ► TrainingResult.
+Gives:  a Config; `FluxTrainer(config).fit(prompts=...)` ► TrainingResult, `.evaluate(prompts)` ► metrics.
 Knows:  that rows and functions must reach other processes: rows become a file, functions go by their file.
 Never:  runs a loop of its own.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 import ast
 import asyncio
 import dataclasses
+import functools
 import inspect
 import json
 import threading
@@ -23,6 +24,7 @@ from flux_ray import config as configs
 from flux_ray import names, run_dir
 from flux_ray.config import Config
 from flux_ray.errors import UserError
+from flux_ray.observability.callbacks import Callback, Metrics, as_callback
 
 if TYPE_CHECKING:
     from flux_ray.driver import TrainingResult
@@ -51,7 +53,8 @@ def FluxConfig(**options: Any) -> Config:
 
 
 class FluxTrainer:
-    """Trains as `flux-ray train` does, from Python.
+    """Trains as `flux-ray train` does, from Python. Whatever a call starts has ended when it returns; as a context
+    manager it refuses further calls after the block.
 
     `rewards`: one function, or several, as `reward.functions` has them: a rule's name, a registered name,
     "path/to/file.py:function", or a function itself, which must stand at the top of a file.
@@ -65,6 +68,19 @@ class FluxTrainer:
             functions = [reward if isinstance(reward, str) else name_of(reward) for reward in several]
             config = dataclasses.replace(config, reward=dataclasses.replace(config.reward, functions=functions))
         self.config = config
+        self._callbacks: list[Callback] = []
+        self._result: TrainingResult | None = None
+        self._closed = False
+
+    def __enter__(self) -> FluxTrainer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._closed = True
+
+    def add_callback(self, callback: Callback | Callable[[int, Metrics], None]) -> None:
+        """Call `callback` in every later `fit` and `evaluate`: a Callback, or a function of (step, metrics)."""
+        self._callbacks.append(as_callback(callback))
 
     def fit(
         self,
@@ -74,12 +90,16 @@ class FluxTrainer:
         eval_prompts: str | Path | Rows | None = None,
         eval_interval: int | None = None,
         checkpoint_interval: int | None = None,
+        callbacks: Sequence[Callback | Callable[[int, Metrics], None]] = (),
     ) -> TrainingResult:
         """Train on `prompts`: a data file, a hub data set, a list of texts or of rows (dicts); None: config.data.train.
 
-        Intervals are in steps; what isn't given is the config's. Works inside a running event loop (a notebook) too.
+        Intervals are in steps; what isn't given is the config's. `callbacks` are called in this run, after those of
+        `add_callback`, in this process. Works inside a running event loop (a notebook) too.
         Raises UserError for what the user can mend, before anything is started wherever it can be known then.
         """
+        self._refuse_closed()
+        called = [*self._callbacks, *map(as_callback, callbacks)]
         changes = {
             "driver.num_steps": num_steps,
             "eval.every": eval_interval,
@@ -88,7 +108,30 @@ class FluxTrainer:
         config = self.prepare(prompts, eval_prompts=eval_prompts, **changes)
         from flux_ray import driver
 
-        return outside_loop(driver.run, config)
+        self._result = outside_loop(functools.partial(driver.run, callbacks=called), config)
+        return self._result
+
+    def evaluate(self, prompts: str | Path | Rows | None = None) -> Metrics:
+        """eval/* of every prompt once (None: config.eval.data), under what `fit` trained, else under model.path.
+
+        Starts engines and reward workers alone. Its folder is `evaluation` in that of the run. Raises as `fit`.
+        """
+        self._refuse_closed()
+        source = prompts if prompts is not None else self.config.eval.data
+        if source is None:
+            raise UserError("evaluate: no prompts given, and eval.data names none")
+        run = self._result.run_dir if self._result else self.config.run_dir
+        config = FluxTrainer(dataclasses.replace(self.config, resume=None)).prepare(source, eval_prompts=source, **{
+            "model.path": str(self._result.model_path) if self._result else None,
+            "run_dir": str(Path(run, "evaluation")) if run else None,
+        })
+        from flux_ray import driver
+
+        return outside_loop(functools.partial(driver.evaluate, callbacks=self._callbacks), config)
+
+    def _refuse_closed(self) -> None:
+        if self._closed:
+            raise UserError("this FluxTrainer's `with` block has ended: make another")
 
     def prepare(self, prompts: str | Path | Rows | None, *, eval_prompts: str | Path | Rows | None = None,
                 **changes: Any) -> Config:

@@ -76,8 +76,10 @@ class Plan:
         return total
 
 
-def make_plan(config: Config, *, cluster_gpus: int, needs_reference: bool) -> Plan:
+def make_plan(config: Config, *, cluster_gpus: int, needs_reference: bool, trains: bool = True) -> Plan:
     """The plan for a cluster with that many GPUs, with reference actors where a KL is asked for.
+
+    Where nothing is trained (an evaluation), engines and reward workers alone.
 
     What can't be placed anywhere: UserError.
     """
@@ -87,15 +89,15 @@ def make_plan(config: Config, *, cluster_gpus: int, needs_reference: bool) -> Pl
     if device == "cuda" and not cluster_gpus:
         raise UserError("cluster.device=cuda, but the cluster has no GPU")
     supervised = config.algo.name == "sft"
-    counts = {TRAINER: config.train.num_ranks}
+    counts = {TRAINER: config.train.num_ranks} if trains else {}
     if not supervised:
         counts[ENGINE] = config.rollout.num_engines
         counts[REWARD] = config.reward.num_workers
-        if needs_reference:
+        if needs_reference and trains:
             counts[REFERENCE] = config.reference.num_actors
     gpus_each = {ENGINE: config.rollout.tensor_parallel_size, TRAINER: 1, REFERENCE: 1}
     wanted = sum(counts.get(name, 0) * gpus for name, gpus in gpus_each.items()) if device == "cuda" else 0
-    shared = device == "cuda" and not supervised and (config.cluster.colocate or cluster_gpus == 1 < wanted)
+    shared = device == "cuda" and trains and not supervised and (config.cluster.colocate or cluster_gpus == 1 < wanted)
     if shared:
         _check_shared(config, counts)
     roles = []

@@ -2,7 +2,8 @@
 
 Takes:  a data file (or prompts in memory), a tokenizer, the context's length in tokens.
 Gives:  PromptSource: `prompt(uid)`, a pure function of seed and uid, so a position to save is the next uid.
-Knows:  every row is encoded at start, so that a bad or too long one is refused before anything starts.
+Knows:  every row is encoded at start, so that a bad or too long one is refused before anything starts; preference
+        rows (chosen, rejected) without a prompt column have the prompt that both share.
 Keeps:  the rows and their tokens.
 Never:  draws at random: order and seeds are hashes of the run's seed.
 """
@@ -16,6 +17,7 @@ from flux_ray.config import Config
 from flux_ray.data.chat import require_template
 from flux_ray.data.encode import Text, encode_prompts, prompt_limit, prompt_text
 from flux_ray.data.order import EpochOrder, stable_seed
+from flux_ray.data.preferences import CHOSEN, REJECTED, shared_prompt
 from flux_ray.data.rows import BadCell, BadRows, Row, Rows, load_rows
 from flux_ray.errors import UserError
 from flux_ray.records import Prompt
@@ -34,12 +36,14 @@ class PromptSource:
 
     def __init__(self, rows: Rows, config: Config, tokenizer: Any, *, context_length: int, role: str) -> None:
         column = config.data.prompt_column
-        rows.require(column, "data.prompt_column")
+        shared = column not in rows.columns and {CHOSEN, REJECTED} <= set(rows.columns)
+        if not shared:
+            rows.require(column, "data.prompt_column")
         bad = BadRows(rows, column, config.data.on_bad_row)
         texts: dict[int, Text] = {}
         for number, row in enumerate(rows.rows):
             try:
-                texts[number] = prompt_text(row, config.data)
+                texts[number] = prompt_text({**row, column: shared_prompt(row)} if shared else row, config.data)
             except BadCell as error:
                 bad.add(number, error)
         for number, text in texts.items():

@@ -1,7 +1,7 @@
-"""Runs a Config: `run(config) -> TrainingResult`.
+"""Runs a Config: `run(config) -> TrainingResult`, `evaluate(config) -> metrics`.
 
-Takes:  a Config, from the command line or from Python.
-Gives:  a run folder with a trained model in it.
+Takes:  a Config, from the command line or from Python; callbacks.
+Gives:  a run folder with a trained model in it, or with an evaluation.
 Knows:  the life of a run: check, connect, place, build, loop, save; the first failure is what the user is told.
 Never:  leaves a process behind, however the run ends; prints what a library prints.
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import threading
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,12 +19,16 @@ from typing import TYPE_CHECKING, Any
 from flux_ray.cluster.group import ActorDied, ActorError
 from flux_ray.config import Config
 from flux_ray.errors import RunFailed, UserError
+from flux_ray.observability.callbacks import Callback
 
 if TYPE_CHECKING:
     from flux_ray.cluster.on_ray import Cluster
     from flux_ray.cluster.plan import Plan
     from flux_ray.driver.preflight import Prepared
     from flux_ray.driver.recorder import Recorder
+
+#: What is done on live actors: (prepared, cluster, plan, recorder).
+Work = Callable[["Prepared", "Cluster", "Plan", "Recorder"], Coroutine[Any, Any, None]]
 
 DEATH_SHOWS_S = 3.0  # Ray tells of an actor's death 1 to 2 s later; what it broke may fail at once
 
@@ -43,11 +47,23 @@ class TrainingResult:
         return self.run_dir / "model"
 
 
-def run(config: Config) -> TrainingResult:
+def run(config: Config, *, callbacks: Sequence[Callback] = ()) -> TrainingResult:
     """Train as the config says.
 
     UserError for a mistake in it, RunFailed for what broke, KeyboardInterrupt for Ctrl-C.
     """
+    recorder = _whole_life(config, _train, callbacks)
+    history = tuple(recorder.history)
+    return TrainingResult(recorder.folder.path, config.driver.num_steps, history[-1] if history else {}, history)
+
+
+def evaluate(config: Config, *, callbacks: Sequence[Callback] = ()) -> dict[str, float]:
+    """eval/* of the prompts of eval.data under the policy as it is at model.path; nothing is trained. Raises as run."""
+    return _whole_life(config, _evaluate, callbacks).last_evaluation
+
+
+def _whole_life(config: Config, work: Work, callbacks: Sequence[Callback]) -> Recorder:
+    """Check, make the folder, do the work on live actors; what was recorded."""
     from flux_ray import run_dir
     from flux_ray.driver.preflight import prepare
     from flux_ray.driver.recorder import Recorder
@@ -60,38 +76,38 @@ def run(config: Config) -> TrainingResult:
     folder = RunFolder(config.run_dir)
     folder.create(config, resume_step=prepared.start.step if prepared.checkpoint else None)
     with quiet(folder.path / LOG, progress=config.observability.progress) as terminal:
-        recorder = Recorder(config, folder=folder, terminal=terminal)
+        recorder = Recorder(config, folder=folder, terminal=terminal, callbacks=callbacks)
         terminal.say(f"run folder {folder.path}")
         for warning in prepared.warnings:
             recorder.warn(warning)
         try:
-            asyncio.run(_live(prepared, recorder))
+            asyncio.run(_live(prepared, recorder, work))
         except BaseException as error:
             raise _told(error, folder.path / LOG) from error
         finally:
             recorder.close()
-        terminal.say(f"done: model in {folder.model}")
-    history = tuple(recorder.history)
-    return TrainingResult(folder.path, config.driver.num_steps, history[-1] if history else {}, history)
+        terminal.say(f"done: model in {folder.model}" if work is _train else f"done: evaluation in {folder.path}")
+    return recorder
 
 
-async def _live(prepared: Prepared, recorder: Recorder) -> None:
-    """Connect, place, build, loop, save; then, whatever happened, end every process of the run."""
+async def _live(prepared: Prepared, recorder: Recorder, work: Work) -> None:
+    """Connect, place, do the work; then, whatever happened, end every process of the run."""
     from flux_ray.cluster.on_ray import Cluster
     from flux_ray.cluster.plan import make_plan
 
     config, say = prepared.config, recorder.terminal.say
     cluster = Cluster(log_dir=recorder.folder.logs, plugins=list(config.plugins))
     # A Ray of the run's own gets as many CPUs as the plan counts: actors share the cores that there are.
-    own = make_plan(config, cluster_gpus=_visible_gpus(config), needs_reference=prepared.needs_reference)
+    needs = {"needs_reference": prepared.needs_reference, "trains": work is _train}
+    own = make_plan(config, cluster_gpus=_visible_gpus(config), **needs)
     _end_on_sigterm()
     try:
         cluster.connect(config.cluster.address, cpus=own.total["CPU"])
         _end_on_sigterm()  # again: connecting puts a handler of Ray's own in its place
-        plan = make_plan(config, cluster_gpus=cluster.num_gpus(), needs_reference=prepared.needs_reference)
+        plan = make_plan(config, cluster_gpus=cluster.num_gpus(), **needs)
         await cluster.place(plan, deadline_s=config.cluster.placement_deadline_s)
         say("starting " + ", ".join(f"{role.count} {role.name}" for role in plan.roles) + f" on {plan.device}")
-        await _unless_one_dies(cluster, _train(prepared, cluster, plan, recorder))
+        await _unless_one_dies(cluster, work(prepared, cluster, plan, recorder))
     finally:
         await cluster.close()
 
@@ -119,6 +135,18 @@ async def _train(prepared: Prepared, cluster: Cluster, plan: Plan, recorder: Rec
     recorder.terminal.say("ready")
     await loop.run()
     await training.save_model(recorder.folder.model)
+
+
+async def _evaluate(prepared: Prepared, cluster: Cluster, plan: Plan, recorder: Recorder) -> None:
+    """Engines and reward workers alone, once over eval.data."""
+    from flux_ray.driver import build
+    from flux_ray.driver.evaluation import Evaluation
+
+    if prepared.eval_prompts is None:
+        raise UserError("eval.data is missing: the prompts to evaluate on")
+    rooms = await build.sampling_rooms(prepared, cluster, plan)
+    recorder.terminal.say("ready")
+    await Evaluation(prepared.config, prepared.eval_prompts).run(rooms, version=0, recorder=recorder)
 
 
 async def _unless_one_dies(cluster: Cluster, work: Coroutine[Any, Any, None]) -> None:
@@ -177,4 +205,4 @@ def _told(error: BaseException, log: Path) -> BaseException:
     return RunFailed(f"{text if known else f'{type(error).__name__}: {text}'} (log: {log})")
 
 
-__all__ = ["TrainingResult", "run"]
+__all__ = ["TrainingResult", "evaluate", "run"]

@@ -15,7 +15,7 @@ from flux_ray.cluster.plan import ENGINE, REFERENCE, REWARD, TRAINER, Plan, Role
 from flux_ray.config import Config
 from flux_ray.driver.preflight import Prepared
 from flux_ray.driver.roles import ReferencePolicy, TrainingRank
-from flux_ray.driver.rooms import PolicyRooms, TrainingRooms
+from flux_ray.driver.rooms import PolicyRooms, SamplingRooms, TrainingRooms
 from flux_ray.driver.state import TRAINER as TRAINER_FOLDER
 from flux_ray.model import resolve_dtype
 from flux_ray.reward import RewardWorker
@@ -36,6 +36,16 @@ async def policy_rooms(prepared: Prepared, cluster: Cluster, plan: Plan) -> Poli
     return PolicyRooms(
         config, engines=groups[ENGINE], rewards=groups[REWARD], reference=groups.get(REFERENCE), trainer=groups[TRAINER]
     )
+
+
+async def sampling_rooms(prepared: Prepared, cluster: Cluster, plan: Plan) -> SamplingRooms:
+    """Engines and reward workers; the engines serve the weights that they loaded."""
+    config = prepared.config
+    groups = {role.name: _spawn(config, cluster, plan, role) for role in plan.roles}
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(_build_engines(config, plan, groups[ENGINE]))
+        tasks.create_task(_build_rewards(config, groups[REWARD]))
+    return SamplingRooms(config, engines=groups[ENGINE], rewards=groups[REWARD])
 
 
 def _spawn(config: Config, cluster: Cluster, plan: Plan, role: Role) -> RayGroup:

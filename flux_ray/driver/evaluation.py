@@ -14,7 +14,7 @@ from flux_ray.config import Config
 from flux_ray.data import PromptSource
 from flux_ray.driver.measure import length_metrics, reward_metrics
 from flux_ray.driver.recorder import Recorder
-from flux_ray.driver.rooms import PolicyRooms, Rolled
+from flux_ray.driver.rooms import Rolled, SamplingRooms
 from flux_ray.records import ScoredGroup
 
 NUM_ANSWERS = 16  # answers kept as text, for people
@@ -25,7 +25,7 @@ class Evaluation:
         self._prompts = prompts
         self._temperature = config.eval.temperature
 
-    async def run(self, rooms: PolicyRooms, *, version: int, recorder: Recorder) -> dict[str, float]:
+    async def run(self, rooms: SamplingRooms, *, version: int, recorder: Recorder) -> dict[str, float]:
         start_s = time.monotonic()
         answered = await first_failure([self._one(rooms, uid) for uid in range(self._prompts.num_rows)])
         groups = [scored for _, scored in answered]
@@ -40,6 +40,6 @@ class Evaluation:
         recorder.evaluation(version, metrics, answers)
         return metrics
 
-    async def _one(self, rooms: PolicyRooms, uid: int) -> tuple[Rolled, ScoredGroup]:
+    async def _one(self, rooms: SamplingRooms, uid: int) -> tuple[Rolled, ScoredGroup]:
         rolled = await rooms.roll(self._prompts.prompt(uid), temperature=self._temperature)
         return rolled, await rooms.score(rolled)

@@ -12,6 +12,7 @@ from flux_ray.data import PromptSource
 from flux_ray.driver.loop import Loop
 from flux_ray.driver.recorder import Recorder
 from flux_ray.driver.state import LoopState
+from flux_ray.observability.callbacks import as_callback
 from flux_ray.observability.run_folder import METRICS, RunFolder, read_lines
 from flux_ray.observability.terminal import Terminal
 from tests.driver.local import Parts, policy_rooms
@@ -20,13 +21,14 @@ from tests.tiny import tiny_tokenizer
 pytestmark = pytest.mark.unit
 
 
-def run(tmp_path, rewards_of, **values) -> Parts:
+def run(tmp_path, rewards_of, *, callbacks=(), **values) -> Parts:
     """Three steps of four prompts; gives what the rooms saw. metrics.jsonl is in tmp_path."""
     config = from_dict({"batch.prompts_per_step": 4, "rollout.group_size": 2, "driver.num_steps": 3,
                         "rollout.max_tokens": 4, **values})
     folder = RunFolder(tmp_path)
     folder.create(config, resume_step=None)
-    recorder = Recorder(config, folder=folder, terminal=Terminal(io.StringIO(), enabled=True))
+    recorder = Recorder(config, folder=folder, terminal=Terminal(io.StringIO(), enabled=True),
+                        callbacks=callbacks)
     sums = [f"{i}+1=" for i in range(9)]
     prompts = PromptSource.from_config(config, tiny_tokenizer(), context_length=64, prompts=sums)
     parts = Parts(rewards_of)
@@ -73,3 +75,18 @@ def test_failed_rewards_are_dropped_where_the_user_says_so_and_have_the_same_lim
         run(tmp_path / "all", lambda uid: ArithmeticError("no"), **{"reward.on_failure": "drop"})
     with pytest.raises(BaseExceptionGroup):
         run(tmp_path / "stop", fails)
+
+
+def test_callbacks_see_each_step_as_it_is_written_and_can_end_the_run(tmp_path):
+    seen = []
+    run(tmp_path / "a", differs_but_every_third, callbacks=[as_callback(lambda step, m: seen.append((step, m)))])
+    lines = read_lines(tmp_path / "a" / METRICS)
+    assert [step for step, _ in seen] == [0, 1, 2]
+    assert [{"step": step, **metrics} for step, metrics in seen] == lines
+
+    def stop(step, metrics):
+        raise KeyError("enough")
+
+    with pytest.raises(BaseExceptionGroup):
+        run(tmp_path / "b", differs_but_every_third, callbacks=[as_callback(stop)])
+    assert len(read_lines(tmp_path / "b" / METRICS)) == 1

@@ -37,9 +37,11 @@ LEVELS = {
     "flux_ray.cluster": 3,
     "flux_ray.toy": 3,
     "flux_ray.driver": 4,
-    "flux_ray.api": 5,
-    "flux_ray.__main__": 5,
-    "flux_ray.quickstart": 6,   # it calls the command line, as anybody would
+    "flux_ray.backends": 5,
+    "flux_ray.api": 6,
+    "flux_ray.__main__": 6,
+    "flux_ray.rl_trainer": 7,
+    "flux_ray.quickstart": 7,   # it calls the command line, as anybody would
 }
 
 #: Library ► the only rooms, or modules, that import it.
@@ -48,6 +50,8 @@ HOMES = {
     "deepspeed": {"train", "reference"},
     "ray": {"cluster"},
     "hydra": {"__main__"},
+    "trl": {"backends"},
+    "unsloth": {"backends"},
     "omegaconf": {"config", "names", "run_dir", "observability"},   # the last two read and write config.yaml
 }
 

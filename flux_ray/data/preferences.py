@@ -1,0 +1,40 @@
+"""Preference rows where prompts are wanted: what both responses share.
+
+Takes:  a row with `chosen` and `rejected`, whole transcripts or lists of messages.
+Gives:  `shared_prompt`: text up to the reply in which they part, or the messages before it.
+Knows:  how such transcripts mark a reply: a blank line and `Assistant:`.
+"""
+
+from __future__ import annotations
+
+import os
+from itertools import takewhile
+from typing import Any
+
+from flux_ray.data.rows import BadCell, Row
+from flux_ray.records import Message
+
+CHOSEN, REJECTED = "chosen", "rejected"
+REPLY = "\n\nAssistant:"  # what a reply follows in a transcript
+
+
+def shared_prompt(row: Row) -> str | list[Message]:
+    """The prompt of both responses. BadCell where they have none in common.
+
+    >>> start = "\\n\\nHuman: hi\\n\\nAssistant:"
+    >>> shared_prompt({"chosen": f"{start} Hello", "rejected": f"{start} Hey"}) == start
+    True
+    """
+    chosen, rejected = row[CHOSEN], row[REJECTED]
+    if isinstance(chosen, str) and isinstance(rejected, str):
+        # character by character is what is wanted
+        start, mark, _ = os.path.commonprefix([chosen, rejected]).rpartition(REPLY)  # noqa: RUF071
+        if not mark:
+            raise BadCell(f"{CHOSEN} and {REJECTED} share no text up to a reply ({REPLY!r})", CHOSEN)
+        return start + mark
+    if isinstance(chosen, list) and isinstance(rejected, list):
+        same = takewhile(lambda pair: pair[0] == pair[1], zip(chosen[:-1], rejected[:-1], strict=False))
+        messages: list[Any] = [message for message, _ in same]
+        if messages:
+            return messages
+    raise BadCell(f"{CHOSEN} and {REJECTED} must be two texts or two lists of messages with a start in common", CHOSEN)

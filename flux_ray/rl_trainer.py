@@ -1,0 +1,81 @@
+"""One call from a model's and a data set's name to a trainer, on a backend of choice.
+
+Takes:  names of model, data set, algorithm and backend; rewards; further options as FluxConfig takes them.
+Gives:  `create_rl_trainer(...)`, whose result has `.config` and `.train()` ► TrainingResult.
+Knows:  which backends there are: ours on Ray, TRL's trainers, TRL's on a model that Unsloth opened.
+Never:  starts anything before `.train()`; what can be refused is refused when the trainer is created.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from flux_ray import algo
+from flux_ray.api import FluxConfig, FluxTrainer, Reward, outside_loop
+from flux_ray.config import Config
+from flux_ray.errors import UserError, unknown
+from flux_ray.observability.callbacks import Callback, Metrics, as_callback
+
+if TYPE_CHECKING:
+    from flux_ray.driver import TrainingResult
+
+BACKENDS = ("ray", "trl", "unsloth")
+#: Algorithms that people ask for by this call and that learn from something else than groups of rollouts.
+NOT_YET = {"dpo": "learns from preference pairs", "ppo": "needs a critic"}
+
+
+class RLTrainer:
+    """What `create_rl_trainer` gives."""
+
+    def __init__(self, config: Config, *, backend: str, rewards: Reward | Sequence[Reward] | None) -> None:
+        self._trainer = FluxTrainer(config, rewards=rewards)
+        self.backend = backend
+
+    @property
+    def config(self) -> Config:
+        return self._trainer.config
+
+    def train(self, *, callbacks: Sequence[Callback | Callable[[int, Metrics], None]] = ()) -> TrainingResult:
+        """Train to the end. UserError for what the user can mend, before anything is started where it can be known."""
+        if self.backend == "ray":
+            return self._trainer.fit(callbacks=callbacks)
+        from flux_ray.backends import trl, unsloth
+
+        run = {"trl": trl.train, "unsloth": unsloth.train}[self.backend]
+        config = self._trainer.prepare(None)
+        return outside_loop(functools.partial(run, callbacks=[as_callback(callback) for callback in callbacks]), config)
+
+
+def create_rl_trainer(
+    *, model_name: str, dataset_name: str, algorithm: str = "grpo", backend: str = "ray",
+    reward_model_name: str | None = None, rewards: Reward | Sequence[Reward] | None = None, **options: Any,
+) -> RLTrainer:
+    """A trainer of `model_name` on `dataset_name` (a file, or a hub data set).
+
+    `rewards`: as FluxTrainer has them; `options`: as FluxConfig has them. Preference rows (chosen, rejected) without a
+    prompt column give the prompt that both share.
+
+    >>> trainer = create_rl_trainer(model_name="Qwen/Qwen3-0.6B", dataset_name="data.jsonl", algorithm="drgrpo")
+    >>> trainer.backend, trainer.config.algo.name
+    ('ray', 'dr_grpo')
+
+    Raises UserError: an unknown algorithm or backend (with the nearest), an option that the backend hasn't.
+    """
+    if backend not in BACKENDS:
+        raise unknown("backend", backend, BACKENDS)
+    there = ", ".join(sorted(algo.ALGORITHMS))
+    if algorithm in NOT_YET:
+        raise UserError(f"algorithm {algorithm!r} isn't there yet: it {NOT_YET[algorithm]} (there are {there})")
+    if reward_model_name is not None:
+        raise UserError(f"reward_model_name={reward_model_name!r}: reward models aren't there yet: give functions "
+                        "(rewards=...), or data with an answer column")
+    config = FluxConfig(model_path=model_name, algorithm=algorithm, **{"data.train": dataset_name}, **options)
+    if not config.plugins:   # a plugin's own algorithms are known where it is loaded
+        algo.resolve(config.algo)
+    if backend != "ray":
+        from flux_ray.backends.trl_settings import check_trl
+
+        check_trl(config)
+    return RLTrainer(config, backend=backend, rewards=rewards)

@@ -1,0 +1,72 @@
+"""create_rl_trainer, callbacks and the trainer's own promises, up to the driver's door."""
+
+from __future__ import annotations
+
+import pytest
+
+from flux_ray import Callback, FluxConfig, FluxTrainer, UserError, create_rl_trainer
+from flux_ray.observability.callbacks import as_callback
+
+pytestmark = pytest.mark.unit
+
+
+def make(**given):
+    return create_rl_trainer(**{"model_name": "m", "dataset_name": "d.jsonl", **given})
+
+
+def test_names_options_and_the_preset_become_one_config():
+    trainer = make(algorithm="dapo", num_generations=8, num_steps=5, rewards=["numeric", "length"])
+    config = trainer.config
+    assert (config.model.path, config.data.train, config.rollout.group_size) == ("m", "d.jsonl", 8)
+    assert config.algo.clip_range_high == 0.28 and config.filter.reward == "task" and config.driver.num_steps == 5
+    assert config.reward.functions == ["numeric", "length"] and trainer.backend == "ray"
+
+
+@pytest.mark.parametrize("algorithm", ["grpo", "gspo", "dapo", "drgrpo"])
+@pytest.mark.parametrize("backend", ["ray", "trl"])
+def test_what_is_promised_by_name(algorithm, backend):
+    assert make(algorithm=algorithm, backend=backend).backend == backend
+
+
+@pytest.mark.parametrize(("given", "message"), [
+    ({"algorithm": "ppo"}, "algorithm 'ppo' isn't there yet: it needs a critic"),
+    ({"algorithm": "grop"}, "unknown algorithm 'grop': did you mean 'grpo'"),
+    ({"backend": "try"}, "unknown backend 'try'"),
+    ({"reward_model_name": "r"}, "reward_model_name='r': reward models aren't there yet"),
+    ({"backend": "trl", "algorithm": "gspo_token"}, "backend=trl: unknown algorithm 'gspo_token'"),
+    ({"backend": "trl", "max_staleness": 2}, "driver.max_staleness=2 isn't there"),
+    ({"grop_size": 2}, "did you mean 'rollout.group_size'"),
+])
+def test_refused_when_it_is_created(given, message):
+    with pytest.raises(UserError) as caught:
+        make(**given)
+    assert message in str(caught.value)
+
+
+def test_a_function_is_a_callback_and_other_things_are_not():
+    seen = []
+    as_callback(lambda step, metrics: seen.append((step, metrics))).on_step(3, {"a": 1.0})
+    assert seen == [(3, {"a": 1.0})]
+    own = Callback()
+    assert as_callback(own) is own
+    for wrong in ("print", None, Callback):
+        with pytest.raises(UserError, match="neither a Callback nor a function"):
+            as_callback(wrong)
+
+
+def test_wrong_callbacks_are_refused_before_anything_starts(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="neither a Callback"):
+        FluxTrainer(FluxConfig(model_path="m")).add_callback(3)   # type: ignore[arg-type]
+    with pytest.raises(UserError, match="neither a Callback"):
+        FluxTrainer(FluxConfig(model_path="m")).fit("d.jsonl", callbacks=[3])   # type: ignore[list-item]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_after_its_block_a_trainer_is_done():
+    nothing_given = pytest.raises(UserError, match=r"no prompts given, and eval\.data names none")
+    with FluxTrainer(FluxConfig(model_path="m")) as trainer, nothing_given:
+        trainer.evaluate()
+    for call in (trainer.fit, trainer.evaluate):
+        with pytest.raises(UserError, match="block has ended"):
+            call()
