@@ -128,7 +128,7 @@ def compose(overrides: list[str], *, then: Callable[[Config], None]) -> None:
     from hydra.errors import HydraException
     from hydra.types import RunMode
 
-    composed: list[configs.DictConfig] = []
+    composed: list[tuple[configs.DictConfig, list[str]]] = []
 
     def task(tree: configs.DictConfig) -> None:
         settings = HydraConfig.get()
@@ -136,7 +136,8 @@ def compose(overrides: list[str], *, then: Callable[[Config], None]) -> None:
             tree.run_dir = tree.run_dir or settings.runtime.output_dir
             then(configs.from_tree(tree))
         else:
-            composed.append(_resumed(tree, list(settings.overrides.task)) if tree.resume else tree)
+            words = configs.OmegaConf.to_container(settings.overrides.task, resolve=False)
+            composed.append((tree, words))  # type: ignore[arg-type]  # texts, some with an interpolation in them
 
     ConfigStore.instance().store(name="defaults_in_config_py", node=configs.schema())
     application = hydra.main(version_base="1.3", config_path=str(configs.CONF.resolve()), config_name="config")(task)
@@ -146,8 +147,8 @@ def compose(overrides: list[str], *, then: Callable[[Config], None]) -> None:
             application()
         except HydraException as error:
             raise _one_line(error) from error
-    for tree in composed:
-        then(configs.from_tree(tree))
+    for tree, words in composed:
+        then(configs.from_tree(_resumed(tree, words) if tree.resume else tree))
 
 
 def _resumed(tree: configs.DictConfig, overrides: list[str]) -> configs.DictConfig:

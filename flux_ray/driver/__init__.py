@@ -71,6 +71,7 @@ def _whole_life(config: Config, work: Work, callbacks: Sequence[Callback]) -> Re
     from flux_ray.observability.terminal import quiet
 
     prepared = prepare(config)
+    own_cpus = _own_cpus(prepared, trains=work is _train)
     config = run_dir.claim(prepared.config)
     assert config.run_dir is not None
     folder = RunFolder(config.run_dir)
@@ -81,7 +82,7 @@ def _whole_life(config: Config, work: Work, callbacks: Sequence[Callback]) -> Re
         for warning in prepared.warnings:
             recorder.warn(warning)
         try:
-            asyncio.run(_live(prepared, recorder, work))
+            asyncio.run(_live(prepared, recorder, work, own_cpus))
         except BaseException as error:
             raise _told(error, folder.path / LOG) from error
         finally:
@@ -90,21 +91,35 @@ def _whole_life(config: Config, work: Work, callbacks: Sequence[Callback]) -> Re
     return recorder
 
 
-async def _live(prepared: Prepared, recorder: Recorder, work: Work) -> None:
+def _own_cpus(prepared: Prepared, *, trains: bool) -> float:
+    """CPUs that a Ray of the run's own declares: as many as the plan counts, for actors share the cores that there are.
+
+    UserError for a plan that this machine can't have. 0 where a running cluster is joined, which is asked later.
+    """
+    from flux_ray.cluster.on_ray import Cluster
+    from flux_ray.cluster.plan import make_plan
+
+    config = prepared.config
+    if Cluster.wanted_address(config.cluster.address):
+        return 0.0
+    gpus = _visible_gpus(config)
+    plan = make_plan(config, cluster_gpus=gpus, needs_reference=prepared.needs_reference, trains=trains)
+    return plan.total["CPU"]
+
+
+async def _live(prepared: Prepared, recorder: Recorder, work: Work, own_cpus: float) -> None:
     """Connect, place, do the work; then, whatever happened, end every process of the run."""
     from flux_ray.cluster.on_ray import Cluster
     from flux_ray.cluster.plan import make_plan
 
     config, say = prepared.config, recorder.terminal.say
     cluster = Cluster(log_dir=recorder.folder.logs, plugins=list(config.plugins))
-    # A Ray of the run's own gets as many CPUs as the plan counts: actors share the cores that there are.
-    needs = {"needs_reference": prepared.needs_reference, "trains": work is _train}
-    own = make_plan(config, cluster_gpus=_visible_gpus(config), **needs)
     _end_on_sigterm()
     try:
-        cluster.connect(config.cluster.address, cpus=own.total["CPU"])
+        cluster.connect(config.cluster.address, cpus=own_cpus)
         _end_on_sigterm()  # again: connecting puts a handler of Ray's own in its place
-        plan = make_plan(config, cluster_gpus=cluster.num_gpus(), **needs)
+        gpus, trains = cluster.num_gpus(), work is _train
+        plan = make_plan(config, cluster_gpus=gpus, needs_reference=prepared.needs_reference, trains=trains)
         await cluster.place(plan, deadline_s=config.cluster.placement_deadline_s)
         say("starting " + ", ".join(f"{role.count} {role.name}" for role in plan.roles) + f" on {plan.device}")
         await _unless_one_dies(cluster, work(prepared, cluster, plan, recorder))

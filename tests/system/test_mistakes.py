@@ -1,0 +1,101 @@
+"""What a run finds wrong before an actor starts: one readable line, exit code 2, nothing made."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+
+from flux_ray.__main__ import main
+from tests.tiny import tiny_model
+
+pytestmark = pytest.mark.unit
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny_model(tmp_path_factory.mktemp("model") / "model", tied=True, context=64)
+
+
+@pytest.fixture
+def refused(model, tmp_path, monkeypatch, capfd):
+    """main() with a right command line and then the given words; gives the one line that it must be refused with."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps({"prompt": f"{i}+1=", "answer": "1"}) + "\n"
+                                                 for i in range(8)))
+    right = {"model.path": str(model), "data.train": "data.jsonl", "run_dir": "run", "rollout.max_tokens": "16",
+             "cluster.address": "127.0.0.1:1"}  # a mistake that isn't seen must not start a run
+
+    def files() -> list:
+        return sorted(path for path in tmp_path.rglob("*") if path.name != "__pycache__" and path.suffix != ".pyc")
+
+    def refuse(*words: str) -> str:
+        before = files()
+        given = {word.partition("=")[0] for word in words}
+        assert main(["train", *(f"{k}={v}" for k, v in right.items() if k not in given), *words]) == 2
+        shown = capfd.readouterr()
+        lines = shown.err.splitlines()
+        assert shown.out == "" and len(lines) == 1 and lines[0].startswith("flux-ray: "), shown
+        assert files() == before, "a run was started"
+        ray = sys.modules.get("ray")
+        assert ray is None or not ray.is_initialized()
+        return lines[0].removeprefix("flux-ray: ")
+
+    return refuse
+
+
+@pytest.mark.parametrize("words, message", [
+    (["rollout.grop_size=2"], "unknown option 'rollout.grop_size': did you mean 'rollout.group_size'?"),
+    (["rollout.group_size=1"], "rollout.group_size must be >= 2 for grpo, got 1"),
+    (["batch.prompts_per_step=6", "algo.mini_batches=4"],
+     "batch.prompts_per_step=6 must divide by algo.mini_batches=4"),
+    (["batch.prompts_per_step=8", "train.num_ranks=3"], "must divide by train.num_ranks=3"),
+    (["model.path=/no/such/model"], "/no/such/model"),
+    (["data.train=no_such.jsonl"], "no_such.jsonl: no such file"),
+    (["data.prompt_column=promt"], "data.jsonl: unknown column 'promt': did you mean 'prompt'?"),
+    (["rollout.max_tokens=62"], "data.jsonl row 1 (from 1): column 'prompt': 4 tokens, more than the 2 that"),
+    (["rollout.max_tokens=64"], "rollout.max_tokens=64 leaves no room for a prompt in a context of 64 tokens"),
+    (["reward.functions=[no_such.py:f]"], "no_such.py"),
+    (["reward.functions=[numerci]"], "'numerci'"),
+    (["rollout.engine_args.dtype=half"], "rollout.engine_args.dtype can't be set there: model.dtype"),
+    (["train.deepspeed.zero_optimization.stage=2"], "train.zero_stage"),
+    (["rollout.function=no_such.py:f"], "no_such.py"),
+    (["rollout.function=singel_turn"], "did you mean 'single_turn'?"),
+    (["plugins=[no_such.py]"], "plugins: there is no file"),
+    (["resume=no/such/run"], "resume=no/such/run: there is no"),
+    (["weights.backend=nccl", "cluster.device=cpu", "cluster.address=null"], "weights.backend=nccl can't work on CPU"),
+])
+def test_a_mistake_on_the_command_line(refused, words, message):
+    assert message in refused(*words)
+
+
+@pytest.mark.parametrize("text, message", [
+    ("", "bad.jsonl: no rows in it"),
+    ('{"prompt": "1+1="}\n{"prompt": \n', "bad.jsonl line 2: broken JSON: "),
+    ('{"prompt": "1+1="}\n{"prompt": 7}\n', "bad.jsonl row 2 (from 1): column 'prompt': must be text"),
+    ('{"prompt": "1+1="}\n[1]\n', "bad.jsonl line 2: list, not a JSON object"),
+])
+def test_a_mistake_in_the_data(refused, tmp_path, text, message):
+    (tmp_path / "bad.jsonl").write_text(text)
+    assert message in refused("data.train=bad.jsonl", "reward.functions=[length]")
+
+
+def test_data_without_an_answer_need_a_reward(refused, tmp_path):
+    (tmp_path / "bare.jsonl").write_text('{"prompt": "1+1="}\n')
+    assert "reward.functions" in refused("data.train=bare.jsonl")
+
+
+def test_a_reward_that_cannot_be_imported(refused, tmp_path):
+    (tmp_path / "mine.py").write_text("import no_such_package\n\ndef f(completions, **columns): ...\n")
+    message = refused("reward.functions=[mine.py:f]")
+    assert "mine.py line 1 failed: ModuleNotFoundError: No module named 'no_such_package'" in message
+    (tmp_path / "other.py").write_text("def good(completions, **columns): ...\n")
+    assert "did you mean 'good'?" in refused("reward.functions=[other.py:goood]")
+
+
+def test_a_folder_that_holds_a_run(refused, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text("")
+    message = refused("run_dir=run")
+    assert message.startswith(f"run_dir={tmp_path}/run holds a run already") and "resume=" in message
