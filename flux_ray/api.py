@@ -142,6 +142,7 @@ class FluxTrainer:
         sources = {"data.train": _source(prompts), "eval.data": _source(eval_prompts)}
         given = {key: value for key, value in {**changes, **sources}.items() if value is not None}
         config = configs.validate(configs.from_dict({**_flat(self.config), **given}))
+        config = dataclasses.replace(config, plugins=[*config.plugins, *_files_of_registered(config)])
         if IN_MEMORY not in sources.values():
             return config
         config = run_dir.claim(config)
@@ -151,6 +152,26 @@ class FluxTrainer:
         }
         written = {key: file for key, file in files.items() if file is not None}
         return configs.from_dict({**_flat(config), **written})
+
+
+def _files_of_registered(config: Config) -> list[str]:
+    """The files of functions registered in this process that the config names: as plugins they reach every other.
+
+    Raises UserError, as `name_of`, for a function that no other process can import.
+    """
+    from flux_ray.algo.estimators import ESTIMATORS
+    from flux_ray.algo.losses import POLICY_LOSSES
+    from flux_ray.reward import get_reward, list_rewards
+    from flux_ray.reward.rules import RULES
+
+    named = {config.algo.name, config.algo.estimator, config.algo.policy_loss}
+    functions: list[Callable[..., Any]] = []
+    functions += [entry.function for name, entry in ESTIMATORS.items() if name in named and not entry.ours]
+    functions += [entry.function for name, entry in POLICY_LOSSES.items() if name in named and not entry.ours]
+    functions += [get_reward(name) for name in config.reward.functions if name in list_rewards() and name not in RULES]
+    loaded = {str(Path(path).expanduser().resolve()) for path in config.plugins}
+    files = {str(Path(function.__code__.co_filename).resolve()) for function in functions if name_of(function)}
+    return sorted(files - loaded)
 
 
 def _flat(config: Config) -> dict[str, Any]:
@@ -216,14 +237,14 @@ def name_of(function: Callable[..., Any]) -> str:
     except TypeError:
         file = None
     if not name.isidentifier() or not file or not Path(file).is_file():
-        raise UserError(f"reward {shown}: other processes can't import it. Put it at the top of a file of its own as "
-                        "`def my_reward(prompts, completions, **columns)` and pass \"path/to/file.py:my_reward\"")
+        raise UserError(f"function {shown}: other processes can't import it. Put it at the top of a file of its own: a "
+                        "reward is then passed as \"path/to/file.py:my_reward\", what registers is named in plugins")
     module = inspect.getmodule(function)
     if module is not None and module.__name__ != "__main__" and module.__package__:
         return f"{module.__name__}:{name}"   # of a package: its file alone may import its neighbours
     if _fits_when_imported(Path(file)):
-        raise UserError(f"reward {shown}: every process imports {file}, which would call fit() again. Put the "
-                        "calls under `if __name__ == \"__main__\":`, or the reward into a file of its own")
+        raise UserError(f"function {shown}: every process imports {file}, which would call fit() again. Put the "
+                        "calls under `if __name__ == \"__main__\":`, or the function into a file of its own")
     return f"{Path(file).resolve()}:{name}"
 
 

@@ -2,6 +2,7 @@
 
 Takes:  the paths of `plugins`, and names of the form path/to/file.py:function or package.module:function.
 Gives:  `load_plugins`, `load_function`: each file is imported once in a process; what it registers is then known there.
+        `same_function`: whether a registration is the same once more.
 Never:  imports anything of the project's rooms: a plugin imports what it registers with.
 """
 
@@ -57,6 +58,14 @@ def load_plugins(paths: Iterable[str]) -> None:
     """Import each file of `plugins`."""
     for path in paths:
         import_file(path, option="plugins")
+
+
+def same_function(one: Callable[..., Any], other: Callable[..., Any]) -> bool:
+    """Whether both are one function of one file, by two imports: a script's, say, that is imported as a plugin too."""
+    codes = [getattr(function, "__code__", None) for function in (one, other)]
+    if one.__module__ == other.__module__ or None in codes:
+        return False
+    return len({(str(Path(code.co_filename).resolve()), code.co_qualname) for code in codes if code}) == 1
 
 
 def load_function(name: str, *, option: str) -> Callable[..., Any]:

@@ -10,7 +10,7 @@ from types import ModuleType
 
 import pytest
 
-from flux_ray import FluxConfig, FluxTrainer
+from flux_ray import FluxConfig, FluxTrainer, register_adv_estimator, register_policy_loss
 from flux_ray.api import name_of, outside_loop
 from flux_ray.config import Config
 from flux_ray.errors import UserError
@@ -195,3 +195,58 @@ def test_a_notebook_s_function():
     exec(compile(REWARD, "<ipython-input-1>", "exec"), cell)
     with pytest.raises(UserError, match="other processes can't import it"):
         name_of(cell["good"])
+
+
+REGISTERED = """
+from flux_ray import register_adv_estimator, register_policy_loss, register_reward
+
+@register_adv_estimator("from_python")
+def estimator(token_level_rewards, response_mask, **kw):
+    return token_level_rewards, token_level_rewards
+
+@register_policy_loss("from_python_too")
+def loss(old_log_prob, log_prob, advantages, response_mask, **kw):
+    return -log_prob * advantages, {}
+
+@register_reward("from_python_as_well")
+def reward(prompts, completions, **columns):
+    return [1.0 for _ in completions]
+"""
+
+
+@pytest.fixture
+def registries():
+    """What a test registers is gone after it."""
+    from flux_ray.algo.estimators import ESTIMATORS
+    from flux_ray.algo.losses import POLICY_LOSSES
+    from flux_ray.reward import registry
+
+    tables = (ESTIMATORS, POLICY_LOSSES, registry._registered)
+    before = [dict(table) for table in tables]
+    yield
+    for table, kept in zip(tables, before, strict=True):
+        table.clear()
+        table.update(kept)
+
+
+def test_what_a_script_registers_reaches_other_processes_as_a_plugin(tmp_path, registries):
+    """Only where the config names it; the file is imported here as well, and that is no second registration."""
+    from flux_ray.plugins import load_plugins
+
+    module = module_of(tmp_path / "my_script.py", REGISTERED)
+    file = str(tmp_path / "my_script.py")
+    assert trainer().prepare("d.jsonl").plugins == []
+    for options in ({"algo.estimator": "from_python"}, {"algorithm": "from_python_too"}):
+        assert trainer(**options).prepare("d.jsonl").plugins == [file]
+    named = trainer(**{"reward.functions": ["from_python_as_well", "numeric"]}, plugins=["other.py"])
+    assert named.prepare("d.jsonl").plugins == ["other.py", file]
+    assert trainer(**{"algo.estimator": "from_python"}, plugins=[file]).prepare("d.jsonl").plugins == [file]
+    load_plugins([file])
+    with pytest.raises(UserError, match="'from_python' is taken"):
+        register_adv_estimator("from_python")(module.loss)
+
+
+def test_what_a_notebook_registers_is_refused(registries):
+    register_policy_loss("of_a_cell")(lambda old_log_prob, log_prob, advantages, response_mask, **kw: (log_prob, {}))
+    with pytest.raises(UserError, match="other processes can't import it"):
+        trainer(**{"algo.policy_loss": "of_a_cell"}).prepare("d.jsonl")

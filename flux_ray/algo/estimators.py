@@ -16,6 +16,7 @@ import torch
 
 from flux_ray.config import AlgoConfig
 from flux_ray.errors import UserError, unknown
+from flux_ray.plugins import same_function
 
 EPS_STD = 1e-6  # in the reward's unit, added to a standard deviation that divides: far below any reward's resolution
 
@@ -199,7 +200,7 @@ def register_adv_estimator(
     reduce and what `algo.options` holds. Raises ValueError for a name that is taken.
     """
     def add(function: Callable[..., Pair]) -> Callable[..., Pair]:
-        if name in ESTIMATORS:
+        if name in ESTIMATORS and not same_function(ESTIMATORS[name].function, function):
             raise UserError(f"advantage estimator {name!r} is taken: choose another name")
         ESTIMATORS[name] = Estimator(function, needs_groups, needs_whole_batch, ours=False)
         return function

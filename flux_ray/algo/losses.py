@@ -17,6 +17,7 @@ import torch
 from flux_ray.algo.kl import MAX_LOG_RATIO
 from flux_ray.config import AlgoConfig
 from flux_ray.errors import UserError, unknown
+from flux_ray.plugins import same_function
 
 LossAndMetrics = tuple[torch.Tensor, dict[str, Any]]
 
@@ -138,7 +139,7 @@ def register_policy_loss(
     `algo.options` holds. Raises ValueError for a name that is taken.
     """
     def add(function: Callable[..., LossAndMetrics]) -> Callable[..., LossAndMetrics]:
-        if name in POLICY_LOSSES:
+        if name in POLICY_LOSSES and not same_function(POLICY_LOSSES[name].function, function):
             raise UserError(f"policy loss {name!r} is taken: choose another name")
         POLICY_LOSSES[name] = PolicyLoss(function, ratio=ratio, sequence_level=sequence_level, ours=False)
         return function

@@ -15,7 +15,7 @@ from typing import Any
 
 from flux_ray.config import Config
 from flux_ray.errors import UserError, unknown
-from flux_ray.plugins import load_function
+from flux_ray.plugins import load_function, same_function
 from flux_ray.reward.rules import RULES, SHAPING
 
 ANSWER_COLUMNS = ("answer", "solution", "label")  # beside data.answer_column: what people call it
@@ -51,7 +51,7 @@ def register_reward(name: str, *, shaping: bool = False) -> Callable[[Function],
     """
 
     def register(function: Function) -> Function:
-        if name in RULES or name in _registered:
+        if name in RULES or (name in _registered and not same_function(_registered[name][0], function)):
             raise UserError(f"reward {name!r} is registered already")
         _registered[name] = (function, shaping)
         return function
