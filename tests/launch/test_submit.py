@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import secrets
@@ -14,6 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.tiny import tiny_model
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(400)]
 
@@ -78,7 +81,8 @@ def wait_for(environment: dict[str, str], head: subprocess.Popen, log: Path) -> 
         if asked.returncode == 0:   # the dashboard answers earlier than the agent that starts jobs
             return
         time.sleep(1)
-    raise AssertionError(f"ray start did not answer within {START_DEADLINE_S} s:\n{log.read_text()[-2000:]}")
+    told = asked.stdout.decode() + asked.stderr.decode()
+    raise AssertionError(f"ray start did not answer within {START_DEADLINE_S} s:\n{told}\n{log.read_text()[-2000:]}")
 
 
 def submit(environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -98,6 +102,38 @@ def test_a_mistake_fails_the_job_in_one_line(cluster):
     done = submit(cluster, "--working-dir", ".", "--", "grop_size=3")
     assert done.returncode != 0
     assert "flux-ray: unknown option 'grop_size': did you mean 'rollout.group_size'?" in done.stdout + done.stderr
+
+
+def test_a_training_run(cluster, tmp_path):
+    """Two steps, on the one CPU that the cluster declares; the folder is where the config says."""
+    model = tiny_model(tmp_path / "model", tied=True, context=64)
+    (tmp_path / "data.jsonl").write_text('{"prompt": "1+1=", "answer": "2"}\n' * 4)
+    done = submit(cluster, "--working-dir", ".", "--", f"model.path={model}", f"data.train={tmp_path}/data.jsonl",
+                  "rollout.max_tokens=8", "batch.prompts_per_step=4", "algo.beta=0", "cluster.cpus_per_actor=0.25",
+                  "driver.num_steps=2", f"run_dir={tmp_path}/run")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "step 2/2" in done.stdout and "succeeded" in done.stdout
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["driver/version"] for line in lines] == [1, 2]
+    assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
+
+
+def test_a_plan_that_cannot_be_placed(cluster, tmp_path):
+    """Refused in good time, naming the role, its bundle and what the cluster has."""
+    model = tiny_model(tmp_path / "model", tied=True, context=64)
+    (tmp_path / "data.jsonl").write_text('{"prompt": "1+1=", "answer": "2"}\n')
+    joined = {**cluster, "PYTHONPATH": str(REPO)}
+    started = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-m", "flux_ray", "train", f"model.path={model}", f"data.train={tmp_path}/data.jsonl",
+         "cluster.address=127.0.0.1:6399", "rollout.max_tokens=8", "rollout.num_engines=2",
+         "cluster.placement_deadline_s=4", f"run_dir={tmp_path}/run"],
+        env=joined, capture_output=True, text=True, timeout=JOB_DEADLINE_S)
+    assert done.returncode == 2 and "Traceback" not in done.stdout + done.stderr, done.stdout + done.stderr
+    (line,) = done.stderr.splitlines()
+    assert re.match(r"flux-ray: \w+: no place for a group of 1 x \(1 CPU\) within 4 s; the run asks for 5 CPU, "
+                    r"the cluster has 1 CPU, of which ", line), line
+    assert time.monotonic() - started < 4 + START_DEADLINE_S
 
 
 def test_without_the_token_nothing_runs(cluster):
