@@ -40,6 +40,7 @@ OWN_ENGINE_ARGS = {
     "weight_transfer_config": "weights.backend",
     "trust_remote_code": "never",
 }
+CPU_BATCHED_TOKENS = 8192  # tokens of one forward of an engine on CPU, at least
 TURN_SEED_STRIDE = 1_000_003  # the seeds of a trajectory's later turns lie this far apart: beyond any group size
 
 
@@ -96,6 +97,8 @@ class RolloutEngine:
     def _engine_args(self) -> dict[str, Any]:
         from vllm.config import WeightTransferConfig
 
+        from flux_ray.model import context_length
+
         config = self._config.rollout
         args: dict[str, Any] = {
             "model": self._config.model.path,
@@ -116,6 +119,11 @@ class RolloutEngine:
         }
         if self._device == "cpu":
             args["kv_cache_memory_bytes"] = int(config.kv_cache_gib * 2**30)
+            # A prefill cut in two makes vLLM rewind the seed's generator, which on CPU it can't: the engine dies. Prompts
+            # (and requests that prefill again after an update) therefore go whole; a batch has room for the longest.
+            args["enable_chunked_prefill"] = False
+            longest = config.max_model_len or context_length(str(self._config.model.path))
+            args["max_num_batched_tokens"] = max(CPU_BATCHED_TOKENS, longest)
             args["enforce_eager"] = True  # compiling costs 20 s of start and gains a small model nothing
             args["disable_custom_all_reduce"] = True
             if config.tensor_parallel_size == 1:

@@ -9,6 +9,7 @@ import torch
 import transformers
 
 from flux_ray.records import FINISH_LENGTH, FINISH_STOP, Prompt
+from flux_ray.rollout.engine import CPU_BATCHED_TOKENS
 from flux_ray.rollout.functions import Turns
 from flux_ray.weights.publish import Publisher
 from tests.rollout.conftest import TEMPERATURE
@@ -98,6 +99,14 @@ async def test_logprobs_repeats_and_ends(served, model):
             np.testing.assert_array_equal(a.sampler_logprobs, b.sampler_logprobs)
     assert numbers["num_tokens"] == sum(t.num_loss_tokens for t in group.trajectories)
     assert len({t.token_ids.tobytes() for t in group.trajectories}) > 1, "samples of a group have seeds of their own"
+
+
+async def test_more_prompt_tokens_than_one_forward_takes(served, model):
+    """Seeded requests whose prefill would be cut in two: on CPU that ends vLLM's engine, so none is cut."""
+    prompts = [prompt_of([3 + (i + j) % 50 for j in range(400)], num_samples=1, seed=i) for i in range(40)]
+    assert sum(len(p.token_ids) for p in prompts) > CPU_BATCHED_TOKENS
+    groups = await asyncio.gather(*(served.engine.roll(prompt) for prompt in prompts))
+    assert largest_gap(model, [t for group, _ in groups for t in group.trajectories]) < MAX_GAP
 
 
 async def test_the_end_token_belongs_to_the_response_and_a_cut_one_has_none(served):
