@@ -8,7 +8,7 @@ Never:  talks to another rank but by the `reduce` it is given, which sums one sm
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,8 @@ from flux_ray.errors import UserError, unknown
 from flux_ray.plugins import same_function
 
 EPS_STD = 1e-6  # in the reward's unit, added to a standard deviation that divides: far below any reward's resolution
+
+BLOCK_NUMBERS = 2**16  # of a tensor, worked on at once: half a megabyte in float64, which a core's cache holds
 
 Reduce = Callable[[torch.Tensor], torch.Tensor]
 Pair = tuple[torch.Tensor, torch.Tensor]
@@ -89,7 +91,7 @@ def rloo(
 
 def reinforce(token_level_rewards: torch.Tensor, response_mask: torch.Tensor, **_: Any) -> Pair:
     """A_t = Σ_{i≥t} r_i: the return to go, undiscounted; no baseline, no whitening."""
-    returns_NL = _returns_to_go(token_level_rewards) * response_mask
+    returns_NL = _returns_to_go(token_level_rewards, response_mask)
     return returns_NL, returns_NL
 
 
@@ -97,7 +99,7 @@ def reinforce_pp(
     token_level_rewards: torch.Tensor, response_mask: torch.Tensor, *, reduce: Reduce = on_one_rank, **_: Any,
 ) -> Pair:
     """A_t = R − kl_coef·Σ_{i≥t} k1, whitened over all loss tokens of the batch (2501.03262)."""
-    returns_NL = _returns_to_go(token_level_rewards) * response_mask
+    returns_NL = _returns_to_go(token_level_rewards, response_mask)
     return _whiten(returns_NL, response_mask, reduce), returns_NL
 
 
@@ -155,20 +157,37 @@ def _consecutive(index: torch.Tensor, num_rows: int, group_size: int) -> bool:
     return bool((groups == groups[:, :1]).all()) and len(groups[:, 0].unique()) == len(groups)
 
 
-def _returns_to_go(token_level_rewards: torch.Tensor) -> torch.Tensor:
-    return token_level_rewards.flip(-1).cumsum(-1).flip(-1)
+def _returns_to_go(token_level_rewards: torch.Tensor, mask_NL: torch.Tensor) -> torch.Tensor:
+    """Σ_{i≥t} r_i at each loss token, 0 elsewhere."""
+    return _by_rows(lambda rewards, mask: rewards.flip(-1).cumsum(-1).flip(-1) * mask, token_level_rewards, mask_NL)
 
 
 def _whiten(values_NL: torch.Tensor, mask_NL: torch.Tensor, reduce: Reduce) -> torch.Tensor:
-    """(v − mean) / (std + ε_std) over the loss tokens of all ranks, ddof 0: one reduction of (Σv, Σv², count)."""
-    mask_NL = mask_NL.bool()
-    chosen = values_NL[mask_NL].double()
-    count = torch.tensor(float(len(chosen)), dtype=torch.float64, device=chosen.device)
-    total, squares, count = reduce(torch.stack([chosen.sum(), chosen.square().sum(), count])).unbind()
+    """(v − mean) / (std + ε_std) over the loss tokens of all ranks, ddof 0: one reduction of (Σv, Σv², count).
+
+    Values outside the mask must be 0.
+    """
+    sums = torch.zeros(3, dtype=torch.float64, device=values_NL.device)
+    for values, mask in _blocks(values_NL, mask_NL):
+        wide = values.double()
+        sums += torch.stack([wide.sum(), wide.square().sum(), mask.sum().double()])
+    total, squares, count = reduce(sums).unbind()
     mean = total / count.clamp(min=1)
     std = (squares / count.clamp(min=1) - mean.square()).clamp(min=0).sqrt()
-    whitened = ((chosen - mean) / (std + EPS_STD)).to(values_NL.dtype)
-    return torch.zeros_like(values_NL).masked_scatter(mask_NL, whitened)
+    return _by_rows(lambda values, mask: ((values.double() - mean) / (std + EPS_STD)) * mask, values_NL, mask_NL)
+
+
+def _by_rows(function: Callable[..., torch.Tensor], *tensors_NL: torch.Tensor) -> torch.Tensor:
+    """function(*tensors), of the first one's type, for rows that stand alone: what lies between stays in the cache."""
+    result = torch.empty_like(tensors_NL[0])
+    for part, *parts in _blocks(result, *tensors_NL):
+        part.copy_(function(*parts))
+    return result
+
+
+def _blocks(*tensors_NL: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+    num_rows = max(BLOCK_NUMBERS // tensors_NL[0].shape[-1], 1)
+    return zip(*(tensor_NL.split(num_rows) for tensor_NL in tensors_NL), strict=True)
 
 
 @dataclass(frozen=True)
