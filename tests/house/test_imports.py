@@ -41,6 +41,7 @@ LEVELS = {
     "flux_ray.api": 6,
     "flux_ray.__main__": 6,
     "flux_ray.rl_trainer": 7,
+    "flux_ray.learn": 7,
     "flux_ray.quickstart": 7,   # it calls the command line, as anybody would
 }
 
