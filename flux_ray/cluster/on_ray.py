@@ -95,6 +95,7 @@ class RayGroup:
         actor = self.actors[index]
         reference = self.submit(index, method, *args)
         calling = asyncio.ensure_future(self.result(reference, index=index, what=what, deadline_s=deadline_s))
+        calling.add_done_callback(lambda task: task.cancelled() or task.exception())  # it may fail after we gave it up
         try:
             while not (await asyncio.wait({calling}, timeout=patience_s))[0]:
                 await asyncio.wait_for(actor.ping.remote(), patience_s)

@@ -77,12 +77,6 @@ def test_ctrl_c_while_it_starts(toys, tmp_path, start, when):
     assert last_line(program, 130) == "flux-ray: interrupted"
 
 
-def test_a_driver_that_is_killed_leaves_nothing(toys, tmp_path, start):
-    program = start(*supervised(toys, tmp_path / "run", "driver.num_steps=1000000"), folder=tmp_path)
-    program.wait_for("step +1/")
-    program.process.kill()
-    assert program.end(deadline_s=END_DEADLINE_S) == -signal.SIGKILL
-
 
 def test_a_reward_that_raises_ends_the_run_naming_function_and_sample(toys, tmp_path, start):
     """The rollout is the example of the documentation, with two turns; its third step's reward breaks."""

@@ -31,16 +31,16 @@ def breaks(completions, prompts, trainer_state, **columns):
 
 
 def troubled(completions, prompts, trainer_state, **columns):
-    """At its third step: one prompt raises, one hangs, one ends the process, one blocks it with the GIL held."""
-    if trainer_state.global_step == 2:
-        if "3+" in prompts[0]:
-            raise KeyError("no such thing")
-        if "5+" in prompts[0]:
-            time.sleep(3600)
-        if "6+" in prompts[0]:
-            os._exit(3)
-        if "7+" in prompts[0]:
-            re.fullmatch("(a+)+", "a" * 60 + "b")   # takes for ever, and no other thread runs meanwhile
+    """Some prompts of a step hang or raise; of another, end the process; of a third, block it with the GIL held."""
+    step, last_digit = trainer_state.global_step, int(prompts[0].split("+")[0]) % 10
+    if step == 2 and last_digit in (3, 8):
+        raise KeyError("no such thing")
+    if step == 2 and last_digit in (0, 5):
+        time.sleep(3600)
+    if step == 4 and last_digit in (1, 6):
+        os._exit(3)
+    if step == 6 and last_digit in (2, 7):
+        re.fullmatch("(a+)+", "a" * 60 + "b")   # takes for ever, and no other thread runs meanwhile
     return digits(completions)
 '''
 

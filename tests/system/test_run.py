@@ -147,8 +147,8 @@ def test_resumed_it_goes_on_as_if_nothing_had_happened_and_a_dead_engine_ends_it
 
 
 def test_a_troubled_reward_is_dropped_and_counted_and_agreement_holds(toys, tmp_path):
-    """Untied embeddings, temperature 0.7. At one step a prompt's reward raises, one hangs, one ends its process, one
-    blocks it with the interpreter's lock held: each is one dropped group, and the run goes on.
+    """Untied embeddings, temperature 0.7. Rewards raise and hang, end their process, block it with the interpreter's
+    lock held, each at a step of its own: dropped groups, and the run goes on.
     """
     values = {**options(toys, toys.untied), "rollout.temperature": 0.7, "data.shuffle": False,
               "reward.functions": [f"{toys.rewards}:troubled"], "reward.on_failure": "drop", "reward.deadline_s": 2.0}
