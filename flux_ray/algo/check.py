@@ -16,6 +16,7 @@ from flux_ray.algo.estimators import find_adv_estimator
 from flux_ray.algo.losses import PolicyLoss, find_policy_loss
 from flux_ray.config import AlgoConfig, Config, preset
 from flux_ray.errors import UserError
+from flux_ray.records import OVERLONG
 
 #: Objectives without rollouts: nothing here is theirs.
 SUPERVISED = ("sft",)
@@ -37,7 +38,7 @@ def check(config: Config) -> list[str]:
     if config.algo.name in SUPERVISED:
         return []
     algorithm = resolve(config.algo)
-    for problem in (*_problems(config, algorithm), *_ignored(config.algo, algorithm)):
+    for problem in (*_problems(config, algorithm), *_reward_problems(config), *_ignored(config.algo, algorithm)):
         raise UserError(problem)
     return list(_oddities(config, algorithm))
 
@@ -62,6 +63,19 @@ def _problems(config: Config, algorithm: Algorithm) -> Iterator[str]:
     if algorithm.sequence_level and algo.off_policy_level != "sequence":
         yield (f"algo.off_policy_level must be sequence for {algorithm.name}, whose ratio is one per sequence; "
                f"got {algo.off_policy_level}")
+
+
+def _reward_problems(config: Config) -> Iterator[str]:
+    reward, rollout = config.reward, config.rollout
+    if reward.combine == "each" and rollout.group_size < 2:
+        yield f"reward.combine=each normalises over a group: rollout.group_size must be >= 2, got {rollout.group_size}"
+    cache = reward.overlong_tokens
+    if cache is not None and not reward.overlong_penalty:
+        yield f"reward.overlong_tokens={cache} is read with reward.overlong_penalty > 0 alone"
+    if cache is not None and cache > rollout.max_tokens:
+        yield f"reward.overlong_tokens={cache} must be <= rollout.max_tokens={rollout.max_tokens}"
+    if reward.overlong_penalty and OVERLONG in [name.rpartition(":")[2] for name in reward.functions]:
+        yield f"reward.functions has an {OVERLONG!r}, as reward.overlong_penalty is called: give it another name"
 
 
 def _ignored(algo: AlgoConfig, algorithm: Algorithm) -> Iterator[str]:
