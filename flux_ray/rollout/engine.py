@@ -119,7 +119,7 @@ class RolloutEngine:
         }
         if self._device == "cpu":
             args["kv_cache_memory_bytes"] = int(config.kv_cache_gib * 2**30)
-            # A prefill cut in two makes vLLM rewind the seed's generator, which on CPU it can't: the engine dies. Prompts
+            # A prefill cut in two makes vLLM rewind the seed's generator; on CPU it can't and the engine dies. Prompts
             # (and requests that prefill again after an update) therefore go whole; a batch has room for the longest.
             args["enable_chunked_prefill"] = False
             longest = config.max_model_len or context_length(str(self._config.model.path))

@@ -3,7 +3,7 @@
 python -m tests.benchmarks.bench_step [--dtype float32|bfloat16] [--steps N]
 
 Bare vLLM: the same 64 sequences of 256 tokens from one engine, nothing else running. Bare DeepSpeed: forward, backward
-and AdamW on as many tokens, the model's own logits and cross-entropy. Ours: `driver/step_s` of a run with one engine and
+and AdamW on as many tokens, the model's own logits and cross-entropy. Ours: `driver/step_s` of a run with one engine,
 one rank. One thread each. Prints a JSON line a figure; medians after a warm-up.
 """
 
