@@ -34,7 +34,7 @@ SIZES = Sizes(
 EMBEDDING_RANGE = 0.5
 #: The teacher whom the warm-up imitates slips in so many of his sums, by one or by ten: what GRPO has to unlearn from
 #: right and wrong alone.
-TEACHER_SLIPS = 0.3
+TEACHER_SLIPS = 0.45
 SLIPS = (-10, -1, 1, 10)
 NUM_EVAL = 512  # held-out prompts: a standard error of at most 2.2 points of accuracy
 
