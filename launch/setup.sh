@@ -25,6 +25,8 @@ flux_setup() {
     fi
     # shellcheck disable=SC1091
     . "$VENV/bin/activate"
+    # Said beforehand, or DeepSpeed warns on every terminal that it found no GPU.
+    [ -e /dev/nvidiactl ] || export DS_ACCELERATOR="${DS_ACCELERATOR:-cpu}"
 }
 
 # What an installation depends on: changed, it is made again.

@@ -9,6 +9,7 @@ Never:  leaves a process behind, however the run ends; prints what a library pri
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import threading
 from collections.abc import Callable, Coroutine, Sequence
@@ -70,6 +71,9 @@ def _whole_life(config: Config, work: Work, callbacks: Sequence[Callback]) -> Re
     from flux_ray.observability.run_folder import LOG, RunFolder
     from flux_ray.observability.terminal import quiet
 
+    if not Path("/dev/nvidiactl").exists():
+        # Said beforehand, or DeepSpeed (which transformers may import anywhere) warns on the terminal that it found no GPU.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     prepared = prepare(config)
     own_cpus = _own_cpus(prepared, trains=work is _train)
     config = run_dir.claim(prepared.config)

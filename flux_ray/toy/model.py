@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers.utils import logging as hf_logging
 
 PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"
 SPECIAL_TOKENS = (PAD, EOS, UNKNOWN)  # ids 0, 1, 2
@@ -64,6 +65,7 @@ def save_model(
         if embedding_range is not None:
             torch.nn.init.normal_(model.get_input_embeddings().weight, std=embedding_range)
     model.generation_config = GenerationConfig(eos_token_id=fast.eos_token_id, pad_token_id=fast.pad_token_id)
+    hf_logging.disable_progress_bar()  # for a file that takes no time
     model.save_pretrained(folder)
     fast.save_pretrained(folder)
     return model.num_parameters()
