@@ -72,7 +72,7 @@ def _whole_life(config: Config, work: Work, callbacks: Sequence[Callback]) -> Re
     from flux_ray.observability.terminal import quiet
 
     if not Path("/dev/nvidiactl").exists():
-        # Said beforehand, or DeepSpeed (which transformers may import anywhere) warns on the terminal that it found no GPU.
+        # Said beforehand, or DeepSpeed (which transformers may import) warns on the terminal that it found no GPU.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     prepared = prepare(config)
     own_cpus = _own_cpus(prepared, trains=work is _train)
