@@ -12,7 +12,7 @@ from tests.system.program import metrics
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(300)]
 
-END_DEADLINE_S = 60
+END_DEADLINE_S = 120
 
 
 def supervised(toys, run_dir, *more: str) -> list[str]:
@@ -88,6 +88,7 @@ def test_a_reward_that_raises_ends_the_run_naming_function_and_sample(toys, tmp_
         "data.shuffle=false", "rollout.max_tokens=16", "driver.num_steps=100", f"run_dir={run_dir}",
         f"rollout.function={REPO}/docs/examples/calculator.py:with_calculator",
         f"reward.functions=[{toys.rewards}:breaks]", folder=tmp_path)
+    program.wait_for("step +2/")
     line = last_line(program, 1)
     assert line.startswith("flux-ray: the run failed: reward 0, score of prompt row 18 (from 1): RewardError: "
                            "reward breaks, prompt row 18 (from 1), sample 1 of 4: KeyError: 'no such thing'"), line
