@@ -26,9 +26,9 @@ STOP_DEADLINE_S = 30
 JOB_DEADLINE_S = 120
 
 
-def free_port() -> int:
+def free_port(first: int) -> int:
     """A port below 10002: Ray gives those from 10002 on to its workers."""
-    for port in range(8300, 9900):
+    for port in range(first, 9900):
         with socket.socket() as probe:
             if probe.connect_ex(("127.0.0.1", port)) != 0:
                 return port
@@ -43,7 +43,8 @@ def cluster(tmp_path_factory) -> Iterator[dict[str, str]]:
     token = folder / "token"
     token.touch(mode=0o600)
     token.write_text(secrets.token_hex(32))
-    dashboard = free_port()
+    dashboard = free_port(8300)
+    agent = free_port(dashboard + 1)  # its usual one is taken where another Ray runs on this machine
     environment = {
         **{key: value for key, value in os.environ.items() if not key.startswith("RAY_")},
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
@@ -53,6 +54,7 @@ def cluster(tmp_path_factory) -> Iterator[dict[str, str]]:
     head = subprocess.Popen(
         ["ray", "start", "--head", "--block", "--node-ip-address=127.0.0.1", "--port=6399", "--num-cpus=1",
          "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", "--disable-usage-stats",
+         f"--dashboard-agent-listen-port={agent}",
          f"--temp-dir={link}"],
         env=environment, stdout=(folder / "head.log").open("w"), stderr=subprocess.STDOUT,
     )
