@@ -88,7 +88,7 @@ class RolloutConfig:
     kv_after_update: str = knob("recompute", "running requests after new weights: recompute their KV (exact) or keep",
                                 choices=("recompute", "keep"))
     max_model_len: int | None = knob(None, "context in tokens; none: the model's own", least=1)
-    kv_cache_gib: float = knob(0.25, "KV cache of an engine on CPU, in GiB (GPU: gpu_memory_utilization)",
+    kv_cache_gib: float = knob(1.0, "KV cache of an engine on CPU, in GiB (GPU: gpu_memory_utilization)",
                                above=0)
     max_num_seqs: int = knob(256, "sequences that an engine runs at once", least=1)
     deadline_s: float = knob(600.0, "longest wait for one group, in seconds", above=0)

@@ -30,7 +30,7 @@ from flux_ray.errors import UserError
 #: Results above it live in the object store; below it Ray would send them inline through the driver.
 INLINE_BYTES = 4096
 LOCAL_OBJECT_STORE_BYTES = 512 * 2**20  # of a Ray of the run's own, on CPU
-MAX_CONCURRENT_CALLS = 1000  # of one actor: all groups in flight may wait in one engine
+MAX_CONCURRENT_CALLS = 100_000  # of one actor: never reached, or a call that frees others would queue behind them
 CLOSE_DEADLINE_S = 5.0  # for an actor to end its own children before it is killed
 
 
@@ -171,6 +171,11 @@ def _why_died(error: Exception) -> str:
     return lines[0]
 
 
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
+
+
 class EngineCaller:
     """Calls engines from inside another actor (the sender of weights), each with its own payload, under a deadline."""
 
@@ -184,6 +189,9 @@ class EngineCaller:
         ]
         try:
             return ray.get(references, timeout=self._deadline_s)
+        except ray.exceptions.RayTaskError as error:
+            cause = error.cause if isinstance(error.cause, BaseException) else error
+            raise RuntimeError(f"an engine failed in {method}: {_first_line(cause)}") from None
         except ray.exceptions.GetTimeoutError:
             raise TimeoutError(
                 f"not every engine finished {method} within weights.deadline_s={self._deadline_s:g} s"
@@ -205,7 +213,14 @@ class Cluster:
     @staticmethod
     def wanted_address(address: str | None) -> str | None:
         """The cluster to join: the config's, else RAY_ADDRESS (set inside a Ray job), else none: start one."""
-        return address or os.environ.get("RAY_ADDRESS") or None
+        if address and "://" in address:
+            raise UserError(
+                f"cluster.address={address}: a run joins a cluster from one of its machines (auto, or HOST:PORT); "
+                "launch/submit.sh sends it to a dashboard's http address"
+            )
+        from_environment = os.environ.get("RAY_ADDRESS", "")
+        # `ray job submit` reads a dashboard's http address from the same variable: that one is not to be joined.
+        return address or (from_environment if "://" not in from_environment else "") or None
 
     def connect(
         self, address: str | None, *, cpus: float, object_store_bytes: int | None = LOCAL_OBJECT_STORE_BYTES

@@ -8,6 +8,7 @@ Knows:  which class runs in which role, and what each is told; everything that c
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from typing import Any
 
 from flux_ray.cluster.on_ray import Cluster, EngineCaller, RayGroup
@@ -17,7 +18,7 @@ from flux_ray.driver.preflight import Prepared
 from flux_ray.driver.roles import ReferencePolicy, TrainingRank
 from flux_ray.driver.rooms import PolicyRooms, SamplingRooms, TrainingRooms
 from flux_ray.driver.state import TRAINER as TRAINER_FOLDER
-from flux_ray.model import resolve_dtype
+from flux_ray.model import context_length, resolve_dtype
 from flux_ray.reward import RewardWorker
 from flux_ray.rollout.engine import RolloutEngine, engine_env
 
@@ -28,7 +29,7 @@ async def policy_rooms(prepared: Prepared, cluster: Cluster, plan: Plan) -> Poli
     groups = {role.name: _spawn(config, cluster, plan, role) for role in plan.roles}
     async with asyncio.TaskGroup() as tasks:
         tasks.create_task(_build_sender(prepared, plan, groups[TRAINER]))
-        tasks.create_task(_build_engines(config, plan, groups[ENGINE]))
+        tasks.create_task(_build_engines(prepared, plan, groups[ENGINE]))
         tasks.create_task(_build_rewards(config, groups[REWARD]))
         if REFERENCE in groups:
             tasks.create_task(_build_reference(config, plan, groups[REFERENCE]))
@@ -43,7 +44,7 @@ async def sampling_rooms(prepared: Prepared, cluster: Cluster, plan: Plan) -> Sa
     config = prepared.config
     groups = {role.name: _spawn(config, cluster, plan, role) for role in plan.roles}
     async with asyncio.TaskGroup() as tasks:
-        tasks.create_task(_build_engines(config, plan, groups[ENGINE]))
+        tasks.create_task(_build_engines(prepared, plan, groups[ENGINE]))
         tasks.create_task(_build_rewards(config, groups[REWARD]))
     return SamplingRooms(config, engines=groups[ENGINE], rewards=groups[REWARD])
 
@@ -90,23 +91,33 @@ async def _build_sender(prepared: Prepared, plan: Plan, trainer: RayGroup) -> No
     await trainer.call_all("prepare_wire", deadline_s=prepared.config.cluster.start_deadline_s)
 
 
-async def _build_engines(config: Config, plan: Plan, engines: RayGroup) -> None:
-    dtype = _dtype_name(config.model.dtype, plan.device)
-    await engines.build(
-        RolloutEngine,
-        [
-            {
-                "config": config,
-                "index": index,
-                "device": plan.device,
-                "dtype": dtype,
-                "weights_backend": plan.weights_backend,
-            }
-            for index in range(engines.size)
-        ],
-        deadline_s=config.cluster.start_deadline_s,
-    )
+async def _build_engines(prepared: Prepared, plan: Plan, engines: RayGroup) -> None:
+    config, role = prepared.config, plan.role(ENGINE)
+    assert role is not None
+    rollout = dataclasses.replace(config.rollout, max_model_len=_context(prepared))
+    arguments: dict[str, Any] = {
+        "config": dataclasses.replace(config, rollout=rollout),
+        "device": plan.device,
+        "dtype": _dtype_name(config.model.dtype, plan.device),
+        "weights_backend": plan.weights_backend,
+        "gpu_share": role.gpus if role.gpus else 1.0,
+    }
+    each = [{**arguments, "index": index} for index in range(engines.size)]
+    await engines.build(RolloutEngine, each, deadline_s=config.cluster.start_deadline_s)
     await engines.call_all("start", deadline_s=config.cluster.start_deadline_s)
+
+
+def _context(prepared: Prepared) -> int | None:
+    """Tokens that an engine must have room for: it holds the KV of its whole context, and a model's own may be huge.
+
+    None (the model's own) for rollouts of a user's, which may see more tokens than they sample.
+    """
+    rollout = prepared.config.rollout
+    if rollout.max_model_len or rollout.function != "single_turn":
+        return rollout.max_model_len
+    sources = [source for source in (prepared.prompts, prepared.eval_prompts) if source is not None]
+    longest = max(source.longest_prompt for source in sources) + rollout.max_tokens
+    return min(longest, context_length(str(prepared.config.model.path)))
 
 
 async def _build_rewards(config: Config, rewards: RayGroup) -> None:

@@ -7,6 +7,7 @@ Never:  runs while a step generates: the loop calls it between steps.
 
 from __future__ import annotations
 
+import asyncio
 import time
 
 from flux_ray.cluster.group import first_failure
@@ -24,6 +25,9 @@ class Evaluation:
     def __init__(self, config: Config, prompts: PromptSource) -> None:
         self._prompts = prompts
         self._temperature = config.eval.temperature
+        # As many as the engines run at once: more would only wait there, and a request's deadline with them.
+        at_once = config.rollout.num_engines * config.rollout.max_num_seqs // config.eval.num_samples
+        self._turn = asyncio.Semaphore(max(1, at_once))
 
     async def run(self, rooms: SamplingRooms, *, version: int, recorder: Recorder) -> dict[str, float]:
         start_s = time.monotonic()
@@ -41,5 +45,6 @@ class Evaluation:
         return metrics
 
     async def _one(self, rooms: SamplingRooms, uid: int) -> tuple[Rolled, ScoredGroup]:
-        rolled = await rooms.roll(self._prompts.prompt(uid), temperature=self._temperature)
+        async with self._turn:
+            rolled = await rooms.roll(self._prompts.prompt(uid), temperature=self._temperature)
         return rolled, await rooms.score(rolled)

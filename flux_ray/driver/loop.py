@@ -46,6 +46,7 @@ class Loop:
         self._unfinished = list(start.unfinished)  # of the run that is resumed: they start first
         self._next_uid = start.next_uid
         self._drops = Drops(config, total=start.prompts_dropped)
+        self._groups: set[asyncio.Task[None]] = set()  # in flight
         self._changed = asyncio.Condition()  # slots came free, or a group is ready
 
     async def run(self) -> None:
@@ -59,7 +60,8 @@ class Loop:
         async with asyncio.TaskGroup() as tasks:
             feeding = tasks.create_task(self._feed_prompts(tasks))
             await self._train_steps()
-            feeding.cancel()
+            for task in (feeding, *self._groups):  # what is in flight after the last step, nobody waits for
+                task.cancel()
 
     async def _feed_prompts(self, tasks: asyncio.TaskGroup) -> None:
         """Consumes free slots, starts a group's task in each.
@@ -71,7 +73,9 @@ class Loop:
                 await self._changed.wait_for(lambda: self._slots.free > 0)
                 uid = self._next_prompt()
                 self._slots.reserve(uid, version=self._version)
-            tasks.create_task(self._one_group(uid))
+            group = tasks.create_task(self._one_group(uid))
+            self._groups.add(group)
+            group.add_done_callback(self._groups.discard)
 
     def _next_prompt(self) -> int:
         if self._unfinished:
@@ -85,6 +89,7 @@ class Loop:
         Woken by its actors.
         """
         rolled = await self._rooms.roll(self._prompts.prompt(uid))
+        rolled_s = time.monotonic()
         try:
             scored = await self._rooms.score(rolled)
         except ActorError as error:
@@ -94,9 +99,11 @@ class Loop:
         if cause is not None:
             return await self._drop(uid, cause)
         self._drops.kept()
+        scored_s = time.monotonic()
         reference = await self._rooms.reference(rolled)
+        reference_s = time.monotonic() - scored_s
         async with self._changed:
-            self._slots.ready(uid, ReadyGroup(scored, rolled, reference))
+            self._slots.ready(uid, ReadyGroup(scored, rolled, reference, scored_s - rolled_s, reference_s))
             self._changed.notify_all()
 
     def _tolerate(self, uid: int, error: ActorError) -> None:

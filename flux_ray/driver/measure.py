@@ -43,7 +43,7 @@ def length_metrics(groups: list[ScoredGroup], prefix: str) -> dict[str, float]:
 
 
 def batch_metrics(batch: list[ReadyGroup], *, version: int) -> dict[str, float]:
-    """All of them for one step. rollout/s is from the first request of the batch to its last answer."""
+    """All of them for one step. rollout/s: from the first request to the last answer; group_s: mean of a group."""
     groups = [group.scored for group in batch]
     rolled = [group.rolled for group in batch]
     seconds = max(r.end_s for r in rolled) - min(r.start_s for r in rolled)
@@ -56,6 +56,8 @@ def batch_metrics(batch: list[ReadyGroup], *, version: int) -> dict[str, float]:
         | {
             "reward/same_frac": len(same) / len(groups),
             "rollout/s": seconds,
+        "reward/group_s": float(np.mean([group.score_s for group in batch])),
+        "reference/group_s": float(np.mean([group.reference_s for group in batch])),
             "rollout/tokens": float(tokens),
             "rollout/tokens_per_s": tokens / seconds,
             "driver/staleness_mean": float(np.mean(staleness)) if staleness else 0.0,

@@ -40,6 +40,8 @@ class ReadyGroup:
     scored: ScoredGroup
     rolled: Rolled
     reference: Any | None  # reference to the reference policy's log-probs
+    score_s: float  # seconds that it took to be scored, waiting for a worker included
+    reference_s: float
 
 
 class SamplingRooms:

@@ -70,12 +70,15 @@ class RolloutEngine:
     the end.
     """
 
-    def __init__(self, config: Config, *, index: int, device: str, dtype: str, weights_backend: str) -> None:
+    def __init__(
+        self, config: Config, *, index: int, device: str, dtype: str, weights_backend: str, gpu_share: float = 1.0
+    ) -> None:
         self._config = config
         self._index = index
         self._device = device
         self._dtype = dtype
         self._weights_backend = weights_backend
+        self._gpu_share = gpu_share  # below 1: trainer and reference have the rest of the GPU
         self._engine: Any = None
         self._tokenizer: Any = None
         self._version = 0
@@ -128,6 +131,8 @@ class RolloutEngine:
             args["disable_custom_all_reduce"] = True
             if config.tensor_parallel_size == 1:
                 args["distributed_executor_backend"] = "uni"  # one process fewer
+        elif self._gpu_share < 1:
+            args["gpu_memory_utilization"] = self._gpu_share
         check_engine_args(config)
         return args | config.engine_args
 
