@@ -55,18 +55,18 @@ class RewardWorker:
         for function in self._functions:
             parts |= await self._values(function, group, arguments)
         size = len(group.trajectories)
-        parts |= {name: np.full(size, value) for name, value in metrics.items()}
         task = [function for function in self._functions if not function.is_shaping]
         versions = [t.oldest_version for t in group.trajectories if t.num_loss_tokens]
         lengths = np.array([t.num_loss_tokens for t in group.trajectories])
-        rewards = weighted_sum(self._functions, parts, size)
+        rewards, task_rewards = weighted_sum(self._functions, parts, size), weighted_sum(task, parts, size)
         if self._config.reward.overlong_penalty:
             parts[OVERLONG] = overlong(lengths, self._config)
             rewards = rewards + parts[OVERLONG]
+        parts |= {name: np.full(size, value) for name, value in metrics.items() if name not in parts}
         return ScoredGroup(
             uid=group.prompt.uid,
             rewards=rewards,
-            task_rewards=weighted_sum(task, parts, size),
+            task_rewards=task_rewards,
             parts=parts,
             num_tokens=np.array([t.num_tokens for t in group.trajectories]),
             num_loss_tokens=lengths,
@@ -78,7 +78,8 @@ class RewardWorker:
         """What TRL's GRPOTrainer passes: lists of length G by name, and trainer_state, log_extra, log_metric.
 
         trainer_state has global_step (the version that sampled the group) and max_steps; log_metric's values become
-        parts that don't count; log_extra takes columns for a table of completions, which isn't kept here.
+        parts that don't count (one with the name of a part there already is left out); log_extra takes columns for a
+        table of completions, which isn't kept here.
         """
         size = len(group.trajectories)
         prompt = group.prompt

@@ -234,3 +234,19 @@ def test_a_hanging_reward_is_a_daemon_thread(score):
         score(make_group(["1"]), "import time\ndef f(completions): time.sleep(5)", functions=[":f"], deadline_s=0.05)
     hanging = [thread for thread in threading.enumerate() if thread.name == "reward"]
     assert hanging and all(thread.daemon for thread in hanging)
+
+
+SAME_NAME_CODE = """
+def mine(completions, log_metric, **kwargs):
+    log_metric("mine", 100)
+    log_metric("overlong", 100)
+    log_metric("other", 7)
+    return [1.0 for _ in completions]
+"""
+
+
+def test_a_logged_metric_never_takes_the_place_of_a_reward(score):
+    scored = score(make_group(["42", "1"]), SAME_NAME_CODE, functions=[":mine"], overlong_penalty=1.0)
+    assert scored.rewards.tolist() == scored.task_rewards.tolist() == [1, 1]
+    assert scored.parts["mine"].tolist() == [1, 1] and scored.parts["overlong"].tolist() == [0, 0]
+    assert scored.parts["other"].tolist() == [7, 7]
