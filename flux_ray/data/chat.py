@@ -10,7 +10,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from flux_ray.data.rows import BadCell
+from jinja2 import TemplateError
+
+from flux_ray.data.rows import BadCell, first_line
 from flux_ray.errors import UserError
 from flux_ray.records import Message
 
@@ -48,11 +50,15 @@ def render(tokenizer: Any, messages: list[Message], *, whole: bool = False) -> s
     """The text of a chat: open for the assistant to go on, or `whole`, with the last turn closed.
 
     A chat whose last message is the assistant's own is gone on with, inside that message.
+    BadCell: the template has no text for this chat (many refuse a system message, or two turns of one role).
     """
     going_on = not whole and messages[-1]["role"] == "assistant"
-    return tokenizer.apply_chat_template(
-        messages,
-        tokenize=False,
-        add_generation_prompt=not whole and not going_on,
-        continue_final_message=going_on,
-    )
+    try:
+        return tokenizer.apply_chat_template(
+            messages,
+            tokenize=False,
+            add_generation_prompt=not whole and not going_on,
+            continue_final_message=going_on,
+        )
+    except (TemplateError, TypeError, ValueError) as error:  # the latter two: an expression in it, a turn it drops
+        raise BadCell(f"the chat template refuses it: {first_line(error)}") from error

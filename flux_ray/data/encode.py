@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from flux_ray.config import Config, DataConfig
-from flux_ray.data.chat import checked_messages, render, with_system
+from flux_ray.data.chat import checked_messages, with_system
 from flux_ray.data.rows import BadCell, Row
 from flux_ray.errors import UserError, unknown
 from flux_ray.records import Message
@@ -49,23 +49,26 @@ def checked_text(value: Any) -> str:
 
 
 def fill_template(template: str, row: Row, prompt: str) -> str:
-    """The template with {prompt} and {COLUMN} filled in. UserError names a column that isn't there."""
+    """The template with {prompt} and {COLUMN} filled in.
+
+    UserError names a column that isn't there. BadCell: the row's value has not what the template takes of it.
+    """
     try:
         return template.format_map({**row, "prompt": prompt})
     except KeyError as error:
         raise UserError(f"data.prompt_template: {unknown('column', str(error.args[0]), {*row, 'prompt'})}") from error
+    except TypeError as error:
+        raise BadCell(f"data.prompt_template {template!r}: {error}") from error
     except (ValueError, IndexError, AttributeError) as error:
         raise UserError(f"data.prompt_template {template!r}: {error} (write a brace that is meant twice)") from error
 
 
-def encode_prompts(tokenizer: Any, texts: list[Text]) -> list[np.ndarray]:
-    """Token ids (T,) int32 of each prompt, open for the policy to go on."""
-    chats = [not isinstance(text, str) for text in texts]
-    plain_ids = iter(encode(tokenizer, [text for text in texts if isinstance(text, str)], special=True))
+def encode_prompts(tokenizer: Any, texts: list[tuple[str, bool]]) -> list[np.ndarray]:
+    """Token ids (T,) int32 of each prompt: its text, and whether that is a chat as the template wrote it."""
+    plain_ids = iter(encode(tokenizer, [text for text, is_chat in texts if not is_chat], special=True))
     # the template writes what special tokens a chat has
-    rendered = [render(tokenizer, text) for text in texts if not isinstance(text, str)]
-    chat_ids = iter(encode(tokenizer, rendered, special=False))
-    return [next(chat_ids if is_chat else plain_ids) for is_chat in chats]
+    chat_ids = iter(encode(tokenizer, [text for text, is_chat in texts if is_chat], special=False))
+    return [next(chat_ids if is_chat else plain_ids) for _, is_chat in texts]
 
 
 def encode(tokenizer: Any, texts: list[str], *, special: bool) -> list[np.ndarray]:

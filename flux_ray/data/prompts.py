@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from flux_ray.config import Config
-from flux_ray.data.chat import require_template
+from flux_ray.data.chat import render, require_template
 from flux_ray.data.encode import Text, encode_prompts, prompt_limit, prompt_text
 from flux_ray.data.order import EpochOrder, stable_seed
 from flux_ray.data.preferences import CHOSEN, REJECTED, shared_prompt
@@ -41,17 +41,20 @@ class PromptSource:
             rows.require(column, "data.prompt_column")
         bad = BadRows(rows, column, config.data.on_bad_row)
         texts: dict[int, Text] = {}
+        written: dict[int, tuple[str, bool]] = {}  # what the tokenizer gets, and whether the template wrote it
         for number, row in enumerate(rows.rows):
             try:
-                texts[number] = prompt_text({**row, column: shared_prompt(row)} if shared else row, config.data)
+                text = prompt_text({**row, column: shared_prompt(row)} if shared else row, config.data)
+                if isinstance(text, str):
+                    written[number] = text, False
+                else:
+                    require_template(tokenizer, f"{rows.source} row {number + 1} (from 1) is a chat")
+                    written[number] = render(tokenizer, text), True
+                texts[number] = text
             except BadCell as error:
                 bad.add(number, error)
-        for number, text in texts.items():
-            if not isinstance(text, str):
-                require_template(tokenizer, f"{rows.source} row {number + 1} (from 1) is a chat")
-                break
         limit, reason = prompt_limit(config, context_length)
-        token_ids = dict(zip(texts, encode_prompts(tokenizer, list(texts.values())), strict=True))
+        token_ids = dict(zip(written, encode_prompts(tokenizer, list(written.values())), strict=True))
         for number, ids in token_ids.items():
             if not 0 < len(ids) <= limit:
                 bad.add(number, BadCell(f"{len(ids)} tokens, {reason}" if len(ids) else "no token"))

@@ -194,7 +194,7 @@ def _read_parquet(path: Path, file: IO[bytes]) -> Iterator[Row]:
         for batch in table.iter_batches():
             yield from batch.to_pylist()
     except pyarrow.ArrowException as error:
-        raise UserError(f"{path}: broken Parquet: {_first_line(error)}") from error
+        raise UserError(f"{path}: broken Parquet: {first_line(error)}") from error
 
 
 READERS = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}
@@ -210,11 +210,12 @@ def _read_hub(name: str, split: str, max_rows: int | None) -> list[Row]:
     except Exception as error:  # the hub's client raises a dozen kinds: whichever it is, the user named the data set
         raise UserError(
             f"{name}: neither a file here nor a data set that the hub gives for split {split!r}: "
-            f"{type(error).__name__}: {_first_line(error)}"
+            f"{type(error).__name__}: {first_line(error)}"
         ) from error
     return [dict(row) for row in islice(data, max_rows)]
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What an error says, in one line."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__

@@ -165,3 +165,27 @@ def test_real_word_problems(plain_tokenizer):
     assert source.num_rows == 200 and source.columns == {"answer"}
     prompt = source.prompt(0)
     assert prompt.text.startswith("Q: ") and "####" in prompt.columns["answer"]
+
+
+def test_a_chat_that_the_template_refuses_is_a_bad_row(chat_tokenizer):
+    tokenizer = copy.deepcopy(chat_tokenizer)
+    refusal = "{% if messages[0].role == 'system' %}{{ raise_exception('no system\nrole') }}{% endif %}"
+    tokenizer.chat_template = refusal + chat_tokenizer.chat_template
+    user = {"role": "user", "content": "q"}
+    rows = [{"prompt": [user]}, {"prompt": [{"role": "system", "content": "s"}, user]}, {"prompt": "plain"}]
+    with pytest.raises(UserError, match=r"row 2 \(from 1\): column 'prompt': the chat template .* no system") as error:
+        make(tokenizer, rows)
+    assert "\n" not in str(error.value)
+    source = make(tokenizer, rows, on_bad_row="skip", shuffle=False)
+    assert [source.prompt(uid).row for uid in range(2)] == [0, 2] and source.num_skipped == 1
+    assert tokenizer.decode(source.prompt(0).token_ids) == "[user]q<eos>\n[assistant]"
+
+
+def test_a_row_whose_value_does_not_fit_the_prompt_template_is_bad(plain_tokenizer):
+    rows = [{"prompt": "a", "answer": ["1"]}, {"prompt": "b", "answer": "1"}]
+    template = {"prompt_template": "{prompt}{answer[x]}"}
+    with pytest.raises(UserError, match=r"row 1 \(from 1\): column 'prompt': data\.prompt_template .*answer\[x\]"):
+        make(plain_tokenizer, rows, **template)
+    rows = [{"prompt": "a", "answer": {"x": "!"}}, {"prompt": "b", "answer": "1"}]
+    source = make(plain_tokenizer, rows, on_bad_row="skip", **template)
+    assert (source.num_rows, source.num_skipped, source.prompt(0).text) == (1, 1, "a!")

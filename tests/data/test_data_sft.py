@@ -1,3 +1,5 @@
+import copy
+
 import numpy as np
 import pytest
 
@@ -98,3 +100,13 @@ def test_data_with_nothing_to_learn_from_are_refused(plain_tokenizer):
         make(plain_tokenizer, None)
     with pytest.raises(UserError, match="no chat template"):
         make(plain_tokenizer, [{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}])
+
+
+def test_a_chat_that_the_template_refuses_is_a_bad_row(chat_tokenizer):
+    tokenizer = copy.deepcopy(chat_tokenizer)
+    tokenizer.chat_template = "{% if messages[0].content == 'no' %}{{ raise_exception('no') }}{% endif %}hi"
+    rows = [{"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": "a"}]}
+            for text in ("yes", "no")]  # fmt: skip
+    with pytest.raises(UserError, match=r"row 2 \(from 1\): column 'messages': the chat template refuses it: no"):
+        make(tokenizer, rows)
+    assert make(tokenizer, rows, on_bad_row="skip").num_skipped == 1
