@@ -63,15 +63,26 @@ class RunFolder:
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:
-    """The objects of a .jsonl file of ours; none where there is no file."""
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+    """The objects of a .jsonl file of ours; none where there is no file.
+
+    A last line that broke off, as a killed run leaves it, is left out. UserError for any other broken line.
+    """
+    lines = file.read_text().splitlines() if file.is_file() else []
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number < len(lines):
+                raise UserError(f"{file} line {number}: broken JSON: {error.msg} at column {error.colno}") from error
+    return records
 
 
 def _keep_steps(file: Path, step: int, *, inclusive: bool) -> None:
     """Keep what was known when `step` steps were done: metrics of steps before it, the evaluation at it."""
-    kept = [line for line in file.read_text().splitlines() if json.loads(line)["step"] < step + (1 if inclusive else 0)]
+    kept = [record for record in read_lines(file) if record["step"] < step + (1 if inclusive else 0)]
     temporary = file.with_suffix(".tmp")
-    temporary.write_text("".join(f"{line}\n" for line in kept))
+    temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
     os.replace(temporary, file)
 
 

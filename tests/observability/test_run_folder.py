@@ -1,0 +1,31 @@
+import pytest
+
+from flux_ray.config import Config
+from flux_ray.errors import UserError
+from flux_ray.observability.run_folder import EVAL, METRICS, RunFolder, read_lines
+
+pytestmark = pytest.mark.unit
+
+TORN = '{"step": 2, "reward/me'
+
+
+@pytest.mark.parametrize(("name", "steps"), [(METRICS, [0]), (EVAL, [0, 1])])
+def test_a_resumed_run_drops_a_torn_last_line_and_goes_on(tmp_path, name, steps):
+    folder = RunFolder(tmp_path)
+    for step in range(2):
+        folder.append(name, {"step": step, "loss": 0.1 + 0.2})
+    with (tmp_path / name).open("a") as file:
+        file.write(TORN)
+    assert [line["step"] for line in read_lines(tmp_path / name)] == [0, 1]
+    folder.create(Config(), resume_step=1)
+    folder.append(name, {"step": 7, "loss": 0.1 + 0.2})
+    assert read_lines(tmp_path / name) == [{"step": step, "loss": 0.1 + 0.2} for step in [*steps, 7]]
+
+
+def test_a_line_broken_elsewhere_is_named(tmp_path):
+    file = tmp_path / METRICS
+    file.write_text(f'{{"step": 0}}\n{TORN}\n{{"step": 3}}\n')
+    with pytest.raises(UserError, match=r"metrics\.jsonl line 2: broken JSON") as error:
+        RunFolder(tmp_path).create(Config(), resume_step=4)
+    assert "\n" not in str(error.value)
+    assert file.read_text().endswith('{"step": 3}\n')  # nothing is lost
