@@ -68,6 +68,7 @@ def _whole_life(config: Config, work: Work, callbacks: Sequence[Callback]) -> Re
     from flux_ray import run_dir
     from flux_ray.driver.preflight import prepare
     from flux_ray.driver.recorder import Recorder
+    from flux_ray.driver.state import forget_newer
     from flux_ray.observability.run_folder import LOG, RunFolder
     from flux_ray.observability.terminal import quiet
 
@@ -80,6 +81,9 @@ def _whole_life(config: Config, work: Work, callbacks: Sequence[Callback]) -> Re
     assert config.run_dir is not None
     folder = RunFolder(config.run_dir)
     folder.create(config, resume_step=prepared.start.step if prepared.checkpoint else None)
+    checkpoints = (folder.path / "checkpoints").resolve()
+    if work is _train and prepared.checkpoint and prepared.checkpoint.parent == checkpoints:
+        forget_newer(checkpoints, prepared.start.step)
     with quiet(folder.path / LOG, progress=config.observability.progress) as terminal:
         recorder = Recorder(config, folder=folder, terminal=terminal, callbacks=callbacks)
         terminal.say(f"run folder {folder.path}")

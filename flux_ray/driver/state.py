@@ -1,7 +1,7 @@
 """What a checkpoint holds beside the trainer's state, and which checkpoint counts.
 
 Takes:  the loop's position.
-Gives:  `LoopState`, saved as driver.json in the checkpoint's folder; `find` for resume=PATH; `prune`.
+Gives:  `LoopState`, saved as driver.json in the checkpoint's folder; `find` for resume=PATH; `prune`, `forget_newer`.
 Knows:  a checkpoint counts once its driver.json is there: it is written last.
 Never:  a pickle.
 """
@@ -94,4 +94,16 @@ def prune(checkpoints: Path, keep: int) -> None:
     kept = set(whole(checkpoints)[-keep:])
     for path in checkpoints.glob("step-*"):
         if path not in kept:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def forget_newer(checkpoints: Path, step: int) -> None:
+    """Delete the checkpoints of steps after `step`, which a run resumed there does anew.
+
+    Left in place they would count as the newest: `prune` would keep them and `find` would go on with them.
+    """
+    for path in checkpoints.glob("step-*"):
+        number = path.name.removeprefix("step-")
+        if number.isdecimal() and int(number) > step:
+            (path / STATE).unlink(missing_ok=True)  # first: half a folder doesn't count
             shutil.rmtree(path, ignore_errors=True)
