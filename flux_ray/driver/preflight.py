@@ -31,6 +31,7 @@ from flux_ray.train import check_deepspeed_options
 log = logging.getLogger(__name__)
 
 SUPERVISED = ("sft",)
+WEIGHTS = ("*.safetensors", "*.bin", "*.index.json")  # files that a model folder's weights may be in
 
 
 @dataclass(frozen=True)
@@ -59,10 +60,9 @@ def prepare(config: Config) -> Prepared:
     check_deepspeed_options(config)
     get_rollout(config.rollout.function)
     assert config.model.path is not None  # validate has seen to it
-    if Path(config.model.path).expanduser().is_dir():
-        config = _with(config, "model", path=str(Path(config.model.path).expanduser().resolve()))
-    limit = config.rollout.max_model_len or context_length(str(config.model.path))
-    tokenizer = load_tokenizer(config.model.tokenizer or str(config.model.path))
+    limit = config.rollout.max_model_len or context_length(config.model.path)
+    _check_weights("model.path", config.model.path)
+    tokenizer = load_tokenizer(config.model.tokenizer or config.model.path)
     checkpoint = saved.find(config.resume) if config.resume else None
     start = saved.load(checkpoint) if checkpoint else LoopState(step=0, next_uid=0)
     if start.step > config.driver.num_steps:
@@ -73,6 +73,9 @@ def prepare(config: Config) -> Prepared:
         examples = SftSource.from_config(config, tokenizer, context_length=limit)
         warnings += _skipped(examples.num_skipped, examples.source)
         return Prepared(config, None, examples, None, False, start, checkpoint, tuple(warnings))
+    needs_reference = algo.needs_reference(config.algo)
+    if needs_reference and config.reference.path:
+        _check_reference(config.reference.path, length_given=config.rollout.max_model_len is not None)
     prompts = PromptSource.from_config(config, tokenizer, context_length=limit)
     warnings += _skipped(prompts.num_skipped, prompts.source)
     config = _with(config, "reward", functions=list(config.reward.functions) or [_default_reward(config, prompts)])
@@ -81,9 +84,7 @@ def prepare(config: Config) -> Prepared:
     if config.eval.data:
         eval_prompts = PromptSource.for_eval(config, tokenizer, context_length=limit)
         resolve_functions(config, eval_prompts.columns)
-    return Prepared(
-        config, prompts, None, eval_prompts, algo.needs_reference(config.algo), start, checkpoint, tuple(warnings)
-    )
+    return Prepared(config, prompts, None, eval_prompts, needs_reference, start, checkpoint, tuple(warnings))
 
 
 def _default_reward(config: Config, prompts: PromptSource) -> str:
@@ -96,7 +97,31 @@ def _absolute(config: Config) -> Config:
     """Paths of users' files as every process finds them, whatever folder it runs in."""
     config = dataclasses.replace(config, plugins=[str(Path(path).expanduser().absolute()) for path in config.plugins])
     config = _with(config, "reward", functions=[_absolute_function(name) for name in config.reward.functions])
-    return _with(config, "rollout", function=_absolute_function(config.rollout.function))
+    config = _with(config, "rollout", function=_absolute_function(config.rollout.function))
+    config = _with(config, "model", path=_local(config.model.path), tokenizer=_local(config.model.tokenizer))
+    config = _with(config, "reference", path=_local(config.reference.path))
+    config = _with(config, "data", train=_local(config.data.train))
+    return _with(config, "eval", data=_local(config.eval.data))
+
+
+def _local(path: str | None) -> str | None:
+    """An absolute path where there is such a file or folder; a hub name, or what is missing, stays as it is."""
+    local = Path(path).expanduser() if path else None
+    return str(local.absolute()) if local and local.exists() else path
+
+
+def _check_weights(key: str, path: str) -> None:
+    """UserError for a local model folder that holds no weights."""
+    folder = Path(path)
+    if folder.is_dir() and not any(True for pattern in WEIGHTS for _ in folder.glob(pattern)):
+        raise UserError(f"{key}={path}: the folder holds no weights ({', '.join(WEIGHTS)})")
+
+
+def _check_reference(path: str, *, length_given: bool) -> None:
+    """UserError for a reference that can't be opened. A folder's context need not be known where one is given."""
+    if not (length_given and (Path(path) / "config.json").is_file()):
+        context_length(path)
+    _check_weights("reference.path", path)
 
 
 def _absolute_function(name: str) -> str:

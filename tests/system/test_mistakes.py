@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 
 import pytest
 
 from flux_ray.__main__ import main
+from flux_ray.config import from_dict
+from flux_ray.driver.preflight import prepare
 from tests.tiny import tiny_model
 
 pytestmark = pytest.mark.unit
@@ -59,6 +62,9 @@ def refused(model, tmp_path, monkeypatch, capfd):
     (["reward.functions=[no_such.py:f]"], "no_such.py"),
     (["reward.functions=[numerci]"], "'numerci'"),
     (["rollout.engine_args.dtype=half"], "rollout.engine_args.dtype can't be set there: model.dtype"),
+    (["algo.beta=0.01", "reference.path=/no/such/model"], "model '/no/such/model': no such folder"),
+    (["algo.beta=0.01", "reference.path=/no/such/model", "rollout.max_model_len=64"],
+     "model '/no/such/model': no such folder"),
     (["train.deepspeed.zero_optimization.stage=2"], "train.zero_stage"),
     (["rollout.function=no_such.py:f"], "no_such.py"),
     (["rollout.function=singel_turn"], "did you mean 'single_turn'?"),
@@ -99,3 +105,25 @@ def test_a_folder_that_holds_a_run(refused, tmp_path):
     (tmp_path / "run" / "metrics.jsonl").write_text("")
     message = refused("run_dir=run")
     assert message.startswith(f"run_dir={tmp_path}/run holds a run already") and "resume=" in message
+
+
+@pytest.mark.parametrize("key", ["model.path", "reference.path"])
+def test_a_model_folder_without_weights(refused, model, tmp_path, key):
+    shutil.copytree(model, tmp_path / "bare", ignore=shutil.ignore_patterns("*.safetensors"))
+    message = refused("algo.beta=0.01", f"{key}=bare")
+    assert message.startswith(f"{key}={tmp_path}/bare: the folder holds no weights")
+
+
+def test_local_paths_are_absolute_and_hub_names_stay(model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(model, tmp_path / "m")
+    for name in ("train.jsonl", "eval.jsonl"):
+        (tmp_path / name).write_text('{"prompt": "1+1=", "answer": "2"}\n')
+    given = {"model.path": "m", "model.tokenizer": "m", "algo.beta": 0.01, "reference.path": "m",
+             "data.train": "train.jsonl", "eval.data": "eval.jsonl", "rollout.max_tokens": 16,
+             "rollout.engine_args": {"enforce_eager": True}}
+    config = prepare(from_dict(given)).config
+    assert config.model.path == config.model.tokenizer == config.reference.path == str(tmp_path / "m")
+    assert config.data.train == str(tmp_path / "train.jsonl") and config.eval.data == str(tmp_path / "eval.jsonl")
+    unused = prepare(from_dict({**given, "algo.beta": 0.0, "reference.path": "someone/some-model"})).config
+    assert unused.reference.path == "someone/some-model"
