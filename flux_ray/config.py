@@ -393,3 +393,5 @@ def _problems(config: Config) -> Iterator[str]:
         yield f"rollout.max_model_len={context} must be > rollout.max_tokens={response}: the prompt needs room too"
     if config.eval.every and not config.eval.data:
         yield f"eval.every={config.eval.every} needs eval.data: the prompts to evaluate on"
+    if config.eval.temperature == 0 and config.eval.num_samples > 1:
+        yield f"eval.num_samples={config.eval.num_samples} needs eval.temperature > 0: at 0 all samples are the same"

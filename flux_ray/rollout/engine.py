@@ -9,7 +9,10 @@ Never:  answers while half an update is loaded: requests wait from `pause` to `r
 
 from __future__ import annotations
 
+import ast
 import asyncio
+import difflib
+import importlib.util
 import itertools
 import json
 import os
@@ -34,6 +37,8 @@ OWN_ENGINE_ARGS = {
     "max_model_len": "rollout.max_model_len",
     "max_num_seqs": "rollout.max_num_seqs",
     "tensor_parallel_size": "rollout.tensor_parallel_size",
+    "pipeline_parallel_size": "one engine is one tensor-parallel group: rollout.num_engines",
+    "data_parallel_size": "one engine is one tensor-parallel group: rollout.num_engines",
     "kv_cache_memory_bytes": "rollout.kv_cache_gib",
     "logprobs_mode": "always processed_logprobs",
     "generation_config": "always vllm",
@@ -45,10 +50,32 @@ TURN_SEED_STRIDE = 1_000_003  # the seeds of a trajectory's later turns lie this
 
 
 def check_engine_args(config: RolloutConfig) -> None:
-    """Refuse, by name, options that we set ourselves."""
+    """Refuse, by name, options that we set ourselves and those that vLLM doesn't have."""
     for key in config.engine_args:
         if key in OWN_ENGINE_ARGS:
             raise UserError(f"rollout.engine_args.{key} can't be set there: {OWN_ENGINE_ARGS[key]}")
+    known = _vllm_engine_args() if config.engine_args else frozenset()
+    for key in config.engine_args:
+        if known and key not in known:
+            near = difflib.get_close_matches(key, sorted(known - OWN_ENGINE_ARGS.keys()), n=1)
+            hint = f": did you mean 'rollout.engine_args.{near[0]}'?" if near else ""
+            raise UserError(f"unknown option 'rollout.engine_args.{key}'{hint or ': vLLM has no such engine argument'}")
+
+
+def _vllm_engine_args() -> frozenset[str]:
+    """The fields of vLLM's AsyncEngineArgs; none where vLLM isn't installed.
+
+    Read from its source: its import takes seconds, prints on the terminal and sets this process's environment.
+    """
+    vllm = importlib.util.find_spec("vllm")
+    file = Path(vllm.origin).parent / "engine" / "arg_utils.py" if vllm and vllm.origin else None
+    if file is None or not file.is_file():
+        return frozenset()
+    classes = {node.name: node for node in ast.parse(file.read_text()).body if isinstance(node, ast.ClassDef)}
+    fields = [field for name in ("EngineArgs", "AsyncEngineArgs") if name in classes for field in classes[name].body]
+    return frozenset(
+        field.target.id for field in fields if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
+    )
 
 
 def engine_env(device: str, *, tensor_parallel_size: int) -> dict[str, str]:

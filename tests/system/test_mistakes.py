@@ -62,6 +62,9 @@ def refused(model, tmp_path, monkeypatch, capfd):
     (["reward.functions=[no_such.py:f]"], "no_such.py"),
     (["reward.functions=[numerci]"], "'numerci'"),
     (["rollout.engine_args.dtype=half"], "rollout.engine_args.dtype can't be set there: model.dtype"),
+    (["rollout.engine_args.pipeline_parallel_size=2"], "one engine is one tensor-parallel group: rollout.num_engines"),
+    (["rollout.engine_args.data_parallel_size=2"], "one engine is one tensor-parallel group: rollout.num_engines"),
+    (["eval.temperature=0", "eval.num_samples=4"], "eval.num_samples=4 needs eval.temperature > 0"),
     (["algo.beta=0.01", "reference.path=/no/such/model"], "model '/no/such/model': no such folder"),
     (["algo.beta=0.01", "reference.path=/no/such/model", "rollout.max_model_len=64"],
      "model '/no/such/model': no such folder"),
@@ -105,6 +108,14 @@ def test_a_folder_that_holds_a_run(refused, tmp_path):
     (tmp_path / "run" / "metrics.jsonl").write_text("")
     message = refused("run_dir=run")
     assert message.startswith(f"run_dir={tmp_path}/run holds a run already") and "resume=" in message
+
+
+def test_an_engine_argument_that_vllm_does_not_have(refused):
+    pytest.importorskip("vllm.version")
+    message = refused("rollout.engine_args.enforce_eagr=true")
+    assert message == ("unknown option 'rollout.engine_args.enforce_eagr': "
+                       "did you mean 'rollout.engine_args.enforce_eager'?")
+    assert "vLLM has no such engine argument" in refused("rollout.engine_args.zzzzzz=1")
 
 
 @pytest.mark.parametrize("key", ["model.path", "reference.path"])
