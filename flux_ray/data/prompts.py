@@ -59,7 +59,7 @@ class PromptSource:
             if not 0 < len(ids) <= limit:
                 bad.add(number, BadCell(f"{len(ids)} tokens, {reason}" if len(ids) else "no token"))
 
-        self.num_skipped = bad.report()
+        self.num_skipped = bad.report() + rows.num_broken
         self.source = rows.source
         self.columns = frozenset(rows.columns) - {column}
         self._kept = [number for number, ids in token_ids.items() if 0 < len(ids) <= limit]
@@ -102,4 +102,4 @@ def _load(prompts: Prompts | None, path: str | None, key: str, config: Config, *
     source = prompts if prompts is not None else path
     if source is None:
         raise UserError(f"{key} is not set: name a .jsonl, .json, .csv or .parquet file, or a hub data set")
-    return load_rows(source, column=config.data.prompt_column, **of_hub)
+    return load_rows(source, column=config.data.prompt_column, on_bad_row=config.data.on_bad_row, **of_hub)

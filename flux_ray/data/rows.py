@@ -29,6 +29,13 @@ MAX_CSV_FIELD_CHARS = 2**31 - 1  # the csv module's own limit (131,072) is less 
 
 
 @dataclass(frozen=True)
+class Broken:
+    """A line of a file that is no row: why, with its place."""
+
+    why: str
+
+
+@dataclass(frozen=True)
 class Rows:
     """The rows of one source; row i of the file (from 0) is `rows[i]`.
 
@@ -39,14 +46,19 @@ class Rows:
     source: str
     columns: tuple[str, ...]
     rows: list[Row]
+    num_broken: int = 0  # lines that are no row at all, left out (data.on_bad_row=skip)
 
     @classmethod
-    def from_dicts(cls, source: str, dicts: Sequence[Row]) -> Rows:
-        """Rows with one set of columns. UserError where there is no row at all."""
-        if not dicts:
-            raise UserError(f"{source}: no rows in it")
-        columns = tuple(dict.fromkeys(name for row in dicts for name in row))
-        return cls(source, columns, [{name: row.get(name) for name in columns} for row in dicts])
+    def from_dicts(cls, source: str, dicts: Sequence[Row | Broken]) -> Rows:
+        """Rows with one set of columns; broken ones counted and logged. UserError where there is no row at all."""
+        broken = [row for row in dicts if isinstance(row, Broken)]
+        whole = [row for row in dicts if not isinstance(row, Broken)]
+        if not whole:
+            raise UserError(f"every row is bad; the first: {broken[0].why}" if broken else f"{source}: no rows in it")
+        if broken:
+            log.warning("%s: %d broken rows left out; the first: %s", source, len(broken), broken[0].why)
+        columns = tuple(dict.fromkeys(name for row in whole for name in row))
+        return cls(source, columns, [{name: row.get(name) for name in columns} for row in whole], len(broken))
 
     def require(self, column: str, key: str) -> None:
         """UserError where `column`, which config field `key` names, isn't there."""
@@ -89,17 +101,28 @@ class BadRows:
         return len(self._reasons)
 
 
-def load_rows(source: str | Path | Sequence[Any], *, split: str, max_rows: int | None, column: str = "prompt") -> Rows:
+def load_rows(
+    source: str | Path | Sequence[Any],
+    *,
+    split: str,
+    max_rows: int | None,
+    column: str = "prompt",
+    on_bad_row: str = "stop",
+) -> Rows:
     """Rows of a file, of a hub data set (`name` or `name:subset`), or of a list of texts or dicts in memory.
 
     `split` is of use to hub data sets alone; a text in a list becomes a row with that text under `column`.
-    UserError: nothing there, an unknown ending, a broken line, no rows, an offline hub.
+    UserError: nothing there, an unknown ending, no rows, an offline hub, and (unless on_bad_row is skip) a broken line.
     """
     if not isinstance(source, (str, Path)):
         return _rows_in_memory(list(islice(source, max_rows)), column)
     path = Path(source).expanduser()
     if path.is_file():
-        return Rows.from_dicts(str(source), _read_file(path, max_rows))
+        rows = _read_file(path, max_rows)
+        broken = next((row for row in rows if isinstance(row, Broken)), None)
+        if broken is not None and on_bad_row != "skip":
+            raise UserError(broken.why)
+        return Rows.from_dicts(str(source), rows)
     if path.is_dir():
         raise UserError(f"{source}: a folder, not a data file; name one of: {', '.join(READERS)} (or with .gz)")
     if _format_of(path) is not None or str(source).startswith(("/", ".", "~")):
@@ -121,7 +144,7 @@ def _format_of(path: Path) -> str | None:
     return endings[-1] if endings and endings[-1] in READERS else None
 
 
-def _read_file(path: Path, max_rows: int | None) -> list[Row]:
+def _read_file(path: Path, max_rows: int | None) -> list[Row | Broken]:
     ending = _format_of(path)
     if ending is None:
         raise UserError(f"{path}: unknown kind of file; data files end in {', '.join(READERS)} (or with .gz)")
@@ -139,17 +162,16 @@ def _text(file: IO[bytes]) -> io.TextIOWrapper:
     return io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
 
 
-def _read_jsonl(path: Path, file: IO[bytes]) -> Iterator[Row]:
+def _read_jsonl(path: Path, file: IO[bytes]) -> Iterator[Row | Broken]:
     for number, line in enumerate(_text(file), start=1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            raise UserError(f"{path} line {number}: broken JSON: {error.msg} at column {error.colno}") from error
-        if not isinstance(row, dict):
-            raise UserError(f"{path} line {number}: {type(row).__name__}, not a JSON object")
-        yield row
+            yield Broken(f"{path} line {number}: broken JSON: {error.msg} at column {error.colno}")
+            continue
+        yield row if isinstance(row, dict) else Broken(f"{path} line {number}: {type(row).__name__}, not a JSON object")
 
 
 def _read_json(path: Path, file: IO[bytes]) -> Iterator[Row]:
@@ -168,7 +190,7 @@ def _read_json(path: Path, file: IO[bytes]) -> Iterator[Row]:
         yield row
 
 
-def _read_csv(path: Path, file: IO[bytes]) -> Iterator[Row]:
+def _read_csv(path: Path, file: IO[bytes]) -> Iterator[Row | Broken]:
     """Every cell stays text: an answer 007 must not become 7."""
     csv.field_size_limit(MAX_CSV_FIELD_CHARS)
     reader = csv.reader(_text(file), strict=True)
@@ -179,7 +201,8 @@ def _read_csv(path: Path, file: IO[bytes]) -> Iterator[Row]:
                 continue
             if header is None or len(cells) != len(header):
                 expected = len(header or [])
-                raise UserError(f"{path} row {number} (from 1): {len(cells)} cells, but the header has {expected}")
+                yield Broken(f"{path} row {number} (from 1): {len(cells)} cells, but the header has {expected}")
+                continue
             yield dict(zip(header, cells, strict=True))
     except csv.Error as error:
         raise UserError(f"{path} line {reader.line_num}: broken CSV: {error}") from error

@@ -49,7 +49,7 @@ class SftSource:
                 bad.add(number, BadCell(f"{sample.num_tokens} tokens, more than the context of {context_length}"))
             else:
                 self._samples.append(sample)
-        self.num_skipped = bad.report()
+        self.num_skipped = bad.report() + rows.num_broken
         self.source = rows.source
         self.num_rows = len(self._samples)
         self._order = EpochOrder(self.num_rows, seed=config.seed, shuffle=config.data.shuffle)
@@ -62,7 +62,9 @@ class SftSource:
         source = rows if rows is not None else config.data.train
         if source is None:
             raise UserError("data.train is not set: name a .jsonl, .json, .csv or .parquet file, or a hub data set")
-        loaded = load_rows(source, split=config.data.split, max_rows=config.data.max_rows, column=TEXT_COLUMN)
+        data = config.data
+        loaded = load_rows(
+            source, split=data.split, max_rows=data.max_rows, column=TEXT_COLUMN, on_bad_row=data.on_bad_row)
         return cls(loaded, config, tokenizer, context_length=context_length)
 
     def batch(self, step: int, size: int) -> list[Sample]:

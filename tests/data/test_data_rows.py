@@ -116,3 +116,13 @@ def test_rows_in_memory_are_texts_or_dicts():
     assert rows == [{"prompt": "a", "answer": None}, {"prompt": "b", "answer": "1"}]
     with pytest.raises(UserError, match=r"item 2 .* is int"):
         load(["a", 3])
+
+
+@pytest.mark.parametrize(("name", "content"), [
+    ("rows.jsonl", '{"prompt": "a"}\n{"prompt": \n[1]\n{"prompt": "b"}\n'),
+    ("rows.csv", "prompt,answer\na,1\nb\nc,1,2\nb,2\n"),
+])
+def test_broken_lines_are_skipped_and_counted_where_the_user_says_so(tmp_path, name, content):
+    (tmp_path / name).write_text(content)
+    rows = load_rows(tmp_path / name, split="train", max_rows=None, on_bad_row="skip")
+    assert [row["prompt"] for row in rows.rows] == ["a", "b"] and rows.num_broken == 2
