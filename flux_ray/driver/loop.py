@@ -135,7 +135,7 @@ class Loop:
                 "weights/publish_s": publish_s,
                 "driver/step_s": time.monotonic() - start_s,
             }
-            metrics |= self._drops.step_metrics()
+            metrics |= self._drops.step_metrics() | await self._rooms.probe(self._prompts.prompt(0))
             await self._after_step(report.version, batch, metrics)
 
     async def _next_batch(self) -> list[ReadyGroup]:

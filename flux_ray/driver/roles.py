@@ -8,6 +8,7 @@ Knows:  that no room knows another: here, above them, they meet.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -42,6 +43,16 @@ class TrainingRank(Trainer):
 
     def publish(self) -> None:
         self._publisher.publish()
+
+    def logprob_gap(self, groups: Sequence[RolloutGroup]) -> tuple[float, float]:
+        """|trainer's - sampler's log-probs| over sampled tokens, mean and largest. All ranks get all groups."""
+        gaps = [
+            np.abs(logprobs_T - trajectory.sampler_logprobs)[trajectory.loss_mask]
+            for group, of_group in zip(groups, self.logprobs(groups), strict=True)
+            for trajectory, logprobs_T in zip(group.trajectories, of_group, strict=True)
+        ]
+        gaps_S = np.concatenate(gaps)
+        return float(gaps_S.mean()), float(gaps_S.max())
 
 
 class ReferencePolicy(Reference):

@@ -156,6 +156,21 @@ class PolicyRooms(SamplingRooms):
             )
         return await self.training.step("train_step", calls)
 
+    async def probe(self, prompt: Prompt) -> dict[str, float]:
+        """weights/logprob_gap_* of a few tokens that each engine samples right after a publish.
+
+        For asynchronous runs, whose batches may hold no sample of the present version; nothing for synchronous ones.
+        """
+        if not self._config.driver.max_staleness:
+            return {}
+        deadline_s = self._config.weights.deadline_s
+        probes = [self._engines.submit(i, "probe", prompt, num_returns=2) for i in range(self._engines.size)]
+        for i, (_, done) in enumerate(probes):
+            await self._engines.result(done, index=i, what="probe", deadline_s=deadline_s)
+        groups = [group for group, _ in probes]
+        (mean, largest), *_ = await self._trainer.call_all("logprob_gap", groups, deadline_s=deadline_s)
+        return {"weights/logprob_gap_mean": mean, "weights/logprob_gap_max": largest}
+
     async def publish(self, version: int) -> float:
         """Pause, send, attest, resume: every engine serves `version` when it returns. Gives the seconds it took.
 

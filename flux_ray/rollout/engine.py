@@ -18,6 +18,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ import numpy as np
 from flux_ray.config import Config, RolloutConfig
 from flux_ray.errors import UserError
 from flux_ray.records import FINISH_LENGTH, FINISH_STOP, Completion, Prompt, RolloutGroup
-from flux_ray.rollout.functions import get_rollout
+from flux_ray.rollout.functions import Turns, get_rollout
 
 #: Options of vLLM that decide whether engine and trainer agree, or that have a knob of ours: not to be set twice.
 OWN_ENGINE_ARGS = {
@@ -45,6 +46,7 @@ OWN_ENGINE_ARGS = {
     "weight_transfer_config": "weights.backend",
     "trust_remote_code": "never",
 }
+PROBE_TOKENS = 16  # enough to show weights that differ, few enough to come back at once
 CPU_BATCHED_TOKENS = 8192  # tokens of one forward of an engine on CPU, at least
 TURN_SEED_STRIDE = 1_000_003  # the seeds of a trajectory's later turns lie this far apart: beyond any group size
 
@@ -184,6 +186,17 @@ class RolloutEngine:
             )
         group = RolloutGroup(prompt, tuple(trajectories))
         return group, {"num_tokens": float(sum(t.num_loss_tokens for t in trajectories))}
+
+    async def probe(self, prompt: Prompt) -> tuple[RolloutGroup, bool]:
+        """A few tokens after the prompt, all sampled by the weights served now; and a word that they are there."""
+        room = min(PROBE_TOKENS, self.room_for(len(prompt.token_ids), prompt_length=len(prompt.token_ids)))
+        temperature = self._config.rollout.temperature
+        (completion,) = await self.generate(
+            prompt.token_ids, n=1, seed=prompt.seed, temperature=temperature, max_tokens=room
+        )
+        turns = Turns(prompt.token_ids)
+        turns.sampled(completion)
+        return RolloutGroup(replace(prompt, num_samples=1), (turns.finish(),)), True
 
     async def generate(
         self, token_ids: Sequence[int] | np.ndarray, *, n: int, seed: int, temperature: float, max_tokens: int

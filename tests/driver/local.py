@@ -101,6 +101,13 @@ class Parts:
     async def decode(self, rolled: Any) -> list[str]:
         return ["text" for _ in (await rolled).trajectories]
 
+    async def probe(self, prompt: Prompt) -> tuple[RolloutGroup, bool]:
+        group, _ = await self.roll(prompt, None)
+        return group, True
+
+    def logprob_gap(self, groups: list[RolloutGroup]) -> tuple[float, float]:
+        return 0.0, float(len(groups))
+
     def pause(self) -> None: ...
 
     def publish(self) -> None: ...
