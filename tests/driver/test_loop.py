@@ -96,4 +96,4 @@ def test_callbacks_see_each_step_as_it_is_written_and_can_end_the_run(tmp_path):
 def test_an_asynchronous_run_probes_each_engine_after_every_publish(tmp_path, max_staleness):
     run(tmp_path, differs_but_every_third, **{"driver.max_staleness": max_staleness})
     gaps = [line.get("weights/logprob_gap_max") for line in read_lines(tmp_path / METRICS)]
-    assert gaps == ([1.0] * 3 if max_staleness else [None] * 3)  # the rooms here have one engine, the trainer no metrics
+    assert gaps == ([1.0] * 3 if max_staleness else [None] * 3)  # one engine here, and a trainer without metrics
