@@ -322,8 +322,7 @@ def stop_token_ids(model_path: str | None, tokenizer: Any) -> list[int]:
     """Every token that ends a response: the tokenizer's, and those that the model's generation config names.
 
     `generation_config="vllm"` keeps a model's sampling defaults out, and its further end tokens with them (a chat
-    model's
-    end of turn, say): without these a response would never end.
+    model's end of turn, say): without these a response would never end.
     """
     ids = {tokenizer.eos_token_id}
     file = Path(str(model_path)) / "generation_config.json"

@@ -163,9 +163,8 @@ def unpack(wire: torch.Tensor, run: Sequence[ParamMeta]) -> list[tuple[str, torc
 def retie_head(model: torch.nn.Module, hf_config: Any) -> None:
     """Give a tied LM head the embedding's new weights.
 
-    On CPU vLLM packs the head's weight into a buffer of its own at load. A reload replaces the embedding that it
-    was packed
-    from and leaves the packed copy old, which no checksum of parameters can see: tie again and pack again.
+    On CPU vLLM packs the head's weight into a buffer of its own at load. A reload replaces the embedding that it was
+    packed from and leaves the packed copy old, which no checksum of parameters can see: tie again and pack again.
     """
     if not getattr(hf_config, "tie_word_embeddings", False):
         return

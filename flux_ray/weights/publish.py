@@ -79,8 +79,7 @@ class Publisher:
     def connect(
         self, call: CallEngines, *, workers_per_engine: Sequence[int], address: str, port: int, wire_dtype: str
     ) -> None:
-        """Open the wire to these engines. A second call replaces the first: engines that came or went are another
-        group.
+        """Open the wire to these engines. A second call replaces the first: engines came or went.
 
         Raises what the rendezvous raises: each member waits at most weights.deadline_s for the others.
         """
