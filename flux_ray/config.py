@@ -43,6 +43,8 @@ class DataConfig:
     split: str = knob("train", "split of a hub data set to train on")
     prompt_column: str = knob("prompt", "column that holds the prompt: a text, or a list of chat messages")
     completion_column: str = knob("completion", "column that holds the completion to learn (algo=sft)")
+    margin_column: str = knob("margin", "column of pairs that holds how much better chosen is (algo=reward_model); "
+                              "may be absent: 0")
     answer_column: str = knob("answer", "column that the built-in rewards compare a completion with")
     system_prompt: str | None = knob(None, "system message put before every chat prompt that has none of its own")
     as_chat: bool = knob(False, "wrap a plain text prompt as a user message and apply the chat template")
@@ -140,7 +142,8 @@ class AlgoConfig:
     clip_range_high: float | None = knob(None, "upper epsilon; none: clip_range", above=0)
     dual_clip: float | None = knob(None, "c > 1: where A < 0 a term is at least c x A, whatever the ratio; none: off",
                                    above=1)
-    beta: float = knob(0.01, "weight of the KL to the reference in the loss; 0: no KL there", least=0)
+    beta: float = knob(0.01, "weight of the KL to the reference in the loss; 0: no KL there (pairs: the scale of the "
+                       "implicit reward)", least=0)
     kl_coef: float = knob(0.0, "weight of the KL to the reference in the reward; 0: no KL there", least=0)
     kl_target: float | None = knob(None, "adapt kl_coef until a sequence's KL in the reward is this, in nats; none: "
                                    "fixed", above=0)
@@ -149,6 +152,10 @@ class AlgoConfig:
                              choices=("k1", "k2", "k3"))
     entropy_coef: float = knob(0.01, "weight of the entropy bonus", least=0)
     normalize_by_std: bool = knob(True, "divide a group's advantages by its standard deviation")
+    reference_free: bool = knob(False, "pairs: no reference model, as if one held all responses equally likely")
+    pair_logprobs: str = knob("sum", "ipo: a response's log-prob is the sum over its tokens, or their mean",
+                              choices=("sum", "mean"))
+    label_smoothing: float = knob(0.0, "cdpo: probability that a pair's label is wrong", least=0, most=0.5)
     aggregation: str | None = knob(None, "how tokens weigh in the loss; none: the algorithm's own",
                                    choices=("token_mean", "sequence_mean", "constant_length", "sequence"))
     old_logprobs: str = knob("trainer", "the denominator of the ratio: the trainer's old policy, or the sampler's",
@@ -174,6 +181,16 @@ class BatchConfig:
 
 
 @dataclass(frozen=True)
+class LoraConfig:
+    rank: int = knob(0, "rank r of the two factors beside each adapted weight (LoRA); 0: all weights are trained",
+                     least=0)
+    alpha: float = knob(16.0, "the factors' product is added to the weight times alpha / rank", above=0)
+    dropout: float = knob(0.0, "share of an adapter's inputs that training drops", least=0, most=0.99)
+    targets: Any = knob("all-linear", "layers that are adapted: endings of their names, e.g. [q_proj,v_proj]; "
+                        "all-linear: every linear layer but the head")
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     num_ranks: int = knob(1, "data-parallel training ranks (DeepSpeed)", least=1)
     zero_stage: int = knob(0, "ZeRO stage: 0 to 3", least=0, most=3)
@@ -188,6 +205,7 @@ class TrainConfig:
     num_threads: int = knob(1, "CPU threads of one rank", least=1)
     deadline_s: float = knob(1800.0, "longest time one training step may take, in seconds", above=0)
     deepspeed: dict[str, Any] = knob({}, "any further option of DeepSpeed's own config")
+    lora: LoraConfig = group(LoraConfig)
 
 
 @dataclass(frozen=True)
@@ -222,6 +240,8 @@ class EvalConfig:
     data: str | None = knob(None, "prompts to evaluate on (same columns as data.train); none: no evaluation")
     split: str = knob("test", "split of a hub data set to evaluate on")
     every: int = knob(0, "steps between evaluations; 0: only at start and end", least=0)
+    stop_at: float | None = knob(None, "end the run, with its model saved, once an evaluation's eval/task_mean is at "
+                                 "least this; none: run all steps")
     num_samples: int = knob(1, "samples per prompt", least=1)
     temperature: float | None = knob(None, "none: the rollout's", least=0)
     max_rows: int | None = knob(None, "use only the first rows", least=1)
@@ -280,8 +300,8 @@ def to_dict(config: Config) -> dict[str, Any]:
 def schema() -> DictConfig:
     """Config's defaults and types as an OmegaConf tree to merge into (frozen dataclasses make read-only nodes)."""
     tree = OmegaConf.structured(Config)
-    for node in [tree, *(child for child in tree.values() if isinstance(child, DictConfig))]:
-        OmegaConf.set_readonly(node, False)
+    for name in ("", *sorted({room for key, _ in options() for room in names.rooms_of(key)})):
+        OmegaConf.set_readonly(OmegaConf.select(tree, name) if name else tree, False)
     for key in open_options():
         OmegaConf.set_struct(OmegaConf.select(tree, key), False)
     return tree
@@ -386,6 +406,7 @@ def _problems(config: Config) -> Iterator[str]:
     betas = config.train.adam_betas
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
         yield f"train.adam_betas must be two numbers in [0, 1), got {betas}"
+    yield from _lora_problems(config)
     if config.algo.icepop_low >= config.algo.icepop_high:
         yield f"algo.icepop_low={config.algo.icepop_low} must be < algo.icepop_high={config.algo.icepop_high}"
     context, response = config.rollout.max_model_len, config.rollout.max_tokens
@@ -393,5 +414,26 @@ def _problems(config: Config) -> Iterator[str]:
         yield f"rollout.max_model_len={context} must be > rollout.max_tokens={response}: the prompt needs room too"
     if config.eval.every and not config.eval.data:
         yield f"eval.every={config.eval.every} needs eval.data: the prompts to evaluate on"
+    if config.eval.stop_at is not None and not config.eval.every:
+        yield f"eval.stop_at={config.eval.stop_at} needs eval.every: the steps between the evaluations that it looks at"
     if config.eval.temperature == 0 and config.eval.num_samples > 1:
         yield f"eval.num_samples={config.eval.num_samples} needs eval.temperature > 0: at 0 all samples are the same"
+
+
+def _lora_problems(config: Config) -> Iterator[str]:
+    lora, reference = config.train.lora, config.reference
+    if not lora.rank:
+        given = [f"train.lora.{f.name}={getattr(lora, f.name)}" for f in dataclasses.fields(LoraConfig)
+                 if getattr(lora, f.name) != default_of(f)]
+        if given:
+            yield f"{given[0]} is read with train.lora.rank > 0 alone, which is 0"
+        return
+    targets = [lora.targets] if isinstance(lora.targets, str) else lora.targets
+    if not isinstance(targets, list) or not targets or not all(isinstance(t, str) and t for t in targets):
+        yield f"train.lora.targets must be all-linear or endings of layers' names, e.g. [q_proj,v_proj]; got {targets}"
+    if reference.path is None:
+        given = [f"reference.{name}={getattr(reference, name)}" for name in ("num_actors", "dtype")
+                 if getattr(reference, name) != getattr(ReferenceConfig(), name)]
+        if given:
+            yield (f"{given[0]} beside train.lora.rank={lora.rank}: the reference is the policy without its adapter, in "
+                   "the training ranks; give reference.path for reference actors")

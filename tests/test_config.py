@@ -107,6 +107,7 @@ def test_wrong_type_names_key_and_value(key, value):
     ({"algo.icepop_low": 9.0}, "algo.icepop_low=9.0 must be < algo.icepop_high=5.0"),
     ({"rollout.max_model_len": 99, "rollout.max_tokens": 99}, "rollout.max_model_len=99 must be >"),
     ({"eval.every": 5}, "eval.every=5 needs eval.data"),
+    ({"eval.stop_at": 0.8}, "eval.stop_at=0.8 needs eval.every"),
 ])
 def test_validate_names_key_and_value(values, message):
     assert message in refusal(values)

@@ -36,6 +36,8 @@ _DEFAULTS = AlgoConfig()
 def check(config: Config) -> list[str]:
     """Warnings, one line each, about what is legal but odd. Raises UserError, with key and value, for what isn't."""
     if config.algo.name in SUPERVISED:
+        if config.eval.stop_at is not None:
+            raise UserError(f"eval.stop_at={config.eval.stop_at} looks at rewards: algo={config.algo.name} has none")
         return []
     algorithm = resolve(config.algo)
     for problem in (*_problems(config, algorithm), *_reward_problems(config), *_ignored(config.algo, algorithm)):

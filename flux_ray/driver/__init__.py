@@ -39,7 +39,7 @@ class TrainingResult:
     """What a run gave. `history` holds each step's metrics of this process, oldest first."""
 
     run_dir: Path
-    num_steps: int
+    num_steps: int  # done: as many as asked for, or fewer where eval.stop_at was reached
     metrics: dict[str, float] = field(default_factory=dict)  # of the last step
     history: tuple[dict[str, float], ...] = ()
 
@@ -55,7 +55,7 @@ def run(config: Config, *, callbacks: Sequence[Callback] = ()) -> TrainingResult
     """
     recorder = _whole_life(config, _train, callbacks)
     history = tuple(recorder.history)
-    return TrainingResult(recorder.folder.path, config.driver.num_steps, history[-1] if history else {}, history)
+    return TrainingResult(recorder.folder.path, recorder.steps_done, history[-1] if history else {}, history)
 
 
 def evaluate(config: Config, *, callbacks: Sequence[Callback] = ()) -> dict[str, float]:
@@ -85,7 +85,9 @@ def _whole_life(config: Config, work: Work, callbacks: Sequence[Callback]) -> Re
     if work is _train and prepared.checkpoint and prepared.checkpoint.parent == checkpoints:
         forget_newer(checkpoints, prepared.start.step)
     with quiet(folder.path / LOG, progress=config.observability.progress) as terminal:
-        recorder = Recorder(config, folder=folder, terminal=terminal, callbacks=callbacks)
+        recorder = Recorder(
+            config, folder=folder, terminal=terminal, callbacks=callbacks, steps_done=prepared.start.step
+        )
         terminal.say(f"run folder {folder.path}")
         for warning in prepared.warnings:
             recorder.warn(warning)

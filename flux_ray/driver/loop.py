@@ -10,6 +10,7 @@ Never:  holds a token, a log-prob or a weight: it moves references and small num
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 
 from flux_ray.algo import filters
@@ -46,6 +47,7 @@ class Loop:
         self._unfinished = list(start.unfinished)  # of the run that is resumed: they start first
         self._next_uid = start.next_uid
         self._drops = Drops(config, total=start.prompts_dropped)
+        self._last_step = config.driver.num_steps  # sooner where an evaluation reaches eval.stop_at
         self._groups: set[asyncio.Task[None]] = set()  # in flight
         self._changed = asyncio.Condition()  # slots came free, or a group is ready
 
@@ -121,7 +123,7 @@ class Loop:
 
     async def _train_steps(self) -> None:
         """Consumes batches of ready groups: train ► publish ► release their slots. Woken by `_one_group`."""
-        while self._version < self._config.driver.num_steps:
+        while self._version < self._last_step:
             start_s = time.monotonic()
             batch = await self._next_batch()
             wait_s = time.monotonic() - start_s
@@ -170,10 +172,14 @@ class Loop:
             )
 
     async def _evaluate(self) -> None:
-        """At the start, every eval.every steps and at the end."""
+        """At the start, every eval.every steps and at the end, which comes where eval.stop_at is reached."""
         if self._evaluation is None:
             return
         last = self._version == self._config.driver.num_steps
-        every = self._config.eval.every
+        every, level = self._config.eval.every, self._config.eval.stop_at
         if self._version == 0 or last or (every and self._version % every == 0):
-            await self._evaluation.run(self._rooms, version=self._version, recorder=self._recorder)
+            metrics = await self._evaluation.run(self._rooms, version=self._version, recorder=self._recorder)
+            reached = metrics.get("eval/task_mean", -math.inf)
+            if level is not None and reached >= level:
+                self._last_step = self._version
+                self._recorder.terminal.say(f"eval/task_mean {reached:.3f} has reached eval.stop_at={level:g}")

@@ -14,21 +14,23 @@ from flux_ray.records import ScoredGroup
 
 
 def reward_metrics(groups: list[ScoredGroup], prefix: str) -> dict[str, float]:
-    """Mean and standard deviation (ddof 0) of the rewards over samples, and the mean of each part;
-
-    unscored samples left out.
+    """Mean and standard deviation (ddof 0) of the rewards over samples, their mean without shaping (task_mean), and
+    the mean of each part; unscored samples left out.
     """
-    rewards = np.concatenate([group.rewards for group in groups])
-    rewards = rewards[~np.isnan(rewards)]
+    rewards = _given([group.rewards for group in groups])
     metrics = {}
     if len(rewards):
         metrics = {f"{prefix}/mean": float(rewards.mean()), f"{prefix}/std": float(rewards.std())}
+    means = {"task_mean": _given([group.task_rewards for group in groups])}
     for name in sorted({name for group in groups for name in group.parts}):
-        part = np.concatenate([group.parts[name] for group in groups if name in group.parts])
-        part = part[~np.isnan(part)]
-        if len(part):
-            metrics[f"{prefix}/{name}"] = float(part.mean())
-    return metrics
+        means[name] = _given([group.parts[name] for group in groups if name in group.parts])
+    return metrics | {f"{prefix}/{name}": float(values.mean()) for name, values in means.items() if len(values)}
+
+
+def _given(values: list[np.ndarray]) -> np.ndarray:
+    """All of them but nan, in a row."""
+    joined = np.concatenate(values)
+    return joined[~np.isnan(joined)]
 
 
 def length_metrics(groups: list[ScoredGroup], prefix: str) -> dict[str, float]:

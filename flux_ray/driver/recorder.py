@@ -2,7 +2,7 @@
 
 Takes:  metrics, samples, answers of an evaluation, warnings.
 Gives:  lines in the run's folder, on the terminal and, if asked for, TensorBoard; calls of the user's callbacks.
-Keeps:  every step's metrics of this process (the TrainingResult's history), and the last evaluation's.
+Keeps:  every step's metrics of this process (the TrainingResult's history), the last evaluation's, the steps done.
 """
 
 from __future__ import annotations
@@ -23,18 +23,21 @@ log = logging.getLogger(__name__)
 
 class Recorder:
     def __init__(
-        self, config: Config, *, folder: RunFolder, terminal: Terminal, callbacks: Sequence[Callback] = ()
+        self, config: Config, *, folder: RunFolder, terminal: Terminal, callbacks: Sequence[Callback] = (),
+        steps_done: int = 0,
     ) -> None:
         self.folder = folder
         self._callbacks = callbacks
         self.terminal = terminal
         self.history: list[dict[str, float]] = []
         self.last_evaluation: dict[str, float] = {}
+        self.steps_done = steps_done  # before this process, then with what it does
         self._num_steps = config.driver.num_steps
         self._board = _tensorboard(folder) if config.observability.tensorboard else None
 
     def step(self, step: int, metrics: dict[str, float]) -> None:
         self.history.append({"step": float(step), **metrics})
+        self.steps_done = step + 1
         self.folder.metrics(step, metrics)
         self.terminal.step(step + 1, self._num_steps, metrics)
         self._write_board(step, metrics)

@@ -101,6 +101,7 @@ def test_which_log_probs_are_needed():
     ({"reward.overlong_tokens": 8, "reward.overlong_penalty": 1.0, "rollout.max_tokens": 4},
      "reward.overlong_tokens=8 must be <= rollout.max_tokens=4"),
     ({"reward.functions": ["my.py:overlong"], "reward.overlong_penalty": 1.0}, "give it another name"),
+    ({"algo.name": "sft", "eval.stop_at": 0.8}, "eval.stop_at=0.8 looks at rewards: algo=sft has none"),
     ({"algo.kl_target": 6.0}, "algo.kl_target=6.0 adapts the KL in the reward: it needs algo.kl_coef"),
     ({"algo.kl_coef": 0.1, "algo.beta": 0.0, "algo.kl_horizon": 9.0}, "algo.kl_horizon=9.0 adapts the KL in the "),
     ({"algo.icepop_high": 3.0, "algo.off_policy": "tis"}, "algo.icepop_high=3.0 is read with algo.off_policy=icepop"),

@@ -9,11 +9,12 @@ import pytest
 
 from flux_ray.config import from_dict
 from flux_ray.data import PromptSource
+from flux_ray.driver.evaluation import Evaluation
 from flux_ray.driver.loop import Loop
 from flux_ray.driver.recorder import Recorder
 from flux_ray.driver.state import LoopState
 from flux_ray.observability.callbacks import as_callback
-from flux_ray.observability.run_folder import METRICS, RunFolder, read_lines
+from flux_ray.observability.run_folder import EVAL, METRICS, RunFolder, read_lines
 from flux_ray.observability.terminal import Terminal
 from tests.driver.local import Parts, policy_rooms
 from tests.tiny import tiny_tokenizer
@@ -32,7 +33,8 @@ def run(tmp_path, rewards_of, *, callbacks=(), **values) -> Parts:
     sums = [f"{i}+1=" for i in range(9)]
     prompts = PromptSource.from_config(config, tiny_tokenizer(), context_length=64, prompts=sums)
     parts = Parts(rewards_of)
-    loop = Loop(config, rooms=policy_rooms(config, parts), prompts=prompts, evaluation=None, recorder=recorder,
+    evaluation = Evaluation(config, prompts) if config.eval.every else None
+    loop = Loop(config, rooms=policy_rooms(config, parts), prompts=prompts, evaluation=evaluation, recorder=recorder,
                 start=LoopState(step=0, next_uid=0))
     asyncio.run(asyncio.wait_for(loop.run(), 30))
     return parts
@@ -90,6 +92,22 @@ def test_callbacks_see_each_step_as_it_is_written_and_can_end_the_run(tmp_path):
     with pytest.raises(BaseExceptionGroup):
         run(tmp_path / "b", differs_but_every_third, callbacks=[as_callback(stop)])
     assert len(read_lines(tmp_path / "b" / METRICS)) == 1
+
+
+@pytest.mark.parametrize("max_staleness", [0, 1])
+def test_a_run_ends_at_the_evaluation_that_reaches_its_level(tmp_path, max_staleness):
+    """Rewards are half right until four steps are done; evaluations are at every second step."""
+    done = []
+    given = {"driver.num_steps": 20, "driver.max_staleness": max_staleness, "eval.every": 2, "eval.stop_at": 0.8}
+    run(tmp_path / "later", lambda uid: [1, 1] if len(done) >= 4 else [1, 0], callbacks=[noting(done)], **given)
+    assert [line["step"] for line in read_lines(tmp_path / "later" / METRICS)] == [0, 1, 2, 3] == done
+    evaluations = read_lines(tmp_path / "later" / EVAL)
+    assert [(line["step"], line["eval/task_mean"]) for line in evaluations] == [(0, 0.5), (2, 0.5), (4, 1.0)]
+    assert run(tmp_path / "at once", lambda uid: [1, 1], **given).trained == []
+
+
+def noting(done: list[int]):
+    return as_callback(lambda step, metrics: done.append(step))
 
 
 @pytest.mark.parametrize("max_staleness", [0, 1])
