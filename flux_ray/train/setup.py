@@ -8,10 +8,14 @@ Never:  imports deepspeed before the environment says which device it is for (it
 
 from __future__ import annotations
 
+import ast
+import difflib
+import importlib.util
 import math
 import os
 from collections.abc import Iterator
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,11 +40,57 @@ OWN_KEYS = {
 
 
 def check_deepspeed_options(config: Config) -> None:
-    """UserError for a key of `train.deepspeed` that we set ourselves, naming the option that sets it."""
-    for key, value in _leaves(config.train.deepspeed):
+    """UserError for a key of `train.deepspeed` that we set ourselves, naming the option that sets it, and for one that
+    DeepSpeed doesn't have: at its top level it would pass over it in silence."""
+    given = config.train.deepspeed
+    for key, value in _leaves(given):
         for own, where in OWN_KEYS.items():
             if key == own or key.startswith(own + "."):
                 raise UserError(f"train.deepspeed.{key}={value!r} is set by {where}: leave it out of train.deepspeed")
+    if not given:
+        return
+    _refuse_unknown(given, _top_level_keys(), "train.deepspeed")
+    if isinstance(given.get("zero_optimization"), dict):
+        _refuse_unknown(given["zero_optimization"], _zero_keys(), "train.deepspeed.zero_optimization")
+
+
+def _refuse_unknown(given: dict[str, Any], known: frozenset[str], where: str) -> None:
+    for key in given if known else ():
+        if key not in known:
+            near = difflib.get_close_matches(key, sorted(known - OWN_KEYS.keys()), n=1)
+            hint = f": did you mean '{where}.{near[0]}'?" if near else ": DeepSpeed has no such option"
+            raise UserError(f"unknown option '{where}.{key}'{hint}")
+
+
+def _top_level_keys() -> frozenset[str]:
+    """Every name that stands in quotes where DeepSpeed reads its config: its keys, and more than its keys.
+
+    Read from its source: its import takes seconds and looks for a device. None where it isn't installed.
+    """
+    texts = set()
+    for file in _deepspeed_files("**/constants.py", "**/*config.py"):
+        nodes = ast.walk(ast.parse(file.read_text()))
+        texts |= {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    return frozenset(text for text in texts if text.isidentifier())
+
+
+def _zero_keys() -> frozenset[str]:
+    """The fields of DeepSpeed's own class for `zero_optimization`, and the older names that they go by."""
+    keys = set()
+    for file in _deepspeed_files("runtime/zero/config.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+                keys.add(node.target.id)
+            if isinstance(node, ast.keyword) and node.arg == "alias" and isinstance(node.value, ast.Constant):
+                keys.add(str(node.value.value))
+    return frozenset(keys)
+
+
+def _deepspeed_files(*patterns: str) -> list[Path]:
+    package = importlib.util.find_spec("deepspeed")
+    if package is None or package.origin is None:
+        return []
+    return [file for pattern in patterns for file in Path(package.origin).parent.glob(pattern)]
 
 
 def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

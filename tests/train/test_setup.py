@@ -24,6 +24,16 @@ def test_a_key_that_is_ours_is_refused_by_name(options: dict, key: str, where: s
     assert key in str(error.value) and where in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(("options", "key", "meant"), [
+    ({"wall_clock_brakdown": True}, "train.deepspeed.wall_clock_brakdown", "train.deepspeed.wall_clock_breakdown"),
+    ({"zero_optimization": {"overlap_com": True}}, "zero_optimization.overlap_com", "zero_optimization.overlap_comm"),
+])
+def test_a_key_that_deepspeed_has_not_is_refused_with_the_nearest(options: dict, key: str, meant: str) -> None:
+    with pytest.raises(UserError) as error:
+        check_deepspeed_options(from_dict({"train": {"deepspeed": options}}))
+    assert f"{key}'" in str(error.value) and f"{meant}'?" in str(error.value) and "\n" not in str(error.value)
+
+
 def test_other_options_pass_through() -> None:
     config = from_dict({"train": {"zero_stage": 3, "deepspeed": {
         "zero_optimization": {"stage3_prefetch_bucket_size": 10}, "wall_clock_breakdown": True}}})
