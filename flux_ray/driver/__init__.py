@@ -107,20 +107,27 @@ def _own_cpus(prepared: Prepared, *, trains: bool) -> float:
     UserError for a plan that this machine can't have. 0 where a running cluster is joined, which is asked later.
     """
     from flux_ray.cluster.on_ray import Cluster
-    from flux_ray.cluster.plan import make_plan
 
-    config = prepared.config
-    if Cluster.wanted_address(config.cluster.address):
+    if Cluster.wanted_address(prepared.config.cluster.address):
         return 0.0
-    gpus = _visible_gpus(config)
-    plan = make_plan(config, cluster_gpus=gpus, needs_reference=prepared.needs_reference, trains=trains)
-    return plan.total["CPU"]
+    return _plan(prepared, gpus=_visible_gpus(prepared.config), trains=trains).total["CPU"]
+
+
+def _plan(prepared: Prepared, *, gpus: int, trains: bool) -> Plan:
+    """What is placed where, on a cluster of that many GPUs. UserError for what can't be."""
+    from flux_ray.cluster.plan import make_plan
+    from flux_ray.driver.build import check_engines
+
+    plan = make_plan(
+        prepared.config, cluster_gpus=gpus, needs_reference=prepared.needs_reference, trains=trains
+    )
+    check_engines(prepared, plan)
+    return plan
 
 
 async def _live(prepared: Prepared, recorder: Recorder, work: Work, own_cpus: float) -> None:
     """Connect, place, do the work; then, whatever happened, end every process of the run."""
     from flux_ray.cluster.on_ray import Cluster
-    from flux_ray.cluster.plan import make_plan
 
     config, say = prepared.config, recorder.terminal.say
     cluster = Cluster(log_dir=recorder.folder.logs, plugins=list(config.plugins))
@@ -128,8 +135,7 @@ async def _live(prepared: Prepared, recorder: Recorder, work: Work, own_cpus: fl
     try:
         cluster.connect(config.cluster.address, cpus=own_cpus)
         _end_on_sigterm()  # again: connecting puts a handler of Ray's own in its place
-        gpus, trains = cluster.num_gpus(), work is _train
-        plan = make_plan(config, cluster_gpus=gpus, needs_reference=prepared.needs_reference, trains=trains)
+        plan = _plan(prepared, gpus=cluster.num_gpus(), trains=work is _train)
         await cluster.place(plan, deadline_s=config.cluster.placement_deadline_s)
         say("starting " + ", ".join(f"{role.count} {role.name}" for role in plan.roles) + f" on {plan.device}")
         await _unless_one_dies(cluster, work(prepared, cluster, plan, recorder))
@@ -223,7 +229,7 @@ def _told(error: BaseException, log: Path) -> BaseException:
         return error
     if isinstance(error, (asyncio.CancelledError, SystemExit)):  # Ray answers a SIGTERM while it starts by an exit
         return KeyboardInterrupt()
-    text = str(error).strip() or type(error).__name__
+    text = " ".join(str(error).split()) or type(error).__name__  # a library's many lines are in the log
     known = isinstance(error, (RuntimeError, TimeoutError))
     if isinstance(error, ActorError) and error.log_file:
         log = error.log_file

@@ -20,7 +20,18 @@ from flux_ray.driver.rooms import PolicyRooms, SamplingRooms, TrainingRooms
 from flux_ray.driver.state import TRAINER as TRAINER_FOLDER
 from flux_ray.model import context_length, resolve_dtype
 from flux_ray.reward import RewardWorker
-from flux_ray.rollout.engine import RolloutEngine, engine_env
+from flux_ray.rollout.engine import RolloutEngine, check_kv_cache, engine_env
+
+
+def check_engines(prepared: Prepared, plan: Plan) -> None:
+    """What only the plan and the data together can tell, before an actor starts. UserError."""
+    config = prepared.config
+    if plan.role(ENGINE) is None or plan.device != "cpu":
+        return
+    path = str(config.model.path)
+    dtype_bytes = resolve_dtype(config.model.dtype, plan.device).itemsize
+    context = _context(prepared) or context_length(path)
+    check_kv_cache(path, context=context, dtype_bytes=dtype_bytes, kv_cache_gib=config.rollout.kv_cache_gib)
 
 
 async def policy_rooms(prepared: Prepared, cluster: Cluster, plan: Plan) -> PolicyRooms:

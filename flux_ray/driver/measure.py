@@ -58,8 +58,8 @@ def batch_metrics(batch: list[ReadyGroup], *, version: int) -> dict[str, float]:
         | {
             "reward/same_frac": len(same) / len(groups),
             "rollout/s": seconds,
-        "reward/group_s": float(np.mean([group.score_s for group in batch])),
-        "reference/group_s": float(np.mean([group.reference_s for group in batch])),
+            "reward/group_s": float(np.mean([group.score_s for group in batch])),
+            "reference/group_s": float(np.mean([group.reference_s for group in batch])),
             "rollout/tokens": float(tokens),
             "rollout/tokens_per_s": tokens / seconds,
             "driver/staleness_mean": float(np.mean(staleness)) if staleness else 0.0,

@@ -80,6 +80,28 @@ def _vllm_engine_args() -> frozenset[str]:
     )
 
 
+def check_kv_cache(model_path: str, *, context: int, dtype_bytes: int, kv_cache_gib: float) -> None:
+    """UserError where the KV cache of an engine on CPU is smaller than one sequence of the whole context.
+
+    Says nothing of models that don't keep keys and values of every token in every layer: vLLM knows those.
+    """
+    from transformers import AutoConfig
+
+    model = AutoConfig.from_pretrained(model_path).get_text_config()
+    heads, layers = getattr(model, "num_attention_heads", None), getattr(model, "num_hidden_layers", None)
+    kinds = set(getattr(model, "layer_types", None) or ["full_attention"])
+    if not heads or not layers or kinds != {"full_attention"} or getattr(model, "kv_lora_rank", None):
+        return
+    head_dim = getattr(model, "head_dim", None) or model.hidden_size // heads
+    kv_heads = getattr(model, "num_key_value_heads", None) or heads
+    needed_gib = 2 * layers * kv_heads * head_dim * dtype_bytes * context / 2**30
+    if needed_gib > kv_cache_gib:
+        raise UserError(
+            f"rollout.kv_cache_gib={kv_cache_gib:g} is less than one sequence takes: {needed_gib:.2f} GiB for "
+            f"{context} tokens (rollout.max_model_len, else the longest prompt and rollout.max_tokens)"
+        )
+
+
 def engine_env(device: str, *, tensor_parallel_size: int) -> dict[str, str]:
     """Environment of the engine's process, set before vLLM is imported there."""
     env = {"VLLM_NO_USAGE_STATS": "1", "TOKENIZERS_PARALLELISM": "false", "VLLM_PLUGINS": "flux_ray_gloo"}

@@ -69,6 +69,8 @@ def refused(model, tmp_path, monkeypatch, capfd):
     (["algo.beta=0.01", "reference.path=/no/such/model", "rollout.max_model_len=64"],
      "model '/no/such/model': no such folder"),
     (["train.deepspeed.zero_optimization.stage=2"], "train.zero_stage"),
+    (["rollout.kv_cache_gib=1e-6", "cluster.device=cpu", "cluster.address=null"],
+     "rollout.kv_cache_gib=1e-06 is less than one sequence takes"),
     (["rollout.function=no_such.py:f"], "no_such.py"),
     (["rollout.function=singel_turn"], "did you mean 'single_turn'?"),
     (["plugins=[no_such.py]"], "plugins: there is no file"),
