@@ -168,12 +168,27 @@ class Sample:
 
 @dataclass(frozen=True)
 class PreferencePair:
-    """Two responses to one prompt of which the first was preferred (tokens: prompt and response)."""
+    """Two responses to one prompt of which the first was preferred (tokens: prompt and response, end token included).
 
-    row: int
-    prompt_length: int
+    >>> pair = PreferencePair(row=4, prompt_length=2, chosen_ids=np.array([5, 6, 4, 2], np.int32),
+    ...                       rejected_ids=np.array([5, 6, 2], np.int32), margin=0.5)
+    >>> pair.num_tokens
+    7
+    """
+
+    row: int  # of the data, from 0
+    prompt_length: int  # tokens that both begin with
     chosen_ids: np.ndarray  # (T,) int32
     rejected_ids: np.ndarray  # (T,) int32
+    margin: float = 0.0  # by how much the first should score above the second, in the reward's unit
+
+    def __post_init__(self) -> None:
+        shortest = min(len(self.chosen_ids), len(self.rejected_ids))
+        assert 0 < self.prompt_length < shortest, (self.prompt_length, shortest)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.chosen_ids) + len(self.rejected_ids)
 
 
 @dataclass(frozen=True)

@@ -92,11 +92,6 @@ def _find(name: str) -> Algorithm:
     raise unknown("algorithm", name, {*ALGORITHMS, *ESTIMATORS, *POLICY_LOSSES})
 
 
-def needs_reference(config: AlgoConfig) -> bool:
-    """Whether any term asks for the frozen policy's log-probs."""
-    return config.beta > 0 or config.kl_coef > 0
-
-
 def needs_old_logprobs(config: AlgoConfig) -> bool:
     """Whether the trainer computes π_old before its first update: for several updates, or a KL in the reward."""
     return config.kl_coef > 0 or (config.old_logprobs == "trainer" and config.epochs * config.mini_batches > 1)

@@ -15,19 +15,24 @@ from flux_ray.records import Sample
 
 
 def pack(
-    samples: Sequence[Sample], *, max_tokens: int, max_samples: int | None = None, padded: bool,
+    samples: Sequence[Sample], *, max_tokens: int, max_samples: int | None = None, padded: bool, unit: int = 1,
 ) -> list[MicroBatch]:
-    """Micro-batches of at most `max_tokens` tokens and `max_samples` sequences; a longer sample is alone in one.
+    """Micro-batches of at most `max_tokens` tokens and `max_samples` sequences; a longer unit is alone in one.
 
+    unit: so many consecutive samples stay side by side in one micro-batch (2 for pairs), be there room or not.
     padded: the budget counts rows times the longest row, and samples are taken by length so that little is padded.
     Otherwise: first-fit decreasing over the plain sum of tokens.
     """
     assert max_tokens > 0 and (max_samples is None or max_samples > 0), (max_tokens, max_samples)
-    lengths = [sample.num_tokens for sample in samples]
-    order = sorted(range(len(samples)), key=lambda i: (-lengths[i], i))
-    room = len(samples) if max_samples is None else max_samples
-    plan = _rows(lengths, order, max_tokens, room) if padded else _first_fit(lengths, order, max_tokens, room)
-    return [make_micro_batch([samples[i] for i in ids], sample_ids=ids) for ids in plan]
+    assert len(samples) % unit == 0, (len(samples), unit)
+    units = [range(first, first + unit) for first in range(0, len(samples), unit)]
+    lengths = [[samples[i].num_tokens for i in ids] for ids in units]
+    costs = [unit * max(each) if padded else sum(each) for each in lengths]
+    order = sorted(range(len(units)), key=lambda k: (-costs[k], k))
+    room = len(units) if max_samples is None else max(max_samples // unit, 1)
+    plan = _rows(costs, order, max_tokens, room) if padded else _first_fit(costs, order, max_tokens, room)
+    ids_of = [[i for k in chosen for i in units[k]] for chosen in plan]
+    return [make_micro_batch([samples[i] for i in ids], sample_ids=ids) for ids in ids_of]
 
 
 def _rows(lengths: Sequence[int], order: Sequence[int], max_tokens: int, max_samples: int) -> list[list[int]]:

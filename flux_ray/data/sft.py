@@ -40,7 +40,7 @@ class SftSource:
         pairs: dict[int, Pair] = {}
         for number, row in enumerate(rows.rows):
             try:
-                pairs[number] = _as_pair(*read(row), tokenizer)
+                pairs[number] = as_pair(*read(row), tokenizer)
             except BadCell as error:
                 bad.add(number, error)
         self._samples = []
@@ -81,6 +81,18 @@ class Pair:
     is_chat: bool     # the template has written the special tokens; what follows its end token is no response
 
 
+def as_pair(prompt: Text, completion: str, tokenizer: Any) -> Pair:
+    """The texts before and under the loss; a chat as its template writes it. BadCell: the template refuses it."""
+    if isinstance(prompt, str):
+        return Pair(prompt, completion, is_chat=False)
+    require_template(tokenizer, "the data are chats")
+    before = render(tokenizer, prompt)
+    after = render(tokenizer, [*prompt, {"role": "assistant", "content": completion}], whole=True)
+    if not after.startswith(before):
+        raise BadCell("the chat template writes the prompt in another way once it is answered: use plain text columns")
+    return Pair(before, after[len(before) :], is_chat=True)
+
+
 def encode_pairs(tokenizer: Any, pairs: list[Pair]) -> list[Sample]:
     """Samples of the pairs: prompt and completion encoded each by itself, as in a rollout, then the end token."""
     end = tokenizer.eos_token_id
@@ -100,17 +112,6 @@ def encode_pairs(tokenizer: Any, pairs: list[Pair]) -> list[Sample]:
         loss_mask = np.arange(len(token_ids)) >= max(len(prompt), 1)  # nothing comes before the first token
         samples.append(Sample(token_ids, loss_mask, np.zeros(len(token_ids), np.float32)))
     return samples
-
-
-def _as_pair(prompt: Text, completion: str, tokenizer: Any) -> Pair:
-    if isinstance(prompt, str):
-        return Pair(prompt, completion, is_chat=False)
-    require_template(tokenizer, "the data are chats")
-    before = render(tokenizer, prompt)
-    after = render(tokenizer, [*prompt, {"role": "assistant", "content": completion}], whole=True)
-    if not after.startswith(before):
-        raise BadCell("the chat template writes the prompt in another way once it is answered: use plain text columns")
-    return Pair(before, after[len(before) :], is_chat=True)
 
 
 def _reader(rows: Rows, config: Config) -> tuple[str, Callable[[Row], tuple[Text, str]]]:

@@ -2,8 +2,17 @@ import numpy as np
 import pytest
 import torch
 
-from flux_ray.batch import balance, make_micro_batch, pack, padded_mask, to_flat, to_padded, zero_weight
-from flux_ray.records import Sample
+from flux_ray.batch import (
+    balance,
+    make_micro_batch,
+    pack,
+    padded_mask,
+    pair_samples,
+    to_flat,
+    to_padded,
+    zero_weight,
+)
+from flux_ray.records import PreferencePair, Sample
 
 pytestmark = pytest.mark.unit
 
@@ -150,3 +159,28 @@ def test_balance_evens_out_what_arrival_order_would_not():
     assert balance([100, 90, 10, 20], 2) == [[0, 2], [1, 3]]
     assert balance([5, 5, 5, 5, 5], 2) == [[0, 2, 4], [1, 3]]
     assert balance([7], 3) == [[0], [], []]
+
+
+@pytest.mark.parametrize("padded", [True, False])
+@pytest.mark.parametrize("max_samples", [None, 1, 5])
+def test_a_unit_stays_side_by_side(padded, max_samples):
+    samples = samples_of(12, count=20)
+    batches = pack(samples, max_tokens=150, max_samples=max_samples, padded=padded, unit=2)
+    ids = [mb.sample_ids_B.tolist() for mb in batches]
+    assert sorted(i for chosen in ids for i in chosen) == list(range(20))
+    for mb, chosen in zip(batches, ids, strict=True):
+        assert all(second == first + 1 and first % 2 == 0
+                   for first, second in zip(chosen[::2], chosen[1::2], strict=True))
+        cost = mb.num_padded_tokens if padded else mb.num_tokens
+        assert cost <= 150 or len(chosen) == 2
+        assert max_samples is None or len(chosen) <= max(max_samples, 2)
+    assert len(batches) < 10 or max_samples == 1
+
+
+@pytest.mark.parametrize("last_token", [False, True])
+def test_samples_of_pairs(last_token):
+    pair = PreferencePair(0, 2, np.array([5, 6, 4, 3, 2], np.int32), np.array([5, 6, 2], np.int32))
+    chosen, rejected = pair_samples([pair], last_token=last_token)
+    assert chosen.token_ids is pair.chosen_ids and rejected.token_ids is pair.rejected_ids
+    assert chosen.loss_mask.tolist() == [False, False, *([False] * 2 if last_token else [True] * 2), True]
+    assert rejected.loss_mask.tolist() == [False, False, True] and not chosen.loss_weights.any()

@@ -1,0 +1,190 @@
+"""Preference pairs: two responses to one prompt, the better one first.
+
+Takes:  a data file with chosen and rejected (replies to a prompt, chats, or whole transcripts), maybe a margin.
+Gives:  PairSource: `batch(step, size)`, a pure function of seed and step; `all()`; how many rows were left out, why.
+Knows:  what is no pair: an empty or a twice equal reply says nothing (left out and counted); one without a common
+        prompt, or longer than the context, is a bad row.
+Keeps:  the tokens of every pair.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from typing import Any
+
+import numpy as np
+
+from flux_ray.config import Config, DataConfig
+from flux_ray.data.chat import checked_messages
+from flux_ray.data.encode import Text, checked_text, prompt_text
+from flux_ray.data.order import EpochOrder
+from flux_ray.data.preferences import CHOSEN, REJECTED, shared_prompt
+from flux_ray.data.rows import BadCell, BadRows, Row, Rows, load_rows
+from flux_ray.data.sft import Pair, as_pair, encode_pairs
+from flux_ray.errors import UserError
+from flux_ray.records import PreferencePair, Sample
+
+EMPTY, IDENTICAL, BAD = "empty", "identical", "bad"  # why a row is left out
+
+
+class _NoPair(Exception):
+    """The row is well formed and holds no preference; `cause` is EMPTY or IDENTICAL."""
+
+    def __init__(self, cause: str) -> None:
+        self.cause = cause
+
+
+class PairSource:
+    """Pairs by step: `source.batch(0, 64)`, `source.batch(1, 64)` … without end, epoch after epoch.
+
+    source: the file's name; num_rows: pairs in use; skipped: cause ► rows left out, num_skipped: all of them;
+    longest: tokens of the longest prompt with its response; has_margins: whether a margin column is there.
+    """
+
+    def __init__(self, rows: Rows, config: Config, tokenizer: Any, *, context_length: int, shuffle: bool) -> None:
+        _require_pairs(rows, config)
+        self.source, self.skipped = rows.source, Counter({BAD: rows.num_broken})
+        self.has_margins = config.data.margin_column in rows.columns
+        bad = BadRows(rows, CHOSEN, config.data.on_bad_row)
+        texts: dict[int, tuple[Pair, Pair]] = {}
+        margins: dict[int, float] = {}
+        for number, row in enumerate(rows.rows):
+            try:
+                texts[number] = _read(row, config.data, tokenizer)
+                margins[number] = _margin(row.get(config.data.margin_column), config.data.margin_column)
+            except _NoPair as none:
+                texts.pop(number, None)
+                self.skipped[none.cause] += 1
+            except BadCell as error:
+                texts.pop(number, None)
+                bad.add(number, error)
+        samples = iter(encode_pairs(tokenizer, [pair for both in texts.values() for pair in both]))
+        self._pairs: list[PreferencePair] = []
+        for number in texts:
+            try:
+                self._pairs.append(_pair(number, next(samples), next(samples), margins[number], context_length))
+            except _NoPair as none:
+                self.skipped[none.cause] += 1
+            except BadCell as error:
+                bad.add(number, error)
+        self.skipped[BAD] += bad.report()
+        if not self._pairs:
+            raise UserError(f"{self.source}: no pair is left: {_counts(self.skipped)}")
+        self.num_skipped = self.skipped.total()
+        self.num_rows = len(self._pairs)
+        self.longest = max(max(len(pair.chosen_ids), len(pair.rejected_ids)) for pair in self._pairs)
+        self._order = EpochOrder(self.num_rows, seed=config.seed, shuffle=shuffle)
+
+    @classmethod
+    def from_config(
+        cls, config: Config, tokenizer: Any, *, context_length: int, rows: list[Row] | str | None = None
+    ) -> PairSource:
+        """The pairs of `data.train`, or `rows` (a path or dicts). UserError says what is wrong, and where."""
+        data = config.data
+        loaded = _load(rows, data.train, "data.train", config, split=data.split, max_rows=data.max_rows)
+        return cls(loaded, config, tokenizer, context_length=context_length, shuffle=data.shuffle)
+
+    @classmethod
+    def for_eval(
+        cls, config: Config, tokenizer: Any, *, context_length: int, rows: list[Row] | str | None = None
+    ) -> PairSource:
+        """The pairs of `eval.data`, or `rows`, in the file's order."""
+        split, max_rows = config.eval.split, config.eval.max_rows
+        loaded = _load(rows, config.eval.data, "eval.data", config, split=split, max_rows=max_rows)
+        return cls(loaded, config, tokenizer, context_length=context_length, shuffle=False)
+
+    def batch(self, step: int, size: int) -> list[PreferencePair]:
+        """The `size` pairs of step `step` (from 0)."""
+        return [self._pairs[self._order.row(position)] for position in range(step * size, (step + 1) * size)]
+
+    def all(self) -> list[PreferencePair]:
+        """Every pair once, in the file's order."""
+        return list(self._pairs)
+
+    def warnings(self) -> list[str]:
+        """What was left out, in a line."""
+        return [f"{self.source}: pairs left out: {_counts(self.skipped)}"] if self.num_skipped else []
+
+
+def _counts(skipped: Counter[str]) -> str:
+    return ", ".join(f"{count} {cause}" for cause, count in sorted(skipped.items()) if count)
+
+
+def _load(rows: list[Row] | str | None, path: str | None, key: str, config: Config, **of_hub: Any) -> Rows:
+    source = rows if rows is not None else path
+    if source is None:
+        raise UserError(f"{key} is not set: name a .jsonl, .json, .csv or .parquet file, or a hub data set")
+    return load_rows(source, column=config.data.prompt_column, on_bad_row=config.data.on_bad_row, **of_hub)
+
+
+def _require_pairs(rows: Rows, config: Config) -> None:
+    missing = [column for column in (CHOSEN, REJECTED) if column not in rows.columns]
+    if missing:
+        raise UserError(
+            f"{rows.source}: algo.name={config.algo.name} learns from preference pairs: no column "
+            f"{' and no column '.join(map(repr, missing))} (columns: {', '.join(rows.columns)})"
+        )
+
+
+def _read(row: Row, data: DataConfig, tokenizer: Any) -> tuple[Pair, Pair]:
+    """The chosen and the rejected response after their prompt, as text."""
+    if row[CHOSEN] is not None and row[CHOSEN] == row[REJECTED]:
+        raise _NoPair(IDENTICAL)
+    prompt, *replies = _parts(row, data)
+    if not all(reply.strip() for reply in replies):
+        raise _NoPair(EMPTY)
+    text = prompt_text({**row, data.prompt_column: prompt}, data)
+    chosen, rejected = (as_pair(text, reply, tokenizer) for reply in replies)
+    return chosen, rejected
+
+
+def _parts(row: Row, data: DataConfig) -> tuple[Text, str, str]:
+    """Prompt, chosen and rejected reply. A chat that begins before its reply brings its own prompt."""
+    chosen, rejected = row[CHOSEN], row[REJECTED]
+    whole_chats = all(isinstance(value, list) and len(value) > 1 for value in (chosen, rejected))
+    if row.get(data.prompt_column) is not None and not whole_chats:
+        return row[data.prompt_column], _reply(chosen, CHOSEN), _reply(rejected, REJECTED)
+    if isinstance(chosen, list):
+        checked_messages(chosen)
+    prompt = shared_prompt(row)
+    if isinstance(prompt, str):
+        return prompt, chosen[len(prompt) :], rejected[len(prompt) :]
+    return prompt, _reply(chosen[len(prompt) :], CHOSEN), _reply(rejected[len(prompt) :], REJECTED)
+
+
+def _reply(value: Any, column: str) -> str:
+    """The text of a reply, maybe empty: a text, or a list of one message of the assistant's."""
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list):
+        checked_text(value)
+    try:
+        messages = checked_messages(value)
+    except BadCell as error:
+        raise BadCell(str(error), column) from error
+    if len(messages) != 1 or messages[0]["role"] != "assistant":
+        raise BadCell("after what both share, one message of the assistant's must follow, and no other", column)
+    return messages[0]["content"]
+
+
+def _margin(value: Any, column: str) -> float:
+    if value is None:
+        return 0.0
+    try:
+        margin = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        margin = math.nan
+    if not math.isfinite(margin):
+        raise BadCell(f"must be a finite number, got {value!r:.60}", column)
+    return margin
+
+
+def _pair(row: int, chosen: Sample, rejected: Sample, margin: float, context_length: int) -> PreferencePair:
+    longest = max(chosen.num_tokens, rejected.num_tokens)
+    if longest > context_length:
+        raise BadCell(f"{longest} tokens, more than the context of {context_length}")
+    if np.array_equal(chosen.token_ids, rejected.token_ids):
+        raise _NoPair(IDENTICAL)  # the tokenizer sees no difference between the texts
+    prompt_length = int(chosen.loss_mask.argmax())
+    return PreferencePair(row, prompt_length, chosen.token_ids, rejected.token_ids, margin)
