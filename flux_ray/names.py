@@ -29,13 +29,16 @@ ALIASES = {
     "kl_loss_coef": "algo.beta",
     "normalize_advantages": "algo.normalize_by_std",
     "lr": "train.learning_rate",
+    "lora_rank": "train.lora.rank", "lora_r": "train.lora.rank", "lora_alpha": "train.lora.alpha",
+    "lora_dropout": "train.lora.dropout", "target_modules": "train.lora.targets",
+    "lora_target_modules": "train.lora.targets",
 }
 
 #: Other spellings of an algorithm's name.
 ALGORITHM_ALIASES = {"drgrpo": "dr_grpo", "dr-grpo": "dr_grpo"}
 
 #: Rooms by the names that people give them. `algorithm_config` may hold any option by its short name.
-ROOM_ALIASES = {"algorithm": "algo", "algorithm_config": "algo"}
+ROOM_ALIASES = {"algorithm": "algo", "algorithm_config": "algo", "lora": "train.lora"}
 
 NEAR_ENOUGH = 0.5   # difflib's ratio from which a name is worth suggesting
 
@@ -87,7 +90,7 @@ def flatten(values: Mapping[str, Any], *, options: Collection[str]) -> dict[str,
 
 
 def _leaves(values: Mapping[str, Any], *, prefix: str, options: Collection[str]) -> Iterator[tuple[str, Any]]:
-    rooms = {option.partition(".")[0] for option in options if "." in option} | set(ROOM_ALIASES)
+    rooms = {room for option in options for room in rooms_of(option)} | set(ROOM_ALIASES)
     for name, value in values.items():
         key = f"{prefix}{name}"
         if key in rooms and isinstance(value, Mapping):
@@ -96,6 +99,16 @@ def _leaves(values: Mapping[str, Any], *, prefix: str, options: Collection[str])
             raise UserError(f"{key}: holds several options, so it takes a mapping, not {value!r}")
         else:
             yield key, value
+
+
+def rooms_of(option: str) -> list[str]:
+    """The rooms that an option lies in, the outermost first.
+
+    >>> rooms_of("train.lora.rank")
+    ['train', 'train.lora']
+    """
+    parts = option.split(".")
+    return [".".join(parts[:i]) for i in range(1, len(parts))]
 
 
 def unknown_option(key: str, *, options: Collection[str]) -> UserError:

@@ -38,6 +38,16 @@ def test_nested_dotted_and_short_names_mix():
     assert config.rollout.group_size == 8
 
 
+@pytest.mark.parametrize("values", [
+    {"train": {"lora": {"rank": 8, "targets": ["q_proj"]}}}, {"lora": {"rank": 8, "targets": ["q_proj"]}},
+    {"train": {"lora.rank": 8}, "target_modules": ["q_proj"]}, {"train.lora.rank": 8, "train.lora.targets": ["q_proj"]},
+])
+def test_a_room_in_a_room(values):
+    config = from_dict(values)
+    assert (config.train.lora.rank, config.train.lora.targets) == (8, ["q_proj"])
+    assert from_dict(to_dict(config)) == config
+
+
 @pytest.mark.parametrize("alias, key", [
     ("epsilon", "algo.clip_range"), ("clip_ratio", "algo.clip_range"), ("cliprange", "algo.clip_range"),
     ("algo.eps_clip", "algo.clip_range"), ("epsilon_high", "algo.clip_range_high"),
@@ -45,6 +55,7 @@ def test_nested_dotted_and_short_names_mix():
     ("num_samples", "rollout.group_size"), ("eval.num_samples", "eval.num_samples"), ("kl_loss_coef", "algo.beta"),
     ("beta", "algo.beta"), ("kl_coef", "algo.kl_coef"), ("algorithm_config.group_size", "rollout.group_size"),
     ("rollout.engine_args.anything", "rollout.engine_args.anything"), ("lr", "train.learning_rate"),
+    ("lora_r", "train.lora.rank"), ("lora.rank", "train.lora.rank"), ("target_modules", "train.lora.targets"),
 ])
 def test_names_people_bring(alias, key):
     assert canonical(alias, options=KEYS) == key
@@ -69,6 +80,7 @@ def test_cispo_s_epsilon_high_means_two_things():
     ("rollout.grop_size", "rollout.group_size"), ("grop_size", "rollout.group_size"),
     ("rolout.deadline_s", "rollout.deadline_s"), ("train.learning_rat", "train.learning_rate"),
     ("algo.clip_rang", "algo.clip_range"), ("num_generatons", "rollout.group_size"),
+    ("train.lora.rnk", "train.lora.rank"), ("lora.target", "train.lora.targets"),
 ])
 def test_unknown_option_names_the_nearest(key, nearest):
     assert refusal({key: 1}) == f"unknown option {key!r}: did you mean {nearest!r}?"
@@ -107,6 +119,11 @@ def test_wrong_type_names_key_and_value(key, value):
     ({"algo.icepop_low": 9.0}, "algo.icepop_low=9.0 must be < algo.icepop_high=5.0"),
     ({"rollout.max_model_len": 99, "rollout.max_tokens": 99}, "rollout.max_model_len=99 must be >"),
     ({"eval.every": 5}, "eval.every=5 needs eval.data"),
+    ({"train.lora.rank": -1}, "train.lora.rank must be >= 0, got -1"),
+    ({"train.lora.alpha": 8.0}, "train.lora.alpha=8.0 is read with train.lora.rank > 0 alone"),
+    ({"train.lora": {"rank": 4, "targets": []}}, "train.lora.targets must be all-linear or endings"),
+    ({"train.lora": 8}, "train.lora: holds several options, so it takes a mapping, not 8"),
+    ({"train.lora.rank": 4, "reference.num_actors": 2}, "reference.num_actors=2 beside train.lora.rank=4"),
     ({"eval.stop_at": 0.8}, "eval.stop_at=0.8 needs eval.every"),
 ])
 def test_validate_names_key_and_value(values, message):
