@@ -48,7 +48,7 @@ class PromptSource:
                 if isinstance(text, str):
                     written[number] = text, False
                 else:
-                    require_template(tokenizer, f"{rows.source} row {number + 1} (from 1) is a chat")
+                    require_template(tokenizer, f"{rows.source} row {rows.numbers[number]} (from 1) is a chat")
                     written[number] = render(tokenizer, text), True
                 texts[number] = text
             except BadCell as error:
@@ -65,7 +65,7 @@ class PromptSource:
         self._kept = [number for number, ids in token_ids.items() if 0 < len(ids) <= limit]
         self.num_rows = len(self._kept)
         self.longest_prompt = max(len(token_ids[number]) for number in self._kept)
-        self._texts, self._token_ids, self._rows = texts, token_ids, rows.rows
+        self._texts, self._token_ids, self._rows, self._numbers = texts, token_ids, rows.rows, rows.numbers
         self._role, self._seed = role, config.seed
         self._num_samples = config.eval.num_samples if role == EVAL else config.rollout.group_size
         shuffle = config.data.shuffle and role == TRAIN
@@ -89,13 +89,18 @@ class PromptSource:
         rows = _load(prompts, config.eval.data, "eval.data", config, split=split, max_rows=max_rows)
         return cls(rows, config, tokenizer, context_length=context_length, role=EVAL)
 
+    def column(self, name: str) -> list[Any]:
+        """The cells of a column, of the rows in use."""
+        return [self._rows[row][name] for row in self._kept]
+
     def prompt(self, uid: int) -> Prompt:
         """The prompt at position `uid` (from 0) of the run: always the same, in whatever order they are asked for."""
         row = self._kept[self._order.row(uid)]
         token_ids = self._token_ids[row]
         columns = {name: value for name, value in self._rows[row].items() if name in self.columns}
         seed = stable_seed(self._seed, self._role, uid)
-        return Prompt(uid, row, self._texts[row], token_ids, columns, self._num_samples, seed)
+        place = self._numbers[row] - 1
+        return Prompt(uid, place, self._texts[row], token_ids, columns, self._num_samples, seed)
 
 
 def _load(prompts: Prompts | None, path: str | None, key: str, config: Config, **of_hub: Any) -> Rows:

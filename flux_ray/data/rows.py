@@ -37,7 +37,7 @@ class Broken:
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of one source; row i of the file (from 0) is `rows[i]`.
+    """The rows of one source; `numbers[i]` is the place of `rows[i]` in it, from 1 and with blank lines counted.
 
     >>> Rows.from_dicts("train.jsonl", [{"prompt": "1+1=", "answer": "2"}, {"prompt": "hi"}]).rows[1]
     {'prompt': 'hi', 'answer': None}
@@ -46,19 +46,28 @@ class Rows:
     source: str
     columns: tuple[str, ...]
     rows: list[Row]
+    numbers: tuple[int, ...]
     num_broken: int = 0  # lines that are no row at all, left out (data.on_bad_row=skip)
 
     @classmethod
-    def from_dicts(cls, source: str, dicts: Sequence[Row | Broken]) -> Rows:
-        """Rows with one set of columns; broken ones counted and logged. UserError where there is no row at all."""
+    def from_dicts(cls, source: str, dicts: Sequence[Row | Broken | None]) -> Rows:
+        """Rows with one set of columns; broken ones counted and logged (None: a blank line).
+
+        UserError where there is no row at all.
+        """
         broken = [row for row in dicts if isinstance(row, Broken)]
-        whole = [row for row in dicts if not isinstance(row, Broken)]
+        numbers, whole = [], []
+        for number, row in enumerate(dicts, start=1):
+            if isinstance(row, dict):
+                numbers.append(number)
+                whole.append(row)
         if not whole:
             raise UserError(f"every row is bad; the first: {broken[0].why}" if broken else f"{source}: no rows in it")
         if broken:
             log.warning("%s: %d broken rows left out; the first: %s", source, len(broken), broken[0].why)
         columns = tuple(dict.fromkeys(name for row in whole for name in row))
-        return cls(source, columns, [{name: row.get(name) for name in columns} for row in whole], len(broken))
+        rows = [{name: row.get(name) for name in columns} for row in whole]
+        return cls(source, columns, rows, tuple(numbers), len(broken))
 
     def require(self, column: str, key: str) -> None:
         """UserError where `column`, which config field `key` names, isn't there."""
@@ -85,7 +94,8 @@ class BadRows:
 
     def add(self, row: int, bad: BadCell) -> None:
         """Row `row` (from 0) is bad. UserError unless bad rows are skipped."""
-        message = f"{self._rows.source} row {row + 1} (from 1): column {(bad.column or self._column)!r}: {bad}"
+        where = f"{self._rows.source} row {self._rows.numbers[row]} (from 1): column {(bad.column or self._column)!r}"
+        message = f"{where}: {bad}"
         if not self._skip:
             raise UserError(f"{message} (data.on_bad_row=skip leaves such rows out)")
         self._reasons[row] = message
@@ -144,27 +154,40 @@ def _format_of(path: Path) -> str | None:
     return endings[-1] if endings and endings[-1] in READERS else None
 
 
-def _read_file(path: Path, max_rows: int | None) -> list[Row | Broken]:
+def _read_file(path: Path, max_rows: int | None) -> list[Row | Broken | None]:
     ending = _format_of(path)
     if ending is None:
         raise UserError(f"{path}: unknown kind of file; data files end in {', '.join(READERS)} (or with .gz)")
     try:
         with path.open("rb") as raw:
             file = cast(IO[bytes], gzip.GzipFile(fileobj=raw)) if path.suffix.lower() == ".gz" else raw
-            return list(islice(READERS[ending](path, file), max_rows))
+            return _first(READERS[ending](path, file), max_rows)
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
     except (OSError, EOFError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from error
 
 
+def _first(rows: Iterator[Row | Broken | None], max_rows: int | None) -> list[Row | Broken | None]:
+    """The first `max_rows` rows (none: all) and the blank lines among them."""
+    taken: list[Row | Broken | None] = []
+    num_rows = 0
+    for row in rows:
+        if num_rows == max_rows:
+            break
+        taken.append(row)
+        num_rows += row is not None
+    return taken
+
+
 def _text(file: IO[bytes]) -> io.TextIOWrapper:
     return io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
 
 
-def _read_jsonl(path: Path, file: IO[bytes]) -> Iterator[Row | Broken]:
+def _read_jsonl(path: Path, file: IO[bytes]) -> Iterator[Row | Broken | None]:
     for number, line in enumerate(_text(file), start=1):
         if not line.strip():
+            yield None
             continue
         try:
             row = json.loads(line)
@@ -190,7 +213,7 @@ def _read_json(path: Path, file: IO[bytes]) -> Iterator[Row]:
         yield row
 
 
-def _read_csv(path: Path, file: IO[bytes]) -> Iterator[Row | Broken]:
+def _read_csv(path: Path, file: IO[bytes]) -> Iterator[Row | Broken | None]:
     """Every cell stays text: an answer 007 must not become 7."""
     csv.field_size_limit(MAX_CSV_FIELD_CHARS)
     reader = csv.reader(_text(file), strict=True)
@@ -198,6 +221,7 @@ def _read_csv(path: Path, file: IO[bytes]) -> Iterator[Row | Broken]:
         header = next(reader, None)
         for number, cells in enumerate(reader, start=1):
             if not cells:
+                yield None
                 continue
             if header is None or len(cells) != len(header):
                 expected = len(header or [])

@@ -10,10 +10,17 @@ from __future__ import annotations
 from collections import Counter
 
 from flux_ray.algo import filters
+from flux_ray.cluster.group import ActorError
 from flux_ray.config import Config
 
 REWARD_FAILED = "reward_failed"  # a function raised or timed out, and reward.on_failure=drop
 CAUSES = (*filters.CAUSES, REWARD_FAILED)
+
+
+def refuse_unless_droppable(error: ActorError, config: Config) -> None:
+    """The one rule of what a run survives: the failure of a reward, with reward.on_failure=drop. Raises all else."""
+    if config.reward.on_failure != "drop" or error.role != "reward":
+        raise error
 
 
 class Drops:

@@ -18,7 +18,7 @@ from flux_ray.cluster.group import ActorError
 from flux_ray.config import Config
 from flux_ray.data import PromptSource
 from flux_ray.driver import state as saved
-from flux_ray.driver.drops import REWARD_FAILED, Drops
+from flux_ray.driver.drops import REWARD_FAILED, Drops, refuse_unless_droppable
 from flux_ray.driver.evaluation import Evaluation
 from flux_ray.driver.measure import batch_metrics
 from flux_ray.driver.recorder import Recorder
@@ -95,7 +95,8 @@ class Loop:
         try:
             scored = await self._rooms.score(rolled)
         except ActorError as error:
-            self._tolerate(uid, error)
+            refuse_unless_droppable(error, self._config)
+            self._recorder.warn(f"prompt {uid} dropped: {error}")
             return await self._drop(uid, REWARD_FAILED)
         cause = filters.refusal(scored, self._config.filter)
         if cause is not None:
@@ -107,12 +108,6 @@ class Loop:
         async with self._changed:
             self._slots.ready(uid, ReadyGroup(scored, rolled, reference, scored_s - rolled_s, reference_s))
             self._changed.notify_all()
-
-    def _tolerate(self, uid: int, error: ActorError) -> None:
-        """The one place where a failed group is caught: a reward's failure, with reward.on_failure=drop."""
-        if self._config.reward.on_failure != "drop" or error.role != "reward":
-            raise error
-        self._recorder.warn(f"prompt {uid} dropped: {error}")
 
     async def _drop(self, uid: int, cause: str) -> None:
         """Count the group and free its slot: another prompt takes it, until the batch is full."""

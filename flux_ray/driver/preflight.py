@@ -21,9 +21,9 @@ from flux_ray.data import PromptSource, SftSource
 from flux_ray.driver import state as saved
 from flux_ray.driver.state import LoopState
 from flux_ray.errors import UserError
-from flux_ray.model import context_length, load_tokenizer
+from flux_ray.model import check_targets, context_length, load_tokenizer, skeleton
 from flux_ray.plugins import load_plugins
-from flux_ray.reward import resolve_functions
+from flux_ray.reward import RewardFunction, count_silent, find_answer_column, resolve_functions
 from flux_ray.rollout.engine import check_engine_args
 from flux_ray.rollout.functions import get_rollout
 from flux_ray.train import check_deepspeed_options
@@ -40,7 +40,7 @@ class Prepared:
     prompts: PromptSource | None  # reinforcement learning
     examples: SftSource | None  # supervised training
     eval_prompts: PromptSource | None
-    needs_reference: bool
+    needs_reference: bool  # reference actors
     start: LoopState
     checkpoint: Path | None  # to load before the first step
     warnings: tuple[str, ...]
@@ -62,6 +62,8 @@ def prepare(config: Config) -> Prepared:
     assert config.model.path is not None  # validate has seen to it
     limit = config.rollout.max_model_len or context_length(config.model.path)
     _check_weights("model.path", config.model.path)
+    if config.train.lora.rank:
+        check_targets(skeleton(config.model.path), config.train.lora)
     tokenizer = load_tokenizer(config.model.tokenizer or config.model.path)
     checkpoint = saved.find(config.resume) if config.resume else None
     start = saved.load(checkpoint) if checkpoint else LoopState(step=0, next_uid=0)
@@ -73,17 +75,19 @@ def prepare(config: Config) -> Prepared:
         examples = SftSource.from_config(config, tokenizer, context_length=limit)
         warnings += _skipped(examples.num_skipped, examples.source)
         return Prepared(config, None, examples, None, False, start, checkpoint, tuple(warnings))
-    needs_reference = algo.needs_reference(config.algo)
+    needs_reference = algo.needs_reference(config.algo) and not algo.reference_is_base(config)
     if needs_reference and config.reference.path:
         _check_reference(config.reference.path, length_given=config.rollout.max_model_len is not None)
     prompts = PromptSource.from_config(config, tokenizer, context_length=limit)
     warnings += _skipped(prompts.num_skipped, prompts.source)
     config = _with(config, "reward", functions=list(config.reward.functions) or [_default_reward(config, prompts)])
-    check_filter(config, [function.name for function in resolve_functions(config, prompts.columns)])
+    functions, silent = _rewards(config, prompts)
+    warnings += silent
+    check_filter(config, [function.name for function in functions])
     eval_prompts = None
     if config.eval.data:
         eval_prompts = PromptSource.for_eval(config, tokenizer, context_length=limit)
-        resolve_functions(config, eval_prompts.columns)
+        warnings += _rewards(config, eval_prompts)[1]
     return Prepared(config, prompts, None, eval_prompts, needs_reference, start, checkpoint, tuple(warnings))
 
 
@@ -91,6 +95,24 @@ def _default_reward(config: Config, prompts: PromptSource) -> str:
     """The one function that stands in where none is named; UserError where the data don't call for one."""
     (function,) = resolve_functions(config, prompts.columns)
     return function.name
+
+
+def _rewards(config: Config, prompts: PromptSource) -> tuple[tuple[RewardFunction, ...], list[str]]:
+    """The functions that score these prompts; a warning for each that has nothing to say of some of them.
+
+    UserError where one has nothing to say of any: nothing would be learned from it.
+    """
+    functions, warnings = resolve_functions(config, prompts.columns), []
+    column = find_answer_column(config, prompts.columns)
+    answers = prompts.column(column) if column else []
+    for function in functions:
+        num_silent = count_silent(function, answers)
+        what = f"{prompts.source}: reward {function.name} can use the {column!r} of"
+        if answers and num_silent == len(answers):
+            raise UserError(f"{what} no row, e.g. {str(answers[0])[:60]!r} (data.answer_column names the column)")
+        if num_silent:
+            warnings.append(f"{what} {len(answers) - num_silent} rows of {len(answers)}: the others teach nothing")
+    return functions, warnings
 
 
 def _absolute(config: Config) -> Config:

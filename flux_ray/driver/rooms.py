@@ -65,7 +65,7 @@ class SamplingRooms:
             numbers = await self._engines.result(
                 small,
                 index=engine,
-                what=f"rollout of row {prompt.row}",
+                what=f"rollout of prompt row {prompt.row + 1} (from 1)",
                 deadline_s=rollout.deadline_s + self._config.weights.deadline_s,
             )
             return Rolled(group, prompt.row, int(numbers["num_tokens"]), engine, start_s, time.monotonic())

@@ -9,7 +9,7 @@ Keeps:  the registry of this process.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -117,6 +117,14 @@ def _check_options(function: RewardFunction) -> None:
 def find_answer_column(config: Config, columns: Collection[str]) -> str | None:
     """The column that the rules compare with: data.answer_column, else one called answer, solution or label."""
     return next((name for name in (config.data.answer_column, *ANSWER_COLUMNS) if name in columns), None)
+
+
+def count_silent(function: RewardFunction, answers: Sequence[Any]) -> int:
+    """Of how many of these answers a rule that compares with them can say nothing (numeric: they hold no number)."""
+    if not function.is_rule or "answer" not in function.parameters:
+        return 0
+    nothing = [""] * len(answers)
+    return function.call(nothing, nothing, answers, **function.options).count(None)
 
 
 def resolve_functions(config: Config, columns: Collection[str]) -> tuple[RewardFunction, ...]:

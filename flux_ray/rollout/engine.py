@@ -198,13 +198,13 @@ class RolloutEngine:
                 trajectories = await self._rollout(prompt, generate)
         except TimeoutError:
             raise TimeoutError(
-                f"engine {self._index}: prompt of row {prompt.row} took longer than "
+                f"engine {self._index}: prompt row {prompt.row + 1} (from 1) took longer than "
                 f"rollout.deadline_s={self._config.rollout.deadline_s:g} s"
             ) from None
         if len(trajectories) != prompt.num_samples:
             raise UserError(
                 f"rollout.function={self._config.rollout.function} gave {len(trajectories)} trajectories for row "
-                f"{prompt.row}; it must give prompt.num_samples={prompt.num_samples}"
+                f"{prompt.row + 1} (from 1); it must give prompt.num_samples={prompt.num_samples}"
             )
         group = RolloutGroup(prompt, tuple(trajectories))
         return group, {"num_tokens": float(sum(t.num_loss_tokens for t in trajectories))}

@@ -7,6 +7,7 @@ import io
 
 import pytest
 
+from flux_ray.cluster.group import ActorError
 from flux_ray.config import from_dict
 from flux_ray.data import PromptSource
 from flux_ray.driver.evaluation import Evaluation
@@ -77,6 +78,18 @@ def test_failed_rewards_are_dropped_where_the_user_says_so_and_have_the_same_lim
         run(tmp_path / "all", lambda uid: ArithmeticError("no"), **{"reward.on_failure": "drop"})
     with pytest.raises(BaseExceptionGroup):
         run(tmp_path / "stop", fails)
+
+
+def test_an_evaluation_counts_the_rewards_that_failed(tmp_path):
+    fails = lambda uid: ArithmeticError("no") if uid in (1, 2) else [1, 0]  # noqa: E731
+    run(tmp_path / "drop", fails, **{"reward.on_failure": "drop", "eval.every": 1})
+    for line in read_lines(tmp_path / "drop" / EVAL):
+        assert (line["eval/prompts"], line["eval/failed"], line["eval/mean"]) == (7, 2, 0.5)
+        assert len(line["answers"]) == 7
+    with pytest.raises(ActorError):
+        run(tmp_path / "stop", fails, **{"eval.every": 1})
+    with pytest.raises(RuntimeError, match="evaluation at step 0: every reward failed"):
+        run(tmp_path / "all", lambda uid: ArithmeticError("no"), **{"reward.on_failure": "drop", "eval.every": 1})
 
 
 def test_callbacks_see_each_step_as_it_is_written_and_can_end_the_run(tmp_path):

@@ -85,11 +85,26 @@ def test_a_mistake_on_the_command_line(refused, words, message):
     ("", "bad.jsonl: no rows in it"),
     ('{"prompt": "1+1="}\n{"prompt": \n', "bad.jsonl line 2: broken JSON: "),
     ('{"prompt": "1+1="}\n{"prompt": 7}\n', "bad.jsonl row 2 (from 1): column 'prompt': must be text"),
+    ('{"prompt": "1+1="}\n\n\n{"prompt": 7}\n', "bad.jsonl row 4 (from 1): column 'prompt': must be text"),
     ('{"prompt": "1+1="}\n[1]\n', "bad.jsonl line 2: list, not a JSON object"),
 ])
 def test_a_mistake_in_the_data(refused, tmp_path, text, message):
     (tmp_path / "bad.jsonl").write_text(text)
     assert message in refused("data.train=bad.jsonl", "reward.functions=[length]")
+
+
+@pytest.mark.parametrize("answers, found", [(["a", "b"], "no row, e.g. 'a'"), (["1", "b", None], "1 rows of 3")])
+def test_answers_that_a_rule_cannot_read(refused, model, tmp_path, answers, found):
+    """Of no row: refused. Of some: a warning."""
+    rows = [json.dumps({"prompt": f"{i}+1=", "answer": answer}) + "\n" for i, answer in enumerate(answers)]
+    (tmp_path / "words.jsonl").write_text("".join(rows))
+    expected = f"words.jsonl: reward numeric can use the 'answer' of {found}"
+    if "1" in answers:
+        given = {"model.path": str(model), "data.train": "words.jsonl", "reward.functions": ["numeric"],
+                 "rollout.max_tokens": 16}
+        assert any(expected in warning for warning in prepare(from_dict(given)).warnings)
+    else:
+        assert expected in refused("data.train=words.jsonl", "reward.functions=[numeric]")
 
 
 def test_data_without_an_answer_need_a_reward(refused, tmp_path):
