@@ -8,19 +8,18 @@ Never:  talks to another rank but by the `reduce` it is given, which sums one sm
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from flux_ray.algo.rows import blocks, by_rows
 from flux_ray.config import AlgoConfig
 from flux_ray.errors import UserError, unknown
 from flux_ray.plugins import same_function
 
 EPS_STD = 1e-6  # in the reward's unit, added to a standard deviation that divides: far below any reward's resolution
-
-BLOCK_NUMBERS = 2**16  # of a tensor, worked on at once: half a megabyte in float64, which a core's cache holds
 
 Reduce = Callable[[torch.Tensor], torch.Tensor]
 Pair = tuple[torch.Tensor, torch.Tensor]
@@ -159,7 +158,9 @@ def _consecutive(index: torch.Tensor, num_rows: int, group_size: int) -> bool:
 
 def _returns_to_go(token_level_rewards: torch.Tensor, mask_NL: torch.Tensor) -> torch.Tensor:
     """Σ_{i≥t} r_i at each loss token, 0 elsewhere."""
-    return _by_rows(lambda rewards, mask: rewards.flip(-1).cumsum(-1).flip(-1) * mask, token_level_rewards, mask_NL)
+    (returns_NL,) = by_rows(lambda rewards, mask: (rewards.flip(-1).cumsum(-1).flip(-1) * mask,),
+                            token_level_rewards, mask_NL)
+    return returns_NL
 
 
 def _whiten(values_NL: torch.Tensor, mask_NL: torch.Tensor, reduce: Reduce) -> torch.Tensor:
@@ -168,26 +169,18 @@ def _whiten(values_NL: torch.Tensor, mask_NL: torch.Tensor, reduce: Reduce) -> t
     Values outside the mask must be 0.
     """
     sums = torch.zeros(3, dtype=torch.float64, device=values_NL.device)
-    for values, mask in _blocks(values_NL, mask_NL):
+    for values, mask in blocks(values_NL, mask_NL):
         wide = values.double()
         sums += torch.stack([wide.sum(), wide.square().sum(), mask.sum().double()])
     total, squares, count = reduce(sums).unbind()
     mean = total / count.clamp(min=1)
     std = (squares / count.clamp(min=1) - mean.square()).clamp(min=0).sqrt()
-    return _by_rows(lambda values, mask: ((values.double() - mean) / (std + EPS_STD)) * mask, values_NL, mask_NL)
 
+    def block(values: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor]:
+        return (((values.double() - mean) / (std + EPS_STD) * mask).to(values.dtype),)
 
-def _by_rows(function: Callable[..., torch.Tensor], *tensors_NL: torch.Tensor) -> torch.Tensor:
-    """function(*tensors), of the first one's type, for rows that stand alone: what lies between stays in the cache."""
-    result = torch.empty_like(tensors_NL[0])
-    for part, *parts in _blocks(result, *tensors_NL):
-        part.copy_(function(*parts))
-    return result
-
-
-def _blocks(*tensors_NL: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
-    num_rows = max(BLOCK_NUMBERS // tensors_NL[0].shape[-1], 1)
-    return zip(*(tensor_NL.split(num_rows) for tensor_NL in tensors_NL), strict=True)
+    (whitened_NL,) = by_rows(block, values_NL, mask_NL)
+    return whitened_NL
 
 
 @dataclass(frozen=True)

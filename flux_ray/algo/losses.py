@@ -8,6 +8,7 @@ Never:  aggregates (the weights do), corrects for the sampler, or adds KL and en
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,11 +16,15 @@ from typing import Any
 import torch
 
 from flux_ray.algo.kl import MAX_LOG_RATIO
+from flux_ray.algo.rows import by_rows, with_slope
 from flux_ray.config import AlgoConfig
 from flux_ray.errors import UserError, unknown
 from flux_ray.plugins import same_function
 
 LossAndMetrics = tuple[torch.Tensor, dict[str, Any]]
+Surrogate = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # (B, L): loss, its slope by a log-ratio, was it clipped
+
+MAX_RATIO = math.exp(MAX_LOG_RATIO)  # a ratio stays between 1 / MAX_RATIO and it, and has no slope beyond
 
 _DEFAULTS = AlgoConfig()
 
@@ -32,7 +37,11 @@ def ppo(
 
     With `config.dual_clip` c and A < 0: −max(min(…), c·A) (1912.09729, eq. 5).
     """
-    return _clipped(token_ratio(log_prob, old_log_prob), advantages, config)
+    def block(old: torch.Tensor, new: torch.Tensor, advantages: torch.Tensor) -> Surrogate:
+        return _clipped((new - old).exp_(), advantages, config)
+
+    loss, slope, clipped = by_rows(block, old_log_prob, log_prob, advantages)
+    return with_slope(log_prob, value=loss, slope=slope), {"actor/clip_frac": clipped}
 
 
 def gspo(
@@ -40,8 +49,8 @@ def gspo(
     config: AlgoConfig = _DEFAULTS, **_: Any,
 ) -> LossAndMetrics:
     """−min(s·A, clip(s)·A), s = exp(mean_t log r_t), the same at all tokens of a sequence (2507.18071, eq. 5 and 7)."""
-    s_B1 = sequence_ratio(log_prob, old_log_prob, response_mask, mean=True)
-    return _clipped(s_B1, advantages, config)
+    log_s_B1 = _row_log_ratio(log_prob, old_log_prob, response_mask) / _row_length(response_mask)
+    return _of_rows(log_s_B1, advantages, config)
 
 
 def gspo_token(
@@ -49,8 +58,10 @@ def gspo_token(
     config: AlgoConfig = _DEFAULTS, **_: Any,
 ) -> LossAndMetrics:
     """−min(s_t·A_t, clip(s_t)·A_t) with s_t = sg[s]·π/sg[π] (2507.18071, eq. 13 and 14)."""
-    s_B1 = sequence_ratio(log_prob, old_log_prob, response_mask, mean=True).detach()
-    return _clipped(s_B1 * torch.exp(log_prob - log_prob.detach()), advantages, config)
+    log_s_B1 = _row_log_ratio(log_prob.detach(), old_log_prob, response_mask) / _row_length(response_mask)
+    s_B1 = log_s_B1.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    loss, slope, clipped = by_rows(lambda s, a: _clipped(s, a, config), s_B1, advantages)
+    return with_slope(log_prob, value=loss, slope=slope), {"actor/clip_frac": clipped}
 
 
 def rloo(
@@ -58,8 +69,7 @@ def rloo(
     config: AlgoConfig = _DEFAULTS, **_: Any,
 ) -> LossAndMetrics:
     """−min(r·A, clip(r)·A) with the whole sequence's ratio r = exp(Σ_t log r_t) (2402.14740, clipped as PPO)."""
-    r_B1 = sequence_ratio(log_prob, old_log_prob, response_mask, mean=False)
-    return _clipped(r_B1, advantages, config)
+    return _of_rows(_row_log_ratio(log_prob, old_log_prob, response_mask), advantages, config)
 
 
 def cispo(
@@ -67,10 +77,15 @@ def cispo(
     config: AlgoConfig = _DEFAULTS, **_: Any,
 ) -> LossAndMetrics:
     """−sg(min(r, 1+ε_high))·A·log π: the weight is clipped, never the gradient (2506.13585, eq. 4 and 5)."""
-    ratio = token_ratio(log_prob, old_log_prob).detach()
     bound = 1 + _high(config)
-    loss = -ratio.clamp(max=bound) * advantages * log_prob
-    return loss, {"actor/clip_frac": ratio > bound}
+
+    def block(old: torch.Tensor, new: torch.Tensor, advantages: torch.Tensor) -> Surrogate:
+        ratio = (new - old).exp_()
+        slope = ratio.clamp(1 / MAX_RATIO, min(bound, MAX_RATIO)).mul_(advantages).neg_()
+        return slope * new, slope, ratio > bound
+
+    loss, slope, clipped = by_rows(block, old_log_prob, log_prob, advantages)
+    return with_slope(log_prob, value=loss, slope=slope), {"actor/clip_frac": clipped}
 
 
 def reinforce(
@@ -85,28 +100,45 @@ def token_ratio(log_prob: torch.Tensor, old_log_prob: torch.Tensor) -> torch.Ten
     return torch.exp((log_prob - old_log_prob).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO))
 
 
-def sequence_ratio(
-    log_prob: torch.Tensor, old_log_prob: torch.Tensor, response_mask: torch.Tensor, *, mean: bool,
-) -> torch.Tensor:
-    """(B, 1): exp of the sum, or mean, of log π/π_old over the loss tokens of each row; 1 for an empty row."""
+def _row_log_ratio(log_prob: torch.Tensor, old_log_prob: torch.Tensor, response_mask: torch.Tensor) -> torch.Tensor:
+    """(B, 1): Σ_t log π/π_old over the loss tokens of each row; 0 for an empty row."""
+    def block(new: torch.Tensor, old: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor]:
+        return ((new - old).masked_fill_(~mask, 0.0).sum(-1, keepdim=True),)
+
     mask = response_mask.bool()
-    log_ratio_B1 = (log_prob - old_log_prob).masked_fill(~mask, 0.0).sum(-1, keepdim=True)
-    if mean:
-        log_ratio_B1 = log_ratio_B1 / mask.sum(-1, keepdim=True).clamp(min=1)
-    return torch.exp(log_ratio_B1.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO))
+    (sums_B1,) = by_rows(block, log_prob, old_log_prob, mask)
+    return with_slope(log_prob, value=sums_B1, slope=mask)
+
+
+def _row_length(response_mask: torch.Tensor) -> torch.Tensor:
+    """(B, 1): loss tokens of each row, at least 1."""
+    return response_mask.sum(-1, keepdim=True).clamp(min=1)
 
 
 def _high(config: AlgoConfig) -> float:
     return config.clip_range if config.clip_range_high is None else config.clip_range_high
 
 
-def _clipped(ratio: torch.Tensor, advantages: torch.Tensor, config: AlgoConfig) -> LossAndMetrics:
-    """The clipped surrogate of any ratio that broadcasts to (B, L)."""
-    plain = ratio * advantages
-    chosen = torch.minimum(plain, ratio.clamp(1 - config.clip_range, 1 + _high(config)) * advantages)
-    if config.dual_clip is not None:
-        chosen = torch.where(advantages < 0, torch.maximum(chosen, config.dual_clip * advantages), chosen)
-    return -chosen, {"actor/clip_frac": chosen.detach() != plain.detach()}
+def _of_rows(log_ratio_B1: torch.Tensor, advantages: torch.Tensor, config: AlgoConfig) -> LossAndMetrics:
+    """The clipped surrogate of one ratio per row."""
+    ratio_B1 = log_ratio_B1.detach().exp()
+    loss, slope, clipped = by_rows(lambda r, a: _clipped(r, a, config), ratio_B1, advantages)
+    by = log_ratio_B1.expand_as(loss)
+    return with_slope(by, value=loss, slope=slope), {"actor/clip_frac": clipped}
+
+
+def _clipped(ratio: torch.Tensor, advantages: torch.Tensor, config: AlgoConfig) -> Surrogate:
+    """The clipped surrogate of a ratio that broadcasts to (B, L): the loss −r′·A, its slope by log r, where r′ isn't r.
+
+    min(r·A, clip(r)·A) is r′·A with r′ = min(r, 1+ε_high) for A > 0, max(r, 1−ε) for A < 0, and a dual clip is a bound
+    on the latter from above. Where r′ is r, the slope of −r·A by log r is −r·A itself; elsewhere it is 0.
+    """
+    falls = ratio.clamp(1 - config.clip_range, min(config.dual_clip or MAX_RATIO, MAX_RATIO))
+    rises = ratio.clamp(1 / MAX_RATIO, min(1 + _high(config), MAX_RATIO))
+    kept = torch.where(advantages < 0, falls, rises)
+    clipped = (kept != ratio).logical_and_(advantages != 0)
+    loss = kept.mul_(advantages).neg_()
+    return loss, loss.masked_fill(clipped, 0.0), clipped
 
 
 @dataclass(frozen=True)

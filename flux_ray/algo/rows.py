@@ -1,0 +1,63 @@
+"""Work on padded (N, L) tensors whose rows stand alone, and values whose derivative is made along with them.
+
+Takes:  tensors of N rows, a function of blocks of them.
+Gives:  `by_rows`, `blocks`: on a CPU, what lies between input and result stays in a core's cache; `with_slope`.
+Never:  knows what the numbers mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+BLOCK_NUMBERS = 2**16  # of a tensor, worked on at once: half a megabyte in float64, which a core's cache holds
+
+
+def by_rows(
+    function: Callable[..., tuple[torch.Tensor, ...]], *tensors: torch.Tensor,
+) -> tuple[torch.Tensor, ...]:
+    """function(*tensors), block by block of the tensors' rows; each result has a row for each row. No gradients."""
+    results: tuple[torch.Tensor, ...] = ()
+    start, num_rows = 0, len(tensors[0])
+    with torch.no_grad():
+        for parts in blocks(*tensors):
+            made = function(*parts)
+            if len(parts[0]) == num_rows:
+                return made
+            results = results or tuple(part.new_empty(num_rows, *part.shape[1:]) for part in made)
+            for whole, part in zip(results, made, strict=True):
+                whole[start : start + len(part)] = part
+            start += len(parts[0])
+    return results
+
+
+def blocks(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+    """The same rows of each tensor, so many that the cache holds a block of the widest; on a GPU all of them."""
+    widest = max(tensor.shape[-1] for tensor in tensors)
+    on_cpu = tensors[0].device.type == "cpu"
+    num_rows = max(BLOCK_NUMBERS // max(widest, 1) if on_cpu else len(tensors[0]), 1)
+    return zip(*(tensor.split(num_rows) for tensor in tensors), strict=True)
+
+
+def with_slope(by: torch.Tensor, *, value: torch.Tensor, slope: torch.Tensor) -> torch.Tensor:
+    """`value`, whose derivative by `by` is `slope`: place by place, or of a row's one value (N, 1) by all its places.
+
+    Differentiable once: the slope is a constant.
+    """
+    return _WithSlope.apply(by, value, slope)
+
+
+class _WithSlope(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, by: torch.Tensor, value: torch.Tensor, slope: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(slope)
+        return value.view_as(value)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (slope,) = ctx.saved_tensors
+        return gradient * slope, None, None
