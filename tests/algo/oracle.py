@@ -47,7 +47,7 @@ def advantages(name, rewards, mask, index, *, normalize=True, kl_coef=0.0, old=N
             else:
                 raise KeyError(name)
     if name in ("reinforce_pp", "reinforce_pp_baseline"):
-        tokens = [result[n, t] for n in range(num_rows) for t in range(length) if mask[n, t]]
+        tokens = [result[n, t] for n in range(num_rows) for t in range(length) if mask[n, t]] or [0.0]
         for n in range(num_rows):
             for t in range(length):
                 if mask[n, t]:

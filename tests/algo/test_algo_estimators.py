@@ -73,10 +73,20 @@ def test_whitening_of_equal_returns_is_exactly_zero():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_one_token(name):
-    rewards, mask, index, *_ = ragged(6, length=1)
-    got, _ = ours(name, rewards, mask, index)
-    np.testing.assert_allclose(got.numpy(), oracle.advantages(name, rewards, mask, index), rtol=0, atol=1e-9)
+@pytest.mark.parametrize("kl_coef", [0.0, 0.3])
+@pytest.mark.parametrize(("case", "made"), [
+    ("one token", {"length": 1}), ("groups of one", {"group_size": 1}), ("equal rewards", {"equal": True}),
+    ("one sequence", {"num_groups": 1, "group_size": 1}), ("no loss token", {}),
+])
+def test_at_the_edges_as_the_oracle(name, kl_coef, case, made):
+    """With a KL in the reward, equal rewards differ again."""
+    rewards, mask, index, old, reference = ragged(6, **made)
+    if case in ("one sequence", "no loss token"):
+        mask[:] = case == "one sequence"
+    got, _ = ours(name, rewards, mask, index, group_size=made.get("group_size", 4), kl_coef=kl_coef, old_logprobs=old,
+                  reference_logprobs=reference)
+    want = oracle.advantages(name, rewards, mask, index, kl_coef=kl_coef, old=old, reference=reference)
+    np.testing.assert_allclose(got.numpy(), want, rtol=0, atol=1e-9)
 
 
 def test_vectorized_equals_per_group():

@@ -101,6 +101,26 @@ def test_value_and_gradient_as_the_oracle(case, seed):
     assert algo.ALGORITHMS[name].aggregation == settings.aggregation
 
 
+#: rows of a batch at its edges: (loss tokens of each, sign of their advantages)
+EDGES = {
+    "A above 0": ([5, 3, 2], 1.0), "A below 0": ([5, 3, 2], -1.0), "equal rewards, or a group of one": ([5, 3, 2], 0.0),
+    "one token": ([1, 1, 1], 1.0), "one sequence": ([4], -1.0), "empty responses": ([0, 3, 0], 1.0),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("edge", EDGES)
+def test_at_the_edges_as_the_oracle(case, edge):
+    (name, settings), (lengths, sign) = CASES[case], EDGES[edge]
+    batch = {key: value[: len(lengths)] for key, value in batch_of(12).items()}
+    batch["mask"] = np.arange(5) < np.array(lengths)[:, None]
+    batch["advantages"] = sign * np.abs(batch["advantages"])
+    value, gradient, _ = ours(name, config_of(name, settings), batch, weights_of(settings.aggregation, batch["mask"]))
+    want, want_gradient = theirs(settings, batch)
+    assert value == pytest.approx(want, abs=1e-9)
+    np.testing.assert_allclose(gradient, want_gradient, rtol=0, atol=1e-9)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_one_update_has_ratio_one_and_the_right_gradient(case):
     name, settings = CASES[case]
@@ -250,9 +270,11 @@ def test_a_registered_loss_per_token_and_as_a_scalar(registry):
 
     # A scalar is this micro-batch's mean: its share of the step is the sum of its weights.
     half = {key: value[:3] for key, value in batch.items()}
-    value, _, metrics = ours("plain_mean", config_of("plain_mean", settings), half, weights[:3])
-    half_mean, _ = theirs(settings, half)
-    assert value == pytest.approx(half_mean * half["mask"].sum() / batch["mask"].sum(), abs=1e-9)
+    value, gradient, metrics = ours("plain_mean", config_of("plain_mean", settings), half, weights[:3])
+    half_mean, half_gradient = theirs(settings, half)
+    share = half["mask"].sum() / batch["mask"].sum()
+    assert value == pytest.approx(half_mean * share, abs=1e-9)
+    np.testing.assert_allclose(gradient, half_gradient * share, rtol=0, atol=1e-9)
     assert metrics["actor/rows"] == Sum(3.0)
     with pytest.raises(UserError, match=r"policy loss 'plain_mean' gives a scalar, algo\.off_policy=tis needs"):
         ours("plain_mean", config_of("plain_mean", S(off_policy="tis")), half, weights[:3])
