@@ -8,19 +8,22 @@ Never:  weighs: a pair counts 1/N, which whoever knows N says.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from flux_ray.records import PreferencePair, Sample
 
 
-def pair_samples(pairs: Sequence[PreferencePair], *, last_token: bool = False) -> list[Sample]:
-    """Two Samples a pair. The loss mask: all tokens of the response, or its last token alone; loss weights are 0."""
+def pair_samples(
+    pairs: Sequence[PreferencePair], *, scored_at: Callable[[np.ndarray], int] | None = None,
+) -> list[Sample]:
+    """Two Samples a pair. The loss mask: all tokens of the response, or the one at `scored_at(token_ids)` alone; the
+    loss weights are 0."""
     samples = []
     for pair in pairs:
         for token_ids in (pair.chosen_ids, pair.rejected_ids):
-            first = len(token_ids) - 1 if last_token else pair.prompt_length
-            loss_mask = np.arange(len(token_ids)) >= first
+            places = np.arange(len(token_ids))
+            loss_mask = places >= pair.prompt_length if scored_at is None else places == scored_at(token_ids)
             samples.append(Sample(token_ids, loss_mask, np.zeros(len(token_ids), np.float32)))
     return samples

@@ -19,6 +19,7 @@ from flux_ray.config import Config, DataConfig
 from flux_ray.data.chat import checked_messages, render, require_template, with_system
 from flux_ray.data.encode import Text, checked_text, encode, prompt_text
 from flux_ray.data.order import EpochOrder
+from flux_ray.data.preferences import CHOSEN, REJECTED
 from flux_ray.data.rows import BadCell, BadRows, Row, Rows, load_rows
 from flux_ray.errors import UserError
 from flux_ray.records import Sample
@@ -34,7 +35,7 @@ class SftSource:
     num_rows, num_skipped, source: as for PromptSource.
     """
 
-    def __init__(self, rows: Rows, config: Config, tokenizer: Any, *, context_length: int) -> None:
+    def __init__(self, rows: Rows, config: Config, tokenizer: Any, *, context_length: int, shuffle: bool) -> None:
         column, read = _reader(rows, config)
         bad = BadRows(rows, column, config.data.on_bad_row)
         pairs: dict[int, Pair] = {}
@@ -52,24 +53,45 @@ class SftSource:
         self.num_skipped = bad.report() + rows.num_broken
         self.source = rows.source
         self.num_rows = len(self._samples)
-        self._order = EpochOrder(self.num_rows, seed=config.seed, shuffle=config.data.shuffle)
+        self._order = EpochOrder(self.num_rows, seed=config.seed, shuffle=shuffle)
 
     @classmethod
     def from_config(
         cls, config: Config, tokenizer: Any, *, context_length: int, rows: list[Row] | str | None = None
     ) -> SftSource:
         """The rows of `data.train`, or `rows` (a path or dicts). UserError says what is wrong, and where."""
-        source = rows if rows is not None else config.data.train
-        if source is None:
-            raise UserError("data.train is not set: name a .jsonl, .json, .csv or .parquet file, or a hub data set")
         data = config.data
-        loaded = load_rows(
-            source, split=data.split, max_rows=data.max_rows, column=TEXT_COLUMN, on_bad_row=data.on_bad_row)
-        return cls(loaded, config, tokenizer, context_length=context_length)
+        loaded = _load(rows, data.train, "data.train", config, split=data.split, max_rows=data.max_rows)
+        return cls(loaded, config, tokenizer, context_length=context_length, shuffle=data.shuffle)
+
+    @classmethod
+    def for_eval(
+        cls, config: Config, tokenizer: Any, *, context_length: int, rows: list[Row] | str | None = None
+    ) -> SftSource:
+        """The rows of `eval.data`, or `rows`, in the file's order."""
+        split, max_rows = config.eval.split, config.eval.max_rows
+        loaded = _load(rows, config.eval.data, "eval.data", config, split=split, max_rows=max_rows)
+        return cls(loaded, config, tokenizer, context_length=context_length, shuffle=False)
 
     def batch(self, step: int, size: int) -> list[Sample]:
         """The `size` samples of step `step` (from 0)."""
         return [self._samples[self._order.row(position)] for position in range(step * size, (step + 1) * size)]
+
+    def all(self) -> list[Sample]:
+        """Every sample once, in the file's order."""
+        return list(self._samples)
+
+    def warnings(self) -> list[str]:
+        """What was left out, in a line."""
+        bad = self.num_skipped
+        return [f"{self.source}: {bad} bad rows skipped (data.on_bad_row=skip)"] if bad else []
+
+
+def _load(rows: list[Row] | str | None, path: str | None, key: str, config: Config, **of_hub: Any) -> Rows:
+    source = rows if rows is not None else path
+    if source is None:
+        raise UserError(f"{key} is not set: name a .jsonl, .json, .csv or .parquet file, or a hub data set")
+    return load_rows(source, column=TEXT_COLUMN, on_bad_row=config.data.on_bad_row, **of_hub)
 
 
 @dataclass(frozen=True)
@@ -119,11 +141,14 @@ def _reader(rows: Rows, config: Config) -> tuple[str, Callable[[Row], tuple[Text
     data = config.data
     if data.completion_column in rows.columns:
         rows.require(data.prompt_column, "data.prompt_column")
-        return data.completion_column, lambda row: (_prompt(row, data), _completion(row[data.completion_column]))
+        return data.completion_column, lambda row: (_prompt(row, data), completion_text(row[data.completion_column]))
     if MESSAGES_COLUMN in rows.columns:
         return MESSAGES_COLUMN, lambda row: _last_turn(row[MESSAGES_COLUMN], data.system_prompt)
     if TEXT_COLUMN in rows.columns:
         return TEXT_COLUMN, lambda row: ("", checked_text(row[TEXT_COLUMN]))
+    if {CHOSEN, REJECTED} <= set(rows.columns):
+        raise UserError(f"{rows.source}: preference pairs ({CHOSEN}, {REJECTED}) are for algo=dpo, ipo, cdpo or "
+                        f"reward_model: algo.name={config.algo.name} learns completions")
     raise UserError(
         f"{rows.source}: nothing to learn from: no column {data.completion_column!r} (data.completion_column), "
         f"{MESSAGES_COLUMN!r} or {TEXT_COLUMN!r} (columns: {', '.join(rows.columns)})"
@@ -137,7 +162,7 @@ def _prompt(row: Row, data: DataConfig) -> Text:
         raise BadCell(str(error), column=data.prompt_column) from error
 
 
-def _completion(value: Any) -> str:
+def completion_text(value: Any) -> str:
     """The completion's text; a list of one assistant message is its content."""
     if not isinstance(value, list):
         return checked_text(value)

@@ -13,8 +13,10 @@ from typing import Any
 
 import numpy as np
 
+from flux_ray.batch import pair_samples
 from flux_ray.config import Config
-from flux_ray.records import RolloutGroup
+from flux_ray.model.scoring import response_sums, scoring_samples
+from flux_ray.records import PreferencePair, RolloutGroup
 from flux_ray.reference import Reference
 from flux_ray.train import Trainer
 from flux_ray.weights.publish import CallEngines, Publisher
@@ -59,5 +61,11 @@ class ReferencePolicy(Reference):
     """The frozen policy; what the driver waits for is not what the trainer gets."""
 
     async def logprobs_and_done(self, group: RolloutGroup) -> tuple[list[np.ndarray], bool]:
-        """The log-probs, which stay in the object store, and a word for the driver that they are there."""
-        return await self.logprobs(group), True
+        """The log-probs of each trajectory, which stay in the object store, and a word for the driver that they are
+        there."""
+        return await self.logprobs(scoring_samples([group])), True
+
+    async def pair_reference(self, pairs: Sequence[PreferencePair]) -> list[tuple[float, float]]:
+        """(chosen, rejected): log-probs of both responses of each pair, sums over their tokens."""
+        sums = response_sums(await self.logprobs(pair_samples(pairs)))
+        return list(zip(sums[::2], sums[1::2], strict=True))

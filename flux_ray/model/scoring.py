@@ -40,3 +40,8 @@ def by_group(arrays: Sequence[np.ndarray], groups: Sequence[RolloutGroup]) -> li
     """Per-sample arrays ► per group, per trajectory."""
     remaining = iter(arrays)
     return [[next(remaining) for _ in group.trajectories] for group in groups]
+
+
+def response_sums(arrays: Sequence[np.ndarray]) -> list[float]:
+    """The sum of each sample's (T,) log-probs, which are 0 at all but its response."""
+    return [float(array.sum(dtype=np.float64)) for array in arrays]

@@ -180,7 +180,7 @@ def test_a_unit_stays_side_by_side(padded, max_samples):
 @pytest.mark.parametrize("last_token", [False, True])
 def test_samples_of_pairs(last_token):
     pair = PreferencePair(0, 2, np.array([5, 6, 4, 3, 2], np.int32), np.array([5, 6, 2], np.int32))
-    chosen, rejected = pair_samples([pair], last_token=last_token)
+    chosen, rejected = pair_samples([pair], scored_at=(lambda ids: len(ids) - 1) if last_token else None)
     assert chosen.token_ids is pair.chosen_ids and rejected.token_ids is pair.rejected_ids
     assert chosen.loss_mask.tolist() == [False, False, *([False] * 2 if last_token else [True] * 2), True]
     assert rejected.loss_mask.tolist() == [False, False, True] and not chosen.loss_weights.any()

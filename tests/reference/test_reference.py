@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from flux_ray.records import RolloutGroup
+from flux_ray.model.scoring import scoring_samples
+from flux_ray.records import RolloutGroup, Sample
 from flux_ray.reference import Reference
 from tests.tiny import tiny_model
 from tests.train.batches import rollout_group
@@ -29,11 +31,11 @@ class CountingReference(Reference):
         self.gate, self.begun = threading.Event(), threading.Event()
         self.gate.set()
 
-    def forward(self, groups: list[RolloutGroup]) -> list[list[np.ndarray]]:
-        self.forwards.append([g.prompt.uid for g in groups])
+    def forward(self, callers: list[Sequence[Sample]]) -> list[list[np.ndarray]]:
+        self.forwards.append([len(samples) for samples in callers])
         self.begun.set()
         assert self.gate.wait(30)
-        return super().forward(groups)
+        return super().forward(callers)
 
 
 def wanted(hf: torch.nn.Module, group: RolloutGroup) -> list[np.ndarray]:
@@ -52,13 +54,13 @@ async def test_groups_that_wait_share_a_forward(tmp_path) -> None:
     reference = CountingReference(tiny_model(tmp_path, tied=True), max_tokens=10_000)
     reference.gate.clear()
     groups = [rollout_group(uid) for uid in range(5)]
-    calls = [asyncio.create_task(reference.logprobs(groups[0]))]
+    calls = [asyncio.create_task(reference.logprobs(scoring_samples([groups[0]])))]
     assert await asyncio.to_thread(reference.begun.wait, 30)  # the first forward's thread holds, this loop doesn't
-    calls += [asyncio.create_task(reference.logprobs(g)) for g in groups[1:]]
+    calls += [asyncio.create_task(reference.logprobs(scoring_samples([g]))) for g in groups[1:]]
     await asyncio.sleep(0)
     reference.gate.set()
     results = await asyncio.wait_for(asyncio.gather(*calls), 30)
-    assert reference.forwards == [[0], [1, 2, 3, 4]]
+    assert reference.forwards == [[4], [4, 4, 4, 4]]  # samples of each caller
     hf = AutoModelForCausalLM.from_pretrained(tmp_path)
     for group, rows in zip(groups, results, strict=True):
         for row, want in zip(rows, wanted(hf, group), strict=True):
@@ -70,8 +72,8 @@ async def test_the_token_budget_bounds_a_forward(tmp_path) -> None:
     reference = CountingReference(tiny_model(tmp_path, tied=True), max_tokens=40)
     groups = [rollout_group(uid) for uid in range(4)]
     assert all(sum(t.num_tokens for t in g.trajectories) > 20 for g in groups)
-    await asyncio.wait_for(asyncio.gather(*(reference.logprobs(g) for g in groups)), 30)
-    assert reference.forwards == [[0], [1], [2], [3]]
+    await asyncio.wait_for(asyncio.gather(*(reference.logprobs(scoring_samples([g])) for g in groups)), 30)
+    assert reference.forwards == [[4]] * 4
 
 
 async def test_a_failed_forward_fails_its_callers_and_no_others(tmp_path) -> None:
@@ -79,6 +81,7 @@ async def test_a_failed_forward_fails_its_callers_and_no_others(tmp_path) -> Non
     bad = rollout_group(0, vocab=64)
     bad.trajectories[0].token_ids[0] = 10_000  # beyond the vocabulary
     results = await asyncio.wait_for(
-        asyncio.gather(reference.logprobs(bad), reference.logprobs(rollout_group(1)), return_exceptions=True), 30)
+        asyncio.gather(reference.logprobs(scoring_samples([bad])),
+                       reference.logprobs(scoring_samples([rollout_group(1)])), return_exceptions=True), 30)
     assert isinstance(results[0], IndexError)
     assert not isinstance(results[1], BaseException) and len(results[1]) == 4
