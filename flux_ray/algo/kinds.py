@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from flux_ray.config import AlgoConfig
+from flux_ray.config import AlgoConfig, Config
 
 PROMPTS, EXAMPLES, PAIRS = "prompts", "examples", "pairs"  # data: one of these words
 POLICY, SCORE = "policy", "score"  # model: gives log-probs, or one score a token
@@ -47,3 +47,8 @@ def needs_reference(config: AlgoConfig) -> bool:
     if kind is not REINFORCEMENT:
         return kind.has_reference and not config.reference_free
     return config.beta > 0 or config.kl_coef > 0
+
+
+def reference_is_base(config: Config) -> bool:
+    """Whether the reference that is asked for is the policy without its adapter: the training ranks have it already."""
+    return needs_reference(config.algo) and config.train.lora.rank > 0 and config.reference.path is None

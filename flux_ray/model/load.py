@@ -1,7 +1,7 @@
-"""Opening a policy or a tokenizer, or one readable line why not.
+"""Opening a policy, a score model or a tokenizer, or one readable line why not.
 
 Takes:  a local folder or a hub name, a type, a layout.
-Gives:  PolicyModel in that type with dropout off; its tokenizer.
+Gives:  PolicyModel or ScoreModel in that type with dropout off; its tokenizer.
 Knows:  what must be true of a model before its log-probs can be trusted: every weight loaded, names as in the
         checkpoint, logits that are a scaled lm_head(hidden); the last is tried on a few tokens, not assumed.
 Never:  runs code that came with a model, or asks the network for what looks like a local path.
@@ -21,7 +21,9 @@ from transformers.utils import is_flash_attn_2_available
 from transformers.utils import logging as hf_logging
 
 from flux_ray.errors import UserError, unknown
-from flux_ray.model.policy import LAYOUTS, PolicyModel
+from flux_ray.model.packed import LAYOUTS
+from flux_ray.model.policy import PolicyModel
+from flux_ray.model.score import HEAD, ScoreModel
 
 NUM_PROBE_TOKENS = 8  # enough that a factor or a cap on the logits shows, too few to cost anything
 LOGIT_FACTORS = ("logit_scale", "logits_scaling", "lm_head_multiplier")  # as configs call them; some divide by theirs
@@ -66,15 +68,62 @@ def load_policy(
         raise UserError(f"model {str(path)!r} lacks weights: {', '.join(sorted(info['missing_keys'])[:3])}")
     _refuse_renamed_weights(hf, path)
     scale = _logit_scale(hf, path)
+    _ready_to_train(hf, attention, gradient_checkpointing)
+    policy = PolicyModel(hf, layout=layout, chunk_tokens=chunk_tokens, logit_scale=scale)
+    policy.original_config = _open("model", path, transformers.AutoConfig.from_pretrained)
+    policy.original_config.dtype = dtype
+    return policy
+
+
+def load_score(
+    path: str | Path, *, dtype: torch.dtype, attention: str = "auto", layout: str = "auto",
+    gradient_checkpointing: bool = False, new_head: bool = True,
+) -> ScoreModel:
+    """Load a sequence classification model with one label, or (new_head) the body of any causal language model.
+
+    A new head is all zeros: it gives 0 everywhere, and the same on every rank. UserError (one line) for what can't be
+    used.
+    """
+    layout, attention = resolve_layout(layout, attention)
+    config = _open("model", path, transformers.AutoConfig.from_pretrained)
+    scores = any("ForSequenceClassification" in name for name in config.architectures or [])
+    if not scores and not new_head:
+        raise UserError(f"model {str(path)!r} is no sequence classification model (architectures: "
+                        f"{', '.join(config.architectures or ['none named'])})")
+    if scores and config.num_labels != 1:
+        raise UserError(f"model {str(path)!r} has {config.num_labels} labels: a score is one number")
+    config.num_labels = 1
+    _turn_off_dropout(config)
+    hf, info = _open("model", path, transformers.AutoModelForSequenceClassification.from_pretrained, config=config,
+                     dtype=dtype, attn_implementation="sdpa", output_loading_info=True)
+    missing = {name for name in info["missing_keys"] if scores or not name.startswith(f"{HEAD}.")}
+    if missing:
+        raise UserError(f"model {str(path)!r} lacks weights: {', '.join(sorted(missing)[:3])}")
+    _refuse_renamed_weights(hf, path)
+    _check_score_head(hf, path)
+    if not scores:
+        getattr(hf, HEAD).weight.data.zero_()
+    _ready_to_train(hf, attention, gradient_checkpointing)
+    model = ScoreModel(hf, layout=layout, has_new_head=not scores)
+    original = _open("model", path, transformers.AutoConfig.from_pretrained, num_labels=1)
+    original.architectures, original.dtype = [type(hf).__name__], dtype
+    model.original_config = original
+    return model
+
+
+def _ready_to_train(hf: Any, attention: str, gradient_checkpointing: bool) -> None:
     hf.set_attn_implementation(attention)  # not before: flash attention can't run the probe on a CPU
     if gradient_checkpointing:
         # The re-entrant form: the other one compares shapes of saved tensors, which ZeRO-3 changes underneath it.
         hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
         hf.enable_input_require_grads()
-    policy = PolicyModel(hf, layout=layout, chunk_tokens=chunk_tokens, logit_scale=scale)
-    policy.original_config = _open("model", path, transformers.AutoConfig.from_pretrained)
-    policy.original_config.dtype = dtype
-    return policy
+
+
+def skeleton(path: str | Path) -> nn.Module:
+    """The modules of the causal language model at `path`, made from its config alone: no weight takes memory."""
+    config = _open("model", path, transformers.AutoConfig.from_pretrained)
+    with torch.device("meta"):
+        return transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
 
 def load_tokenizer(path: str | Path) -> Any:
@@ -141,6 +190,23 @@ def _logit_scale(hf: Any, path: str | Path) -> float:
             return scale
     raise UserError(f"model {str(path)!r} ({hf.config.model_type}): its logits are not a scaled lm_head(hidden), "
                     f"such a head is not supported (config: {known})")
+
+
+def _check_score_head(hf: Any, path: str | Path) -> None:
+    """UserError unless the scores are head(hidden) of a model in which no token sees those after it."""
+    head: Any = getattr(hf, HEAD, None)
+    if type(head) is not nn.Linear or head.bias is not None:
+        raise UserError(f"model {str(path)!r} ({hf.config.model_type}): its scores don't come from one linear layer "
+                        f"{HEAD!r} over the hidden states: such models are not supported")
+    ids = torch.arange(NUM_PROBE_TOKENS)[None] % hf.config.get_text_config().vocab_size
+    half = NUM_PROBE_TOKENS // 2
+    hf.eval()
+    with torch.no_grad():
+        whole, part = (hf.base_model(input_ids=i, use_cache=False)[0].float() for i in (ids, ids[:, :half]))
+    tolerance = 1e-4 if head.weight.dtype == torch.float32 else 3e-2  # relative to the largest hidden number
+    if (whole[:, :half] - part).abs().max() > tolerance * part.abs().max():
+        raise UserError(f"model {str(path)!r} ({hf.config.model_type}): its tokens see those after them: only causal "
+                        "models are supported")
 
 
 def context_length(path: str | Path) -> int:

@@ -1,7 +1,7 @@
 """The training engine on disk: everything that the next update depends on, independent of ranks and ZeRO stage.
 
 Takes:  an engine, a folder.
-Gives:  per parameter its fp32 master weight and AdamW's two moments, whole (safetensors); random states; a JSON.
+Gives:  per trained parameter its fp32 master and AdamW's two moments, whole (safetensors); random states; a JSON.
 Knows:  where each ZeRO stage keeps them; that moments don't exist before the first update.
 Never:  pickles; leaves a half-written folder; holds more than one gathered parameter beside a shard.
 """
@@ -36,7 +36,8 @@ def save(engine: Engine, folder: str | Path, *, version: int, kl_coef: float) ->
         with atomic_folder(folder) as temporary:
             write_shards(temporary, _tensors(engine))
             save_file(random_states, temporary / RANDOM)
-            state = {"format": FORMAT, "version": version, "num_updates": engine.num_updates, "kl_coef": kl_coef}
+            state = {"format": FORMAT, "version": version, "num_updates": engine.num_updates, "kl_coef": kl_coef,
+                     "lora_alpha": _lora_alpha(engine)}
             (temporary / STATE).write_text(json.dumps(state))
     else:
         for _ in _tensors(engine):
@@ -55,10 +56,13 @@ def load(engine: Engine, folder: str | Path) -> tuple[int, float]:
     state = json.loads((folder / STATE).read_text())
     if state["format"] != FORMAT:
         raise UserError(f"checkpoint {str(folder)!r}: format {state['format']}, this version reads {FORMAT}")
+    if state.get("lora_alpha") != _lora_alpha(engine):
+        raise UserError(f"checkpoint {str(folder)!r} is of another model: train.lora.alpha was "
+                        f"{state.get('lora_alpha')}, is {_lora_alpha(engine)} (None: no LoRA)")
     engine.num_updates = state["num_updates"]
     _prepare_moments(engine)
     stored = _stored_tensors(folder)
-    for name, parameter in gather.parameters(engine.policy):
+    for name, parameter in gather.parameters(engine.model):
         parts = {}
         for kind in ("master", *MOMENTS):
             key = f"{kind}.{name}"
@@ -78,10 +82,15 @@ def load(engine: Engine, folder: str | Path) -> tuple[int, float]:
     return int(state["version"]), float(state["kl_coef"])
 
 
+def _lora_alpha(engine: Engine) -> float | None:
+    """What the factors' product is scaled by, beside their rank, which their shapes tell; None without LoRA."""
+    return engine.config.train.lora.alpha if engine.model.adapter else None
+
+
 def _tensors(engine: Engine) -> Iterator[tuple[str, Tensor]]:
     """("master.NAME" | "exp_avg.NAME" | "exp_avg_sq.NAME", whole fp32 tensor). Collective."""
     _prepare_moments(engine)
-    for name, parameter in gather.parameters(engine.policy):
+    for name, parameter in gather.parameters(engine.model):
         for kind in ("master", *MOMENTS):
             yield f"{kind}.{name}", _whole_state(engine, parameter, kind)
 
@@ -133,7 +142,7 @@ def _prepare_moments(engine: Engine) -> None:
 def _optimized_parts(engine: Engine) -> list[Tensor]:
     """The tensors that AdamW moves on this rank: flat fp32 partitions under ZeRO, the parameters themselves without."""
     if engine.zero_stage == 0:
-        return [parameter for _, parameter in gather.parameters(engine.policy)]
+        return [parameter for _, parameter in gather.parameters(engine.model)]
     if engine.zero_stage == 3:
         return engine.deepspeed.optimizer.fp32_partitioned_groups_flat
     return [part for group in engine.deepspeed.basic_optimizer.param_groups for part in group["params"]]

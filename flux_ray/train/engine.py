@@ -1,7 +1,7 @@
 """One rank of the training engine: forward, backward, one optimizer update, in step with the other ranks.
 
-Takes:  packed micro-batches and an objective (log-probs, entropy ► loss, metrics).
-Gives:  `update` (gradients of the sum over all ranks' micro-batches, then AdamW), `logprobs`, sums over ranks.
+Takes:  packed micro-batches and an objective (what the model gives ► loss, metrics).
+Gives:  `update` (gradients of the sum over all ranks' micro-batches, then AdamW), `forward`, sums over ranks.
 Knows:  DeepSpeed's averaging (undone: the step's loss is a sum), ZeRO's lockstep (every rank runs equally many
         micro-batches, some of them without weight), the learning rate of each update.
 Never:  trains on what isn't finite: it names the step and the rank and stops.
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,32 +20,34 @@ from torch import Tensor
 
 from flux_ray.batch import MicroBatch, make_micro_batch, zero_weight
 from flux_ray.config import Config
-from flux_ray.model import PolicyModel
+from flux_ray.model import PackedModel
 from flux_ray.observability.metrics import Max, Mean, Metric, merge
 from flux_ray.records import Sample
 from flux_ray.train import setup
 
-#: (number of the micro-batch, the micro-batch, log-probs (S,), entropy (S,)) ► loss (a scalar), metrics
-Objective = Callable[[int, MicroBatch, Tensor, Tensor], tuple[Tensor, dict[str, Metric]]]
+#: (number of the micro-batch, the micro-batch, what the model gives: log-probs (S,) and entropy (S,), or scores (S,))
+#: ► loss (a scalar), metrics
+Objective = Callable[..., tuple[Tensor, dict[str, Metric]]]
 
 
 class Engine:
-    """The policy under DeepSpeed. Every method is a collective: all ranks call it, in the same order."""
+    """A policy or a score model under DeepSpeed. Every method is a collective: all ranks call it, in the same order."""
 
     def __init__(
-        self, policy: PolicyModel, config: Config, *, deepspeed: object, dtype: torch.dtype, device: str,
+        self, model: PackedModel, config: Config, *, deepspeed: object, dtype: torch.dtype, device: str,
     ) -> None:
-        self.policy, self.config, self.device = policy, config, device
+        self.model, self.config, self.device = model, config, device
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.zero_stage = setup.zero_stage(config, dtype)
         self.num_updates = 0
         train = config.train
         optimizer = torch.optim.AdamW(
-            policy.parameters(), lr=train.learning_rate, betas=(train.adam_betas[0], train.adam_betas[1]),
-            eps=train.adam_eps, weight_decay=train.weight_decay, fused=True,
+            [p for p in model.parameters() if p.requires_grad], lr=train.learning_rate,
+            betas=(train.adam_betas[0], train.adam_betas[1]), eps=train.adam_eps,
+            weight_decay=train.weight_decay, fused=True,
         )
         self.deepspeed, *_ = deepspeed.initialize(  # type: ignore[attr-defined]
-            model=policy, optimizer=optimizer, config=setup.deepspeed_config(config, dtype))
+            model=model, optimizer=optimizer, config=setup.deepspeed_config(config, dtype))
 
     # -- collectives ---------------------------------------------------------------------------------------------
 
@@ -67,26 +70,25 @@ class Engine:
 
     # -- forward and backward ------------------------------------------------------------------------------------
 
-    def logprobs(self, micro_batches: Sequence[MicroBatch], *, temperature: float) -> list[Tensor]:
-        """(S,) log-probs of each of this rank's micro-batches, without gradients."""
+    def forward(self, micro_batches: Sequence[MicroBatch], **asked: Any) -> list[Tensor]:
+        """(S,) log-probs or scores of each of this rank's micro-batches, without gradients. `asked`: of the model."""
         results = []
         self.deepspeed.eval()
         with torch.no_grad():
             for micro_batch in self._in_lockstep(micro_batches):
-                logprobs_S, _ = self.deepspeed(
-                    micro_batch.to(self.device), temperature=temperature, with_entropy=False)
-                results.append(logprobs_S)
+                values_S, *_ = _given(self.deepspeed(micro_batch.to(self.device), **asked))
+                results.append(values_S)
         self.deepspeed.train()
         return results[: len(micro_batches)]
 
     def update(
-        self, micro_batches: Sequence[MicroBatch], objective: Objective, *, temperature: float, with_entropy: bool,
-        total_updates: int,
+        self, micro_batches: Sequence[MicroBatch], objective: Objective, *, total_updates: int, **asked: Any,
     ) -> dict[str, Metric]:
         """One optimizer update on the sum of the objective over all ranks' micro-batches; this rank's metrics.
 
-        Nothing is done, and nothing measured, where no rank has a micro-batch. Raises FloatingPointError for a loss
-        or gradient that isn't finite, on all ranks alike.
+        `asked`: what the model's forward takes (temperature and with_entropy, or at). Nothing is done, and nothing
+        measured, where no rank has a micro-batch. Raises FloatingPointError for a loss or gradient that isn't finite,
+        on all ranks alike.
         """
         in_step = self._in_lockstep(micro_batches)
         if not in_step:
@@ -96,11 +98,11 @@ class Engine:
         finite = True
         for i, micro_batch in enumerate(in_step):
             moved = micro_batch.to(self.device)
-            logprobs_S, entropy_S = self.deepspeed(moved, temperature=temperature, with_entropy=with_entropy)
+            given = _given(self.deepspeed(moved, **asked))
             # Nothing, but backward then takes the same way on every rank: ZeRO-3 gathers as it goes.
-            loss = 0.0 * (logprobs_S.sum() + (0.0 if entropy_S is None else entropy_S.sum()))
+            loss = 0.0 * sum(values_S.sum() for values_S in given if values_S is not None)
             if i < len(micro_batches) and bool(micro_batch.loss_mask_S.any()):
-                wanted, measured = objective(i, moved, logprobs_S, entropy_S)
+                wanted, measured = objective(i, moved, *given)
                 loss = loss + wanted
                 metrics.append(measured)
             finite = finite and bool(torch.isfinite(loss))
@@ -131,7 +133,7 @@ class Engine:
     def _padding(self, micro_batches: Sequence[MicroBatch]) -> Mean:
         """Share of a forward's tokens that are padding."""
         real = sum(m.num_tokens for m in micro_batches)
-        whole = sum(m.num_padded_tokens for m in micro_batches) if self.policy.layout == "padded" else real
+        whole = sum(m.num_padded_tokens for m in micro_batches) if self.model.layout == "padded" else real
         return Mean(whole - real, whole)
 
     # -- the optimizer -------------------------------------------------------------------------------------------
@@ -148,7 +150,7 @@ class Engine:
         norm = math.nan
         if self.zero_stage == 0:
             limit = self.config.train.max_grad_norm or math.inf
-            norm = float(torch.nn.utils.clip_grad_norm_(self.policy.parameters(), limit))
+            norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit))
             self._refuse_norm(norm)
         self.deepspeed.step()
         if self.zero_stage:  # ZeRO takes the norm inside its step, and skips the update where it isn't finite
@@ -160,3 +162,7 @@ class Engine:
         if not math.isfinite(norm) or norm < 0:  # ZeRO says -1 for a norm that overflowed
             raise FloatingPointError(
                 f"training update {self.num_updates}: the gradient's norm on rank {self.rank} is not finite ({norm})")
+
+
+def _given(output: Any) -> tuple[Any, ...]:
+    return output if isinstance(output, tuple) else (output,)

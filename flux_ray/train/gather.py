@@ -1,26 +1,49 @@
 """Whole weights out of a training engine, wherever ZeRO keeps their parts.
 
-Takes:  the policy, as DeepSpeed holds it.
-Gives:  (name, tensor) by checkpoint name, in the model's own order, gathered bucket by bucket.
+Takes:  a model, as DeepSpeed holds it.
+Gives:  (name, tensor) by checkpoint name, in the model's own order, gathered bucket by bucket; an adapter is in them.
 Knows:  ties: a parameter under two names goes once, under the first; partitioned ones have no shape of their own.
-Never:  holds more than one bucket of gathered weights.
+Never:  holds more than one bucket of gathered weights, and one merged beside it; changes a weight.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from flux_ray.model import PolicyModel
+from flux_ray.model import PackedModel
+from flux_ray.model.lora import Factors
 
 
-def parameters(policy: PolicyModel) -> list[tuple[str, nn.Parameter]]:
-    """Trained parameters by checkpoint name, each once."""
-    return [(name, p) for name, p in policy.hf.named_parameters() if p.requires_grad]
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of the model's checkpoint, as the engine keeps it; `factors`: its adapter, where it has one."""
+
+    name: str
+    tensor: Tensor
+    factors: Factors | None
+
+    @property
+    def num_bytes(self) -> int:
+        return whole_shape(self.tensor).numel() * self.tensor.element_size()
+
+    @property
+    def kept(self) -> list[Tensor]:
+        """What must be whole for `weight`."""
+        return [self.tensor, *([] if self.factors is None else (self.factors.a_RI, self.factors.b_OR))]
+
+    def weight(self) -> Tensor:
+        return self.tensor.detach() if self.factors is None else self.factors.merged(self.tensor.detach())
+
+
+def parameters(model: PackedModel) -> list[tuple[str, nn.Parameter]]:
+    """Trained parameters by the names that the engine has for them, each once."""
+    return [(name, p) for name, p in model.hf.named_parameters() if p.requires_grad]
 
 
 def whole_shape(parameter: Tensor) -> torch.Size:
@@ -36,35 +59,44 @@ def whole(parameters: list[Any]) -> AbstractContextManager[Any]:
     return deepspeed.zero.GatheredParameters(parameters)
 
 
-def metadata(policy: PolicyModel) -> list[tuple[str, torch.dtype, torch.Size]]:
+def metadata(model: PackedModel) -> list[tuple[str, torch.dtype, torch.Size]]:
     """(name, type, shape) of every tensor that `iter_weights` gives, in its order."""
-    return [(name, tensor.dtype, whole_shape(tensor)) for name, tensor in _checkpoint_tensors(policy)]
+    return [(entry.name, entry.tensor.dtype, whole_shape(entry.tensor)) for entry in _checkpoint_entries(model)]
 
 
-def iter_weights(policy: PolicyModel, bucket_bytes: int) -> Iterator[tuple[str, Tensor]]:
+def iter_weights(model: PackedModel, bucket_bytes: int) -> Iterator[tuple[str, Tensor]]:
     """Whole weights, one by one; each is valid until the next is asked for. All ranks iterate together to the end."""
-    bucket: list[tuple[str, Tensor]] = []
+    bucket: list[Entry] = []
     num_bytes = 0
-    for name, tensor in _checkpoint_tensors(policy):
-        size = whole_shape(tensor).numel() * tensor.element_size()
-        if bucket and num_bytes + size > bucket_bytes:
+    for entry in _checkpoint_entries(model):
+        if bucket and num_bytes + entry.num_bytes > bucket_bytes:
             yield from _gathered(bucket)
             bucket, num_bytes = [], 0
-        bucket.append((name, tensor))
-        num_bytes += size
+        bucket.append(entry)
+        num_bytes += entry.num_bytes
     yield from _gathered(bucket)
 
 
-def _gathered(bucket: list[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    with whole([tensor for _, tensor in bucket]):
-        for name, tensor in bucket:
-            yield name, tensor.detach()
+def iter_trained(model: PackedModel) -> Iterator[tuple[str, Tensor]]:
+    """Whole trained parameters, one by one, as `iter_weights` gives whole weights."""
+    for name, parameter in parameters(model):
+        with whole([parameter]):
+            yield name, parameter.detach()
 
 
-def _checkpoint_tensors(policy: PolicyModel) -> Iterator[tuple[str, Tensor]]:
+def _gathered(bucket: list[Entry]) -> Iterator[tuple[str, Tensor]]:
+    with whole([tensor for entry in bucket for tensor in entry.kept]):
+        for entry in bucket:
+            yield entry.name, entry.weight()
+
+
+def _checkpoint_entries(model: PackedModel) -> Iterator[Entry]:
     """What a checkpoint holds: parameters and persistent buffers, a tied one under its first name only."""
     seen: set[int] = set()
-    for name, tensor in policy.hf.state_dict(keep_vars=True).items():
-        if id(tensor) not in seen:
+    adapter = model.adapter
+    factors = adapter.factors() if adapter else {}
+    for kept_name, tensor in model.hf.state_dict(keep_vars=True).items():
+        name = adapter.checkpoint_name(kept_name) if adapter else kept_name
+        if name is not None and id(tensor) not in seen:
             seen.add(id(tensor))
-            yield name, tensor
+            yield Entry(name, tensor, factors.get(name))

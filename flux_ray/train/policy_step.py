@@ -120,19 +120,20 @@ class PolicyObjective:
 def packed(engine: Engine, config: Config, samples: Sequence[Sample]) -> list[MicroBatch]:
     """Micro-batches of the configured budget, for the policy's layout."""
     return pack(samples, max_tokens=config.batch.max_tokens_per_micro_batch, max_samples=config.batch.micro_batch_size,
-                padded=engine.policy.layout == "padded")
+                padded=engine.model.layout == "padded")
 
 
-def logprobs(engine: Engine, config: Config, groups: Sequence[RolloutGroup]) -> list[np.ndarray]:
-    """The policy's log-probs per trajectory, (T,), 0 off the mask, at the rollout's temperature. Collective."""
-    samples = scoring_samples(groups)
+def logprobs(
+    engine: Engine, config: Config, samples: Sequence[Sample], *, temperature: float,
+) -> list[np.ndarray]:
+    """The policy's log-probs of each sample, (T,), 0 off the mask. Collective."""
     micro_batches = packed(engine, config, samples)
-    values = engine.logprobs(micro_batches, temperature=config.rollout.temperature)
+    values = engine.forward(micro_batches, temperature=temperature, with_entropy=False)
     return per_sample(values, micro_batches, len(samples))
 
 
 def _old_logprobs(engine: Engine, config: Config, batch: RankBatch) -> list[np.ndarray]:
-    return logprobs(engine, config, batch.groups)
+    return logprobs(engine, config, scoring_samples(batch.groups), temperature=config.rollout.temperature)
 
 
 def _advantages(

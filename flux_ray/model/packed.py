@@ -1,0 +1,66 @@
+"""A transformers model run on packed micro-batches: what policy and score models share.
+
+Takes:  a micro-batch on the flat token axis S.
+Gives:  the hidden states of its tokens, and where each token's lies among them.
+Knows:  three layouts: padded rows, one row with a block-diagonal mask, one row for flash attention.
+Never:  makes a head's output: those who have a head do.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flux_ray.model.lora import Adapter
+
+LAYOUTS = ("padded", "block_diagonal", "varlen")
+
+
+class PackedModel(nn.Module):
+    """A causal transformers model under one layout. Parameters are named `hf.` + their own names."""
+
+    def __init__(self, hf: nn.Module, *, layout: str) -> None:
+        super().__init__()
+        assert layout in LAYOUTS, layout
+        self.hf = hf
+        self.layout = layout
+        self.original_config: Any = hf.config  # what is saved beside the weights
+        self.adapter: Adapter | None = None  # with train.lora, what `adapt` gave
+
+    def hidden_states(self, micro_batch: Any) -> tuple[Tensor, Tensor]:
+        """Rows of hidden states (R, H), and the row (S,) of each token. A sequence's rows follow one another."""
+        if self.layout == "padded":
+            return self._hidden_padded(micro_batch.token_ids_S, micro_batch)
+        return self._hidden_flat(micro_batch.token_ids_S, micro_batch)
+
+    def _hidden_padded(self, tokens_S: Tensor, micro_batch: Any) -> tuple[Tensor, Tensor]:
+        """Hidden states of rows padded at their right, and where each flat token lies among them.
+
+        Causal attention alone keeps the padding out of every real token's sight, so no mask is given.
+        """
+        lengths_B = micro_batch.lengths_B  # on the CPU: no shape waits for a device
+        num_rows, width = len(lengths_B), int(lengths_B.max())
+        row_S = torch.repeat_interleave(torch.arange(num_rows), lengths_B).to(tokens_S.device)
+        rows_S = row_S * width + micro_batch.position_ids_S
+        ids_BL = torch.zeros(num_rows * width, dtype=torch.long, device=tokens_S.device)
+        ids_BL[rows_S] = tokens_S
+        hidden_BLH = self._run(ids_BL.view(num_rows, width))
+        return hidden_BLH.flatten(0, 1), rows_S
+
+    def _hidden_flat(self, tokens_S: Tensor, micro_batch: Any) -> tuple[Tensor, Tensor]:
+        """Hidden states of all sequences in one row; attention stays within each of them."""
+        lengths_B = micro_batch.lengths_B
+        extra: dict[str, Any] = {}
+        if self.layout == "varlen":  # flash attention: written, not yet run on a GPU
+            bounds = nn.functional.pad(lengths_B.cumsum(0), (1, 0)).to(tokens_S.device, torch.int32)
+            longest = int(lengths_B.max())
+            extra = {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}
+        # Without a mask, transformers reads the borders from position ids that start again, sliding windows included.
+        positions_1S = micro_batch.position_ids_S[None]
+        hidden_1SH = self._run(tokens_S[None], position_ids=positions_1S, **extra)
+        return hidden_1SH[0], torch.arange(len(tokens_S), device=tokens_S.device)
+
+    def _run(self, ids_BL: Tensor, **extra: Any) -> Tensor:
+        return self.hf.base_model(input_ids=ids_BL, use_cache=False, **extra)[0]

@@ -1,0 +1,124 @@
+"""One rank of a group that trains one model: a policy, a critic or a reward model.
+
+Takes:  Config, a place in the group, how its model is loaded.
+Gives:  an Engine around the model; whole weights; checkpoints and models on disk.
+Knows:  what every kind of training shares.
+Never:  knows an objective: those who inherit do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from flux_ray.config import Config
+from flux_ray.errors import UserError
+from flux_ray.model import (
+    PackedModel,
+    ScoreModel,
+    adapt,
+    load_policy,
+    load_score,
+    load_tokenizer,
+    resolve_dtype,
+    save_model,
+)
+from flux_ray.train import checkpoint, gather, setup
+from flux_ray.train.engine import Engine
+
+Load = Callable[[Config, torch.dtype], PackedModel]
+
+
+class Rank:
+    """All methods but `weight_metadata` are collective: every rank calls them, in the same order."""
+
+    def __init__(self, config: Config, *, load: Load, rank: int, device: str, **place: Any) -> None:
+        """`place`: world_size, master_address and master_port, as `setup.join` takes them."""
+        if config.model.path is None:
+            raise UserError("model.path: no model given")
+        deepspeed = setup.join(config, rank=rank, device=device, **place)
+        torch.manual_seed(config.seed + rank)
+        self.config = config
+        self.version = 0
+        self.kl_coef = config.algo.kl_coef  # of the next step: algo.kl_target moves it
+        dtype = resolve_dtype(config.model.dtype, device)
+        self.model = load(config, dtype)
+        if config.train.lora.rank:
+            self.model.adapter = adapt(self.model.hf, config.train.lora, seed=config.seed,
+                                       train_head=isinstance(self.model, ScoreModel))
+        self.engine = Engine(self.model, config, deepspeed=deepspeed, dtype=dtype, device=device)
+
+    def weight_metadata(self) -> list[tuple[str, torch.dtype, torch.Size]]:
+        """(name, type, shape) of every weight that `iter_weights` gives, in its order."""
+        return gather.metadata(self.model)
+
+    def iter_weights(self, bucket_bytes: int) -> Iterator[tuple[str, Tensor]]:
+        """Whole weights by checkpoint name, bucket by bucket; a tensor is valid until the next is asked for."""
+        return gather.iter_weights(self.model, bucket_bytes)
+
+    def save_checkpoint(self, folder: str | Path) -> None:
+        """All that the next step depends on, in one folder, whole or not at all."""
+        checkpoint.save(self.engine, folder, version=self.version, kl_coef=self.kl_coef)
+
+    def load_checkpoint(self, folder: str | Path) -> None:
+        """Go on as if never stopped; any number of ranks, any ZeRO stage."""
+        self.version, kl_coef = checkpoint.load(self.engine, folder)
+        if self.config.algo.kl_target is not None:   # a fixed one is the config's, which a resume may change
+            self.kl_coef = kl_coef
+
+    def save_model(self, folder: str | Path) -> None:
+        """The model in Hugging Face layout, its adapter merged; the adapter alone, as peft has it, beside it.
+
+        Rank 0 writes.
+        """
+        weights = self.iter_weights(self.config.weights.bucket_mib * 2**20)
+        if self.engine.rank == 0:
+            tokenizer = load_tokenizer(self.config.model.tokenizer or str(self.config.model.path))
+            if isinstance(self.model, ScoreModel):
+                tokenizer = self.model.pad_alike(tokenizer)
+            save_model(folder, weights, hf_config=self.model.original_config, tokenizer=tokenizer,
+                       generation_config=getattr(self.model.hf, "generation_config", None))
+        else:
+            for _ in weights:
+                pass
+        self._save_adapter(Path(folder))
+        dist.barrier()
+
+    def _save_adapter(self, model_folder: Path) -> None:
+        """`adapter` beside `model`, NAME_adapter beside any other NAME."""
+        if self.model.adapter is None:
+            return
+        trained = gather.iter_trained(self.model)
+        if self.engine.rank == 0:
+            name = "adapter" if model_folder.name == "model" else f"{model_folder.name}_adapter"
+            task = "SEQ_CLS" if isinstance(self.model, ScoreModel) else "CAUSAL_LM"
+            self.model.adapter.save(model_folder.with_name(name), trained, base=str(self.config.model.path), task=task)
+        else:
+            for _ in trained:
+                pass
+
+    def close(self) -> None:
+        """Leave the group."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def trained_policy(config: Config, dtype: torch.dtype) -> PackedModel:
+    """The policy of model.path."""
+    return load_policy(
+        str(config.model.path), dtype=dtype, attention=config.model.attention, layout=config.model.layout,
+        chunk_tokens=config.model.logprob_chunk_tokens, gradient_checkpointing=config.train.gradient_checkpointing,
+    )
+
+
+def trained_score(config: Config, dtype: torch.dtype) -> PackedModel:
+    """A score model from model.path, which may be one already; a policy gets a new head."""
+    return load_score(
+        str(config.model.path), dtype=dtype, attention=config.model.attention, layout=config.model.layout,
+        gradient_checkpointing=config.train.gradient_checkpointing,
+    )
