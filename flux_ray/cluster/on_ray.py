@@ -27,8 +27,9 @@ from flux_ray.cluster.host import Host, take
 from flux_ray.cluster.plan import Plan, Role, describe
 from flux_ray.errors import UserError
 
-#: Results above it live in the object store; below it Ray would send them inline through the driver.
-INLINE_BYTES = 4096
+#: In bytes, of our actors: what they give above it stays in the object store; Ray's own 100 KB would bring a whole
+#: short group to the driver. In their environment, so that it holds on a cluster that others have started as well.
+INLINE = {"RAY_max_direct_call_object_size": "4096"}
 LOCAL_OBJECT_STORE_BYTES = 512 * 2**20  # of a Ray of the run's own, on CPU
 MAX_CONCURRENT_CALLS = 100_000  # of one actor: never reached, or a call that frees others would queue behind them
 CLOSE_DEADLINE_S = 5.0  # for an actor to end its own children before it is killed
@@ -238,7 +239,6 @@ class Cluster:
                     num_cpus=max(1, round(cpus + 0.5)),
                     include_dashboard=False,
                     object_store_memory=object_store_bytes,
-                    _system_config={"max_direct_call_object_size": INLINE_BYTES},
                     **options,
                 )
         except ConnectionError as error:
@@ -278,7 +278,7 @@ class Cluster:
         log_files = [self._log_dir / f"{role.name}-{i}.log" for i in range(role.count)]
 
         def make(index: int) -> Any:
-            options = self._options(role, index) | {"runtime_env": {"env_vars": env}}
+            options = self._options(role, index) | {"runtime_env": {"env_vars": INLINE | env}}
             return ray.remote(Host).options(**options).remote(str(log_files[index]), self._plugins)
 
         group = RayGroup(role.name, make, log_files)

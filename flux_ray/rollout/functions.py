@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from flux_ray.errors import unknown
-from flux_ray.plugins import load_function
+from flux_ray.plugins import load_function, same_function
 from flux_ray.records import Completion, Prompt, Trajectory
 
 NOT_SAMPLED = -1  # the version of a token that no policy sampled
@@ -100,7 +100,7 @@ def register_rollout(name: str) -> Callable[[Rollout], Rollout]:
     """Decorator: make a rollout known as `name` for `rollout.function=name`. A name taken twice is a ValueError."""
 
     def register(function: Rollout) -> Rollout:
-        if name in _ROLLOUTS:
+        if name in _ROLLOUTS and not same_function(_ROLLOUTS[name], function):
             raise ValueError(f"a rollout named {name!r} is registered already")
         _ROLLOUTS[name] = function
         return function
@@ -109,10 +109,7 @@ def register_rollout(name: str) -> Callable[[Rollout], Rollout]:
 
 
 def get_rollout(name: str) -> Rollout:
-    """The rollout of that name, or `path/to/file.py:function`. Unknown names and files that can't be imported:
-
-    UserError.
-    """
+    """The rollout of that name, or `path/to/file.py:function`. UserError: an unknown name, a file without it."""
     if ":" in name:
         return load_function(name, option="rollout.function")
     if name not in _ROLLOUTS:

@@ -67,6 +67,14 @@ def test_sigterm_to_the_driver(toys, tmp_path, start, when):
     assert last_line(program, 130) == "flux-ray: interrupted"
 
 
+def test_a_driver_that_is_killed_leaves_no_process(toys, tmp_path, start):
+    """SIGKILL: it can tell nobody."""
+    program = start(*supervised(toys, tmp_path / "run", "driver.num_steps=1000000"), folder=tmp_path)
+    program.wait_for("step +3/")
+    program.process.send_signal(signal.SIGKILL)
+    assert program.end(deadline_s=END_DEADLINE_S) == -signal.SIGKILL
+
+
 @pytest.mark.parametrize("when", ["run folder", "starting"])
 def test_ctrl_c_while_it_starts(toys, tmp_path, start, when):
     program = start(*supervised(toys, tmp_path / "run"), "algo=grpo", "reward.functions=[numeric]", "data.max_rows=8",
