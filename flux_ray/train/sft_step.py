@@ -1,0 +1,53 @@
+"""A supervised step: the next token of completions.
+
+Takes:  this rank's samples.
+Gives:  `run`: an update and its metrics; `measure`: the metrics alone, of samples that are not trained on.
+Knows:  the loss is the token mean of -log p over all ranks' loss tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from flux_ray.batch import MicroBatch, StepCounts, loss_weights
+from flux_ray.config import Config
+from flux_ray.observability.metrics import Mean, Metric, Sum, merge
+from flux_ray.records import Sample
+from flux_ray.train.engine import Engine
+from flux_ray.train.policy_step import packed
+
+ASKED = {"temperature": 1.0, "with_entropy": False}  # of the policy
+
+
+def run(engine: Engine, config: Config, samples: Sequence[Sample]) -> dict[str, Metric]:
+    """One update on all ranks' samples, whose weights are made here. Collective."""
+    tokens = engine.sum(torch.tensor([sum(int(s.loss_mask.sum()) for s in samples)]))
+    counts = StepCounts(num_sequences=len(samples), num_tokens=int(tokens))
+    weighted = [
+        replace(s, loss_weights=loss_weights("token_mean", loss_mask=s.loss_mask, counts=counts, max_tokens=1))
+        for s in samples
+    ]
+    return engine.update(packed(engine, config, weighted), _next_token_loss, total_updates=config.driver.num_steps,
+                         **ASKED)
+
+
+def measure(engine: Engine, config: Config, samples: Sequence[Sample]) -> dict[str, Metric]:
+    """What `run` would have measured, without gradients. Collective."""
+    micro_batches = packed(engine, config, samples)
+    values = engine.forward(micro_batches, **ASKED)
+    return merge([_measured(m, logprobs_S) for m, logprobs_S in zip(micro_batches, values, strict=True)])
+
+
+def _next_token_loss(
+    i: int, micro_batch: MicroBatch, logprobs_S: Tensor, entropy_S: Tensor | None,
+) -> tuple[Tensor, dict[str, Metric]]:
+    return -(logprobs_S * micro_batch.loss_weights_S).sum(), _measured(micro_batch, logprobs_S)
+
+
+def _measured(micro_batch: MicroBatch, logprobs_S: Tensor) -> dict[str, Metric]:
+    num_tokens = int(micro_batch.loss_mask_S.sum())
+    return {"train/loss": Mean(-float(logprobs_S.detach().sum()), num_tokens), "train/num_tokens": Sum(num_tokens)}
