@@ -435,5 +435,5 @@ def _lora_problems(config: Config) -> Iterator[str]:
         given = [f"reference.{name}={getattr(reference, name)}" for name in ("num_actors", "dtype")
                  if getattr(reference, name) != getattr(ReferenceConfig(), name)]
         if given:
-            yield (f"{given[0]} beside train.lora.rank={lora.rank}: the reference is the policy without its adapter, in "
-                   "the training ranks; give reference.path for reference actors")
+            yield (f"{given[0]} beside train.lora.rank={lora.rank}: the reference is the policy without its adapter, "
+                   "in the training ranks; give reference.path for reference actors")

@@ -10,7 +10,17 @@ from flux_ray.algo.algorithms import (
     resolve,
 )
 from flux_ray.algo.estimators import get_adv_estimator, list_adv_estimators, register_adv_estimator
-from flux_ray.algo.kinds import EXAMPLES, KINDS, PAIRS, PROMPTS, SCORE, Kind, kind_of, needs_reference
+from flux_ray.algo.kinds import (
+    EXAMPLES,
+    KINDS,
+    PAIRS,
+    PROMPTS,
+    SCORE,
+    Kind,
+    kind_of,
+    needs_reference,
+    reference_is_base,
+)
 from flux_ray.algo.kl import adapted_coef, kl
 from flux_ray.algo.losses import get_policy_loss, list_policy_losses, register_policy_loss
 from flux_ray.algo.metrics import METRICS, logprob_gap, reward_kl
@@ -21,6 +31,6 @@ __all__ = [
     "ALGORITHMS", "EXAMPLES", "KINDS", "METRICS", "PAIRS", "PROMPTS", "SCORE", "Algorithm", "Kind", "adapted_coef",
     "compute_advantages", "estimator_config", "get_adv_estimator", "get_policy_loss", "kind_of", "kl",
     "list_adv_estimators", "list_policy_losses", "logprob_gap", "masks_truncated", "needs_old_logprobs",
-    "needs_reference", "policy_objective", "preference_objective", "register_adv_estimator", "register_policy_loss",
-    "resolve", "reward_kl", "score_objective",
+    "needs_reference", "policy_objective", "preference_objective", "reference_is_base", "register_adv_estimator",
+    "register_policy_loss", "resolve", "reward_kl", "score_objective",
 ]

@@ -12,14 +12,13 @@ from collections.abc import Iterator
 from typing import Any
 
 from flux_ray.algo.algorithms import Algorithm, resolve
+from flux_ray.algo.check_kinds import check_kind, ignored_by_rollouts
 from flux_ray.algo.estimators import find_adv_estimator
+from flux_ray.algo.kinds import REINFORCEMENT, kind_of
 from flux_ray.algo.losses import PolicyLoss, find_policy_loss
 from flux_ray.config import AlgoConfig, Config, preset
 from flux_ray.errors import UserError
 from flux_ray.records import OVERLONG
-
-#: Objectives without rollouts: nothing here is theirs.
-SUPERVISED = ("sft",)
 
 #: What makes the sampler another distribution than the policy: option ► the value that doesn't.
 TRUNCATING = {"top_p": 1.0, "top_k": 0, "min_p": 0.0}
@@ -35,10 +34,8 @@ _DEFAULTS = AlgoConfig()
 
 def check(config: Config) -> list[str]:
     """Warnings, one line each, about what is legal but odd. Raises UserError, with key and value, for what isn't."""
-    if config.algo.name in SUPERVISED:
-        if config.eval.stop_at is not None:
-            raise UserError(f"eval.stop_at={config.eval.stop_at} looks at rewards: algo={config.algo.name} has none")
-        return []
+    if kind_of(config.algo) is not REINFORCEMENT:
+        return check_kind(config)
     algorithm = resolve(config.algo)
     for problem in (*_problems(config, algorithm), *_reward_problems(config), *_ignored(config.algo, algorithm)):
         raise UserError(problem)
@@ -82,6 +79,7 @@ def _reward_problems(config: Config) -> Iterator[str]:
 
 def _ignored(algo: AlgoConfig, algorithm: Algorithm) -> Iterator[str]:
     """Settings that were changed and that nothing would read."""
+    yield from ignored_by_rollouts(algo)
     loss, estimator = find_policy_loss(algorithm.policy_loss), find_adv_estimator(algorithm.estimator)
     if loss.ours:
         for key in PolicyLoss.reads:
@@ -119,6 +117,9 @@ def _oddities(config: Config, algorithm: Algorithm) -> Iterator[str]:
     if algorithm.ratio_loss and one_update and clipped:
         yield (f"the clip of {name} can't bind: there is one update per batch (algo.epochs × algo.mini_batches = 1), "
                "so every ratio is 1")
+    if config.train.lora.dropout:
+        yield (f"train.lora.dropout={config.train.lora.dropout} with {name}: the policy that learns isn't the one that "
+               "was sampled, and weights/logprob_gap_* and the ratio say so")
     if config.driver.max_staleness > 0 and algo.old_logprobs == "trainer" and algo.off_policy == "none":
         yield (f"driver.max_staleness={config.driver.max_staleness} with algo.old_logprobs=trainer and "
                "algo.off_policy=none: nothing corrects for samples of older versions")

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from flux_ray.algo.algorithms import Algorithm, estimator_config, masks_truncated, needs_old_logprobs, resolve
-from flux_ray.algo.check import SUPERVISED
+from flux_ray.algo.kinds import PAIRS, REINFORCEMENT, kind_of, needs_reference, reference_is_base
 from flux_ray.config import AlgoConfig, Config
 
 STD = "(R − mean) / (std + 1e-6) over the group (std with ddof 1)"
@@ -51,9 +51,8 @@ WEIGHTS = {
 
 def explain(config: Config) -> list[tuple[str, str]]:
     """(heading, text) in the order of the computation. UserError for a name that isn't known."""
-    if config.algo.name in SUPERVISED:
-        return [("algorithm", config.algo.name), ("minimised", "Σ w·(−log π) over the loss tokens, w = 1/N_tokens"),
-                ("masked", "all but the completion and its end token")]
+    if kind_of(config.algo) is not REINFORCEMENT:
+        return [*_without_rollouts(config), *_trained(config)]
     algorithm = resolve(config.algo)
     algo = config.algo
     source = f" (arXiv {algorithm.source})" if algorithm.source[:1].isdigit() else ""
@@ -75,7 +74,48 @@ def explain(config: Config) -> list[tuple[str, str]]:
         ("updates", f"{algo.epochs * algo.mini_batches} per batch (algo.epochs={algo.epochs} × "
                     f"algo.mini_batches={algo.mini_batches}) of {config.batch.prompts_per_step} prompts × "
                     f"{config.rollout.group_size} samples"),
+        *_trained(config),
     ]
+
+
+#: objective on pairs ► what each pair adds, by beta {b:g} and label smoothing {e:g}
+PAIR_TERMS = {
+    "dpo": "−log σ({b:g}·h)",
+    "cdpo": "−(1 − {e:g})·log σ({b:g}·h) − {e:g}·log σ(−{b:g}·h)",
+    "ipo": "(h − 1/(2·{b:g}))²",
+    "reward_model": "−log σ(s_w − s_l − margin)",
+}
+
+
+def _without_rollouts(config: Config) -> Iterator[tuple[str, str]]:
+    """What sft and the objectives on pairs mean."""
+    algo = config.algo
+    yield "algorithm", algo.name
+    if kind_of(algo).data != PAIRS:
+        yield "minimised", "Σ w·(−log π) over the loss tokens, w = 1/N_tokens"
+        yield "masked", "all but the completion and its end token"
+        return
+    yield "minimised", f"1/N·Σ over pairs of {PAIR_TERMS[algo.name].format(b=algo.beta, e=algo.label_smoothing)}"
+    if algo.name == "reward_model":
+        yield "score s", "of the chosen (w) and the rejected (l) text, read at its last token"
+        return
+    of_one = "log π" if algo.reference_free else "(log π − log π_ref)"
+    form = "mean" if algo.pair_logprobs == "mean" else "sum"
+    yield "h", f"{of_one} of the chosen response less that of the rejected, each the {form} over its tokens"
+    yield "reward r", f"{algo.beta:g}·{of_one}: what accuracy and margin are measured by"
+    yield "masked", "the prompt"
+
+
+def _trained(config: Config) -> Iterator[tuple[str, str]]:
+    """Which weights move; which model the reference is, where one is asked for."""
+    lora = config.train.lora
+    targets = lora.targets if isinstance(lora.targets, str) else ", ".join(lora.targets)
+    yield "trained", (f"LoRA: B and A of W + {lora.alpha / lora.rank:g}·B·A, rank {lora.rank}, on {targets}; W stays"
+                      if lora.rank else "all weights")
+    if reference_is_base(config):
+        yield "π_ref", "the policy without its adapter, in the training ranks: no reference actor is started"
+    elif needs_reference(config.algo):
+        yield "π_ref", f"{config.reference.path or 'the policy as it was loaded'}, in reference actors"
 
 
 def _reward(config: Config) -> str:

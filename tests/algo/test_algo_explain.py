@@ -53,6 +53,17 @@ def test_where_the_kl_is_and_which():
     assert text_of(**{"algo.name": "dapo"})["KL"] == "none: no reference is loaded"
 
 
+def test_what_is_trained_and_what_the_reference_is():
+    assert text_of()["trained"] == "all weights" and text_of()["π_ref"].startswith("the policy as it was loaded")
+    lines = text_of(**{"train.lora.rank": 8, "train.lora.targets": ["q_proj", "v_proj"]})
+    assert lines["trained"] == "LoRA: B and A of W + 2·B·A, rank 8, on q_proj, v_proj; W stays"
+    assert lines["π_ref"].endswith("no reference actor is started")
+    lines = text_of(**{"train.lora.rank": 8, "reference.path": "teacher"})
+    assert lines["π_ref"] == "teacher, in reference actors"
+    assert "π_ref" not in text_of(**{"train.lora.rank": 8, "algo.beta": 0.0})
+    assert "LoRA" in text_of(**{"algo.name": "sft", "train.lora.rank": 8})["trained"]
+
+
 def test_rewards_filter_and_masks():
     lines = text_of(**{"algo.name": "dapo", "reward.functions": ["numeric", "my.py:f"], "reward.weights": [1.0, 0.5],
                        "rollout.max_tokens": 100})

@@ -51,6 +51,7 @@ HOMES = {
     "deepspeed": {"train", "reference"},
     "ray": {"cluster"},
     "hydra": {"__main__"},
+    "peft": {"model"},
     "trl": {"backends"},
     "unsloth": {"backends"},
     "omegaconf": {"config", "names", "run_dir", "observability"},   # the last two read and write config.yaml
