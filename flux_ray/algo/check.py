@@ -8,15 +8,16 @@ Never:  checks a value by itself (config.validate does), a file or a model.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
 from flux_ray.algo.algorithms import Algorithm, resolve
 from flux_ray.algo.check_kinds import check_kind, ignored_by_rollouts
-from flux_ray.algo.estimators import find_adv_estimator
+from flux_ray.algo.estimators import GAE_KNOBS, find_adv_estimator
 from flux_ray.algo.kinds import REINFORCEMENT, kind_of
 from flux_ray.algo.losses import PolicyLoss, find_policy_loss
-from flux_ray.config import AlgoConfig, Config, preset
+from flux_ray.config import AlgoConfig, Config, CriticConfig, preset
 from flux_ray.errors import UserError
 from flux_ray.records import OVERLONG
 
@@ -37,7 +38,8 @@ def check(config: Config) -> list[str]:
     if kind_of(config.algo) is not REINFORCEMENT:
         return check_kind(config)
     algorithm = resolve(config.algo)
-    for problem in (*_problems(config, algorithm), *_reward_problems(config), *_ignored(config.algo, algorithm)):
+    for problem in (*_problems(config, algorithm), *_reward_problems(config),
+                    *_critic_problems(config, algorithm), *_ignored(config.algo, algorithm)):
         raise UserError(problem)
     return list(_oddities(config, algorithm))
 
@@ -85,6 +87,11 @@ def _ignored(algo: AlgoConfig, algorithm: Algorithm) -> Iterator[str]:
         for key in PolicyLoss.reads:
             if key not in loss.reads and _changed(algo, key):
                 yield f"algo.{key}={getattr(algo, key)} is not read by the loss {algorithm.policy_loss}: leave it out"
+    if estimator.ours:
+        for key in GAE_KNOBS:
+            if key not in estimator.reads and _changed(algo, key):
+                yield (f"algo.{key}={getattr(algo, key)} is not read by the estimator {algorithm.estimator}: leave it "
+                       "out, or choose algo=ppo")
     if algo.options and loss.ours and estimator.ours:
         yield f"algo.options={algo.options} is for registered functions: {algorithm.name} takes none"
     for key in ("kl_target", "kl_horizon"):
@@ -96,6 +103,19 @@ def _ignored(algo: AlgoConfig, algorithm: Algorithm) -> Iterator[str]:
         if _changed(algo, key) and algo.off_policy not in corrections:
             yield (f"algo.{key}={getattr(algo, key)} is read with algo.off_policy={corrections[0]} alone, "
                    f"which is {algo.off_policy}")
+
+
+def _critic_problems(config: Config, algorithm: Algorithm) -> Iterator[str]:
+    critic, defaults = config.critic, CriticConfig()
+    if algorithm.needs_critic:
+        if critic.warmup_steps >= config.driver.num_steps:
+            yield (f"critic.warmup_steps={critic.warmup_steps} must be < driver.num_steps={config.driver.num_steps}: "
+                   "the policy would never learn")
+        return
+    for field in dataclasses.fields(critic):
+        if getattr(critic, field.name) != getattr(defaults, field.name):
+            yield (f"critic.{field.name}={getattr(critic, field.name)} is read by nothing: {algorithm.name} has no "
+                   "critic (algo=ppo has one)")
 
 
 def _oddities(config: Config, algorithm: Algorithm) -> Iterator[str]:

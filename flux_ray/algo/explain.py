@@ -26,6 +26,7 @@ ADVANTAGES: dict[str, Callable[[bool], str]] = {
     "reinforce": lambda divides: "the return to go, no baseline",
     "reinforce_pp": lambda divides: "the return to go, whitened over all loss tokens of the batch (ddof 0)",
     "reinforce_pp_baseline": lambda divides: f"{CENTRED}, whitened over all loss tokens of the batch (ddof 0)",
+    "gae": lambda divides: "Σ_k (γλ)^k·δ_{t+k}, δ_t = r_t + γ·V_{t+1} − V_t over loss tokens, V = 0 after the last",
 }
 
 #: loss ► (the term, what its ratio is), by the numbers of the clip: {low}, {high}
@@ -64,6 +65,7 @@ def explain(config: Config) -> list[tuple[str, str]]:
         ("reward R", _reward(config)),
         *([("filter", _filter(config))] if config.filter.reward else []),
         ("advantage A", _advantage(config, algorithm)),
+        *([("critic", _critic(config))] if algorithm.needs_critic else []),
         ("minimised", "Σ over loss tokens of w·(" + " ".join(["policy term", *_extra_terms(algo)]) + ")"),
         ("policy term", _policy_term(algo, algorithm)),
         ("ratio", _ratio(algo, algorithm)),
@@ -143,7 +145,20 @@ def _advantage(config: Config, algorithm: Algorithm) -> str:
     known = ADVANTAGES.get(algorithm.estimator)
     if known is None:
         return f"what the registered estimator {algorithm.estimator} gives"
-    return known(estimator_config(config).normalize_by_std)
+    text = known(estimator_config(config).normalize_by_std)
+    if not algorithm.needs_critic:
+        return text
+    algo = config.algo
+    whitened = ", whitened over all loss tokens of the batch (ddof 0)" if algo.whiten_advantages else ""
+    return f"{text}; γ = {algo.gamma:g}, λ = {algo.gae_lambda:g}{whitened}"
+
+
+def _critic(config: Config) -> str:
+    critic = config.critic
+    start = critic.path or "the policy's start"
+    alone = f"; the first {critic.warmup_steps} steps train it alone" if critic.warmup_steps else ""
+    return (f"V, from {start}: mean over loss tokens of ½·max((V − R_t)², (clip(V, V_old ± {critic.clip_range:g}) − "
+            f"R_t)²), R_t = A_t + V_old before whitening, as many updates as the policy's{alone}")
 
 
 def _extra_terms(algo: AlgoConfig) -> Iterator[str]:

@@ -4,6 +4,7 @@ import pytest
 
 from flux_ray import algo
 from flux_ray.algo.check import check
+from flux_ray.algo.check_kinds import check_offline
 from flux_ray.algo.estimators import ESTIMATORS
 from flux_ray.algo.losses import POLICY_LOSSES
 from flux_ray.batch import AGGREGATIONS
@@ -102,6 +103,15 @@ def test_which_log_probs_are_needed():
      "reward.overlong_tokens=8 must be <= rollout.max_tokens=4"),
     ({"reward.functions": ["my.py:overlong"], "reward.overlong_penalty": 1.0}, "give it another name"),
     ({"algo.name": "sft", "eval.stop_at": 0.8}, "eval.stop_at=0.8 looks at rewards: algo=sft has none"),
+    ({"algo.name": "sft", "algo.clip_range": 0.3}, "algo.clip_range=0.3 is not read by sft: leave it out"),
+    ({**preset("dpo"), "algo.label_smoothing": 0.2}, "algo.label_smoothing=0.2 is not read by dpo"),
+    ({**preset("dpo"), "algo.epochs": 2}, "algo.epochs=2 is not read by dpo"),
+    ({"algo.name": "ipo", "algo.beta": 0.0}, "algo.beta must be > 0 for ipo"),
+    ({**preset("dpo"), "algo.reference_free": True, "reference.path": "r"}, "reference.path=r beside"),
+    ({**preset("dpo"), "reward.functions": ["numeric"]}, "reward.functions=['numeric'] score rollouts: algo=dpo"),
+    ({"algo.name": "reward_model", "algo.beta": 0.3}, "algo.beta=0.3 is not read by reward_model"),
+    ({"algo.reference_free": True}, "algo.reference_free=True is read by dpo, ipo, cdpo alone, not by grpo"),
+    ({"algo.label_smoothing": 0.1}, "algo.label_smoothing=0.1 is read by cdpo alone, not by grpo"),
     ({"algo.kl_target": 6.0}, "algo.kl_target=6.0 adapts the KL in the reward: it needs algo.kl_coef"),
     ({"algo.kl_coef": 0.1, "algo.beta": 0.0, "algo.kl_horizon": 9.0}, "algo.kl_horizon=9.0 adapts the KL in the "),
     ({"algo.icepop_high": 3.0, "algo.off_policy": "tis"}, "algo.icepop_high=3.0 is read with algo.off_policy=icepop"),
@@ -134,6 +144,8 @@ def test_legal_but_odd(values, message):
     {"algo.clip_range": 0.3, "algo.mini_batches": 2},
     {"driver.max_staleness": 2, "algo.off_policy": "tis", "algo.tis_cap": 3.0},
     {"algo.name": "sft", "rollout.group_size": 1},
+    preset("sft"), preset("dpo"), preset("ipo"), preset("cdpo"), preset("reward_model"),
+    {"algo.name": "ipo", "algo.beta": 0.1, "algo.pair_logprobs": "sum"}, {**preset("dpo"), "algo.reference_free": True},
 ])
 def test_legal(values):
     assert check(from_dict(values)) == []
@@ -154,3 +166,26 @@ def test_what_a_user_registered_is_an_algorithm_by_its_name():
 def test_knobs_that_a_loss_reads_are_options():
     keys = {key for key, _ in options()}
     assert all(f"algo.{knob}" in keys for loss in POLICY_LOSSES.values() for knob in loss.reads)
+
+
+@pytest.mark.parametrize(("values", "sizes", "message"), [
+    ({}, {1, 4}, "a group of 1 has nothing to compare"),
+    ({"algo.name": "grpo_vectorized"}, {3, 4}, "the estimator grpo_vectorized works on groups of one size, the data "
+                                               "have 3, 4"),
+    ({"algo.old_logprobs": "sampler"}, {4}, "algo.old_logprobs=sampler: nobody recorded"),
+    ({"algo.off_policy": "tis"}, {4}, "algo.off_policy=tis: nobody recorded"),
+    ({"reward.functions": ["numeric"]}, {4}, "reward.functions=['numeric'] beside rewards that are given"),
+    ({"driver.max_staleness": 1}, {4}, "driver.max_staleness=1: nothing is rolled out"),
+    ({"filter.reward": "numeric"}, {4}, "filter.reward=numeric: there is one reward"),
+    ({"eval.data": "e.jsonl"}, {4}, "eval.data=e.jsonl needs engines"),
+])
+def test_what_given_groups_lack(values, sizes, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        check_offline(from_dict(values), sizes=sizes)
+
+
+def test_given_groups_of_any_size():
+    assert check_offline(from_dict({}), sizes={2, 5}) == []
+    assert check_offline(from_dict({"algo.name": "reinforce"}), sizes={1}) == []
+    (warning,) = check_offline(from_dict(preset("dapo")), sizes={4})
+    assert "reward.overlong_penalty=1.0: not added to rewards that are given" in warning

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.unit
 OPTIONS = dict(config.options())
 FILES = sorted(path for path in (REPO / "conf").glob("*/*.yaml"))
 #: Presets that are more than an entry of the algorithms' table.
-OWN_OBJECTIVE = {"sft"}
+OWN_OBJECTIVE = set(algo.KINDS)
 
 
 @cache
