@@ -100,7 +100,8 @@ class RolloutConfig:
 @dataclass(frozen=True)
 class RewardConfig:
     functions: list[str] = knob([], "rewards: rules (exact_match, numeric, regex, length, repetition), registered "
-                                "names or path/to/file.py:function; none with an answer column: numeric_or_exact")
+                                "names, path/to/file.py:function or model:PATH (a reward model); none with an answer "
+                                "column: numeric_or_exact")
     weights: list[float] = knob([], "one weight per function; none: 1 each")
     combine: str = knob("sum", "several functions: sum (weighted, then the algorithm's advantage), or each (each one "
                         "normalised alone over its group, then weighted; algo.normalize_by_std divides no more)",
@@ -111,6 +112,8 @@ class RewardConfig:
                                        "fifth of them", least=1)
     options: dict[str, Any] = knob({}, "arguments of a function by its name, e.g. options.regex.pattern='#### ...'")
     num_workers: int = knob(1, "processes that score", least=1)
+    model_replicas: int = knob(1, "actors of each reward model", least=1)
+    model_tokens_per_forward: int = knob(8192, "tokens of one forward pass of a reward model", least=1)
     deadline_s: float = knob(60.0, "longest time one call of one function may take, in seconds", above=0)
     on_failure: str = knob("stop", "a function that raises or times out: stop the run, or drop the group and count it",
                            choices=("stop", "drop"))
@@ -166,11 +169,26 @@ class AlgoConfig:
     tis_cap: float = knob(2.0, "C of tis: the weight is min(ratio, C)", above=0)
     icepop_low: float = knob(0.5, "icepop: below it the weight is 0", least=0)
     icepop_high: float = knob(5.0, "icepop: above it the weight is 0", above=0)
+    gamma: float = knob(1.0, "discount of later rewards per token (gae)", least=0, most=1)
+    gae_lambda: float = knob(0.95, "weight of later errors of the critic's values (gae); 1: returns less values",
+                             least=0, most=1)
+    whiten_advantages: bool = knob(True, "advantages over the batch's loss tokens get mean 0 and deviation 1 (gae)")
     epochs: int = knob(1, "passes over a batch", least=1)
     mini_batches: int = knob(1, "optimizer updates per pass", least=1)
     mask_truncated: bool = knob(False, "truncated responses leave the loss (they stay in their group's statistics), "
                                 "except under reward.overlong_penalty, which they would not learn from")
     options: dict[str, Any] = knob({}, "further arguments for a registered estimator or loss")
+
+
+@dataclass(frozen=True)
+class CriticConfig:
+    """Of algorithms whose advantages need values; it trains as train says, and on as many ranks."""
+
+    path: str | None = knob(None, "where it starts: a policy or a reward model; none: the policy's own start")
+    learning_rate: float = knob(1e-5, "peak learning rate (AdamW), on train's schedule", least=0)
+    clip_range: float = knob(0.2, "a value may move so far from its old one within a step before it stops learning",
+                             above=0)
+    warmup_steps: int = knob(0, "first steps, in which it learns alone and the policy stays as it is", least=0)
 
 
 @dataclass(frozen=True)
@@ -273,6 +291,7 @@ class Config:
     filter: FilterConfig = group(FilterConfig)
     reference: ReferenceConfig = group(ReferenceConfig)
     algo: AlgoConfig = group(AlgoConfig)
+    critic: CriticConfig = group(CriticConfig)
     batch: BatchConfig = group(BatchConfig)
     train: TrainConfig = group(TrainConfig)
     weights: WeightsConfig = group(WeightsConfig)

@@ -6,6 +6,7 @@ from flux_ray.algo.algorithms import (
     Algorithm,
     estimator_config,
     masks_truncated,
+    needs_critic,
     needs_old_logprobs,
     resolve,
 )
@@ -26,11 +27,13 @@ from flux_ray.algo.losses import get_policy_loss, list_policy_losses, register_p
 from flux_ray.algo.metrics import METRICS, logprob_gap, reward_kl
 from flux_ray.algo.objective import policy_objective
 from flux_ray.algo.preferences import preference_objective, score_objective
+from flux_ray.algo.values import value_loss, value_objective
 
 __all__ = [
     "ALGORITHMS", "EXAMPLES", "KINDS", "METRICS", "PAIRS", "PROMPTS", "SCORE", "Algorithm", "Kind", "adapted_coef",
     "compute_advantages", "estimator_config", "get_adv_estimator", "get_policy_loss", "kind_of", "kl",
-    "list_adv_estimators", "list_policy_losses", "logprob_gap", "masks_truncated", "needs_old_logprobs",
+    "list_adv_estimators", "list_policy_losses", "logprob_gap", "masks_truncated", "needs_critic", "needs_old_logprobs",
     "needs_reference", "policy_objective", "preference_objective", "reference_is_base", "register_adv_estimator",
-    "register_policy_loss", "resolve", "reward_kl", "score_objective",
+    "register_policy_loss", "resolve", "reward_kl", "score_objective", "value_loss",
+    "value_objective",
 ]

@@ -29,6 +29,7 @@ def compute_advantages(
     group_size: int,
     old_logprobs: torch.Tensor | None = None,
     reference_logprobs: torch.Tensor | None = None,
+    values: torch.Tensor | None = None,
     reduce: Reduce = on_one_rank,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Advantages and returns, (N, L), of N rows in whole groups (`index`: the group of each row).
@@ -46,11 +47,11 @@ def compute_advantages(
     rows = token_level_rewards.sum(-1).isnan().logical_not().nonzero().squeeze(-1)
     whole = len(rows) == len(token_level_rewards)
     views = {"token_level_rewards": token_level_rewards, "response_mask": mask, "index": index,
-             "old_log_prob": old_logprobs, "reference_log_prob": reference_logprobs}
+             "old_log_prob": old_logprobs, "reference_log_prob": reference_logprobs, "values": values}
     if not whole:
         views = {name: None if view is None else view[rows] for name, view in views.items()}
     advantages, returns = _estimate(algorithm.estimator, views, {
-        "group_size": group_size, "config": config, "reduce": reduce, "values": None})
+        "group_size": group_size, "config": config, "reduce": reduce})
     if whole:
         return advantages, returns
     return tuple(torch.zeros_like(token_level_rewards).index_copy(0, rows, part.to(token_level_rewards.dtype))

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 from flux_ray import names
 from flux_ray.algo.estimators import ESTIMATORS, find_adv_estimator
+from flux_ray.algo.kinds import REINFORCEMENT, kind_of
 from flux_ray.algo.losses import POLICY_LOSSES, find_policy_loss
 from flux_ray.config import AlgoConfig, Config
 from flux_ray.errors import unknown
@@ -27,6 +28,7 @@ class Algorithm:
     policy_loss: str           # name in POLICY_LOSSES
     aggregation: str           # what the loss weights are made from (the names are those of algo.aggregation)
     several_updates: bool = False  # per batch: epochs × mini_batches > 1 (`resolve` sets it)
+    leaves_unwhitened: bool = False  # an estimator that would whiten over the batch is told not to (`resolve` sets it)
 
     @property
     def needs_groups(self) -> bool:
@@ -35,7 +37,12 @@ class Algorithm:
     @property
     def needs_whole_batch(self) -> bool:
         """Whether backward must wait until every group of the step is there."""
-        return self.several_updates or find_adv_estimator(self.estimator).needs_whole_batch
+        estimator = find_adv_estimator(self.estimator)
+        return self.several_updates or (estimator.needs_whole_batch and not self.leaves_unwhitened)
+
+    @property
+    def needs_critic(self) -> bool:
+        return find_adv_estimator(self.estimator).needs_values
 
     @property
     def ratio_loss(self) -> bool:
@@ -55,6 +62,7 @@ ALGORITHMS: dict[str, Algorithm] = {
         Algorithm("dapo", "2503.14476", "grpo", "ppo", "token_mean"),
         Algorithm("gspo", "2507.18071", "grpo", "gspo", "sequence"),
         Algorithm("gspo_token", "2507.18071", "grpo", "gspo_token", "sequence"),
+        Algorithm("ppo", "1707.06347", "gae", "ppo", "token_mean"),
         Algorithm("rloo", "2402.14740", "rloo", "rloo", "sequence"),
         Algorithm("reinforce", "Williams 1992", "reinforce", "reinforce", "token_mean"),
         Algorithm("reinforce_pp", "2501.03262", "reinforce_pp", "ppo", "token_mean"),
@@ -77,9 +85,9 @@ def resolve(config: AlgoConfig) -> Algorithm:
         aggregation=config.aggregation or algorithm.aggregation,
         several_updates=config.epochs * config.mini_batches > 1,
     )
-    find_adv_estimator(algorithm.estimator)
     find_policy_loss(algorithm.policy_loss)
-    return algorithm
+    may_whiten = "whiten_advantages" in find_adv_estimator(algorithm.estimator).reads
+    return replace(algorithm, leaves_unwhitened=may_whiten and not config.whiten_advantages)
 
 
 def _find(name: str) -> Algorithm:
@@ -90,6 +98,11 @@ def _find(name: str) -> Algorithm:
         estimator = name if name in ESTIMATORS else "grpo"
         return Algorithm(name, "", estimator, name if name in POLICY_LOSSES else "ppo", "sequence_mean")
     raise unknown("algorithm", name, {*ALGORITHMS, *ESTIMATORS, *POLICY_LOSSES})
+
+
+def needs_critic(config: AlgoConfig) -> bool:
+    """Whether a critic is trained beside the policy, for its values."""
+    return kind_of(config) is REINFORCEMENT and resolve(config).needs_critic
 
 
 def needs_old_logprobs(config: AlgoConfig) -> bool:

@@ -112,6 +112,32 @@ def reinforce_pp_baseline(
     return _whiten(centred_NL, response_mask, reduce), centred_NL
 
 
+def gae(
+    token_level_rewards: torch.Tensor, response_mask: torch.Tensor, *, values: torch.Tensor | None,
+    config: AlgoConfig = _DEFAULTS, reduce: Reduce = on_one_rank, **_: Any,
+) -> Pair:
+    """A_t = Σ_k (γλ)^k δ_{t+k}, δ_t = r_t + γ·V_{t+1} − V_t, over loss tokens alone (1506.02438, eq. 16); R = A + V.
+
+    What the policy didn't sample is stepped over: V_{t+1} is the next loss token's. Nothing comes after the last one:
+    its V_{t+1} is 0. With `config.whiten_advantages` A is whitened over the batch's loss tokens (ddof 0), R is not.
+    """
+    assert values is not None, "gae needs a critic's values"
+    mask_LN = response_mask.bool().t().contiguous()
+    rewards_LN, values_LN = (x.t().double().contiguous() for x in (token_level_rewards, values))
+    advantages_LN = torch.zeros_like(values_LN)
+    advantage_N, next_value_N = torch.zeros_like(values_LN[0]), torch.zeros_like(values_LN[0])
+    for t in reversed(range(len(mask_LN))):
+        delta_N = rewards_LN[t] + config.gamma * next_value_N - values_LN[t]
+        new_N = delta_N + config.gamma * config.gae_lambda * advantage_N
+        advantage_N = torch.where(mask_LN[t], new_N, advantage_N)
+        next_value_N = torch.where(mask_LN[t], values_LN[t], next_value_N)
+        advantages_LN[t] = advantage_N * mask_LN[t]
+    kind = token_level_rewards.dtype
+    returns_NL = ((advantages_LN + values_LN) * mask_LN).t().to(kind).contiguous()
+    advantages_NL = advantages_LN.t().to(kind).contiguous()
+    return _whiten(advantages_NL, response_mask, reduce) if config.whiten_advantages else advantages_NL, returns_NL
+
+
 def _scores(token_level_rewards: torch.Tensor) -> torch.Tensor:
     return token_level_rewards.sum(-1).double()
 
@@ -183,11 +209,17 @@ def _whiten(values_NL: torch.Tensor, mask_NL: torch.Tensor, reduce: Reduce) -> t
     return whitened_NL
 
 
+#: Options of algo that an estimator reads only where it says so.
+GAE_KNOBS = ("gamma", "gae_lambda", "whiten_advantages")
+
+
 @dataclass(frozen=True)
 class Estimator:
     function: Callable[..., Pair]
     needs_groups: bool        # compares the rows of a group: a group of one teaches nothing
     needs_whole_batch: bool   # its numbers depend on every row of the step
+    needs_values: bool = False  # a critic's
+    reads: tuple[str, ...] = ()  # those of GAE_KNOBS that it reads
     ours: bool = True
 
 
@@ -200,21 +232,25 @@ ESTIMATORS: dict[str, Estimator] = {
     "reinforce": Estimator(reinforce, needs_groups=False, needs_whole_batch=False),
     "reinforce_pp": Estimator(reinforce_pp, needs_groups=False, needs_whole_batch=True),
     "reinforce_pp_baseline": Estimator(reinforce_pp_baseline, needs_groups=True, needs_whole_batch=True),
+    "gae": Estimator(gae, needs_groups=False, needs_whole_batch=True, needs_values=True, reads=GAE_KNOBS),
 }
 
 
 def register_adv_estimator(
-    name: str, *, needs_groups: bool = False, needs_whole_batch: bool = True,
+    name: str, *, needs_groups: bool = False, needs_whole_batch: bool = True, needs_values: bool = False,
 ) -> Callable[[Callable[..., Pair]], Callable[..., Pair]]:
     """Decorator: adds `f(token_level_rewards, response_mask, **kw) -> (advantages, returns)`, all (batch, length).
 
     kw: index (group id per row), group_size, old_log_prob, reference_log_prob, values (None where absent), config,
-    reduce and what `algo.options` holds. Raises ValueError for a name that is taken.
+    reduce and what `algo.options` holds. needs_values: a critic is trained, on the returns.
+
+    Raises ValueError for a name that is taken.
     """
     def add(function: Callable[..., Pair]) -> Callable[..., Pair]:
         if name in ESTIMATORS and not same_function(ESTIMATORS[name].function, function):
             raise UserError(f"advantage estimator {name!r} is taken: choose another name")
-        ESTIMATORS[name] = Estimator(function, needs_groups, needs_whole_batch, ours=False)
+        ESTIMATORS[name] = Estimator(
+            function, needs_groups, needs_whole_batch, needs_values, ours=False)
         return function
     return add
 

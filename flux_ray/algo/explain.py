@@ -26,7 +26,8 @@ ADVANTAGES: dict[str, Callable[[bool], str]] = {
     "reinforce": lambda divides: "the return to go, no baseline",
     "reinforce_pp": lambda divides: "the return to go, whitened over all loss tokens of the batch (ddof 0)",
     "reinforce_pp_baseline": lambda divides: f"{CENTRED}, whitened over all loss tokens of the batch (ddof 0)",
-    "gae": lambda divides: "Σ_k (γλ)^k·δ_{t+k}, δ_t = r_t + γ·V_{t+1} − V_t over loss tokens, V = 0 after the last",
+    "gae": lambda divides: "the sum of (γλ)^k·δ at the k-th loss token on, δ = r + γ·V' − V, V' that of the next loss "
+                           "token (0 after the last)",
 }
 
 #: loss ► (the term, what its ratio is), by the numbers of the clip: {low}, {high}

@@ -29,6 +29,13 @@ METRICS: dict[str, tuple[str, str, str]] = {
     "actor/reward_kl": ("mean over sequences of Σ_t k1 of π_old to the reference, which kl_coef multiplies", "nat",
                         "loss tokens of a sequence"),
     "actor/kl_coef": ("weight of that KL in this step's rewards", "reward / nat", "none"),
+    "critic/loss": ("sum over updates of the token mean of ½·max((V − R)², (clip(V, V_old ± ε) − R)²)", "reward²",
+                    "loss tokens"),
+    "critic/clip_frac": ("share whose clipped term is the larger one", "1", "loss tokens"),
+    "critic/value_mean": ("mean of V_old, the values before the step's updates", "reward", "loss tokens"),
+    "critic/return_mean": ("mean of the returns R = A + V_old, A before whitening", "reward", "loss tokens"),
+    "critic/explained_variance": ("1 − Var(R − V_old) / Var(R), ddof 0: 1 for a perfect critic, 0 for a constant",
+                                  "1", "loss tokens"),
     "weights/logprob_gap_mean": ("mean of |log π_old − log μ|", "nat", "loss tokens of samples of the current version"),
     "weights/logprob_gap_max": ("largest |log π_old − log μ|", "nat", "loss tokens of samples of the current version"),
 }

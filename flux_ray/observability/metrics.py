@@ -1,6 +1,6 @@
 """Metrics typed by how they reduce.
 
-Takes:  values from micro-batches, ranks and stages, as Mean (total and weight), Sum or Max.
+Takes:  values from micro-batches, ranks and stages, as Mean (total and weight), Std, Explained, Sum or Max.
 Gives:  one float a name; `merge` adds up dicts in any order.
 Never:  a mean of means: a Mean carries its weight (tokens, samples) until it is read.
 """
@@ -10,6 +10,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,28 @@ class Std:
 
 
 @dataclass(frozen=True)
+class Explained:
+    """Explained variance 1 − Var(error) / Var(wanted) from sums; nan where what was wanted is the same everywhere."""
+
+    wanted: Std
+    error: Std
+
+    @staticmethod
+    def of(wanted: Tensor, error: Tensor) -> Explained:
+        """Of two tensors of one length."""
+        sums = [Std(float(x.sum()), float(x.square().sum()), x.numel()) for x in (wanted, error)]
+        return Explained(*sums)
+
+    def __add__(self, other: Explained) -> Explained:
+        return Explained(self.wanted + other.wanted, self.error + other.error)
+
+    @property
+    def value(self) -> float:
+        spread = self.wanted.value
+        return 1 - (self.error.value / spread) ** 2 if spread else math.nan
+
+
+@dataclass(frozen=True)
 class Sum:
     total: float
 
@@ -70,7 +96,7 @@ class Max:
         return self.largest
 
 
-Metric = Mean | Std | Sum | Max
+Metric = Mean | Std | Explained | Sum | Max
 
 
 def merge(parts: Iterable[Mapping[str, Metric]]) -> dict[str, Metric]:

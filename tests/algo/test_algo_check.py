@@ -31,6 +31,7 @@ def test_presets_hold_what_the_papers_say():
         "rloo": {**off, "kl_coef": 0.05}, "reinforce": off, "reinforce_pp": {**off, "kl_coef": 0.01},
         "reinforce_pp_baseline": {"entropy_coef": 0.0, "kl_estimator": "k2", "beta": 0.01},
         "cispo": {**off, "clip_range_high": 4.0},
+        "ppo": {**off, "kl_coef": 0.05, "clip_range": 0.2, "gamma": 1.0, "gae_lambda": 0.95, "whiten_advantages": True},
     }
     assert set(table) == set(algo.ALGORITHMS)
     for name, knobs in table.items():

@@ -212,7 +212,7 @@ def test_metrics_that_were_not_measured_are_absent():
     batch = batch_of(9)
     *_, metrics = ours("grpo", config_of("grpo", S()), batch, weights_of("sequence_mean", batch["mask"]),
                        reference=None, entropy=None)
-    assert set(algo.METRICS) - set(metrics) == {
+    assert {name for name in algo.METRICS if not name.startswith("critic/")} - set(metrics) == {
         "actor/grpo_kl", "actor/entropy", "actor/reward_kl", "actor/kl_coef", "weights/logprob_gap_mean",
         "weights/logprob_gap_max"}
 
