@@ -17,8 +17,12 @@ from flux_ray import algo
 from flux_ray.algo.check import check as check_algo
 from flux_ray.algo.filters import check_filter
 from flux_ray.config import Config, validate
-from flux_ray.data import PromptSource, SftSource
+from flux_ray.data import PromptSource, are_groups
+from flux_ray.data.prompts import TRAIN
+from flux_ray.data.rows import load_rows
+from flux_ray.driver import offline_data
 from flux_ray.driver import state as saved
+from flux_ray.driver.offline_data import OfflineData
 from flux_ray.driver.state import LoopState
 from flux_ray.errors import UserError
 from flux_ray.model import check_targets, context_length, load_tokenizer, skeleton
@@ -28,9 +32,6 @@ from flux_ray.rollout.engine import check_engine_args
 from flux_ray.rollout.functions import get_rollout
 from flux_ray.train import check_deepspeed_options
 
-log = logging.getLogger(__name__)
-
-SUPERVISED = ("sft",)
 WEIGHTS = ("*.safetensors", "*.bin", "*.index.json")  # files that a model folder's weights may be in
 
 
@@ -38,20 +39,18 @@ WEIGHTS = ("*.safetensors", "*.bin", "*.index.json")  # files that a model folde
 class Prepared:
     config: Config
     prompts: PromptSource | None  # reinforcement learning
-    examples: SftSource | None  # supervised training
+    offline: OfflineData | None  # training without rollouts
     eval_prompts: PromptSource | None
     needs_reference: bool  # reference actors
     start: LoopState
     checkpoint: Path | None  # to load before the first step
     warnings: tuple[str, ...]
 
-    @property
-    def supervised(self) -> bool:
-        return self.config.algo.name in SUPERVISED
-
 
 def prepare(config: Config) -> Prepared:
     """Check it all. UserError for the first mistake: one line with key, file and row."""
+    # A hub that can't be reached is told in one line; its client would tell of each of its tries beforehand.
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     config = _absolute(config)
     load_plugins(config.plugins)
     config = validate(config)
@@ -71,14 +70,20 @@ def prepare(config: Config) -> Prepared:
         raise UserError(
             f"driver.num_steps={config.driver.num_steps} is less than the {start.step} steps done in {checkpoint}"
         )
-    if config.algo.name in SUPERVISED:
-        examples = SftSource.from_config(config, tokenizer, context_length=limit)
-        warnings += _skipped(examples.num_skipped, examples.source)
-        return Prepared(config, None, examples, None, False, start, checkpoint, tuple(warnings))
     needs_reference = algo.needs_reference(config.algo) and not algo.reference_is_base(config)
     if needs_reference and config.reference.path:
         _check_reference(config.reference.path, length_given=config.rollout.max_model_len is not None)
-    prompts = PromptSource.from_config(config, tokenizer, context_length=limit)
+    if algo.kind_of(config.algo) is not algo.REINFORCEMENT:
+        offline = offline_data.read(config, tokenizer, context_length=limit)
+        warnings += offline.warnings
+        return Prepared(config, None, offline, None, needs_reference, start, checkpoint, tuple(warnings))
+    rows = load_rows(str(config.data.train), split=config.data.split, max_rows=config.data.max_rows,
+                     column=config.data.prompt_column, on_bad_row=config.data.on_bad_row)
+    if are_groups(rows):
+        config, offline = offline_data.read_groups(rows, config, tokenizer, context_length=limit)
+        warnings += offline.warnings
+        return Prepared(config, None, offline, None, needs_reference, start, checkpoint, tuple(warnings))
+    prompts = PromptSource(rows, config, tokenizer, context_length=limit, role=TRAIN)
     warnings += _skipped(prompts.num_skipped, prompts.source)
     config = _with(config, "reward", functions=list(config.reward.functions) or [_default_reward(config, prompts)])
     functions, silent = _rewards(config, prompts)
