@@ -139,8 +139,8 @@ def _targets(hf: nn.Module, lora: LoraConfig) -> list[str]:
             raise unknown("layer in train.lora.targets", target, [*last_names, ALL_LINEAR])
         for name in matched:
             if name not in linear:
-                kind = "the model's head" if id(modules[name]) in heads else f"a {type(modules[name]).__name__}"
-                raise UserError(f"train.lora.targets: {target!r} is {kind} ({name}): linear layers other than the head "
+                kind = "the model's head" if id(modules[name]) in heads else type(modules[name]).__name__
+                raise UserError(f"train.lora.targets: {target!r} is {name} ({kind}): linear layers other than the head "
                                 f"can be adapted ({', '.join(last_names)})")
         chosen.update(matched)
     return [name for name in linear if name in chosen]

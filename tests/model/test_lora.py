@@ -143,9 +143,9 @@ def test_a_score_models_head_is_trained_wholly_and_saved(tmp_path: Path) -> None
 
 @pytest.mark.parametrize(("targets", "said"), [
     (["q_proj", "qproj"], "'qproj': did you mean 'q_proj'? (known: all-linear, down_proj, gate_proj, k_proj, o_proj"),
-    (["lm_head"], "train.lora.targets: 'lm_head' is the model's head (lm_head): linear layers other than the head"),
-    (["embed_tokens"], "'embed_tokens' is a Embedding (model.embed_tokens)"),
-    (["self_attn"], "'self_attn' is a Qwen3Attention (model.layers.0.self_attn)"),
+    (["lm_head"], "train.lora.targets: 'lm_head' is lm_head (the model's head): linear layers other than the head"),
+    (["embed_tokens"], "'embed_tokens' is model.embed_tokens (Embedding): linear"),
+    (["self_attn"], "'self_attn' is model.layers.0.self_attn (Qwen3Attention)"),
     ("proj", "unknown layer in train.lora.targets 'proj'"),
 ])
 @pytest.mark.parametrize("tied", [True, False])
