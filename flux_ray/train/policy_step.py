@@ -1,65 +1,53 @@
 """A policy-gradient step: from scored groups to optimizer updates.
 
-Takes:  this rank's whole groups, their scores and reference log-probs, the trainer's version.
-Gives:  the step's metrics of this rank, after epochs x mini_batches updates.
+Takes:  this rank's whole groups, their scores and reference log-probs, a critic's values, the trainer's version.
+Gives:  the step's metrics of this rank, after epochs x mini_batches updates, and the returns.
 Knows:  the order: counts of all ranks ► old log-probs ► advantages ► weights ► micro-batches ► updates.
 Never:  splits a group, or lets a rank without groups fall out of step.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from flux_ray import algo
 from flux_ray.algo import Algorithm
 from flux_ray.batch import (
     MicroBatch,
-    StepCounts,
     Weighting,
     estimated,
     make_samples,
-    pack,
     padded_mask,
     response_views,
-    step_counts,
     to_padded,
 )
 from flux_ray.config import Config
-from flux_ray.model.scoring import per_sample, scoring_samples
+from flux_ray.model.scoring import by_group, per_sample, scoring_samples
 from flux_ray.observability.metrics import Metric, merge
-from flux_ray.records import RolloutGroup, Sample, ScoredGroup
+from flux_ray.records import Sample
 from flux_ray.train.engine import Engine
+from flux_ray.train.rank_batch import RankBatch, flat, packed, split
 
 
-@dataclass(frozen=True)
-class RankBatch:
-    """This rank's share of a step's batch: whole groups; `reference_logprobs` per group and trajectory, (T,)."""
+def run(engine: Engine, config: Config, batch: RankBatch) -> tuple[dict[str, Metric], list[list[np.ndarray]]]:
+    """All updates of one step; none in the steps in which a critic learns alone. Collective.
 
-    groups: Sequence[RolloutGroup]
-    scores: Sequence[ScoredGroup]
-    reference_logprobs: Sequence[Sequence[np.ndarray]] | None
-    version: int
-
-    def part(self, start: int, stop: int) -> RankBatch:
-        reference = None if self.reference_logprobs is None else self.reference_logprobs[start:stop]
-        return RankBatch(self.groups[start:stop], self.scores[start:stop], reference, self.version)
-
-
-def run(engine: Engine, config: Config, batch: RankBatch) -> dict[str, Metric]:
-    """All updates of one step. Collective."""
+    Gives what was measured, and the estimator's returns per group and trajectory, (T,).
+    """
     algorithm = algo.resolve(config.algo)
     batch = replace(batch, scores=[estimated(score, config.reward) for score in batch.scores])
     old = _old_logprobs(engine, config, batch) if algo.needs_old_logprobs(config.algo) else None
-    advantages, kl_paid = _advantages(engine, config, algorithm, batch, old)
+    (advantages, returns), kl_paid = _advantages(engine, config, algorithm, batch, old)
+    measured, returned = [kl_paid], by_group(returns, batch.groups)
+    steps_alone = config.critic.warmup_steps if algorithm.needs_critic else 0
+    if batch.version < steps_alone:
+        return merge(measured), returned
     mini_batches = _mini_batches(engine, config, algorithm, batch, advantages, old)
-    total_updates = config.driver.num_steps * config.algo.epochs * config.algo.mini_batches
-    measured = [kl_paid]
+    total_updates = (config.driver.num_steps - steps_alone) * config.algo.epochs * config.algo.mini_batches
     for epoch in range(config.algo.epochs):
         for k, mini_batch in enumerate(mini_batches):
             # The gap to the sampler is that of the policy before the batch's first update.
@@ -69,7 +57,7 @@ def run(engine: Engine, config: Config, batch: RankBatch) -> dict[str, Metric]:
                 mini_batch.micro_batches, objective, temperature=config.rollout.temperature, with_entropy=True,
                 total_updates=total_updates,
             ))
-    return merge(measured)
+    return merge(measured), returned
 
 
 @dataclass(frozen=True)
@@ -117,12 +105,6 @@ class PolicyObjective:
         return loss, metrics
 
 
-def packed(engine: Engine, config: Config, samples: Sequence[Sample]) -> list[MicroBatch]:
-    """Micro-batches of the configured budget, for the policy's layout."""
-    return pack(samples, max_tokens=config.batch.max_tokens_per_micro_batch, max_samples=config.batch.micro_batch_size,
-                padded=engine.model.layout == "padded")
-
-
 def logprobs(
     engine: Engine, config: Config, samples: Sequence[Sample], *, temperature: float,
 ) -> list[np.ndarray]:
@@ -138,8 +120,8 @@ def _old_logprobs(engine: Engine, config: Config, batch: RankBatch) -> list[np.n
 
 def _advantages(
     engine: Engine, config: Config, algorithm: Algorithm, batch: RankBatch, old: list[np.ndarray] | None,
-) -> tuple[list[np.ndarray], dict[str, Metric]]:
-    """Per-sample (T,) advantages of this rank's groups, and what is measured of a KL in their rewards.
+) -> tuple[tuple[list[np.ndarray], list[np.ndarray]], dict[str, Metric]]:
+    """Per-sample (T,) advantages and returns of this rank's groups, and what is measured of a KL in their rewards.
 
     Statistics over the batch come from all ranks.
     """
@@ -148,46 +130,35 @@ def _advantages(
     if batch.reference_logprobs is not None:
         reference = views.from_samples([row for group in batch.reference_logprobs for row in group])
     old_NL = None if old is None else views.from_samples(old)
-    advantages_NL, _ = algo.compute_advantages(
+    values_NL = None
+    if batch.values is not None:
+        values_NL = views.from_samples([row for group in batch.values for row in group])
+    advantages_NL, returns_NL = algo.compute_advantages(
         algorithm, token_level_rewards=views.token_level_rewards_NL, response_mask=views.response_mask_NL,
         index=views.index_N, config=algo.estimator_config(config), group_size=config.rollout.group_size,
-        old_logprobs=old_NL, reference_logprobs=reference, reduce=engine.sum,
+        old_logprobs=old_NL, reference_logprobs=reference, values=values_NL, reduce=engine.sum,
     )
     measured = {}
     if config.algo.kl_coef:
         assert old_NL is not None and reference is not None, "a KL in the reward needs both log-probs"
         measured = algo.reward_kl(old_NL, reference, response_mask=views.response_mask_NL, coef=config.algo.kl_coef)
-    return views.to_samples(advantages_NL), measured
+    return (views.to_samples(advantages_NL), views.to_samples(returns_NL)), measured
 
 
 def _mini_batches(
     engine: Engine, config: Config, algorithm: Algorithm, batch: RankBatch, advantages: list[np.ndarray],
     old: list[np.ndarray] | None,
 ) -> list[MiniBatch]:
-    """Consecutive groups of this rank, one part for each update of an epoch; each is weighed by its own counts."""
-    bounds = np.linspace(0, len(batch.groups), config.algo.mini_batches + 1).astype(int)
-    first_sample = np.cumsum([0, *(len(g.trajectories) for g in batch.groups)])
-    parts = [batch.part(a, b) for a, b in itertools.pairwise(bounds)]
-    counts = _counts_of_all_ranks(engine, config, parts)
+    """One for each update of an epoch; each is weighed by its own counts."""
     result = []
-    for part, count, (a, b) in zip(parts, counts, itertools.pairwise(first_sample[bounds]), strict=True):
+    for part in split(engine, config, batch):
         samples = make_samples(
-            part.groups, part.scores, advantages=advantages[a:b], reference_logprobs=part.reference_logprobs,
-            weighting=Weighting(algorithm.aggregation, count, config.rollout.max_tokens),
-            mask_truncated=algo.masks_truncated(config), version=part.version,
+            part.batch.groups, part.batch.scores, advantages=advantages[part.samples],
+            reference_logprobs=part.batch.reference_logprobs,
+            weighting=Weighting(algorithm.aggregation, part.counts, config.rollout.max_tokens),
+            mask_truncated=algo.masks_truncated(config), version=batch.version,
         )
         micro_batches = packed(engine, config, samples)
-        flat = None if old is None else [_flat(old[a:b], m) for m in micro_batches]
-        result.append(MiniBatch(micro_batches, flat))
+        olds = None if old is None else [flat(old[part.samples], m) for m in micro_batches]
+        result.append(MiniBatch(micro_batches, olds))
     return result
-
-
-def _counts_of_all_ranks(engine: Engine, config: Config, parts: Sequence[RankBatch]) -> list[StepCounts]:
-    mine = [step_counts(part.scores, mask_truncated=algo.masks_truncated(config)) for part in parts]
-    everyone = engine.sum(torch.tensor([[c.num_sequences, c.num_tokens] for c in mine], dtype=torch.int64))
-    return [StepCounts(num_sequences=int(n), num_tokens=int(t)) for n, t in everyone.tolist()]
-
-
-def _flat(per_sample_values: Sequence[np.ndarray], micro_batch: MicroBatch) -> Tensor:
-    """The (S,) axis of a micro-batch from per-sample arrays."""
-    return torch.from_numpy(np.concatenate([per_sample_values[i] for i in micro_batch.sample_ids_B.tolist()]))

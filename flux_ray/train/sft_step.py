@@ -18,7 +18,7 @@ from flux_ray.config import Config
 from flux_ray.observability.metrics import Mean, Metric, Sum, merge
 from flux_ray.records import Sample
 from flux_ray.train.engine import Engine
-from flux_ray.train.policy_step import packed
+from flux_ray.train.rank_batch import packed
 
 ASKED = {"temperature": 1.0, "with_entropy": False}  # of the policy
 

@@ -23,6 +23,7 @@ from flux_ray.observability.metrics import Mean, Metric, read
 from flux_ray.records import PreferencePair, RolloutGroup, Sample, ScoredGroup, StepReport
 from flux_ray.train import pair_step, policy_step, sft_step
 from flux_ray.train.rank import Rank, trained_policy, trained_score
+from flux_ray.train.rank_batch import PerGroup, RankBatch
 
 
 class Trainer(Rank):
@@ -31,23 +32,31 @@ class Trainer(Rank):
     def __init__(self, config: Config, **place: Any) -> None:
         load = trained_score if kind_of(config.algo).model == SCORE else trained_policy
         super().__init__(config, load=load, **place)
+        self._returns: list[list[np.ndarray]] = []  # of the last step
 
     def train_step(
         self, *, groups: Sequence[RolloutGroup], scores: Sequence[ScoredGroup],
-        reference_logprobs: Sequence[Sequence[np.ndarray]] | None, version: int,
+        reference_logprobs: PerGroup | None, version: int, values: PerGroup | None = None,
     ) -> StepReport:
         """One step on all ranks' groups (this rank's are given, maybe none). `version`: of the weights before the step.
 
-        Where the policy without its adapter is the reference, its log-probs are made here. Raises FloatingPointError,
-        naming update and rank, where a loss or a gradient isn't finite.
+        `values`: a critic's, as Critic.values gives them, for algorithms that need them. Where the policy without its
+        adapter is the reference, its log-probs are made here. Raises FloatingPointError, naming update and rank, where
+        a loss or a gradient isn't finite.
         """
-        if reference_is_base(self.config):
+        if reference_logprobs is None and reference_is_base(self.config):
             temperature = self.config.rollout.temperature
             rows = self.reference_logprobs(scoring_samples(groups), temperature=temperature)
             reference_logprobs = by_group(rows, groups)
-        batch = policy_step.RankBatch(groups, scores, reference_logprobs, version)
+        batch = RankBatch(groups, scores, version, reference_logprobs, values)
         config = replace(self.config, algo=replace(self.config.algo, kl_coef=self.kl_coef))
-        return self._report(policy_step.run(self.engine, config, batch), version + 1)
+        metrics, self._returns = policy_step.run(self.engine, config, batch)
+        return self._report(metrics, version + 1)
+
+    def train_step_and_returns(self, **step: Any) -> tuple[StepReport, list[list[np.ndarray]]]:
+        """`train_step`, and the returns per group and trajectory, (T,): what a critic learns."""
+        report = self.train_step(**step)
+        return report, self._returns
 
     def sft_step(self, samples: Sequence[Sample]) -> StepReport:
         """One supervised step on all ranks' samples. Raises as `train_step`."""
