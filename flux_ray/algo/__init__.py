@@ -16,6 +16,7 @@ from flux_ray.algo.kinds import (
     KINDS,
     PAIRS,
     PROMPTS,
+    REINFORCEMENT,
     SCORE,
     Kind,
     kind_of,
@@ -30,10 +31,10 @@ from flux_ray.algo.preferences import preference_objective, score_objective
 from flux_ray.algo.values import value_loss, value_objective
 
 __all__ = [
-    "ALGORITHMS", "EXAMPLES", "KINDS", "METRICS", "PAIRS", "PROMPTS", "SCORE", "Algorithm", "Kind", "adapted_coef",
-    "compute_advantages", "estimator_config", "get_adv_estimator", "get_policy_loss", "kind_of", "kl",
-    "list_adv_estimators", "list_policy_losses", "logprob_gap", "masks_truncated", "needs_critic", "needs_old_logprobs",
-    "needs_reference", "policy_objective", "preference_objective", "reference_is_base", "register_adv_estimator",
-    "register_policy_loss", "resolve", "reward_kl", "score_objective", "value_loss",
+    "ALGORITHMS", "EXAMPLES", "KINDS", "METRICS", "PAIRS", "PROMPTS", "REINFORCEMENT", "SCORE", "Algorithm", "Kind",
+    "adapted_coef", "compute_advantages", "estimator_config", "get_adv_estimator", "get_policy_loss", "kind_of", "kl",
+    "list_adv_estimators", "list_policy_losses", "logprob_gap", "masks_truncated", "needs_critic",
+    "needs_old_logprobs", "needs_reference", "policy_objective", "preference_objective", "reference_is_base",
+    "register_adv_estimator", "register_policy_loss", "resolve", "reward_kl", "score_objective", "value_loss",
     "value_objective",
 ]

@@ -76,30 +76,34 @@ class Plan:
         return total
 
 
-def make_plan(config: Config, *, cluster_gpus: int, needs_reference: bool, trains: bool = True) -> Plan:
-    """The plan for a cluster with that many GPUs, with reference actors where a KL is asked for.
+def make_plan(
+    config: Config, *, cluster_gpus: int, needs_reference: bool, trains: bool = True, rollouts: bool = True
+) -> Plan:
+    """The plan for a cluster with that many GPUs, with reference actors where the frozen policy is asked for.
 
-    Where nothing is trained (an evaluation), engines and reward workers alone.
-
-    What can't be placed anywhere: UserError.
+    Where nothing is trained (an evaluation), engines and reward workers alone; without rollouts (sft, pairs, given
+    groups) training ranks and reference, which evaluate as well. What can't be placed anywhere: UserError.
     """
     device = config.cluster.device
     if device == "auto":
         device = "cuda" if cluster_gpus else "cpu"
     if device == "cuda" and not cluster_gpus:
         raise UserError("cluster.device=cuda, but the cluster has no GPU")
-    supervised = config.algo.name == "sft"
-    counts = {TRAINER: config.train.num_ranks} if trains else {}
-    if not supervised:
+    counts = {}
+    if trains or not rollouts:
+        counts[TRAINER] = config.train.num_ranks
+        if needs_reference:
+            counts[REFERENCE] = config.reference.num_actors
+    if rollouts:
         counts[ENGINE] = config.rollout.num_engines
         counts[REWARD] = config.reward.num_workers
-        if needs_reference and trains:
-            counts[REFERENCE] = config.reference.num_actors
+    host = ENGINE if rollouts else TRAINER  # whose placement groups the others live in where GPUs are shared
     gpus_each = {ENGINE: config.rollout.tensor_parallel_size, TRAINER: 1, REFERENCE: 1}
     wanted = sum(counts.get(name, 0) * gpus for name, gpus in gpus_each.items()) if device == "cuda" else 0
-    shared = device == "cuda" and trains and not supervised and (config.cluster.colocate or cluster_gpus == 1 < wanted)
+    guests = [name for name in (TRAINER, REFERENCE) if name in counts and name != host]
+    shared = device == "cuda" and bool(guests) and (config.cluster.colocate or cluster_gpus == 1 < wanted)
     if shared:
-        _check_shared(config, counts)
+        _check_shared(config, counts, host)
     roles = []
     for name in (ENGINE, TRAINER, REFERENCE, REWARD):
         if name not in counts:
@@ -108,12 +112,18 @@ def make_plan(config: Config, *, cluster_gpus: int, needs_reference: bool, train
         cpus = config.cluster.cpus_per_actor
         if shared and gpus:
             gpus = SHARED_GPU[name]
-        inside = ENGINE if shared and name in (TRAINER, REFERENCE) else None
-        roles.append(Role(name, counts[name], cpus, gpus, own_group_each=name == ENGINE, inside=inside))
+        inside = host if shared and name in guests else None
+        own_group_each = name == (host if shared else ENGINE)
+        roles.append(Role(name, counts[name], cpus, gpus, own_group_each=own_group_each, inside=inside))
     return Plan(device, _weights_backend(config, device, shared), tuple(roles))
 
 
-def _check_shared(config: Config, counts: dict[str, int]) -> None:
+def _check_shared(config: Config, counts: dict[str, int], host: str) -> None:
+    if counts.get(REFERENCE, 0) > counts[host] and host == TRAINER:
+        raise UserError(f"where GPUs are shared, reference.num_actors must not exceed train.num_ranks, got "
+                        f"{counts[REFERENCE]} reference actors, {counts[TRAINER]} ranks")
+    if host == TRAINER:
+        return
     if config.rollout.tensor_parallel_size != 1:
         raise UserError(
             "engines that share GPUs with the trainer must have rollout.tensor_parallel_size=1, "

@@ -119,7 +119,8 @@ def _plan(prepared: Prepared, *, gpus: int, trains: bool) -> Plan:
     from flux_ray.driver.build import check_engines
 
     plan = make_plan(
-        prepared.config, cluster_gpus=gpus, needs_reference=prepared.needs_reference, trains=trains
+        prepared.config, cluster_gpus=gpus, needs_reference=prepared.needs_reference, trains=trains,
+        rollouts=prepared.offline is None,
     )
     check_engines(prepared, plan)
     return plan
@@ -148,13 +149,16 @@ async def _train(prepared: Prepared, cluster: Cluster, plan: Plan, recorder: Rec
     from flux_ray.driver import build
     from flux_ray.driver.evaluation import Evaluation
     from flux_ray.driver.loop import Loop
-    from flux_ray.driver.supervised import SupervisedLoop
+    from flux_ray.driver.offline import OfflineLoop, make_work
+    from flux_ray.driver.rooms import TrainingRooms
 
     config, start = prepared.config, prepared.start
-    loop: Loop | SupervisedLoop
-    if prepared.examples is not None:
-        training = await build.training_rooms(prepared, cluster, plan)
-        loop = SupervisedLoop(config, rooms=training, examples=prepared.examples, recorder=recorder, start=start)
+    loop: Loop | OfflineLoop
+    training: TrainingRooms
+    if prepared.offline is not None:
+        training = offline = await build.offline_rooms(prepared, cluster, plan)
+        work = make_work(config, data=prepared.offline, rooms=offline, recorder=recorder)
+        loop = OfflineLoop(config, rooms=offline, work=work, recorder=recorder, start=start)
     else:
         assert prepared.prompts is not None
         rooms = await build.policy_rooms(prepared, cluster, plan)
@@ -169,10 +173,15 @@ async def _train(prepared: Prepared, cluster: Cluster, plan: Plan, recorder: Rec
 
 
 async def _evaluate(prepared: Prepared, cluster: Cluster, plan: Plan, recorder: Recorder) -> None:
-    """Engines and reward workers alone, once over eval.data."""
-    from flux_ray.driver import build
+    """Once over eval.data: by engines and reward workers alone, or by ranks that train nothing."""
+    from flux_ray.driver import build, offline
     from flux_ray.driver.evaluation import Evaluation
 
+    if prepared.offline is not None:
+        training = await build.offline_rooms(prepared, cluster, plan)
+        work = offline.make_work(prepared.config, data=prepared.offline, rooms=training, recorder=recorder)
+        recorder.terminal.say("ready")
+        return await offline.evaluate(work, version=0, recorder=recorder)
     if prepared.eval_prompts is None:
         raise UserError("eval.data is missing: the prompts to evaluate on")
     rooms = await build.sampling_rooms(prepared, cluster, plan)

@@ -1,7 +1,7 @@
 """From a prepared config to live rooms.
 
 Takes:  Prepared, a Cluster that is connected.
-Gives:  PolicyRooms or TrainingRooms, loaded and connected; the cluster ends them.
+Gives:  PolicyRooms, SamplingRooms or OfflineRooms, loaded and connected; the cluster ends them.
 Knows:  which class runs in which role, and what each is told; everything that can start at once does.
 """
 
@@ -11,9 +11,11 @@ import asyncio
 import dataclasses
 from typing import Any
 
+from flux_ray import algo
 from flux_ray.cluster.on_ray import Cluster, EngineCaller, RayGroup
 from flux_ray.cluster.plan import ENGINE, REFERENCE, REWARD, TRAINER, Plan, Role
 from flux_ray.config import Config
+from flux_ray.driver.offline_rooms import OfflineRooms
 from flux_ray.driver.preflight import Prepared
 from flux_ray.driver.roles import ReferencePolicy, TrainingRank
 from flux_ray.driver.rooms import PolicyRooms, SamplingRooms, TrainingRooms
@@ -65,13 +67,15 @@ def _spawn(config: Config, cluster: Cluster, plan: Plan, role: Role) -> RayGroup
     return cluster.spawn(role, env=_env(config, plan, role.name), may_die=may_die)
 
 
-async def training_rooms(prepared: Prepared, cluster: Cluster, plan: Plan) -> TrainingRooms:
-    """The training ranks alone."""
-    role = plan.role(TRAINER)
-    assert role is not None
-    trainer = _spawn(prepared.config, cluster, plan, role)
-    await _build_trainer(prepared, plan, trainer)
-    return TrainingRooms(prepared.config, trainer)
+async def offline_rooms(prepared: Prepared, cluster: Cluster, plan: Plan) -> OfflineRooms:
+    """The training ranks, and reference actors where they are asked for."""
+    config = prepared.config
+    groups = {role.name: _spawn(config, cluster, plan, role) for role in plan.roles}
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(_build_trainer(prepared, plan, groups[TRAINER]))
+        if REFERENCE in groups:
+            tasks.create_task(_build_reference(config, plan, groups[REFERENCE]))
+    return OfflineRooms(config, trainer=groups[TRAINER], reference=groups.get(REFERENCE))
 
 
 async def _build_trainer(prepared: Prepared, plan: Plan, trainer: RayGroup) -> None:
@@ -143,7 +147,8 @@ async def _build_reference(config: Config, plan: Plan, reference: RayGroup) -> N
         "path": config.reference.path or config.model.path,
         "dtype": dtype,
         "device": device,
-        "temperature": config.rollout.temperature,
+        # Pairs were not sampled here: their log-probs are the model's own.
+        "temperature": 1.0 if algo.kind_of(config.algo).data == algo.PAIRS else config.rollout.temperature,
         "max_tokens_per_forward": config.reference.max_tokens_per_forward,
         "attention": config.model.attention,
         "layout": config.model.layout,

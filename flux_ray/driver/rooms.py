@@ -17,7 +17,7 @@ from typing import Any
 from flux_ray.batch import balance
 from flux_ray.cluster.group import ActorDied, ActorGroup, first_failure
 from flux_ray.config import Config
-from flux_ray.records import Prompt, Sample, ScoredGroup, StepReport
+from flux_ray.records import Prompt, ScoredGroup, StepReport
 from flux_ray.rollout.routing import Router
 
 
@@ -188,7 +188,7 @@ class PolicyRooms(SamplingRooms):
 
 
 class TrainingRooms:
-    """The training ranks: all that supervised training needs, and the part of it that every loop shares."""
+    """The training ranks: the part that every loop shares."""
 
     def __init__(self, config: Config, trainer: ActorGroup) -> None:
         self._config = config
@@ -196,13 +196,13 @@ class TrainingRooms:
 
     async def step(self, method: str, calls: list[dict[str, Any]]) -> StepReport:
         """The same method on every rank, each with its own share; rank 0's report (reduced over ranks already)."""
+        return (await self.on_each(method, calls))[0]
+
+    async def on_each(self, method: str, calls: list[dict[str, Any]]) -> list[Any]:
+        """The same method on every rank, each with its own share; what each of them gives."""
         deadline_s = self._config.train.deadline_s
         running = [self._trainer.call(rank, method, deadline_s=deadline_s, **call) for rank, call in enumerate(calls)]
-        return (await first_failure(running))[0]
-
-    async def supervised(self, samples: list[Sample]) -> StepReport:
-        shares = balance([sample.num_tokens for sample in samples], self._trainer.size)
-        return await self.step("sft_step", [{"samples": [samples[i] for i in share]} for share in shares])
+        return await first_failure(running)
 
     async def save_checkpoint(self, folder: Path) -> None:
         await self._trainer.call_all("save_checkpoint", str(folder), deadline_s=self._config.train.deadline_s)

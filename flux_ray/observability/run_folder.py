@@ -20,6 +20,7 @@ from flux_ray.config import Config, to_dict
 from flux_ray.errors import UserError
 
 CONFIG, METRICS, SAMPLES, EVAL, LOG = "config.yaml", "metrics.jsonl", "samples.jsonl", "eval.jsonl", "run.log"
+REFERENCE = "reference.jsonl"  # the reference's log-probs of preference pairs
 
 
 class RunFolder:

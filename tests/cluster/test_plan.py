@@ -7,8 +7,8 @@ from flux_ray.errors import UserError
 pytestmark = pytest.mark.unit
 
 
-def plan(gpus=0, reference=False, **options):
-    return make_plan(from_dict(options), cluster_gpus=gpus, needs_reference=reference)
+def plan(gpus=0, reference=False, rollouts=True, trains=True, **options):
+    return make_plan(from_dict(options), cluster_gpus=gpus, needs_reference=reference, rollouts=rollouts, trains=trains)
 
 
 def test_on_cpu_every_role_has_its_bundles_and_every_engine_its_own_group():
@@ -24,7 +24,19 @@ def test_on_cpu_every_role_has_its_bundles_and_every_engine_its_own_group():
 
 
 def test_supervised_training_places_the_trainer_alone():
-    assert [role.name for role in plan(**{"algo.name": "sft", "train.num_ranks": 2}).roles] == ["trainer"]
+    assert [role.name for role in plan(rollouts=False, **{"train.num_ranks": 2}).roles] == ["trainer"]
+
+
+@pytest.mark.parametrize("trains", [True, False])
+def test_pairs_are_trained_on_and_evaluated_by_ranks_and_a_reference(trains):
+    got = plan(reference=True, rollouts=False, trains=trains, **{"train.num_ranks": 2})
+    assert [(role.name, role.count) for role in got.roles] == [("trainer", 2), ("reference", 1)]
+
+
+def test_one_gpu_holds_the_ranks_and_the_reference_of_pairs():
+    got = plan(gpus=1, reference=True, rollouts=False)
+    assert got.total["GPU"] == 1.0 and got.role("reference").inside == "trainer"
+    assert plan(gpus=1, rollouts=False).role("trainer").gpus == 1.0   # alone it has the GPU to itself
 
 
 def test_without_a_kl_there_is_no_reference():
@@ -58,3 +70,8 @@ def test_one_gpu_is_shared_and_reserved_once():
 def test_what_no_cluster_could_place_is_refused_by_name(gpus, options, words):
     with pytest.raises(UserError, match=words):
         plan(gpus=gpus, **options)
+
+
+def test_more_references_than_ranks_to_live_with():
+    with pytest.raises(UserError, match=r"reference\.num_actors must not exceed train\.num_ranks"):
+        plan(gpus=1, reference=True, rollouts=False, **{"reference.num_actors": 2})

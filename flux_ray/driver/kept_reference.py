@@ -1,0 +1,49 @@
+"""The reference's log-probs of preference pairs: asked once, kept for every later epoch and for a resume.
+
+Takes:  pairs; whoever can be asked for what isn't known yet.
+Gives:  `KeptReference.of(pairs)`: (chosen, rejected) sums of each.
+Keeps:  two numbers a pair, in this process and in reference.jsonl in the run's folder.
+Knows:  a pair by a hash of its tokens and of the reference's path: another reference is another pair.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+
+from flux_ray.observability.run_folder import REFERENCE, RunFolder, read_lines
+from flux_ray.records import PreferencePair
+
+Sums = tuple[float, float]
+DIGEST_BYTES = 16  # two pairs of one hash among 10^12: less likely than 10^-14
+
+
+class KeptReference:
+    """`ask`: pairs ► their sums, from the reference itself. `earlier`: the folder of the run that is resumed."""
+
+    def __init__(
+        self, folder: RunFolder, *, path: str, ask: Callable[[list[PreferencePair]], Awaitable[list[Sums]]],
+        earlier: Path | None = None,
+    ) -> None:
+        self._folder, self._path, self._ask = folder, path, ask
+        self._known: dict[str, Sums] = {}
+        for place in {folder.path, earlier or folder.path}:
+            for line in read_lines(place / REFERENCE):
+                self._known[line["pair"]] = (line["chosen"], line["rejected"])
+
+    async def of(self, pairs: Sequence[PreferencePair]) -> list[Sums]:
+        """(chosen, rejected) of each pair: log-probs of the responses, sums over their tokens."""
+        digests = [_digest(self._path, pair) for pair in pairs]
+        missing = {digest: pair for digest, pair in zip(digests, pairs, strict=True) if digest not in self._known}
+        if missing:
+            for digest, sums in zip(missing, await self._ask(list(missing.values())), strict=True):
+                self._known[digest] = sums
+                self._folder.append(REFERENCE, {"pair": digest, "chosen": sums[0], "rejected": sums[1]})
+        return [self._known[digest] for digest in digests]
+
+
+def _digest(path: str, pair: PreferencePair) -> str:
+    text = f"{path}\0{pair.prompt_length}\0{len(pair.chosen_ids)}\0".encode()
+    ids = pair.chosen_ids.astype("<i4").tobytes() + pair.rejected_ids.astype("<i4").tobytes()
+    return hashlib.blake2b(text + ids, digest_size=DIGEST_BYTES).hexdigest()
