@@ -40,7 +40,28 @@ ALGORITHM_ALIASES = {"drgrpo": "dr_grpo", "dr-grpo": "dr_grpo"}
 #: Rooms by the names that people give them. `algorithm_config` may hold any option by its short name.
 ROOM_ALIASES = {"algorithm": "algo", "algorithm_config": "algo", "lora": "train.lora"}
 
+REWARD_MODEL = "model:"   # before a reward model's path in reward.functions
+
 NEAR_ENOUGH = 0.5   # difflib's ratio from which a name is worth suggesting
+
+
+def reward_model_path(reference: str) -> str | None:
+    """The folder or hub name of `model:PATH`; None for any other entry of reward.functions."""
+    return reference.removeprefix(REWARD_MODEL) if reference.startswith(REWARD_MODEL) else None
+
+
+def reward_name(reference: str) -> str:
+    """What an entry of reward.functions is called in metrics and options: a model's folder, or a function's name.
+
+    >>> reward_name("numeric"), reward_name("my.py:mine"), reward_name("model:org/Judge"), reward_name("model:a/model")
+    ('numeric', 'mine', 'Judge', 'a')
+    """
+    path = reward_model_path(reference)
+    if path is None:
+        return reference.rpartition(":")[2]
+    parts = [part for part in path.split("/") if part]
+    own = parts[-2:-1] if parts[-1:] == ["model"] else []   # the folder of a run holds its result as `model`
+    return (own or parts[-1:] or [path])[0]
 
 
 def canonical(key: str, *, options: Collection[str]) -> str:

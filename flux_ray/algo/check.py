@@ -19,6 +19,7 @@ from flux_ray.algo.kinds import REINFORCEMENT, kind_of
 from flux_ray.algo.losses import PolicyLoss, find_policy_loss
 from flux_ray.config import AlgoConfig, Config, CriticConfig, preset
 from flux_ray.errors import UserError
+from flux_ray.names import reward_name
 from flux_ray.records import OVERLONG
 
 #: What makes the sampler another distribution than the policy: option ► the value that doesn't.
@@ -75,7 +76,7 @@ def _reward_problems(config: Config) -> Iterator[str]:
         yield f"reward.overlong_tokens={cache} is read with reward.overlong_penalty > 0 alone"
     if cache is not None and cache > rollout.max_tokens:
         yield f"reward.overlong_tokens={cache} must be <= rollout.max_tokens={rollout.max_tokens}"
-    if reward.overlong_penalty and OVERLONG in [name.rpartition(":")[2] for name in reward.functions]:
+    if reward.overlong_penalty and OVERLONG in map(reward_name, reward.functions):
         yield f"reward.functions has an {OVERLONG!r}, as reward.overlong_penalty is called: give it another name"
 
 

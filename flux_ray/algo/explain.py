@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from flux_ray.algo.algorithms import Algorithm, estimator_config, masks_truncated, needs_old_logprobs, resolve
 from flux_ray.algo.kinds import PAIRS, REINFORCEMENT, kind_of, needs_reference, reference_is_base
 from flux_ray.config import AlgoConfig, Config
+from flux_ray.names import reward_name
 
 STD = "(R − mean) / (std + 1e-6) over the group (std with ddof 1)"
 CENTRED = "R − mean over the group"
@@ -125,7 +126,7 @@ def _reward(config: Config) -> str:
     reward = config.reward
     functions = reward.functions or ["numeric_or_exact"]
     weights = reward.weights or [1.0] * len(functions)
-    names = [name.rpartition(":")[2] for name in functions]
+    names = [reward_name(reference) for reference in functions]
     form = "{:g}·{}" if reward.combine == "sum" else "{:g}·z({})"
     text = " + ".join(form.format(w, name) for w, name in zip(weights, names, strict=True))
     if reward.combine == "each":

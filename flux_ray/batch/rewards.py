@@ -13,6 +13,7 @@ from dataclasses import replace
 import numpy as np
 
 from flux_ray.config import RewardConfig
+from flux_ray.names import reward_name
 from flux_ray.records import OVERLONG, ScoredGroup
 
 EPS_STD = 1e-6  # in the reward's unit, added to a standard deviation that divides: far below any reward's resolution
@@ -26,7 +27,7 @@ def estimated(scored: ScoredGroup, config: RewardConfig) -> ScoredGroup:
     """
     if config.combine == "sum":
         return scored
-    names = [function.rpartition(":")[2] for function in config.functions]
+    names = [reward_name(reference) for reference in config.functions]
     weights = config.weights or [1.0] * len(names)
     parts_FG = np.stack([scored.parts[name] for name in names])
     relative_FG = np.stack([_relative(part_G) for part_G in parts_FG])

@@ -85,14 +85,10 @@ def load_score(
     used.
     """
     layout, attention = resolve_layout(layout, attention)
-    config = _open("model", path, transformers.AutoConfig.from_pretrained)
-    scores = any("ForSequenceClassification" in name for name in config.architectures or [])
-    if not scores and not new_head:
-        raise UserError(f"model {str(path)!r} is no sequence classification model (architectures: "
-                        f"{', '.join(config.architectures or ['none named'])})")
-    if scores and config.num_labels != 1:
-        raise UserError(f"model {str(path)!r} has {config.num_labels} labels: a score is one number")
-    config.num_labels = 1
+    scores = not new_head or has_score_head(path)
+    if scores:
+        check_score_model(path)
+    config = _open("model", path, transformers.AutoConfig.from_pretrained, num_labels=1)
     _turn_off_dropout(config)
     hf, info = _open("model", path, transformers.AutoModelForSequenceClassification.from_pretrained, config=config,
                      dtype=dtype, attn_implementation="sdpa", output_loading_info=True)
@@ -109,6 +105,22 @@ def load_score(
     original.architectures, original.dtype = [type(hf).__name__], dtype
     model.original_config = original
     return model
+
+
+def has_score_head(path: str | Path) -> bool:
+    """Whether the model is one for sequence classification, from its config alone."""
+    config = _open("model", path, transformers.AutoConfig.from_pretrained)
+    return any("ForSequenceClassification" in name for name in config.architectures or [])
+
+
+def check_score_model(path: str | Path) -> None:
+    """UserError unless the model is a sequence classification model with one label, as its config has it."""
+    config = _open("model", path, transformers.AutoConfig.from_pretrained)
+    if not has_score_head(path):
+        raise UserError(f"model {str(path)!r} is no sequence classification model (architectures: "
+                        f"{', '.join(config.architectures or ['none named'])})")
+    if config.num_labels != 1:
+        raise UserError(f"model {str(path)!r} has {config.num_labels} labels: a score is one number")
 
 
 def _ready_to_train(hf: Any, attention: str, gradient_checkpointing: bool) -> None:

@@ -3,12 +3,11 @@
 Takes:  a model's path, a type, a device; some Samples a call (a group, some pairs), from many callers at once.
 Gives:  `await logprobs(samples)`: (T,) float32 each, 0 off the mask.
 Knows:  what arrives while a forward runs waits and is packed together, up to max_tokens_per_forward.
-Never:  trains, or blocks its event loop: the forward runs in a thread.
+Never:  trains.
 """
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,12 +15,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from flux_ray.batch import pack
+from flux_ray.batch import Serving, pack
 from flux_ray.model import load_policy
 from flux_ray.model.scoring import per_sample
 from flux_ray.records import Sample
-
-Waiting = tuple[Sequence[Sample], asyncio.Future[list[np.ndarray]]]
 
 
 class Reference:
@@ -35,54 +32,14 @@ class Reference:
         self.policy.to(device).eval().requires_grad_(False)
         self.device, self.temperature = device, temperature
         self.max_tokens_per_forward = max_tokens_per_forward
-        self._waiting: list[Waiting] = []
-        self._server: asyncio.Task[None] | None = None
+        self._serving = Serving(self.forward, cost=_num_tokens, max_cost=max_tokens_per_forward)
 
     async def logprobs(self, samples: Sequence[Sample]) -> list[np.ndarray]:
         """(T,) float32 log-probs of each sample, at the temperature it was made with; 0 where the loss mask is False.
 
-        Waits for the forward of its own process only; whoever calls over a network sets the deadline.
+        Waits for the forwards of its own process only; whoever calls over a network sets the deadline.
         """
-        answer: asyncio.Future[list[np.ndarray]] = asyncio.get_running_loop().create_future()
-        self._waiting.append((samples, answer))
-        if self._server is None or self._server.done():
-            self._server = asyncio.create_task(self._serve())
-        return await answer
-
-    async def _serve(self) -> None:
-        """Forward after forward until nobody waits."""
-        try:
-            while self._waiting:
-                await self._answer(self._take())
-        finally:  # nobody is left waiting for a server that was cancelled
-            for _, answer in self._waiting:
-                answer.cancel()
-
-    async def _answer(self, batch: list[Waiting]) -> None:
-        """One forward for these callers; what it raises is theirs. A caller may have given up meanwhile."""
-        try:
-            results = await asyncio.to_thread(self.forward, [samples for samples, _ in batch])
-        except BaseException as error:
-            failed = error if isinstance(error, Exception) else None
-            for answer in (answer for _, answer in batch if not answer.done()):
-                answer.set_exception(failed) if failed else answer.cancel()
-            if failed is None:
-                raise
-            return
-        for (_, answer), result in zip(batch, results, strict=True):
-            if not answer.done():
-                answer.set_result(result)
-
-    def _take(self) -> list[Waiting]:
-        """The oldest callers whose samples fit in one forward together; at least one."""
-        tokens, count = 0, 0
-        for samples, _ in self._waiting:
-            tokens += sum(sample.num_tokens for sample in samples)
-            if count and tokens > self.max_tokens_per_forward:
-                break
-            count += 1
-        batch, self._waiting = self._waiting[:count], self._waiting[count:]
-        return batch
+        return await self._serving.ask(samples)
 
     @torch.no_grad()
     def forward(self, callers: list[Sequence[Sample]]) -> list[list[np.ndarray]]:
@@ -95,3 +52,7 @@ class Reference:
         ]
         rows = iter(per_sample(values, micro_batches, len(samples)))
         return [[next(rows) for _ in of_one] for of_one in callers]
+
+
+def _num_tokens(samples: Sequence[Sample]) -> int:
+    return sum(sample.num_tokens for sample in samples)

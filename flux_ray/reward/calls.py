@@ -90,6 +90,8 @@ class Caller:
         return future.result() if done else (None, _Late())
 
     async def _guilty_sample(self, function: RewardFunction, arguments: Arguments) -> str:
+        if function.is_model:
+            return f"{arguments.size} samples together"
         for sample in range(arguments.size):
             _, error = await self._outcome(function, arguments.of_sample(sample))
             if isinstance(error, _Late):

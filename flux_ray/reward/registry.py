@@ -1,6 +1,6 @@
 """Which functions reward a run.
 
-Takes:  names of rules, registered names, `path/to/file.py:function` or `package.module:function`; the config.
+Takes:  names of rules, registered ones, `path/to/file.py:function`, `package.module:function`, `model:PATH`; config.
 Gives:  RewardFunction (callable, weight, options); `register_reward`, `get_reward`, `list_rewards`.
 Knows:  what can be told before a run starts: names, imports, options, weights, columns that a function needs.
 Keeps:  the registry of this process.
@@ -15,6 +15,7 @@ from typing import Any
 
 from flux_ray.config import Config
 from flux_ray.errors import UserError, unknown
+from flux_ray.names import reward_model_path, reward_name
 from flux_ray.plugins import load_function, same_function
 from flux_ray.reward.rules import RULES, SHAPING
 
@@ -38,6 +39,7 @@ class RewardFunction:
     options: dict[str, Any]  # keyword arguments from reward.options.NAME
     is_rule: bool            # its `answer` is the configured answer column, whatever that is called
     is_shaping: bool         # left out of the task reward
+    is_model: bool = False   # scored by the actors of a reward model, which the worker asks in place of `call`
 
     @property
     def parameters(self) -> dict[str, inspect.Parameter]:
@@ -75,7 +77,7 @@ def list_rewards() -> list[str]:
 def load_functions(config: Config) -> tuple[RewardFunction, ...]:
     """The functions that the config names (none: numeric_or_exact). UserError: a name, weight or option is wrong."""
     references = config.reward.functions or [DEFAULT_REWARD]
-    names = [reference.rpartition(":")[2] for reference in references]
+    names = [reward_name(reference) for reference in references]
     repeated = {name for name in names if names.count(name) > 1}
     if repeated:
         raise UserError(f"reward.functions names {sorted(repeated)[0]!r} twice: their metrics would fall together")
@@ -87,14 +89,23 @@ def load_functions(config: Config) -> tuple[RewardFunction, ...]:
             raise UserError(f"reward.options: {unknown('function', name, names)}")
     functions = []
     for reference, name, weight in zip(references, names, weights, strict=True):
-        call = load_function(reference, option="reward.functions") if ":" in reference else get_reward(reference)
+        is_model = reward_model_path(reference) is not None
+        call = _by_actors if is_model else _function(reference)
         options = dict(config.reward.options.get(name) or {})
         is_rule = call is RULES.get(name)
         is_shaping = name in SHAPING if is_rule else _registered.get(name, (None, False)) == (call, True)
-        function = RewardFunction(name, call, float(weight), options, is_rule, is_shaping)
+        function = RewardFunction(name, call, float(weight), options, is_rule, is_shaping, is_model)
         _check_options(function)
         functions.append(function)
     return tuple(functions)
+
+
+def _function(reference: str) -> Function:
+    return load_function(reference, option="reward.functions") if ":" in reference else get_reward(reference)
+
+
+def _by_actors() -> list[float]:
+    raise AssertionError("a reward model's scores are asked of its actors")
 
 
 def _check_options(function: RewardFunction) -> None:
@@ -135,7 +146,8 @@ def resolve_functions(config: Config, columns: Collection[str]) -> tuple[RewardF
             "no reward: reward.functions is empty, and the data have no answer, solution or label column (columns "
             f"beside the prompt: {', '.join(sorted(columns)) or 'none'}). Name the column (data.answer_column=COLUMN), "
             f"rules (reward.functions=[...] of {', '.join(RULES)}), or a function of your own "
-            "(reward.functions=[path/to/file.py:my_reward], or @register_reward in a plugin)"
+            "(reward.functions=[path/to/file.py:my_reward], or @register_reward in a plugin), or a reward model "
+            "(reward.functions=[model:PATH])"
         )
     functions = load_functions(config)
     for function in functions:

@@ -1,6 +1,6 @@
 """Scores groups of rollouts.
 
-Takes:  RolloutGroup; the config and the tokenizer's path at birth.
+Takes:  RolloutGroup; the config, the tokenizer's path and the way to the reward models at birth.
 Gives:  ScoredGroup: each function's value, their weighted sum, the counts that driver and trainer need.
 Knows:  how TRL calls a reward function, which is how every function is called here.
 Keeps:  the tokenizer, the functions, one thread with an event loop for async functions.
@@ -9,7 +9,9 @@ Never:  waits longer than reward.deadline_s for one call; guesses a value: Rewar
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -24,18 +26,23 @@ from flux_ray.reward.registry import GIVEN, RewardFunction, find_answer_column, 
 #: Columns that are not passed on: TRL leaves these two out, and a call needs the other names for itself.
 RESERVED = frozenset({"prompt", "completion"}) | GIVEN
 
+#: Scores of a group's samples, from the actors of one reward model.
+AskModel = Callable[[RolloutGroup], Awaitable[Sequence[float]]]
+
 OVERLONG_SHARE = 0.2  # of rollout.max_tokens: where the soft penalty begins, unless reward.overlong_tokens says it
 
 
 class RewardWorker:
     """One scoring process's work. Several `score` calls may run at once; functions that aren't async take turns."""
 
-    def __init__(self, config: Config, *, tokenizer_path: str) -> None:
+    def __init__(self, config: Config, *, tokenizer_path: str, models: Mapping[str, AskModel] | None = None) -> None:
+        """`models`: by the function's name, what asks a reward model's actors for the scores of a group."""
         from transformers import AutoTokenizer  # seconds to import, and whoever wants the rules alone needs none of it
 
         self._config = config
         self._tokenizer = AutoTokenizer.from_pretrained(tokenizer_path)
         self._functions = load_functions(config)
+        self._models = models or {}
         self._caller = Caller(deadline_s=config.reward.deadline_s)
 
     def decode(self, group: RolloutGroup) -> list[str]:
@@ -105,6 +112,8 @@ class RewardWorker:
         if answer_column is not None and (function.is_rule or "answer" not in arguments.per_sample):
             answers = [group.prompt.columns[answer_column]] * arguments.size
             arguments = replace(arguments, per_sample={**arguments.per_sample, "answer": answers})
+        if function.is_model:
+            function = replace(function, call=functools.partial(self._models[function.name], group))
         values = await self._caller.call(function, arguments, where=f"prompt row {group.prompt.row + 1} (from 1)")
         parts = {function.name: np.array([value_of(value) for value in values])}
         for name in dict.fromkeys(name for value in values if isinstance(value, dict) for name in value):

@@ -1,0 +1,114 @@
+"""A reward model: scores of groups as they come, several groups in one forward.
+
+Takes:  a sequence classification model's path, the policy's tokenizer; one RolloutGroup a call, many callers at once.
+Gives:  `await scores(group)`: one number a sample; `check_reward_models` for the start of a run.
+Knows:  tokens go as they are where the two tokenizers have the same ones, else text is decoded and encoded again.
+Never:  trains; scores a text that doesn't fit the model's context.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from flux_ray.batch import Serving, pack
+from flux_ray.config import Config
+from flux_ray.errors import UserError
+from flux_ray.model import check_score_model, context_length, last_token, load_score, load_tokenizer
+from flux_ray.model.scoring import per_sample
+from flux_ray.names import reward_model_path, reward_name
+from flux_ray.records import FINISH_STOP, Prompt, RolloutGroup, Sample, Trajectory
+
+
+class RewardModel:
+    """Calls are served in the order they came; a failed forward fails its callers."""
+
+    def __init__(
+        self, path: str, *, tokenizer_path: str, device: str, max_tokens_per_forward: int, **loading: Any,
+    ) -> None:
+        """`tokenizer_path`: the policy's. `loading`: dtype, attention, layout, as `load_score` takes them."""
+        self.model = load_score(path, new_head=False, **loading)
+        self.model.to(device).eval().requires_grad_(False)
+        self._path, self._device, self._max_tokens = path, device, max_tokens_per_forward
+        self._context = context_length(path)
+        self._ours, self._its = load_tokenizer(tokenizer_path), load_tokenizer(path)
+        self._same_tokens = have_same_tokens(self._ours, self._its)
+        self._serving = Serving(self._forward, cost=_num_tokens, max_cost=max_tokens_per_forward)
+
+    async def scores(self, group: RolloutGroup) -> list[float]:
+        """The score of each trajectory at its last token, as transformers' sequence classification gives it.
+
+        Waits for the forwards of its own process only. Raises ValueError for a text that is longer than the context.
+        """
+        samples = [self._sample(group.prompt, trajectory) for trajectory in group.trajectories]
+        return await self._serving.ask(samples)
+
+    def _sample(self, prompt: Prompt, trajectory: Trajectory) -> Sample:
+        ids = trajectory.token_ids if self._same_tokens else self._encoded(prompt, trajectory)
+        length = last_token(ids, self.model.original_config.pad_token_id) + 1
+        if length > self._context:
+            raise ValueError(f"reward model {self._path}: {length} tokens don't fit its context of {self._context}")
+        return Sample(ids[:length].astype(np.int32), np.arange(length) == length - 1, np.zeros(length, np.float32))
+
+    def _encoded(self, prompt: Prompt, trajectory: Trajectory) -> np.ndarray:
+        """The text in the model's own tokens: a chat by its own template where it has one; whole texts end."""
+        if not isinstance(prompt.text, str) and self._its.chat_template:
+            response = self._decoded(trajectory.token_ids[trajectory.prompt_length :])
+            messages = [*prompt.text, {"role": "assistant", "content": response}]
+            text = self._its.apply_chat_template(messages, tokenize=False)
+            return np.array(self._its(text, add_special_tokens=False).input_ids, np.int32)
+        ids = list(self._its(self._decoded(trajectory.token_ids)).input_ids)
+        end = self._its.eos_token_id
+        if trajectory.finish_reason == FINISH_STOP and end is not None and ids[-1:] != [end]:
+            ids.append(end)
+        return np.array(ids, np.int32)
+
+    def _decoded(self, ids: np.ndarray) -> str:
+        return self._ours.decode(ids.tolist(), skip_special_tokens=True)
+
+    @torch.no_grad()
+    def _forward(self, callers: list[list[Sample]]) -> list[list[float]]:
+        """Scores of each caller's samples, in forwards of at most max_tokens_per_forward tokens (with padding)."""
+        samples = [sample for of_one in callers for sample in of_one]
+        micro_batches = pack(samples, max_tokens=self._max_tokens, max_samples=None,
+                             padded=self.model.layout == "padded")
+        scores = [self.model(m.to(self._device), at="last") for m in micro_batches]
+        rows = iter(per_sample(scores, micro_batches, len(samples)))
+        return [[float(next(rows)[-1]) for _ in of_one] for of_one in callers]
+
+
+def _num_tokens(samples: Sequence[Sample]) -> int:
+    return sum(sample.num_tokens for sample in samples)
+
+
+def have_same_tokens(one: Any, other: Any) -> bool:
+    """Whether each id means the same text in both tokenizers, special tokens included."""
+    return one.get_vocab() == other.get_vocab() and one.eos_token_id == other.eos_token_id
+
+
+def check_reward_models(config: Config, tokenizer: Any, *, longest_prompt: int) -> list[str]:
+    """A warning for each reward model whose tokenizer isn't the policy's.
+
+    UserError for what is no sequence classification model with one label, or has too short a context.
+    """
+    warnings = []
+    for reference in config.reward.functions:
+        path = reward_model_path(reference)
+        if path is None:
+            continue
+        try:
+            check_score_model(path)
+            context, its = context_length(path), load_tokenizer(path)
+        except UserError as error:
+            raise UserError(f"reward.functions, {reference}: {error}") from error
+        longest = longest_prompt + config.rollout.max_tokens
+        if not have_same_tokens(tokenizer, its):
+            warnings.append(f"reward model {reward_name(reference)} has another tokenizer than the policy: texts are "
+                            "decoded and encoded again for it")
+        elif longest > context:
+            raise UserError(f"reward.functions, {reference}: its context is {context} tokens; prompts of up to "
+                            f"{longest_prompt} and rollout.max_tokens={config.rollout.max_tokens} need {longest}")
+    return warnings
