@@ -20,12 +20,27 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 
 from flux_ray.config import Config, from_dict
+from flux_ray.model.scoring import scoring_samples
 from flux_ray.records import StepReport
-from flux_ray.train import Trainer, checkpoint
+from flux_ray.train import Trainer, checkpoint, gather
 from tests.train.batches import reference_logprobs, rollout_group, scored, supervised
 
 BETA_1 = 0.9
 FIRST, SECOND = tuple(range(6)), tuple(range(6, 12))  # uids of the groups of two steps
+LORA = {"rank": 4, "alpha": 6.0, "targets": ["q_proj", "o_proj", "up_proj"]}
+#: Steps of other kinds than grpo's: ratios per sequence, whitening over ranks, KL in the reward, corrections.
+KINDS: dict[str, dict[str, Any]] = {
+    "ppo_clip": {"algo__old_logprobs": "sampler", "algo__dual_clip": 3.0},
+    "dapo": {"algo__name": "dapo", "algo__beta": 0.0, "algo__mask_truncated": True, "algo__off_policy": "tis"},
+    "dr_grpo": {"algo__name": "dr_grpo", "algo__entropy_coef": 0.01},
+    "gspo": {"algo__name": "gspo", "algo__beta": 0.0, "algo__old_logprobs": "sampler"},
+    "gspo_token": {"algo__name": "gspo_token", "algo__off_policy": "tis", "algo__off_policy_level": "sequence"},
+    "rloo": {"algo__name": "rloo", "algo__beta": 0.0, "algo__kl_coef": 0.05},
+    "reinforce": {"algo__name": "reinforce", "algo__beta": 0.0},
+    "reinforce_pp": {"algo__name": "reinforce_pp", "algo__beta": 0.0, "algo__kl_coef": 0.05},
+    "reinforce_pp_baseline": {"algo__name": "reinforce_pp_baseline", "algo__kl_estimator": "k2"},
+    "cispo": {"algo__name": "cispo", "algo__off_policy": "icepop", "algo__clip_range_high": 4.0},
+}
 
 
 class Rank:
@@ -84,6 +99,50 @@ def gradients(rank: Rank, variants: dict[str, dict[str, Any]], split: int = 4) -
         metrics[name] = rank.step(trainer, split=split).metrics
         rank.write(name, gradient(trainer))
     return metrics
+
+
+def fill(trainer: Trainer) -> None:
+    """Factors that are not 0, the same wherever they lie; moments that are."""
+    checkpoint._prepare_moments(trainer.engine)
+    for i, (_, parameter) in enumerate(gather.parameters(trainer.model)):
+        values = 0.1 * torch.randn(gather.whole_shape(parameter), generator=torch.Generator().manual_seed(i))
+        zeros = dict.fromkeys(checkpoint.MOMENTS, torch.zeros_like(values))
+        checkpoint._put(trainer.engine, parameter, {"master": values, **zeros})
+
+
+def lora(rank: Rank, name: str, *, from_zero: bool = False, **overrides: Any) -> dict[str, float]:
+    """An adapter's first gradient, its factors, and the base before and after the update."""
+    trainer = rank.trainer(train__lora=LORA, **overrides)
+    if not from_zero:
+        fill(trainer)
+    factors = {name: tensor.clone() for name, tensor in gather.iter_trained(trainer.model)}
+    before = base(trainer)
+    metrics = rank.step(trainer).metrics
+    assert all(torch.equal(tensor, before[key]) for key, tensor in base(trainer).items()), "the base is never changed"
+    rank.write(f"lora_{name}", {key: tensor.float() for key, tensor in gradient(trainer).items()})
+    rank.write(f"factors_{name}", factors)
+    return metrics
+
+
+def base(trainer: Trainer) -> dict[str, torch.Tensor]:
+    """What isn't trained, as it lies on this rank; publishing, which merges, comes between two looks at it."""
+    for _ in trainer.iter_weights(20_000):
+        pass
+    shards = {name: getattr(p, "ds_tensor", p) for name, p in trainer.model.named_parameters() if not p.requires_grad}
+    return {name: shard.detach().clone() for name, shard in shards.items()}
+
+
+def lora_saved(rank: Rank) -> dict[str, Any]:
+    """Under ZeRO-3: model and adapter after a step whose reference is the policy without its adapter, and that one's
+    log-probs."""
+    trainer = rank.trainer(model="untied", train__zero_stage=3, train__lora=LORA)
+    fill(trainer)
+    groups = [rollout_group(uid) for uid in ((0, 1, 2) if rank.rank == 0 else (3,))]
+    report = trainer.train_step(groups=groups, scores=[scored(g) for g in groups], reference_logprobs=None, version=0)
+    trainer.save_model(rank.folder / "lora" / "model")
+    rows = trainer.reference_logprobs(scoring_samples(groups), temperature=0.7)
+    rank.write("reference_lora", {str(i): torch.from_numpy(row) for i, row in enumerate(rows)})
+    return report.metrics
 
 
 def resume(rank: Rank, name: str, **overrides: Any) -> dict[str, Any]:
@@ -161,10 +220,17 @@ def two_ranks(rank: Rank) -> dict[str, Any]:
     result: dict[str, Any] = {
         **gradients(rank, stages),
         **gradients(rank, idle, split=6),
+        **gradients(rank, {f"{name}_ranks": {**kind, "train__zero_stage": 2, "batch__micro_batch_size": 3}
+                           for name, kind in KINDS.items()}),
         "zero_3_checkpointing": gradients(
             rank, {"zero_3_checkpointing": {"train__zero_stage": 3, "train__gradient_checkpointing": True}}),
         "resume": {str(s): resume(rank, str(s), train__zero_stage=s) for s in range(4)},
         "resume_bf16": resume(rank, "bf16", model__dtype="bfloat16"),
+        "resume_lora": {str(s): resume(rank, f"lora_{s}", train__zero_stage=s, train__lora=LORA | {"dropout": 0.2})
+                        for s in (0, 2, 3)},
+        "lora": {str(s): lora(rank, str(s), train__zero_stage=s, batch__micro_batch_size=3) for s in range(4)},
+        "lora_bf16": lora(rank, "bf16", model__dtype="bfloat16"),
+        "lora_saved": lora_saved(rank),
         "saved": {model: saved_model(rank, model) for model in ("tied", "untied")},
         "several": several_updates(rank),
         "sft": supervised_steps(rank),
@@ -176,10 +242,18 @@ def two_ranks(rank: Rank) -> dict[str, Any]:
 
 
 def one_rank(rank: Rank) -> dict[str, Any]:
+    late = rank.trainer()
+    rank.step(late, FIRST[::-1])
+    rank.write("reversed", gradient(late))
     return gradients(rank, {
         "one": {}, "micro_1": {"batch__micro_batch_size": 1}, "micro_8": {"batch__micro_batch_size": 8},
         "block_diagonal": {"model__layout": "block_diagonal"}, "checkpointing": {"train__gradient_checkpointing": True},
-    }) | {"resumed_elsewhere": resumed(rank, "elsewhere", "3")}
+        **KINDS,
+    }) | {
+        "resumed_elsewhere": resumed(rank, "elsewhere", "3"), "lora": lora(rank, "one"),
+        "lora_first": lora(rank, "first", from_zero=True),
+        "lora_checkpointing": lora(rank, "checkpointing", train__gradient_checkpointing=True),
+    }
 
 
 SCENARIOS: dict[str, Callable[[Rank], dict[str, Any]]] = {"one_rank": one_rank, "two_ranks": two_ranks}
@@ -191,6 +265,7 @@ def main() -> None:
     result = SCENARIOS[name](rank)
     if rank.rank == 0:
         (rank.folder / f"{name}.json").write_text(json.dumps(result))
+    dist.barrier()  # nobody leaves while another still uses the group
     dist.destroy_process_group()
 
 

@@ -7,14 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import peft
 import pytest
 import torch
 from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from flux_ray.model.scoring import scoring_samples
+from flux_ray.reference import Reference
 from tests.tiny import tiny_model
 from tests.train.batches import rollout_group, supervised
 from tests.train.ranks import launch, relative_gap
+from tests.train.scenarios import KINDS
 
 pytestmark = pytest.mark.system
 STAGES = ("0", "1", "2", "3")
@@ -44,10 +48,21 @@ def tensors(folder: Path, name: str) -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize("name", [
     "micro_1", "micro_8", "checkpointing", "zero_0", "zero_1", "zero_2", "zero_3", "idle_0", "idle_3",
-    "zero_3_checkpointing",
+    "zero_3_checkpointing", "reversed",
 ])
 def test_equal_gradients(folder: Path, two: dict, one: dict, name: str) -> None:
     assert relative_gap(tensors(folder, name), tensors(folder, "one")) <= 1e-6
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_equal_gradients_of_other_kinds(folder: Path, two: dict, one: dict, kind: str) -> None:
+    """Over ranks, ZeRO and micro-batches; and it is a gradient of its own."""
+    assert relative_gap(tensors(folder, f"{kind}_ranks"), tensors(folder, kind)) <= 1e-6
+    assert relative_gap(tensors(folder, kind), tensors(folder, "one")) > 1e-3
+    packing = {"train/num_micro_batches", "train/padding_frac"}
+    got, wanted = ({k: v for k, v in metrics.items() if k not in packing}
+                   for metrics in (two[f"{kind}_ranks"], one[kind]))
+    assert got == pytest.approx(wanted, rel=1e-5, abs=1e-6)
 
 
 def test_packed_against_padded(folder: Path, two: dict, one: dict) -> None:
@@ -83,6 +98,63 @@ def test_resume_with_another_world_size_and_stage(folder: Path, two: dict, one: 
     assert relative_gap(tensors(folder, "resumed_elsewhere"), tensors(folder, "went_on_3")) <= 1e-6
     went_on = two["resume"]["3"]["went_on"]
     assert one["resumed_elsewhere"]["actor/loss"] == pytest.approx(went_on["actor/loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("stage", ["0", "2", "3"])
+def test_resume_with_an_adapter_is_exact(folder: Path, two: dict, stage: str) -> None:
+    """Dropout included; its checkpoint holds the factors alone."""
+    reports = two["resume_lora"][stage]
+    assert reports["resumed"].pop("version") == 2
+    assert reports["resumed"] == reports["went_on"]
+    went_on, again = tensors_of(folder, f"went_on_lora_{stage}"), tensors_of(folder, f"resumed_lora_{stage}")
+    assert all(torch.equal(again[k], went_on[k]) for k in went_on)
+    assert all("lora_" in name for name in load_file(folder / f"checkpoint_lora_{stage}" / "model.safetensors"))
+
+
+def test_an_adapters_first_gradient_is_the_full_one_projected(folder: Path, one: dict) -> None:
+    """B = 0: dL/dB = (alpha/rank)·(dL/dW)·Aᵀ and dL/dA = 0."""
+    full, got, factors = (tensors(folder, name) for name in ("one", "lora_first", "factors_first"))
+    wanted = {}
+    for name, a_RI in factors.items():
+        weight = name.partition(".lora_")[0] + ".weight"
+        if ".lora_A." in name:
+            wanted[name.replace("lora_A", "lora_B")] = (6.0 / 4 * full[weight].astype(np.float64) @ a_RI.T)
+            assert not got[name].any()
+    assert relative_gap({name: got[name] for name in wanted}, wanted) <= 1e-5
+
+
+@pytest.mark.parametrize("name", [*STAGES, "checkpointing"])
+def test_an_adapters_gradient_is_the_same_on_any_ranks_and_stage(folder: Path, two: dict, one: dict, name: str) -> None:
+    wanted = tensors(folder, "lora_one")
+    assert relative_gap(tensors(folder, f"lora_{name}"), wanted) <= 1e-6
+    assert any("lora_A" in key and value.any() for key, value in wanted.items())
+
+
+def test_an_adapter_in_bf16(folder: Path, two: dict, one: dict) -> None:
+    assert math.isfinite(two["lora_bf16"]["train/grad_norm"])
+    assert relative_gap(tensors(folder, "lora_bf16"), tensors(folder, "lora_one")) < 0.1
+
+
+def test_without_its_adapter_the_policy_is_the_reference(folder: Path, two: dict) -> None:
+    """The log-probs of a reference actor; and the KL of the step, of which none were given, is to them."""
+    samples = scoring_samples([rollout_group(uid) for uid in range(3)])
+    reference = Reference(folder / "untied", dtype=torch.float32, device="cpu", temperature=0.7, chunk_tokens=16,
+                          max_tokens_per_forward=64)
+    (wanted,) = reference.forward([samples])
+    got = tensors(folder, "reference_lora")
+    assert max(float(np.abs(got[str(i)] - row).max()) for i, row in enumerate(wanted)) <= 1e-6
+    assert two["lora_saved"]["actor/grpo_kl"] > 1e-3
+
+
+def test_model_and_adapter_are_exported_alike(folder: Path, two: dict) -> None:
+    base = AutoModelForCausalLM.from_pretrained(folder / "untied")
+    adapted = peft.PeftModel.from_pretrained(base, folder / "lora" / "adapter").eval()
+    merged = AutoModelForCausalLM.from_pretrained(folder / "lora" / "model").eval()
+    ids = torch.arange(3, 40)[None]
+    logits = adapted(input_ids=ids).logits
+    assert (merged(input_ids=ids).logits - logits).abs().max() < 2e-5
+    with adapted.disable_adapter():
+        assert (adapted(input_ids=ids).logits - logits).abs().max() > 0.1
 
 
 def test_a_checkpoint_holds_no_pickle(folder: Path, two: dict) -> None:
