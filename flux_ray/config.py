@@ -125,6 +125,9 @@ class FilterConfig:
                               "task (all rewards but shaping), or a function's name; none: keep every group")
     max_batches: int = knob(10, "batches of prompts that one step may draw, dropped groups of any cause included, "
                             "before the run stops", least=1)
+    oversample: float = knob(0.0, "spare prompts in flight, as a share of batch.prompts_per_step: they take the place "
+                             "of dropped groups without a second round; what the batch had no need of starts again",
+                             least=0)
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,9 @@ def check_filter(config: Config, functions: Collection[str]) -> None:
     """UserError where the filter could keep nothing, or looks at a reward that no function of the run gives."""
     name, group_size = config.filter.reward, config.rollout.group_size
     if name is None:
+        if config.filter.oversample and config.reward.on_failure == "stop":
+            raise UserError(f"filter.oversample={config.filter.oversample:g} draws prompts in the place of dropped "
+                            "groups: without filter.reward (or reward.on_failure=drop) none is dropped")
         return
     if group_size < 2:
         raise UserError(f"filter.reward={name} compares the samples of a group: rollout.group_size must be >= 2, "

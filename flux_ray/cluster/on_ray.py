@@ -58,7 +58,8 @@ class RayGroup:
     async def result(self, reference: Any, *, index: int, what: str, deadline_s: float) -> Any:
         name = f"{self.role} {index}"
         try:
-            return await asyncio.wait_for(reference, deadline_s)
+            async with asyncio.timeout(deadline_s):  # asyncio.wait_for forgets that it was cancelled (Python 3.11)
+                return await reference
         except TimeoutError:
             raise TimeoutError(
                 f"{name} did not finish {what} within {deadline_s:g} s; its log: {self._log_files[index]}"
@@ -99,7 +100,8 @@ class RayGroup:
         calling.add_done_callback(lambda task: task.cancelled() or task.exception())  # it may fail after we gave it up
         try:
             while not (await asyncio.wait({calling}, timeout=patience_s))[0]:
-                await asyncio.wait_for(actor.ping.remote(), patience_s)
+                async with asyncio.timeout(patience_s):
+                    await actor.ping.remote()
         except (TimeoutError, ray.exceptions.RayActorError):
             if calling.done():
                 return calling.result()
@@ -293,7 +295,7 @@ class Cluster:
         placements = self._placements[role.inside or role.name]
         each = role.own_group_each or role.inside is not None
         place = PlacementGroupSchedulingStrategy(
-            placements[index] if each else placements[0],
+            placements[index % len(placements)] if each else placements[0],
             placement_group_bundle_index=0 if each else index,
             placement_group_capture_child_tasks=False,
         )

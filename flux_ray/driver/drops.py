@@ -1,7 +1,8 @@
 """The groups that are not trained on: how many, and why.
 
-Takes:  each group's fate: kept, or dropped for a cause.
+Takes:  each group's fate: kept, or dropped for a cause; its lengths.
 Gives:  the counts since the last step as metrics, the total for the checkpoint.
+Knows:  that what is dropped for its reward may be the longer or the shorter: lengths of all that was issued are kept.
 Never:  lets a run draw prompts without end: beyond filter.max_batches it stops it, naming the acceptance rate.
 """
 
@@ -15,6 +16,7 @@ from flux_ray.config import Config
 
 REWARD_FAILED = "reward_failed"  # a function raised or timed out, and reward.on_failure=drop
 CAUSES = (*filters.CAUSES, REWARD_FAILED)
+KEPT = "trained"  # the fate of a group that passes: this step's batch, or a later one's
 
 
 def refuse_unless_droppable(error: ActorError, config: Config) -> None:
@@ -24,44 +26,70 @@ def refuse_unless_droppable(error: ActorError, config: Config) -> None:
 
 
 class Drops:
-    """Counts of one run.
+    """Counts of one run. `num_tokens` are a group's sampled tokens, `num_samples` its samples.
 
     >>> drops = Drops(Config(), total=0)
-    >>> drops.kept(); drops.dropped("same_reward"); drops.step_metrics()["filter/acceptance_rate"]
-    0.5
+    >>> drops.kept(num_tokens=40, num_samples=4); drops.dropped("same_reward", num_tokens=8, num_samples=4)
+    >>> metrics = drops.step_metrics()
+    >>> metrics["filter/acceptance_rate"], metrics["filter/length_issued"], metrics["filter/length_same_reward"]
+    (0.5, 6.0, 2.0)
     """
 
     def __init__(self, config: Config, *, total: int) -> None:
         self.total = total  # over the whole run, resumed ones included
         self._max_batches, self._batch = config.filter.max_batches, config.batch.prompts_per_step
-        self._kept = 0
-        self._causes: Counter[str] = Counter()
+        self._forget()
 
-    def kept(self) -> None:
-        self._kept += 1
+    def _forget(self) -> None:
+        self._groups: Counter[str] = Counter()
+        self._tokens: Counter[str] = Counter()
+        self._samples: Counter[str] = Counter()
+        self._surplus = 0
 
-    def dropped(self, cause: str) -> None:
+    def _count(self, fate: str, num_tokens: int, num_samples: int) -> None:
+        self._groups[fate] += 1
+        self._tokens[fate] += num_tokens
+        self._samples[fate] += num_samples
+
+    def kept(self, *, num_tokens: int, num_samples: int) -> None:
+        self._count(KEPT, num_tokens, num_samples)
+
+    def surplus(self, count: int) -> None:
+        """Over-sampled prompts that the full batch made superfluous; they start again, so that none is lost."""
+        self._surplus += count
+
+    def dropped(self, cause: str, *, num_tokens: int, num_samples: int) -> None:
         """RuntimeError where the step would draw more than filter.max_batches batches of prompts."""
         assert cause in CAUSES, cause
-        self._causes[cause] += 1
+        self._count(cause, num_tokens, num_samples)
         self.total += 1
-        count = self._causes.total()
+        count = self._groups.total() - self._groups[KEPT]
         if count > (self._max_batches - 1) * self._batch:
-            causes = ", ".join(f"{cause} {n}" for cause, n in self._causes.items())
+            causes = ", ".join(f"{cause} {n}" for cause, n in self._groups.items() if cause != KEPT)
             raise RuntimeError(
-                f"{count} of {count + self._kept} groups drawn since the last step were dropped ({causes}): acceptance "
-                f"rate {self.acceptance_rate:.1%}; filter.max_batches={self._max_batches} of {self._batch} allows no "
-                "more: raise it, or choose prompts or a reward that tell samples apart"
+                f"{count} of {self._groups.total()} groups drawn since the last step were dropped ({causes}): "
+                f"acceptance rate {self.acceptance_rate:.1%}; filter.max_batches={self._max_batches} of {self._batch} "
+                "allows no more: raise it, or choose prompts or a reward that tell samples apart"
             )
 
     @property
     def acceptance_rate(self) -> float:
-        drawn = self._kept + self._causes.total()
-        return self._kept / drawn if drawn else 1.0
+        drawn = self._groups.total()
+        return self._groups[KEPT] / drawn if drawn else 1.0
 
     def step_metrics(self) -> dict[str, float]:
-        """What happened since the last step; the counting starts again."""
-        metrics = {f"filter/dropped_{cause}": float(self._causes[cause]) for cause in CAUSES}
+        """What happened since the last step; the counting starts again.
+
+        filter/dropped_CAUSE and filter/rate_CAUSE (share of the groups drawn), for each cause;
+        filter/length_*: mean sampled tokens of a sample, of all that was issued and by fate (absent where none was).
+        """
+        drawn = max(self._groups.total(), 1)
+        metrics = {f"filter/dropped_{cause}": float(self._groups[cause]) for cause in CAUSES}
+        metrics |= {f"filter/rate_{cause}": self._groups[cause] / drawn for cause in CAUSES}
         metrics |= {"filter/acceptance_rate": self.acceptance_rate, "driver/groups_dropped": float(self.total)}
-        self._kept, self._causes = 0, Counter()
+        metrics |= {"filter/surplus": float(self._surplus)}
+        metrics |= {f"filter/length_{fate}": self._tokens[fate] / n for fate, n in self._samples.items() if n}
+        if samples := self._samples.total():
+            metrics["filter/length_issued"] = self._tokens.total() / samples
+        self._forget()
         return metrics

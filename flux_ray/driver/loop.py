@@ -22,7 +22,7 @@ from flux_ray.driver.drops import REWARD_FAILED, Drops, refuse_unless_droppable
 from flux_ray.driver.evaluation import Evaluation
 from flux_ray.driver.measure import batch_metrics
 from flux_ray.driver.recorder import Recorder
-from flux_ray.driver.rooms import PolicyRooms, ReadyGroup
+from flux_ray.driver.rooms import PolicyRooms, ReadyGroup, Rolled
 from flux_ray.driver.slots import Slots
 from flux_ray.driver.state import LoopState
 
@@ -42,13 +42,14 @@ class Loop:
     ) -> None:
         self._config, self._rooms, self._prompts = config, rooms, prompts
         self._evaluation, self._recorder = evaluation, recorder
-        self._slots = Slots(config.batch.prompts_per_step, config.driver.max_staleness)
+        prompts_per_step, spares = config.batch.prompts_per_step, config.filter.oversample
+        self._slots = Slots(prompts_per_step, config.driver.max_staleness, math.ceil(spares * prompts_per_step))
         self._version = start.step
-        self._unfinished = list(start.unfinished)  # of the run that is resumed: they start first
+        self._unfinished = list(start.unfinished)  # of the run that is resumed, or surplus: they start first
         self._next_uid = start.next_uid
         self._drops = Drops(config, total=start.prompts_dropped)
         self._last_step = config.driver.num_steps  # sooner where an evaluation reaches eval.stop_at
-        self._groups: set[asyncio.Task[None]] = set()  # in flight
+        self._groups: dict[int, asyncio.Task[None]] = {}  # by uid, in flight
         self._changed = asyncio.Condition()  # slots came free, or a group is ready
 
     async def run(self) -> None:
@@ -62,7 +63,7 @@ class Loop:
         async with asyncio.TaskGroup() as tasks:
             feeding = tasks.create_task(self._feed_prompts(tasks))
             await self._train_steps()
-            for task in (feeding, *self._groups):  # what is in flight after the last step, nobody waits for
+            for task in (feeding, *self._groups.values()):  # what is in flight after the last step, nobody waits for
                 task.cancel()
 
     async def _feed_prompts(self, tasks: asyncio.TaskGroup) -> None:
@@ -72,12 +73,10 @@ class Loop:
         """
         while True:
             async with self._changed:
-                await self._changed.wait_for(lambda: self._slots.free > 0)
+                await self._changed.wait_for(lambda: self._slots.has_room(version=self._version))
                 uid = self._next_prompt()
                 self._slots.reserve(uid, version=self._version)
-            group = tasks.create_task(self._one_group(uid))
-            self._groups.add(group)
-            group.add_done_callback(self._groups.discard)
+            self._groups[uid] = tasks.create_task(self._one_group(uid))
 
     def _next_prompt(self) -> int:
         if self._unfinished:
@@ -88,7 +87,7 @@ class Loop:
     async def _one_group(self, uid: int) -> None:
         """One prompt: roll ► score ► filter ► reference. Its group is then ready, or dropped and its slot free.
 
-        Woken by its actors.
+        Woken by its actors; cancelled where it is surplus.
         """
         rolled = await self._rooms.roll(self._prompts.prompt(uid))
         rolled_s = time.monotonic()
@@ -97,27 +96,33 @@ class Loop:
         except ActorError as error:
             refuse_unless_droppable(error, self._config)
             self._recorder.warn(f"prompt {uid} dropped: {error}")
-            return await self._drop(uid, REWARD_FAILED)
+            return await self._drop(rolled, uid, REWARD_FAILED)
         cause = filters.refusal(scored, self._config.filter)
         if cause is not None:
-            return await self._drop(uid, cause)
-        self._drops.kept()
+            return await self._drop(rolled, uid, cause)
+        self._drops.kept(num_tokens=rolled.num_tokens, num_samples=scored.group_size)
         scored_s = time.monotonic()
         reference = await self._rooms.reference(rolled)
         reference_s = time.monotonic() - scored_s
         async with self._changed:
             self._slots.ready(uid, ReadyGroup(scored, rolled, reference, scored_s - rolled_s, reference_s))
+            del self._groups[uid]
             self._changed.notify_all()
 
-    async def _drop(self, uid: int, cause: str) -> None:
+    async def _drop(self, rolled: Rolled, uid: int, cause: str) -> None:
         """Count the group and free its slot: another prompt takes it, until the batch is full."""
-        self._drops.dropped(cause)
+        num_samples = self._config.rollout.group_size
+        self._drops.dropped(cause, num_tokens=rolled.num_tokens, num_samples=num_samples)
         async with self._changed:
-            self._slots.drop(uid)
+            self._slots.drop(uid, version=self._version)
+            del self._groups[uid]
             self._changed.notify_all()
 
     async def _train_steps(self) -> None:
-        """Consumes batches of ready groups: train ► publish ► release their slots. Woken by `_one_group`."""
+        """Consumes batches of ready groups: train ► publish (a critic learns meanwhile) ► release their slots.
+
+        Woken by `_one_group`.
+        """
         while self._version < self._last_step:
             start_s = time.monotonic()
             batch = await self._next_batch()
@@ -137,9 +142,15 @@ class Loop:
 
     async def _next_batch(self) -> list[ReadyGroup]:
         async with self._changed:
-            while (batch := self._slots.take(version=self._version)) is None:
+            while (taken := self._slots.take(version=self._version)) is None:
                 await self._changed.wait()
-            return batch
+        """Waits until the slots let a batch go. What it makes superfluous is stopped: its prompts start again."""
+        self._drops.surplus(len(taken.surplus))
+        self._unfinished = [*taken.surplus, *self._unfinished]
+        for uid in taken.surplus:
+            if uid in self._groups:
+                self._groups.pop(uid).cancel()
+        return taken.groups
 
     async def _after_step(self, version: int, batch: list[ReadyGroup], metrics: dict[str, float]) -> None:
         """Write what the step was, then let the next one's prompts in."""
@@ -161,7 +172,8 @@ class Loop:
     async def _save_if_due(self) -> None:
         every = self._config.checkpoint.every
         if every and self._version % every == 0:
-            state = LoopState(self._version, self._next_uid, tuple(self._slots.in_flight), self._drops.total)
+            unfinished = tuple(sorted([*self._slots.in_flight, *self._unfinished]))
+            state = LoopState(self._version, self._next_uid, unfinished, self._drops.total)
             await saved.save_whole(
                 self._recorder.folder.checkpoints, state, self._rooms.training, keep=self._config.checkpoint.keep
             )

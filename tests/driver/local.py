@@ -45,7 +45,8 @@ class LocalGroup:
 
     async def result(self, reference: Any, *, index: int, what: str, deadline_s: float) -> Any:
         try:
-            return await asyncio.wait_for(reference, deadline_s)
+            async with asyncio.timeout(deadline_s):
+                return await reference
         except ArithmeticError as error:
             raise ActorError(f"{self.role} {index}: {what}: {error}", role=self.role, index=index) from error
 
@@ -71,10 +72,12 @@ class Parts:
 
     rewards_of: Any  # uid ► rewards of its samples, or an ArithmeticError to raise
     version: int = 0
+    rolled: list[int] = field(default_factory=list)
     referenced: list[int] = field(default_factory=list)
     trained: list[list[int]] = field(default_factory=list)
 
     async def roll(self, prompt: Prompt, temperature: float | None) -> tuple[RolloutGroup, dict[str, float]]:
+        self.rolled.append(prompt.uid)
         ids, mask = np.array([1, 2, 3], np.int32), np.array([False, False, True])
         versions = np.where(mask, self.version, -1).astype(np.int32)
         one = Trajectory(ids, mask, np.zeros(3, np.float32), versions, 2, FINISH_STOP)

@@ -14,31 +14,41 @@ def drops(max_batches: int = 3, batch: int = 4, total: int = 0) -> Drops:
     return Drops(from_dict({"filter.max_batches": max_batches, "batch.prompts_per_step": batch}), total=total)
 
 
+def drop(counted: Drops, cause: str, times: int = 1, num_tokens: int = 8) -> None:
+    for _ in range(times):
+        counted.dropped(cause, num_tokens=num_tokens, num_samples=4)
+
+
 def test_counts_are_those_of_the_step_and_the_total_goes_on():
     counted = drops(total=5)
-    for cause in ("same_reward", "same_reward", "reward_failed"):
-        counted.dropped(cause)
-    counted.kept()
+    drop(counted, "same_reward", 2)
+    drop(counted, "reward_failed", num_tokens=20)
+    counted.kept(num_tokens=44, num_samples=4)
+    counted.surplus(3)
     assert counted.step_metrics() == {
         "filter/dropped_same_reward": 2.0, "filter/dropped_unscored": 0.0, "filter/dropped_reward_failed": 1.0,
-        "filter/acceptance_rate": 0.25, "driver/groups_dropped": 8.0,
+        "filter/rate_same_reward": 0.5, "filter/rate_unscored": 0.0, "filter/rate_reward_failed": 0.25,
+        "filter/length_same_reward": 2.0, "filter/length_reward_failed": 5.0, "filter/length_trained": 11.0,
+        "filter/length_issued": 5.0, "filter/acceptance_rate": 0.25, "filter/surplus": 3.0,
+        "driver/groups_dropped": 8.0,
     }
-    assert counted.step_metrics()["filter/acceptance_rate"] == 1.0 and counted.total == 8
+    after = counted.step_metrics()
+    assert after["filter/acceptance_rate"] == 1.0 and after["filter/surplus"] == 0 and counted.total == 8
+    assert not any(name.startswith("filter/length") for name in after)
 
 
 def test_the_limit_names_the_acceptance_rate_and_the_causes():
     counted = drops(max_batches=3, batch=4)
-    counted.kept()
-    for _ in range(8):
-        counted.dropped("same_reward")   # with the 4 that a step needs: 12 of 3 batches
+    counted.kept(num_tokens=4, num_samples=4)
+    drop(counted, "same_reward", 8)   # with the 4 that a step needs: 12 of 3 batches
     with pytest.raises(RuntimeError, match=r"9 of 10 groups .*same_reward 8, unscored 1.*rate 10\.0%; filter\.max_ba"):
-        counted.dropped("unscored")
+        drop(counted, "unscored")
 
 
-def test_the_limit_is_a_steps():
+def test_the_limit_is_a_steps_and_surplus_is_no_part_of_it():
     counted = drops(max_batches=2, batch=4)
     for _ in range(5):
-        for _ in range(4):
-            counted.dropped("same_reward")
+        drop(counted, "same_reward", 4)
+        counted.surplus(100)
         counted.step_metrics()
     assert counted.total == 20

@@ -57,6 +57,21 @@ def test_dropped_groups_are_refilled_and_never_referenced_or_trained_on(tmp_path
     assert lines[0]["filter/acceptance_rate"] < 1
 
 
+@pytest.mark.parametrize("oversample", [0.5, 2.0])
+def test_over_sampling_changes_no_synchronous_batch(tmp_path, oversample):
+    """Two groups of three are dropped; spares stand in for them, and what is superfluous starts again."""
+    rewards = lambda uid: [1, 0] if uid % 3 == 0 else [1, 1]  # noqa: E731
+    given = {"filter.reward": "task"}
+    plain = run(tmp_path / "a", rewards, **given)
+    spared = run(tmp_path / "b", rewards, **given, **{"filter.oversample": oversample})
+    assert plain.trained == spared.trained == [[0, 3, 6, 9], [12, 15, 18, 21], [24, 27, 30, 33]]
+    lines = read_lines(tmp_path / "b" / METRICS)
+    assert all(line["filter/length_issued"] == 1 and line["filter/rate_same_reward"] > 0.5 for line in lines)
+    if oversample > 1:
+        assert sum(line["filter/surplus"] for line in lines) > 0
+        assert len(spared.rolled) > len(plain.rolled)
+
+
 def test_without_a_filter_all_are_trained_on_in_order(tmp_path):
     parts = run(tmp_path, differs_but_every_third)
     assert parts.trained == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]

@@ -1,4 +1,6 @@
-"""The slots by their promises: no slot twice, oldest first, the staleness bound never passed."""
+"""The slots by their promises: no slot twice, oldest first, the bound never passed, over-sampling changes no batch."""
+
+from __future__ import annotations
 
 import random
 
@@ -9,68 +11,156 @@ from flux_ray.driver.slots import Slots
 pytestmark = pytest.mark.unit
 
 
+def start(slots: Slots, *uids: int, version: int = 0) -> None:
+    for uid in uids:
+        slots.reserve(uid, version=version)
+
+
 def test_a_synchronous_step_waits_for_all_and_takes_them_in_order():
     slots = Slots(prompts_per_step=3, max_staleness=0)
-    for uid in range(3):
-        slots.reserve(uid, version=0)
-    assert slots.free == 0
+    start(slots, 0, 1, 2)
+    assert not slots.has_room(version=0)
     for uid in (2, 0):
         slots.ready(uid, uid)
     assert slots.take(version=0) is None
     slots.ready(1, 1)
-    assert slots.take(version=0) == [0, 1, 2]
-    assert slots.free == 0, "a slot is held until the new weights are served"
+    assert slots.take(version=0).groups == [0, 1, 2]
+    assert not slots.has_room(version=0), "a slot is held until the new weights are served"
     slots.release()
-    assert slots.free == 3
+    assert slots.has_room(version=1)
 
 
 def test_a_dropped_group_frees_its_slot():
     slots = Slots(prompts_per_step=2, max_staleness=0)
-    slots.reserve(0, version=0)
-    slots.reserve(1, version=0)
-    slots.drop(0)
-    assert slots.free == 1
+    start(slots, 0, 1)
+    slots.drop(0, version=0)
+    assert slots.has_room(version=0)
     assert slots.in_flight == [1]
 
 
 def test_in_flight_are_the_prompts_that_a_resume_must_start_again():
     slots = Slots(prompts_per_step=1, max_staleness=2)
-    for uid in (5, 6, 7):
-        slots.reserve(uid, version=0)
+    start(slots, 5, 6, 7)
     slots.ready(6, 6)
-    assert slots.take(version=0) == [6]
+    assert slots.take(version=0).groups == [6]
     slots.release()
     assert slots.in_flight == [5, 7]
 
 
+def test_the_trainer_waits_for_the_group_that_would_pass_the_bound():
+    slots = Slots(prompts_per_step=1, max_staleness=1)
+    start(slots, 0, 1)
+    slots.ready(1, "newer")
+    assert slots.take(version=0).groups == ["newer"]   # 0 can still be in the next one
+    slots.release()
+    start(slots, 2, version=1)
+    slots.ready(2, "newest")
+    assert slots.take(version=1) is None, "group 0, born at version 0, must be trained on at version 1"
+    slots.ready(0, "oldest")
+    assert slots.take(version=1).groups == ["oldest"]
+
+
+def test_a_prompt_that_starts_in_a_step_can_be_trained_on_in_time():
+    """While version 0 is trained on, the slots of its batch are not there: the newcomers are born at version 0."""
+    slots = Slots(prompts_per_step=2, max_staleness=1)
+    start(slots, 0, 1, 2, 3)
+    for uid in (0, 1):
+        slots.ready(uid, uid)
+    assert slots.take(version=0).groups == [0, 1]
+    slots.drop(3, version=0)
+    assert slots.has_room(version=0)
+    start(slots, 4)
+    assert not slots.has_room(version=0)
+
+
+def test_spares_take_the_place_of_dropped_groups_and_the_rest_start_again():
+    slots = Slots(prompts_per_step=3, max_staleness=0, extra=2)
+    start(slots, 0, 1, 2, 3, 4)
+    assert not slots.has_room(version=0)
+    for uid in (0, 4):
+        slots.ready(uid, uid)
+    slots.drop(1, version=0)
+    assert slots.has_room(version=0), "3 has moved up, and another spare may start"
+    slots.ready(3, 3)
+    assert slots.take(version=0) is None, "2 comes before 4, whoever is faster"
+    slots.ready(2, 2)
+    taken = slots.take(version=0)
+    assert (taken.groups, taken.surplus) == ([0, 2, 3], [4])
+    assert not slots.has_room(version=0), "no spare without anybody to stand in for"
+    slots.release()
+    assert slots.in_flight == []
+
+
+def test_a_refused_spare_counts_only_when_its_turn_comes():
+    slots = Slots(prompts_per_step=2, max_staleness=0, extra=2)
+    start(slots, 0, 1, 2, 3)
+    slots.drop(2, version=0)
+    assert slots.in_flight == [0, 1, 2, 3]
+    slots.drop(1, version=0)
+    assert slots.in_flight == [0, 3], "its turn came, and went"
+    slots.ready(0, 0)
+    slots.ready(3, 3)
+    assert slots.take(version=0).groups == [0, 3]
+
+
+def test_there_are_no_more_spares_than_groups_that_may_yet_be_dropped():
+    slots = Slots(prompts_per_step=3, max_staleness=0, extra=3)
+    start(slots, 0, 1, 2)
+    slots.ready(0, 0)
+    slots.ready(1, 1)
+    start(slots, 3)
+    assert not slots.has_room(version=0)
+
+
+@pytest.mark.parametrize("extra", [0, 2, 6])
 @pytest.mark.parametrize("max_staleness", [0, 1, 2, 4])
-def test_the_bound_holds_and_nothing_stalls_whatever_the_order(max_staleness):
-    for seed in range(200):
-        run_randomly(Slots(prompts_per_step=4, max_staleness=max_staleness), random.Random(seed), num_steps=12)
+def test_the_bound_holds_and_nothing_stalls_whatever_the_order(max_staleness, extra):
+    for seed in range(100):
+        run_randomly(Slots(4, max_staleness, extra), random.Random(seed), num_steps=12)
 
 
-def run_randomly(slots, chance, num_steps):
-    """Groups finish, and some are dropped, in a random order; a group's oldest version is the one it started at."""
-    version, next_uid, running, born = 0, 0, [], {}
-    trained = set()
+def test_over_sampling_changes_no_synchronous_batch():
+    for seed in range(50):
+        batches = [run_randomly(Slots(4, 0, extra), random.Random(1000 * seed + extra), num_steps=12, bad=seed)
+                   for extra in (0, 3, 8)]
+        assert batches[0] == batches[1] == batches[2]
+
+
+def run_randomly(slots: Slots, chance: random.Random, num_steps: int, bad: int = 0) -> list[list[int]]:
+    """Groups finish in a random order, every fifth is refused (by uid and version). Gives the batches."""
+    version, next_uid, running, born, restart = 0, 0, [], {}, []
+    batches: list[list[int]] = []
     while version < num_steps:
-        while slots.free:
-            slots.reserve(next_uid, version=version)
-            running.append(next_uid)
-            born[next_uid] = version
-            next_uid += 1
-        batch = slots.take(version=version)
-        if batch is not None:
-            assert len(batch) == slots.prompts_per_step
-            assert all(version - born[uid] <= slots.max_staleness for uid in batch)
-            assert not trained & set(batch)
-            trained |= set(batch)
+        while slots.has_room(version=version):
+            uid = restart.pop(0) if restart else next_uid
+            next_uid += uid == next_uid
+            slots.reserve(uid, version=version)
+            running.append(uid)
+            born[uid] = version
+        taken = slots.take(version=version)
+        if taken is not None:
+            assert len(taken.groups) == slots.prompts_per_step
+            assert all(version - born[uid] <= slots.max_staleness for uid in taken.groups)
+            assert not {uid for batch in batches for uid in batch} & set(taken.groups)
+            assert slots.extra or not taken.surplus, "without over-sampling nothing is superfluous"
+            batches.append(taken.groups)
+            running = [uid for uid in running if uid not in taken.surplus]
+            restart = taken.surplus + restart
+            for _ in range(chance.randrange(3)):   # some end while the step trains
+                finish(slots, running, chance, version, bad)
             slots.release()
             version += 1
-            continue
-        assert running, "nothing runs and nothing can be taken: a deadlock"
-        uid = running.pop(chance.randrange(len(running)))
-        if chance.random() < 0.2:
-            slots.drop(uid)
         else:
-            slots.ready(uid, uid)
+            assert running, "nothing runs and nothing can be taken: a deadlock"
+            finish(slots, running, chance, version, bad)
+    return batches
+
+
+def finish(slots: Slots, running: list[int], chance: random.Random, version: int, bad: int) -> None:
+    if not running:
+        return
+    uid = running.pop(chance.randrange(len(running)))
+    if random.Random(f"{bad} {uid} {version if slots.max_staleness == 0 else 0}").random() < 0.3:
+        slots.drop(uid, version=version)
+    else:
+        slots.ready(uid, uid)
