@@ -29,6 +29,8 @@ ALIASES = {
     "kl_loss_coef": "algo.beta",
     "normalize_advantages": "algo.normalize_by_std",
     "lr": "train.learning_rate",
+    # The critic has options of these names too; without a room they are the policy's.
+    "learning_rate": "train.learning_rate", "warmup_steps": "train.warmup_steps", "clip_range": "algo.clip_range",
     "lora_rank": "train.lora.rank", "lora_r": "train.lora.rank", "lora_alpha": "train.lora.alpha",
     "lora_dropout": "train.lora.dropout", "target_modules": "train.lora.targets",
     "lora_target_modules": "train.lora.targets",
