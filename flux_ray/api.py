@@ -114,7 +114,8 @@ class FluxTrainer:
     def evaluate(self, prompts: str | Path | Rows | None = None) -> Metrics:
         """eval/* of every prompt once (None: config.eval.data), under what `fit` trained, else under model.path.
 
-        Starts engines and reward workers alone. Its folder is `evaluation` in that of the run. Raises as `fit`.
+        Starts engines and reward workers alone; for pairs and completions, ranks that train nothing, and the reference
+        that `fit` had. Its folder is `evaluation` in that of the run. Raises as `fit`.
         """
         self._refuse_closed()
         source = prompts if prompts is not None else self.config.eval.data
@@ -123,11 +124,20 @@ class FluxTrainer:
         run = self._result.run_dir if self._result else self.config.run_dir
         config = FluxTrainer(dataclasses.replace(self.config, resume=None)).prepare(source, eval_prompts=source, **{
             "model.path": str(self._result.model_path) if self._result else None,
+            "reference.path": self._reference_path() if self._result else None,
             "run_dir": str(Path(run, "evaluation")) if run else None,
         })
         from flux_ray import driver
 
         return outside_loop(functools.partial(driver.evaluate, callbacks=self._callbacks), config)
+
+    def _reference_path(self) -> str | None:
+        """The model that pairs were compared with: the policy as `fit` began with it, where no other was named."""
+        from flux_ray import algo
+
+        pairs = algo.kind_of(self.config.algo).data == algo.PAIRS
+        path = self.config.reference.path or self.config.model.path
+        return path if pairs and algo.needs_reference(self.config.algo) else None
 
     def _refuse_closed(self) -> None:
         if self._closed:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 BACKENDS = ("ray", "trl", "unsloth")
 #: Algorithms that people ask for by this call and that learn from something else than groups of rollouts.
-NOT_YET = {"dpo": "learns from preference pairs", "ppo": "needs a critic"}
+NOT_YET = {"ppo": "needs a critic"}
 
 
 class RLTrainer:
@@ -54,8 +54,9 @@ def create_rl_trainer(
 ) -> RLTrainer:
     """A trainer of `model_name` on `dataset_name` (a file, or a hub data set).
 
-    `rewards`: as FluxTrainer has them; `options`: as FluxConfig has them. Preference rows (chosen, rejected) without a
-    prompt column give the prompt that both share.
+    `rewards`: as FluxTrainer has them; `options`: as FluxConfig has them. algorithm="dpo" (ipo, cdpo, reward_model)
+    learns from preference rows (chosen, rejected); for the others such rows, without a prompt column, give the prompt
+    that both share.
 
     >>> trainer = create_rl_trainer(model_name="Qwen/Qwen3-0.6B", dataset_name="data.jsonl", algorithm="drgrpo")
     >>> trainer.backend, trainer.config.algo.name
@@ -65,14 +66,14 @@ def create_rl_trainer(
     """
     if backend not in BACKENDS:
         raise unknown("backend", backend, BACKENDS)
-    there = ", ".join(sorted(algo.ALGORITHMS))
+    there = ", ".join(sorted({*algo.ALGORITHMS, *algo.KINDS}))
     if algorithm in NOT_YET:
         raise UserError(f"algorithm {algorithm!r} isn't there yet: it {NOT_YET[algorithm]} (there are {there})")
     if reward_model_name is not None:
         raise UserError(f"reward_model_name={reward_model_name!r}: reward models aren't there yet: give functions "
                         "(rewards=...), or data with an answer column")
     config = FluxConfig(model_path=model_name, algorithm=algorithm, **{"data.train": dataset_name}, **options)
-    if not config.plugins:   # a plugin's own algorithms are known where it is loaded
+    if config.algo.name not in algo.KINDS and not config.plugins:   # a plugin's are known where it is loaded
         algo.resolve(config.algo)
     if backend != "ray":
         from flux_ray.backends.trl_settings import check_trl

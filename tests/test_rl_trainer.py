@@ -22,7 +22,7 @@ def test_names_options_and_the_preset_become_one_config():
     assert config.reward.functions == ["numeric", "length"] and trainer.backend == "ray"
 
 
-@pytest.mark.parametrize("algorithm", ["grpo", "gspo", "dapo", "drgrpo"])
+@pytest.mark.parametrize("algorithm", ["grpo", "gspo", "dapo", "drgrpo", "dpo"])
 @pytest.mark.parametrize("backend", ["ray", "trl"])
 def test_what_is_promised_by_name(algorithm, backend):
     assert make(algorithm=algorithm, backend=backend).backend == backend
@@ -33,6 +33,9 @@ def test_what_is_promised_by_name(algorithm, backend):
     ({"algorithm": "grop"}, "unknown algorithm 'grop': did you mean 'grpo'"),
     ({"backend": "try"}, "unknown backend 'try'"),
     ({"reward_model_name": "r"}, "reward_model_name='r': reward models aren't there yet"),
+    ({"backend": "trl", "algorithm": "cdpo"}, "backend=trl: unknown algorithm 'cdpo': did you mean 'dpo'"),
+    ({"backend": "trl", "algorithm": "dpo", "reference_free": True}, "algo.reference_free=True isn't there"),
+    ({"backend": "trl", "algorithm": "ipo", "pair_logprobs": "sum"}, "algo.pair_logprobs=sum isn't there"),
     ({"backend": "trl", "algorithm": "gspo_token"}, "backend=trl: unknown algorithm 'gspo_token'"),
     ({"backend": "trl", "max_staleness": 2}, "driver.max_staleness=2 isn't there"),
     ({"grop_size": 2}, "did you mean 'rollout.group_size'"),

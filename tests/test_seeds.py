@@ -17,7 +17,7 @@ from tests.tiny import tiny_model
 pytestmark = pytest.mark.unit
 
 SEEDS = Path(__file__).parents[2] / "shared" / "seeds"
-NOT_YET = ("dpo", "ppo")
+NOT_YET = ("ppo",)
 BARE = r"^(?:from \w+ import .*?^trainer\.fit\(.*?\)$|@register.*?^\.\.\.$)"
 YAML = "algorithm:\nname: grpo\nclip_range: 0.2 # x\nentropy_coef: 0.01\nnormalize_advantages: true\n"
 #: Blocks of the same kind that always run, wherever the printed ones are.
@@ -81,9 +81,11 @@ def test_one_call(name, local, tmp_path):
     trainer = local(block)["trainer"]
     assert trainer.backend == backend and trainer.config.algo.name == {"drgrpo": "dr_grpo"}.get(algorithm, algorithm)
     assert trainer.config.data.train == "data.jsonl"
-    rows = '{"chosen": "\\n\\nHuman: hi\\n\\nAssistant: a", "rejected": "\\n\\nHuman: hi\\n\\nAssistant: b"}\n'
-    (tmp_path / "data.jsonl").write_text(rows)
-    with pytest.raises(UserError, match=r"needs the trl package|no reward: .*reward\.functions"):
+    start = "\\n\\nHuman: hi\\n\\nAssistant:"
+    replies = ("a", "a" if algorithm == "dpo" else "b")   # whole runs are the system tests'
+    chosen, rejected = (f"{start} {reply}" for reply in replies)
+    (tmp_path / "data.jsonl").write_text(f'{{"chosen": "{chosen}", "rejected": "{rejected}"}}\n')
+    with pytest.raises(UserError, match=r"needs the trl package|no reward: .*reward\.functions|no pair is left"):
         trainer.train()
 
 

@@ -17,11 +17,12 @@ from typing import Any
 import numpy as np
 
 from flux_ray import run_dir
+from flux_ray.backends.trl_pairs import make_pair_trainer
 from flux_ray.backends.trl_settings import check_trl, trainer_arguments
 from flux_ray.config import Config
-from flux_ray.data import PromptSource
+from flux_ray.data import PairSource, PromptSource
 from flux_ray.driver import TrainingResult
-from flux_ray.driver.preflight import prepare
+from flux_ray.driver.preflight import Prepared, prepare
 from flux_ray.driver.recorder import Recorder
 from flux_ray.errors import UserError
 from flux_ray.model import load_tokenizer, resolve_dtype
@@ -56,8 +57,9 @@ def train(config: Config, *, callbacks: Sequence[Callback] = (), load_model: Loa
     require("trl", backend="trl", install="pip install 'flux-ray[trl]'")
     config, differences = check_trl(config)
     prepared = prepare(config)
-    prompts = prepared.prompts
-    assert prompts is not None   # check_trl has refused supervised training
+    if prepared.offline is not None and not isinstance(prepared.offline.train, PairSource):
+        raise UserError(f"backend=trl: {prepared.offline.train.source}: groups with given rewards aren't there: it "
+                        "rolls out by itself")
     config = run_dir.claim(prepared.config)
     assert config.run_dir is not None
     folder = RunFolder(config.run_dir)
@@ -67,7 +69,7 @@ def train(config: Config, *, callbacks: Sequence[Callback] = (), load_model: Loa
         for warning in (*prepared.warnings, *differences):
             recorder.warn(warning)
         try:
-            trainer = make_trainer(config, prompts, recorder=recorder, load_model=load_model)
+            trainer = _trainer(config, prepared, recorder, load_model)
             trainer.train()
             trainer.save_model(str(folder.model))
         finally:
@@ -77,15 +79,30 @@ def train(config: Config, *, callbacks: Sequence[Callback] = (), load_model: Loa
     return TrainingResult(folder.path, config.driver.num_steps, history[-1] if history else {}, history)
 
 
+def _trainer(config: Config, prepared: Prepared, recorder: Recorder, load_model: LoadModel | None) -> Any:
+    if prepared.offline is None:
+        assert prepared.prompts is not None
+        return make_trainer(config, prepared.prompts, recorder=recorder, load_model=load_model)
+    assert isinstance(prepared.offline.train, PairSource)
+    device = _device(config)
+    model = str(config.model.path) if load_model is None else load_model(config, device)
+    return make_pair_trainer(config, prepared.offline.train, recorder=recorder, model=model, device=device)
+
+
+def _device(config: Config) -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() and config.cluster.device != "cpu" else "cpu"
+
+
 def make_trainer(
     config: Config, prompts: PromptSource, *, recorder: Recorder, load_model: LoadModel | None = None,
 ) -> Any:
     """TRL's trainer, ready to train."""
-    import torch
     import trl
     from datasets import Dataset
 
-    device = "cuda" if torch.cuda.is_available() and config.cluster.device != "cpu" else "cpu"
+    device = _device(config)
     kind, arguments = ((trl.RLOOTrainer, trl.RLOOConfig) if config.algo.name == "rloo"
                        else (trl.GRPOTrainer, trl.GRPOConfig))
     settings = trainer_arguments(config, longest_prompt=prompts.longest_prompt, on_cpu=device == "cpu")

@@ -23,6 +23,8 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
     "cispo": {"loss_type": "cispo"},
     "rloo": {},
 }
+#: objective on pairs ► loss_type of DPOConfig
+PAIR_LOSSES = {"dpo": "sigmoid", "ipo": "ipo"}
 LOSS_TYPES = {"sequence_mean": "grpo", "sequence": "grpo", "token_mean": "dapo", "constant_length": "dr_grpo"}
 SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
 
@@ -55,6 +57,8 @@ def check_trl(config: Config) -> tuple[Config, list[str]]:
     if config.filter.reward is not None:
         config = dataclasses.replace(config, filter=dataclasses.replace(config.filter, reward=None))
         warnings.append(f"backend=trl has no dynamic sampling: {config.algo.name} keeps groups without an advantage")
+    if config.algo.name in PAIR_LOSSES:
+        return config, warnings
     if config.algo.entropy_coef and algo.resolve(config.algo).aggregation != "token_mean":
         warnings.append("backend=trl takes the entropy bonus as a mean over tokens, whatever weighs the other terms")
     return config, warnings
@@ -62,13 +66,16 @@ def check_trl(config: Config) -> tuple[Config, list[str]]:
 
 def _problems(config: Config) -> Iterator[str]:
     name = config.algo.name
-    if name not in ALGORITHMS:
-        yield str(unknown("algorithm", name, ALGORITHMS))
+    if name not in {**ALGORITHMS, **PAIR_LOSSES}:
+        yield str(unknown("algorithm", name, {**ALGORITHMS, **PAIR_LOSSES}))
     for key, (value, why) in ONLY.items():
         room, _, last = key.rpartition(".")
         given = getattr(getattr(config, room) if room else config, last)
         if given != value:
             yield f"{key}={given} isn't there: {why}"
+    if name in PAIR_LOSSES:
+        yield from _pair_problems(config)
+        return
     chosen = preset(name).get("filter", {}).get("reward")
     if config.filter.reward not in (None, chosen):
         yield f"filter.reward={config.filter.reward} isn't there: it has no dynamic sampling"
@@ -86,6 +93,13 @@ def _problems(config: Config) -> Iterator[str]:
             yield f"algo.{key}={getattr(config.algo, key)} isn't there for rloo"
 
 
+def _pair_problems(config: Config) -> Iterator[str]:
+    if config.algo.reference_free:
+        yield "algo.reference_free=True isn't there: it has a reference always"
+    if config.algo.name == "ipo" and config.algo.pair_logprobs != "mean":
+        yield f"algo.pair_logprobs={config.algo.pair_logprobs} isn't there: its ipo takes means over tokens"
+
+
 def micro_batch_size(config: Config, *, longest_prompt: int) -> int:
     """Samples of one forward pass: the most that divide an update's and keep to the token budget, at least 1."""
     update = config.batch.prompts_per_step * config.rollout.group_size // config.algo.mini_batches
@@ -96,11 +110,12 @@ def micro_batch_size(config: Config, *, longest_prompt: int) -> int:
 
 def trainer_arguments(config: Config, *, longest_prompt: int, on_cpu: bool) -> dict[str, Any]:
     """Keyword arguments of GRPOConfig (rloo: RLOOConfig) for a config that `check_trl` gave."""
-    algorithm, rollout, train = config.algo, config.rollout, config.train
+    algorithm, rollout = config.algo, config.rollout
     size = micro_batch_size(config, longest_prompt=longest_prompt)
     update = config.batch.prompts_per_step * rollout.group_size // algorithm.mini_batches
     high = algorithm.clip_range if algorithm.clip_range_high is None else algorithm.clip_range_high
     common = {
+        **optimizer_arguments(config, on_cpu=on_cpu),
         "per_device_train_batch_size": size,
         "gradient_accumulation_steps": update // size,
         "steps_per_generation": update // size * algorithm.mini_batches,
@@ -111,15 +126,9 @@ def trainer_arguments(config: Config, *, longest_prompt: int, on_cpu: bool) -> d
         "temperature": rollout.temperature, "top_p": rollout.top_p, "top_k": rollout.top_k,
         "min_p": rollout.min_p or None,
         "epsilon": algorithm.clip_range, "epsilon_high": high,
-        "learning_rate": train.learning_rate, "warmup_steps": train.warmup_steps,
-        "lr_scheduler_type": SCHEDULES[train.schedule],
-        "adam_beta1": train.adam_betas[0], "adam_beta2": train.adam_betas[1], "adam_epsilon": train.adam_eps,
-        "weight_decay": train.weight_decay, "max_grad_norm": train.max_grad_norm,
-        "gradient_checkpointing": train.gradient_checkpointing, "disable_dropout": True,
         "mask_truncated_completions": algo.masks_truncated(config),
-        "seed": config.seed, "shuffle_dataset": False,
-        "bf16": False, "use_cpu": on_cpu,
-        "logging_steps": algorithm.epochs * algorithm.mini_batches, "save_strategy": "no", "report_to": "none",
+        "shuffle_dataset": False,
+        "logging_steps": algorithm.epochs * algorithm.mini_batches,
     }
     if algorithm.name == "rloo":
         return {**common, "beta": algorithm.kl_coef, "normalize_advantages": False}
@@ -134,4 +143,17 @@ def trainer_arguments(config: Config, *, longest_prompt: int, on_cpu: bool) -> d
         "loss_type": LOSS_TYPES[resolved.aggregation],
         **ALGORITHMS[algorithm.name],
         **({"epsilon_high": 1 + high} if algorithm.name == "cispo" else {}),   # there it is the bound itself
+    }
+
+
+def optimizer_arguments(config: Config, *, on_cpu: bool) -> dict[str, Any]:
+    """Keyword arguments that all of TRL's trainers have."""
+    train = config.train
+    return {
+        "learning_rate": train.learning_rate, "warmup_steps": train.warmup_steps,
+        "lr_scheduler_type": SCHEDULES[train.schedule],
+        "adam_beta1": train.adam_betas[0], "adam_beta2": train.adam_betas[1], "adam_epsilon": train.adam_eps,
+        "weight_decay": train.weight_decay, "max_grad_norm": train.max_grad_norm,
+        "gradient_checkpointing": train.gradient_checkpointing, "disable_dropout": True,
+        "seed": config.seed, "bf16": False, "use_cpu": on_cpu, "save_strategy": "no", "report_to": "none",
     }

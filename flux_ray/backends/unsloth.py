@@ -19,7 +19,7 @@ from flux_ray.model import context_length
 from flux_ray.observability.callbacks import Callback
 
 #: Algorithms of the TRL backend that it runs.
-ALGORITHMS = ("grpo", "grpo_vectorized", "dr_grpo", "dapo")
+ALGORITHMS = ("dpo", "grpo", "grpo_vectorized", "dr_grpo", "dapo")
 
 
 def train(config: Config, *, callbacks: Sequence[Callback] = ()) -> TrainingResult:

@@ -19,7 +19,7 @@ from torch import Tensor
 from flux_ray import algo
 from flux_ray.batch import MicroBatch, pack, pair_samples
 from flux_ray.config import AlgoConfig, Config
-from flux_ray.model import last_token
+from flux_ray.model import ScoreModel, last_token
 from flux_ray.observability.metrics import Metric, merge
 from flux_ray.records import PreferencePair
 from flux_ray.train.engine import Engine
@@ -96,9 +96,10 @@ def _objective(engine: Engine, config: Config, share: PairShare) -> PairObjectiv
 
 def _packed(engine: Engine, config: Config, share: PairShare) -> list[MicroBatch]:
     scored_at = None
-    if algo.kind_of(config.algo).model == algo.SCORE:
-        # Where transformers will read the score of the same text.
-        scored_at = partial(last_token, pad_token_id=engine.model.original_config.pad_token_id)
+    if isinstance(engine.model, ScoreModel):
+        # Where transformers will read the score of the same text: a new head is saved with a padding that ends no text.
+        pad_token_id = None if engine.model.has_new_head else engine.model.original_config.pad_token_id
+        scored_at = partial(last_token, pad_token_id=pad_token_id)
     return pack(
         pair_samples(share.pairs, scored_at=scored_at), max_tokens=config.batch.max_tokens_per_micro_batch,
         max_samples=config.batch.micro_batch_size, padded=engine.model.layout == "padded", unit=PAIR,

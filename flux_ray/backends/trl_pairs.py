@@ -1,0 +1,102 @@
+"""Preference pairs through TRL's DPOTrainer, on the tokens that our own run would have.
+
+Takes:  a Config that `check_trl` gave, the pairs, a place to write to.
+Gives:  `make_pair_trainer`: TRL's trainer, ready to train.
+Knows:  which of its objectives ours are, and what it calls its metrics.
+Never:  lets TRL encode the texts again: tokens may merge where a prompt ends.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from flux_ray.backends.trl_settings import PAIR_LOSSES, optimizer_arguments
+from flux_ray.config import Config
+from flux_ray.data import PairSource
+from flux_ray.driver.recorder import Recorder
+from flux_ray.model import load_tokenizer, resolve_dtype
+
+#: TRL's metric ► ours; what isn't here goes by trl/NAME.
+METRICS = {
+    "loss": "train/loss", "rewards/chosen": "pairs/chosen_reward", "rewards/rejected": "pairs/rejected_reward",
+    "rewards/margins": "pairs/margin", "rewards/accuracies": "pairs/accuracy", "grad_norm": "train/grad_norm",
+    "learning_rate": "train/learning_rate",
+}
+
+
+def make_pair_trainer(config: Config, pairs: PairSource, *, recorder: Recorder, model: Any, device: str) -> Any:
+    """`model`: a path, or what another library opened."""
+    import trl
+    from datasets import Dataset
+
+    class OnOurTokens(trl.DPOTrainer):
+        def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:
+            return dataset
+
+    dtype = str(resolve_dtype(config.model.dtype, device)).removeprefix("torch.")
+    attention = "sdpa" if config.model.attention == "auto" else config.model.attention
+    opening = {"dtype": dtype, "attn_implementation": attention}
+    settings = pair_arguments(config, longest=pairs.longest, on_cpu=device == "cpu")
+    if isinstance(model, str):
+        settings["model_init_kwargs"] = opening
+    return OnOurTokens(
+        model=model,
+        ref_model=_reference(config.reference.path, opening),
+        args=trl.DPOConfig(output_dir=str(Path(str(config.run_dir), "trl")), **settings),
+        train_dataset=Dataset.from_list(rows(pairs)),
+        processing_class=load_tokenizer(config.model.tokenizer or str(config.model.path)),
+        callbacks=[_recording(recorder)],
+    )
+
+
+def rows(pairs: PairSource) -> list[dict[str, list[int]]]:
+    """Each pair as TRL's collator takes it."""
+    return [
+        {
+            "prompt_ids": pair.chosen_ids[: pair.prompt_length].tolist(),
+            "chosen_ids": pair.chosen_ids[pair.prompt_length :].tolist(),
+            "rejected_ids": pair.rejected_ids[pair.prompt_length :].tolist(),
+        }
+        for pair in pairs.all()
+    ]
+
+
+def pair_arguments(config: Config, *, longest: int, on_cpu: bool) -> dict[str, Any]:
+    """Keyword arguments of DPOConfig."""
+    update = config.batch.prompts_per_step
+    budget = max(config.batch.max_tokens_per_micro_batch // (2 * longest), 1)
+    most = min(max((config.batch.micro_batch_size or 2 * update) // 2, 1), budget)
+    size = max(size for size in range(1, most + 1) if update % size == 0)
+    return {
+        **optimizer_arguments(config, on_cpu=on_cpu),
+        "per_device_train_batch_size": size,
+        "gradient_accumulation_steps": update // size,
+        "max_steps": config.driver.num_steps,
+        "beta": config.algo.beta,
+        "loss_type": [PAIR_LOSSES[config.algo.name]],
+        "max_length": None,
+        "logging_steps": 1,
+    }
+
+
+def _reference(path: str | None, opening: dict[str, Any]) -> Any | None:
+    """The reference where it isn't the policy's own start, which TRL opens by itself."""
+    if path is None:
+        return None
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(path, trust_remote_code=False, **opening)
+
+
+def _recording(recorder: Recorder) -> Any:
+    """TRL's logs as lines of our run."""
+    from transformers import TrainerCallback
+
+    class Recording(TrainerCallback):
+        def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
+            if logs and "rewards/margins" in logs:  # the last log of a training has totals alone
+                ours = {METRICS.get(name, f"trl/{name}"): float(value) for name, value in logs.items()}
+                recorder.step(state.global_step - 1, ours)
+
+    return Recording()
