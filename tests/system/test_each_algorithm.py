@@ -1,0 +1,72 @@
+"""A short run of every algorithm on real engines, trainers and references: its options work, the two sides agree."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from safetensors.torch import load_file
+
+from flux_ray import FluxConfig, FluxTrainer, algo
+from tests.system.kept import KeptCluster
+from tests.system.program import metrics
+from tests.system.test_run import MAX_GAP
+
+pytestmark = [pytest.mark.system, pytest.mark.timeout(400)]
+
+NUM_STEPS = 2
+#: What is switched on beside an algorithm's own preset, so that each option has a run.
+OPTIONS: dict[str, dict] = {
+    "grpo": {"dual_clip": 3.0, "epochs": 2},
+    "dr_grpo": {"train.zero_stage": 3},
+    "gspo": {"off_policy": "tis", "mini_batches": 2},
+    "gspo_token": {"off_policy": "icepop", "mini_batches": 2},
+    "rloo": {"epochs": 2, "mini_batches": 2, "train.zero_stage": 2},
+    "reinforce_pp": {"kl_target": 1.0, "kl_horizon": 16.0, "mini_batches": 2},
+    "reinforce_pp_baseline": {"reward.functions": ["digits", "length"], "reward.combine": "each"},
+    "cispo": {"off_policy": "tis", "mini_batches": 2},
+}
+KL_IN_REWARD = {"ppo", "rloo", "reinforce_pp"}
+WITH_REFERENCE = KL_IN_REWARD | {"grpo", "grpo_vectorized", "reinforce_pp_baseline"}
+
+
+@pytest.fixture(scope="module")
+def _kept():
+    yield KeptCluster
+    KeptCluster.end()
+
+
+@pytest.fixture
+def run(_kept, toys, tmp_path, monkeypatch):
+    """The lines of a short run of an algorithm; its model is in tmp_path/run/model."""
+    monkeypatch.setattr("flux_ray.cluster.on_ray.Cluster", _kept)
+
+    def fit(name: str) -> list[dict]:
+        options = {"model.path": str(toys.tied), "rollout.max_tokens": 8, "batch.prompts_per_step": 4, "num_ranks": 2,
+                   "train.learning_rate": 1e-3, "train.warmup_steps": 0, "num_steps": NUM_STEPS, "progress": False,
+                   "reward.functions": ["digits"], "run_dir": str(tmp_path / "run"), **OPTIONS.get(name, {})}
+        given = [f"{toys.rewards}:{f}" if f == "digits" else f for f in options["reward.functions"]]
+        config = FluxConfig(algorithm=name, **{**options, "reward.functions": given})
+        result = FluxTrainer(config).fit(str(toys.data))
+        assert result.num_steps == NUM_STEPS
+        return metrics(result.run_dir)
+
+    return fit
+
+
+@pytest.mark.parametrize("name", algo.ALGORITHMS)
+def test_a_short_run(name, run, toys, tmp_path):
+    lines = run(name)
+    options = OPTIONS.get(name, {})
+    assert [line["step"] for line in lines] == list(range(NUM_STEPS))
+    for line in lines:
+        assert line["weights/logprob_gap_max"] <= MAX_GAP
+        assert math.isfinite(line["actor/loss"]) and line["train/grad_norm"] > 0 and line["actor/adv_std"] > 0
+        several = options.get("epochs", 1) * options.get("mini_batches", 1) > 1
+        assert (line["actor/ratio_mean"] == pytest.approx(1.0, abs=1e-7)) != several, "later updates have a ratio"
+        assert ("actor/grpo_kl" in line) == (name in WITH_REFERENCE)
+        assert ("actor/reward_kl" in line) == (name in KL_IN_REWARD)
+    if "kl_target" in options:
+        assert lines[1]["actor/kl_coef"] != lines[0]["actor/kl_coef"]
+    before, after = (load_file(folder / "model.safetensors") for folder in (toys.tied, tmp_path / "run" / "model"))
+    assert any((before[key] != after[key]).any() for key in before)
