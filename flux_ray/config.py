@@ -93,6 +93,8 @@ class RolloutConfig:
     kv_cache_gib: float = knob(1.0, "KV cache of an engine on CPU, in GiB (GPU: gpu_memory_utilization)",
                                above=0)
     max_num_seqs: int = knob(256, "sequences that an engine runs at once", least=1)
+    split_groups: int = knob(1, "requests that a group is split into, each on the engine that has least to do; a "
+                             "sample has the same seed on any of them (rollout.function sees the part)", least=1)
     deadline_s: float = knob(600.0, "longest wait for one group, in seconds", above=0)
     engine_args: dict[str, Any] = knob({}, "any further option of vLLM's AsyncEngineArgs")
 

@@ -44,6 +44,9 @@ class ActorGroup(Protocol):
     async def result(self, reference: Any, *, index: int, what: str, deadline_s: float) -> Any:
         """Wait for a reference. ActorError when the call failed or the actor died; TimeoutError after the deadline."""
 
+    def cancel(self, reference: Any) -> None:
+        """Nobody waits for a submitted call any more: a coroutine is cancelled where it runs. Never waits or fails."""
+
     async def call(self, index: int, method: str, *args: Any, deadline_s: float, **kwargs: Any) -> Any:
         """submit and result."""
 

@@ -72,6 +72,10 @@ class RayGroup:
         except ray.exceptions.RayActorError as error:
             raise self._died(index, error, f" during {what}") from error
 
+    def cancel(self, reference: Any) -> None:
+        with contextlib.suppress(ray.exceptions.RayError):
+            ray.cancel(reference, recursive=False)
+
     def _died(self, index: int, error: Exception, when: str) -> ActorError:
         return self._error(ActorDied, index, f"{self.role} {index} died{when} ({_why_died(error)})")
 

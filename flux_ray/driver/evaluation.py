@@ -7,7 +7,6 @@ Never:  runs while a step generates: the loop calls it between steps.
 
 from __future__ import annotations
 
-import asyncio
 import time
 
 from flux_ray.cluster.group import ActorError, first_failure
@@ -18,6 +17,7 @@ from flux_ray.driver.measure import length_metrics, reward_metrics
 from flux_ray.driver.recorder import Recorder
 from flux_ray.driver.rooms import Rolled, SamplingRooms
 from flux_ray.records import ScoredGroup
+from flux_ray.rollout.dispatch import Lengths
 
 NUM_ANSWERS = 16  # answers kept as text, for people
 
@@ -26,13 +26,13 @@ class Evaluation:
     def __init__(self, config: Config, prompts: PromptSource) -> None:
         self._config, self._prompts = config, prompts
         self._temperature = config.eval.temperature
-        # As many as the engines run at once: more would only wait there, and a request's deadline with them.
-        at_once = config.rollout.num_engines * config.rollout.max_num_seqs // config.eval.num_samples
-        self._turn = asyncio.Semaphore(max(1, at_once))
+        self._lengths = Lengths(config.rollout.max_tokens)  # of these rows, from one evaluation to the next
 
     async def run(self, rooms: SamplingRooms, *, version: int, recorder: Recorder) -> dict[str, float]:
         start_s = time.monotonic()
-        everyone = await first_failure([self._one(rooms, uid, recorder) for uid in range(self._prompts.num_rows)])
+        everyone = await first_failure(
+            [self._one(rooms, uid, version, recorder) for uid in range(self._prompts.num_rows)]
+        )
         answered = [(uid, *one) for uid, one in enumerate(everyone) if one is not None]
         groups = [scored for _, _, scored in answered]
         if not groups:
@@ -50,11 +50,11 @@ class Evaluation:
         return metrics
 
     async def _one(
-        self, rooms: SamplingRooms, uid: int, recorder: Recorder
+        self, rooms: SamplingRooms, uid: int, version: int, recorder: Recorder
     ) -> tuple[Rolled, ScoredGroup] | None:
         """None where its reward failed and the run goes on."""
-        async with self._turn:
-            rolled = await rooms.roll(self._prompts.prompt(uid), temperature=self._temperature)
+        prompt = self._prompts.prompt(uid)
+        rolled = await rooms.roll(prompt, lengths=self._lengths, born=version, temperature=self._temperature)
         try:
             return rolled, await rooms.score(rolled)
         except ActorError as error:

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import asyncio
 import math
-import time
 
 from flux_ray.algo import filters
 from flux_ray.cluster.group import ActorError
 from flux_ray.config import Config
 from flux_ray.data import PromptSource
 from flux_ray.driver import state as saved
+from flux_ray.driver.clock import now_s
 from flux_ray.driver.drops import REWARD_FAILED, Drops, refuse_unless_droppable
 from flux_ray.driver.evaluation import Evaluation
 from flux_ray.driver.measure import batch_metrics
@@ -25,6 +25,7 @@ from flux_ray.driver.recorder import Recorder
 from flux_ray.driver.rooms import PolicyRooms, ReadyGroup, Rolled
 from flux_ray.driver.slots import Slots
 from flux_ray.driver.state import LoopState
+from flux_ray.rollout.dispatch import Lengths
 
 
 class Loop:
@@ -47,6 +48,7 @@ class Loop:
         self._version = start.step
         self._unfinished = list(start.unfinished)  # of the run that is resumed, or surplus: they start first
         self._next_uid = start.next_uid
+        self._lengths = Lengths(config.rollout.max_tokens)
         self._drops = Drops(config, total=start.prompts_dropped)
         self._last_step = config.driver.num_steps  # sooner where an evaluation reaches eval.stop_at
         self._groups: dict[int, asyncio.Task[None]] = {}  # by uid, in flight
@@ -89,8 +91,9 @@ class Loop:
 
         Woken by its actors; cancelled where it is surplus.
         """
-        rolled = await self._rooms.roll(self._prompts.prompt(uid))
-        rolled_s = time.monotonic()
+        prompt, born = self._prompts.prompt(uid), self._version
+        rolled = await self._rooms.roll(prompt, lengths=self._lengths, born=born)
+        rolled_s = now_s()
         try:
             scored = await self._rooms.score(rolled)
         except ActorError as error:
@@ -101,9 +104,9 @@ class Loop:
         if cause is not None:
             return await self._drop(rolled, uid, cause)
         self._drops.kept(num_tokens=rolled.num_tokens, num_samples=scored.group_size)
-        scored_s = time.monotonic()
+        scored_s = now_s()
         reference = await self._rooms.reference(rolled)
-        reference_s = time.monotonic() - scored_s
+        reference_s = now_s() - scored_s
         async with self._changed:
             self._slots.ready(uid, ReadyGroup(scored, rolled, reference, scored_s - rolled_s, reference_s))
             del self._groups[uid]
@@ -124,18 +127,18 @@ class Loop:
         Woken by `_one_group`.
         """
         while self._version < self._last_step:
-            start_s = time.monotonic()
+            start_s = now_s()
             batch = await self._next_batch()
-            wait_s = time.monotonic() - start_s
+            wait_s = now_s() - start_s
             report = await self._rooms.train(batch, version=self._version)
-            train_s = time.monotonic() - start_s - wait_s
+            train_s = now_s() - start_s - wait_s
             publish_s = await self._rooms.publish(report.version)
             metrics = batch_metrics(batch, version=self._version) | report.metrics
             metrics |= {
                 "driver/wait_s": wait_s,
                 "train/step_s": train_s,
                 "weights/publish_s": publish_s,
-                "driver/step_s": time.monotonic() - start_s,
+                "driver/step_s": now_s() - start_s,
             }
             metrics |= self._drops.step_metrics() | await self._rooms.probe(self._prompts.prompt(0))
             await self._after_step(report.version, batch, metrics)

@@ -9,7 +9,7 @@ Never:  decides anything.
 from __future__ import annotations
 
 import asyncio
-import time
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,20 +17,11 @@ from typing import Any
 from flux_ray.batch import balance
 from flux_ray.cluster.group import ActorDied, ActorGroup, first_failure
 from flux_ray.config import Config
+from flux_ray.driver.clock import now_s
+from flux_ray.driver.rolling import Rolled, Rolling
 from flux_ray.records import Prompt, ScoredGroup, StepReport
+from flux_ray.rollout.dispatch import Lengths
 from flux_ray.rollout.routing import Router
-
-
-@dataclass(frozen=True)
-class Rolled:
-    """A group that an engine has generated: a reference to it, and what it cost."""
-
-    group: Any  # reference to a RolloutGroup
-    row: int  # of the data, from 0
-    num_tokens: int  # sampled tokens
-    engine: int
-    start_s: float  # on the driver's monotonic clock
-    end_s: float
 
 
 @dataclass(frozen=True)
@@ -50,25 +41,15 @@ class SamplingRooms:
     def __init__(self, config: Config, *, engines: ActorGroup, rewards: ActorGroup) -> None:
         self._config = config
         self._engines, self._rewards = engines, rewards
-        self._engine_router = Router(engines.size)
+        self._rolling = Rolling(config, engines)
         self._reward_router = Router(rewards.size)
         self._second_try = asyncio.Lock()
 
-    async def roll(self, prompt: Prompt, *, temperature: float | None = None) -> Rolled:
-        """Generate the prompt's group on the engine with the fewest tokens outstanding."""
-        rollout = self._config.rollout
-        longest = len(prompt.token_ids) + prompt.num_samples * rollout.max_tokens
-        with self._engine_router.route(longest) as engine:
-            start_s = time.monotonic()
-            group, small = self._engines.submit(engine, "roll", prompt, temperature, num_returns=2)
-            # The engine's own deadline comes first and names the prompt; this one is for an engine that doesn't answer.
-            numbers = await self._engines.result(
-                small,
-                index=engine,
-                what=f"rollout of prompt row {prompt.row + 1} (from 1)",
-                deadline_s=rollout.deadline_s + self._config.weights.deadline_s,
-            )
-            return Rolled(group, prompt.row, int(numbers["num_tokens"]), engine, start_s, time.monotonic())
+    async def roll(
+        self, prompt: Prompt, *, lengths: Lengths, born: int, temperature: float | None = None
+    ) -> Rolled:
+        """Generate the prompt's group; what is older goes first, then what `lengths` expects to be longer."""
+        return await self._rolling.roll(prompt, lengths=lengths, born=born, temperature=temperature)
 
     async def score(self, rolled: Rolled) -> ScoredGroup:
         return await self._ask_reward_worker("score", rolled)
@@ -90,9 +71,9 @@ class SamplingRooms:
             return await self._ask_once(method, rolled)
 
     async def _ask_once(self, method: str, rolled: Rolled) -> Any:
-        reward, slots = self._config.reward, self._config.driver.max_staleness + 1
+        reward, batches = self._config.reward, self._config.driver.max_staleness + 1 + self._config.filter.oversample
         # All groups in flight may wait in one worker, where functions take turns.
-        calls = (1 + len(reward.functions)) * slots * self._config.batch.prompts_per_step
+        calls = (1 + len(reward.functions)) * math.ceil(batches * self._config.batch.prompts_per_step)
         with self._reward_router.route(1) as worker:
             actor = self._rewards.incarnation(worker)
             try:
@@ -176,7 +157,7 @@ class PolicyRooms(SamplingRooms):
 
         Raises RuntimeError when an engine attests another version, TimeoutError when a phase passes weights.deadline_s.
         """
-        start_s = time.monotonic()
+        start_s = now_s()
         deadline_s = self._config.weights.deadline_s
         await self._engines.call_all("pause", deadline_s=deadline_s)
         await self._trainer.call_all("publish", deadline_s=deadline_s)
@@ -184,7 +165,7 @@ class PolicyRooms(SamplingRooms):
         for engine, label in enumerate(served):
             if label != str(version):
                 raise RuntimeError(f"engine {engine} serves version {label} after version {version} was published")
-        return time.monotonic() - start_s
+        return now_s() - start_s
 
 
 class TrainingRooms:

@@ -209,6 +209,12 @@ class RolloutEngine:
         group = RolloutGroup(prompt, tuple(trajectories))
         return group, {"num_tokens": float(sum(t.num_loss_tokens for t in trajectories))}
 
+    def join(self, prompt: Prompt, parts: Sequence[RolloutGroup]) -> tuple[RolloutGroup, bool]:
+        """The group of a prompt whose parts several engines generated; and a word that it is there."""
+        group = RolloutGroup(prompt, tuple(t for part in parts for t in part.trajectories))
+        assert len(group.trajectories) == prompt.num_samples, (len(group.trajectories), prompt.num_samples)
+        return group, True
+
     async def probe(self, prompt: Prompt) -> tuple[RolloutGroup, bool]:
         """A few tokens after the prompt, all sampled by the weights served now; and a word that they are there."""
         room = min(PROBE_TOKENS, self.room_for(len(prompt.token_ids), prompt_length=len(prompt.token_ids)))

@@ -1,4 +1,5 @@
-"""A cluster that others started: what actors give stays with them; a call ends in a value or in one line."""
+"""A cluster that others started: what actors give stays with them; a call ends in a value or in one line,
+or is cancelled where it runs."""
 
 from __future__ import annotations
 
@@ -17,6 +18,20 @@ DEADLINE_S = 60
 
 
 class Store:
+    def __init__(self) -> None:
+        self.abandoned = 0
+
+    async def waits(self) -> tuple[int, int]:
+        try:
+            await asyncio.sleep(3600)
+        except asyncio.CancelledError:
+            self.abandoned += 1
+            raise
+        return 0, 0
+
+    def num_abandoned(self) -> int:
+        return self.abandoned
+
     def group(self, num_bytes: int) -> tuple[np.ndarray, int]:
         return np.zeros(num_bytes, np.uint8), num_bytes
 
@@ -53,6 +68,15 @@ async def test_results_stay_in_the_object_store_and_travel_by_reference(ray, tmp
         assert await group.call(1, "sizes", {"anywhere": [large]}, deadline_s=DEADLINE_S) == [20_000]
         with pytest.raises(ActorError, match="store 0, breaks: KeyError: 'no such thing'"):
             await group.call(0, "breaks", deadline_s=DEADLINE_S)
+        _, waiting = group.submit(0, "waits", num_returns=2)
+        await group.call(0, "num_abandoned", deadline_s=DEADLINE_S)   # it has begun by now
+        group.cancel(waiting)
+        for _ in range(100):
+            if abandoned := await group.call(0, "num_abandoned", deadline_s=DEADLINE_S):
+                break
+            await asyncio.sleep(0.1)
+        assert abandoned == 1
+        assert not cluster.first_death.done(), "it is cancelled where it runs, and the actor lives"
     finally:
         await asyncio.wait_for(cluster.close(), DEADLINE_S)
     assert ray.is_initialized(), "a cluster that was there before is left as it was"

@@ -17,6 +17,7 @@ from flux_ray.cluster.group import ActorError
 from flux_ray.config import Config
 from flux_ray.driver.rooms import PolicyRooms
 from flux_ray.records import FINISH_STOP, Prompt, RolloutGroup, ScoredGroup, StepReport, Trajectory
+from flux_ray.rollout.engine import RolloutEngine
 
 
 class LocalGroup:
@@ -50,6 +51,9 @@ class LocalGroup:
         except ArithmeticError as error:
             raise ActorError(f"{self.role} {index}: {what}: {error}", role=self.role, index=index) from error
 
+    def cancel(self, reference: Any) -> None:
+        reference.cancel()
+
     async def call(self, index: int, method: str, *args: Any, deadline_s: float, **kwargs: Any) -> Any:
         started = self.submit(index, method, *args, **kwargs)
         return await self.result(started, index=index, what=method, deadline_s=deadline_s)
@@ -73,15 +77,28 @@ class Parts:
     rewards_of: Any  # uid ► rewards of its samples, or an ArithmeticError to raise
     version: int = 0
     rolled: list[int] = field(default_factory=list)
+    abandoned: list[int] = field(default_factory=list)  # whose request was cancelled
+    seconds_of: Any = None  # Prompt ► how long its request takes; at once where it isn't given
+    sampled: dict[int, list[int]] = field(default_factory=dict)  # uid ► the sampled token of each sample
     referenced: list[int] = field(default_factory=list)
     trained: list[list[int]] = field(default_factory=list)
 
     async def roll(self, prompt: Prompt, temperature: float | None) -> tuple[RolloutGroup, dict[str, float]]:
         self.rolled.append(prompt.uid)
-        ids, mask = np.array([1, 2, 3], np.int32), np.array([False, False, True])
+        try:
+            await asyncio.sleep(self.seconds_of(prompt) if self.seconds_of else 0)
+        except asyncio.CancelledError:
+            self.abandoned.append(prompt.uid)
+            raise
+        mask = np.array([False, False, True])
         versions = np.where(mask, self.version, -1).astype(np.int32)
-        one = Trajectory(ids, mask, np.zeros(3, np.float32), versions, 2, FINISH_STOP)
-        return RolloutGroup(prompt, (one,) * prompt.num_samples), {"num_tokens": float(prompt.num_samples)}
+        samples = [Trajectory(np.array([1, 2, (prompt.seed + i) % 97], np.int32), mask, np.zeros(3, np.float32),
+                              versions, 2, FINISH_STOP) for i in range(prompt.num_samples)]
+        return RolloutGroup(prompt, tuple(samples)), {"num_tokens": float(prompt.num_samples)}
+
+    async def join(self, prompt: Prompt, rolled: list[Any]) -> tuple[RolloutGroup, bool]:
+        parts = [await part for part in rolled]
+        return RolloutEngine.join(self, prompt, parts)  # type: ignore[arg-type]  # it needs nothing of an engine
 
     async def score(self, rolled: Any) -> ScoredGroup:
         group = await rolled
@@ -99,6 +116,8 @@ class Parts:
 
     async def train_step(self, *, groups: Any, scores: list[ScoredGroup], version: int, **_: Any) -> StepReport:
         self.trained.append([score.uid for score in scores])
+        for group in [await rolled for rolled in groups]:
+            self.sampled[group.prompt.uid] = [int(t.token_ids[-1]) for t in group.trajectories]
         return StepReport(version + 1, {"actor/loss": 0.5})
 
     async def decode(self, rolled: Any) -> list[str]:
@@ -121,6 +140,7 @@ class Parts:
 
 
 def policy_rooms(config: Config, parts: Parts) -> PolicyRooms:
-    roles = {role: LocalGroup(role, [parts]) for role in ("engine", "reward", "reference", "trainer")}
+    roles = {role: LocalGroup(role, [parts]) for role in ("reward", "reference", "trainer")}
+    roles["engine"] = LocalGroup("engine", [parts] * config.rollout.num_engines)
     return PolicyRooms(config, engines=roles["engine"], rewards=roles["reward"], reference=roles["reference"],
                        trainer=roles["trainer"])

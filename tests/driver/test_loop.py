@@ -23,7 +23,7 @@ from tests.tiny import tiny_tokenizer
 pytestmark = pytest.mark.unit
 
 
-def run(tmp_path, rewards_of, *, callbacks=(), **values) -> Parts:
+def run(tmp_path, rewards_of, *, callbacks=(), seconds_of=None, **values) -> Parts:
     """Three steps of four prompts; gives what the rooms saw. metrics.jsonl is in tmp_path."""
     config = from_dict({"batch.prompts_per_step": 4, "rollout.group_size": 2, "driver.num_steps": 3,
                         "rollout.max_tokens": 4, **values})
@@ -33,7 +33,7 @@ def run(tmp_path, rewards_of, *, callbacks=(), **values) -> Parts:
                         callbacks=callbacks)
     sums = [f"{i}+1=" for i in range(9)]
     prompts = PromptSource.from_config(config, tiny_tokenizer(), context_length=64, prompts=sums)
-    parts = Parts(rewards_of)
+    parts = Parts(rewards_of, seconds_of=seconds_of)
     evaluation = Evaluation(config, prompts) if config.eval.every else None
     loop = Loop(config, rooms=policy_rooms(config, parts), prompts=prompts, evaluation=evaluation, recorder=recorder,
                 start=LoopState(step=0, next_uid=0))
@@ -70,6 +70,32 @@ def test_over_sampling_changes_no_synchronous_batch(tmp_path, oversample):
     if oversample > 1:
         assert sum(line["filter/surplus"] for line in lines) > 0
         assert len(spared.rolled) > len(plain.rolled)
+
+
+def test_what_is_superfluous_is_stopped_where_it_runs(tmp_path):
+    """Every other prompt of the first three would take an hour: it is a spare, and begins again as somebody's turn."""
+    hours: set[int] = set()
+
+    def seconds_of(prompt):
+        slow = prompt.uid in (4, 5) and prompt.uid not in hours
+        hours.update([prompt.uid])
+        return 3600 if slow else 0
+
+    parts = run(tmp_path, lambda uid: [1, 0], seconds_of=seconds_of, **{"filter.reward": "task",
+                                                                     "filter.oversample": 0.5})
+    assert parts.trained == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
+    assert parts.abandoned[:2] == [4, 5]
+    assert read_lines(tmp_path / METRICS)[0]["filter/surplus"] == 2
+
+
+@pytest.mark.parametrize("num_engines", [1, 3])
+def test_a_group_that_is_split_has_the_same_samples(tmp_path, num_engines):
+    given = {"rollout.group_size": 5, "rollout.num_engines": num_engines}
+    rewards = lambda uid: [1, 0, 0, 1, 0]  # noqa: E731
+    whole = run(tmp_path / "whole", rewards, **given)
+    for parts in (2, 5, 9):
+        assert run(tmp_path / str(parts), rewards, **given, **{"rollout.split_groups": parts}).sampled == whole.sampled
+    assert len({tuple(tokens) for tokens in whole.sampled.values()}) > 1
 
 
 def test_without_a_filter_all_are_trained_on_in_order(tmp_path):

@@ -9,6 +9,7 @@ import torch
 import transformers
 
 from flux_ray.records import FINISH_LENGTH, FINISH_STOP, Prompt
+from flux_ray.rollout.dispatch import split
 from flux_ray.rollout.engine import CPU_BATCHED_TOKENS
 from flux_ray.rollout.functions import Turns
 from flux_ray.weights.publish import Publisher
@@ -99,6 +100,27 @@ async def test_logprobs_repeats_and_ends(served, model):
             np.testing.assert_array_equal(a.sampler_logprobs, b.sampler_logprobs)
     assert numbers["num_tokens"] == sum(t.num_loss_tokens for t in group.trajectories)
     assert len({t.token_ids.tobytes() for t in group.trajectories}) > 1, "samples of a group have seeds of their own"
+
+
+async def test_a_group_drawn_in_parts_is_the_group_drawn_at_once(served):
+    """Whatever engine draws a part: its samples have the group's seeds."""
+    prompt = prompt_of([5, 6, 7, 8], num_samples=5, seed=70)
+    whole, _ = await served.engine.roll(prompt)
+    parts = await asyncio.gather(*(served.engine.roll(part) for part in split(prompt, 3)))
+    joined, _ = served.engine.join(prompt, [part for part, _ in parts])
+    assert joined.prompt is prompt
+    for a, b in zip(whole.trajectories, joined.trajectories, strict=True):
+        np.testing.assert_array_equal(a.token_ids, b.token_ids)
+        np.testing.assert_array_equal(a.sampler_logprobs, b.sampler_logprobs)
+
+
+async def test_a_request_that_is_cancelled_leaves_the_engine(served):
+    rolling = asyncio.create_task(served.engine.roll(prompt_of([5, 6], num_samples=64)))
+    await asyncio.sleep(0.02)
+    rolling.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await rolling
+    assert not served.engine._engine.output_processor.has_unfinished_requests()
 
 
 async def test_more_prompt_tokens_than_one_forward_takes(served, model):
