@@ -78,13 +78,13 @@ def main(num_rows: int = 4096, length: int = 2048) -> None:
     rewards = torch.zeros(num_rows, length).scatter(1, lengths - 1, torch.randn(num_rows, 1))
     index = torch.arange(num_rows) // GROUP_SIZE
     print(f"{num_rows} x {length}, {torch.get_num_threads()} threads")
+    old, new = (torch.randn(2, num_rows, length) * 0.1 - 1).unbind()
     for name, estimator in ESTIMATORS.items():
         def estimate(f: Callable = estimator.function) -> object:
-            return f(rewards, mask, index=index, group_size=GROUP_SIZE)
+            return f(rewards, mask, index=index, group_size=GROUP_SIZE, values=old)
 
-        show(f"estimator {name}", measure(estimate, rewards, mask))
+        show(f"estimator {name}", measure(estimate, rewards, mask, *([old] if estimator.needs_values else [])))
 
-    old, new = (torch.randn(2, num_rows, length) * 0.1 - 1).unbind()
     advantages = torch.randn(num_rows, 1).expand(num_rows, length).contiguous()
     for name, loss in POLICY_LOSSES.items():
         def value(f: Callable = loss.function, log_prob: torch.Tensor = new) -> torch.Tensor:
