@@ -21,13 +21,14 @@ DEADLINE_S = 240.0  # of one scenario: process starts and a dozen tiny engines
 ROOT = Path(__file__).parents[2]
 
 
-def launch(scenario: str, world_size: int, folder: Path) -> dict[str, Any]:
-    """Run `scenario` on this many ranks; the JSON that rank 0 gave. A rank that fails is the error, with its log."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
+def launch(scenario: str, world_size: int, folder: Path, *, module: str = "scenarios") -> dict[str, Any]:
+    """Run `scenario` of `module` on this many ranks; the JSON that rank 0 gave.
+
+    A rank that fails is the error, with its log.
+    """
+    port = free_port()
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "tests.train.scenarios", scenario, str(world_size), str(port), str(folder)]
+    command = [sys.executable, "-m", f"tests.train.{module}", scenario, str(world_size), str(port), str(folder)]
     logs = [folder / f"{scenario}-{rank}.log" for rank in range(world_size)]
     processes = []
     for rank, log in enumerate(logs):
@@ -43,6 +44,12 @@ def launch(scenario: str, world_size: int, folder: Path) -> dict[str, Any]:
     for process, log in zip(processes, logs, strict=True):
         assert process.returncode == 0, f"{log.name}: exit {process.returncode}\n{log.read_text()[-3000:]}"
     return json.loads((folder / f"{scenario}.json").read_text())
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
 
 
 def relative_gap(got: dict[str, np.ndarray], wanted: dict[str, np.ndarray]) -> float:
