@@ -20,6 +20,8 @@ from typing import Any
 
 import ray
 
+from flux_ray.lifetime import end_with_parent
+
 
 class Host:
     """Coroutines run on the loop; plain methods one after the other in one thread.
@@ -29,6 +31,8 @@ class Host:
 
     def __init__(self, log_file: str, plugins: list[str]) -> None:
         redirect_output(log_file)
+        # Ray asks a worker whose raylet died to end, but a room's threads may keep it from ending.
+        end_with_parent()
         # The rooms talk to their log through logging; Ray and vLLM write to the file descriptors.
         logging.basicConfig(
             level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr

@@ -205,6 +205,28 @@ class EngineCaller:
             ) from None
 
 
+class ModelCaller:
+    """Asks the replicas of one reward model from inside another actor; the one with the fewest of its own calls.
+
+    Whoever awaits it sets the deadline. Raises RuntimeError with the actor's reason.
+    """
+
+    def __init__(self, actors: list[Any]) -> None:
+        self._actors = actors
+        self._waiting = [0] * len(actors)
+
+    async def __call__(self, group: Any) -> list[float]:
+        replica = min(range(len(self._actors)), key=self._waiting.__getitem__)
+        self._waiting[replica] += 1
+        try:
+            return await self._actors[replica].call.remote("scores", (group,), {})
+        except ray.exceptions.RayTaskError as error:
+            cause = error.cause if isinstance(error.cause, BaseException) else error
+            raise RuntimeError(_first_line(cause)) from None
+        finally:
+            self._waiting[replica] -= 1
+
+
 class Cluster:
     """A connection to Ray: a running cluster, or one of the run's own that ends with it."""
 

@@ -2,7 +2,7 @@
 
 Takes:  Config, and how many GPUs the cluster has.
 Gives:  a Plan: device, weights backend, and a Role (count, CPUs, GPUs of an actor) for every kind of actor.
-Knows:  three shapes: CPU only; GPUs of their own for each actor; GPUs shared by engine, trainer and reference.
+Knows:  three shapes: CPU only; GPUs of their own for each actor; GPUs shared by engine, trainer and the others.
 Never:  asks Ray anything; a config that no cluster could place is refused here.
 """
 
@@ -13,15 +13,20 @@ from dataclasses import dataclass
 
 from flux_ray.config import Config
 from flux_ray.errors import UserError
+from flux_ray.names import reward_model_path
 
 ENGINE, REWARD, REFERENCE, TRAINER = "engine", "reward", "reference", "trainer"
-#: Shares of one GPU where actors share it. Ray counts them; memory is bounded by vLLM's gpu_memory_utilization.
-SHARED_GPU = {ENGINE: 0.4, TRAINER: 0.4, REFERENCE: 0.2}
+CRITIC, REWARD_MODEL = "critic", "reward_model"
+#: Shares of one GPU where actors share it, lessened alike where there are more of them than it has room for. Ray counts
+#: them; memory is bounded by vLLM's gpu_memory_utilization.
+SHARED_GPU = {ENGINE: 0.4, TRAINER: 0.4, CRITIC: 0.4, REFERENCE: 0.2, REWARD_MODEL: 0.2}
+GPU_DIGITS = 10_000  # Ray counts shares of a GPU in ten-thousandths
 
 
 @dataclass(frozen=True)
 class Role:
-    """The actors of one kind. With `inside`, actor i lives in the placement group of that role's actor i.
+    """The actors of one kind. With `inside`, actor i lives in the placement group of that role's actor
+    i modulo their number.
 
     >>> Role("engine", count=2, cpus=1.0, gpus=0.0).bundle
     {'CPU': 1.0}
@@ -60,7 +65,7 @@ class Plan:
             bundle = dict(role.bundle)
             for guest in self.roles:
                 if guest.inside == role.name:
-                    bundle["CPU"] += guest.cpus
+                    bundle["CPU"] += guest.cpus * math.ceil(guest.count / role.count)
             if bundle.get("GPU", 0) % 1:
                 bundle["GPU"] = 1.0  # a shared GPU is reserved whole and divided among its actors
             groups[role.name] = [[bundle]] * role.count if role.own_group_each else [[bundle] * role.count]
@@ -77,9 +82,11 @@ class Plan:
 
 
 def make_plan(
-    config: Config, *, cluster_gpus: int, needs_reference: bool, trains: bool = True, rollouts: bool = True
+    config: Config, *, cluster_gpus: int, needs_reference: bool, needs_critic: bool = False, trains: bool = True,
+    rollouts: bool = True,
 ) -> Plan:
-    """The plan for a cluster with that many GPUs, with reference actors where the frozen policy is asked for.
+    """The plan for a cluster with that many GPUs, with reference actors where the frozen policy is asked for, a critic
+    as large as the training group, and actors for each reward model that reward.functions names.
 
     Where nothing is trained (an evaluation), engines and reward workers alone; without rollouts (sft, pairs, given
     groups) training ranks and reference, which evaluate as well. What can't be placed anywhere: UserError.
@@ -94,28 +101,41 @@ def make_plan(
         counts[TRAINER] = config.train.num_ranks
         if needs_reference:
             counts[REFERENCE] = config.reference.num_actors
+        if needs_critic:
+            counts[CRITIC] = config.train.num_ranks
     if rollouts:
         counts[ENGINE] = config.rollout.num_engines
         counts[REWARD] = config.reward.num_workers
+        num_models = len(list(filter(reward_model_path, config.reward.functions)))
+        if num_models:
+            counts[REWARD_MODEL] = num_models * config.reward.model_replicas
     host = ENGINE if rollouts else TRAINER  # whose placement groups the others live in where GPUs are shared
-    gpus_each = {ENGINE: config.rollout.tensor_parallel_size, TRAINER: 1, REFERENCE: 1}
+    gpus_each = {**dict.fromkeys(SHARED_GPU, 1), ENGINE: config.rollout.tensor_parallel_size}
     wanted = sum(counts.get(name, 0) * gpus for name, gpus in gpus_each.items()) if device == "cuda" else 0
-    guests = [name for name in (TRAINER, REFERENCE) if name in counts and name != host]
+    guests = [name for name in SHARED_GPU if name in counts and name != host]
     shared = device == "cuda" and bool(guests) and (config.cluster.colocate or cluster_gpus == 1 < wanted)
     if shared:
         _check_shared(config, counts, host)
     roles = []
-    for name in (ENGINE, TRAINER, REFERENCE, REWARD):
+    shares = _shares(counts, host)
+    for name in (ENGINE, TRAINER, CRITIC, REFERENCE, REWARD_MODEL, REWARD):
         if name not in counts:
             continue
         gpus = 0.0 if device == "cpu" or name == REWARD else float(gpus_each[name])
         cpus = config.cluster.cpus_per_actor
         if shared and gpus:
-            gpus = SHARED_GPU[name]
+            gpus = shares[name]
         inside = host if shared and name in guests else None
         own_group_each = name == (host if shared else ENGINE)
         roles.append(Role(name, counts[name], cpus, gpus, own_group_each=own_group_each, inside=inside))
     return Plan(device, _weights_backend(config, device, shared), tuple(roles))
+
+
+def _shares(counts: dict[str, int], host: str) -> dict[str, float]:
+    """GPU of one actor of each role, where those on one GPU are one of the host's and its guests."""
+    on_one = {name: math.ceil(counts[name] / counts[host]) for name in SHARED_GPU if name in counts}
+    whole = max(1.0, sum(SHARED_GPU[name] * number for name, number in on_one.items()))
+    return {name: math.floor(SHARED_GPU[name] / whole * GPU_DIGITS + 1e-6) / GPU_DIGITS for name in on_one}
 
 
 def _check_shared(config: Config, counts: dict[str, int], host: str) -> None:

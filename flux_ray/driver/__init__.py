@@ -65,6 +65,9 @@ def evaluate(config: Config, *, callbacks: Sequence[Callback] = ()) -> dict[str,
 
 def _whole_life(config: Config, work: Work, callbacks: Sequence[Callback]) -> Recorder:
     """Check, make the folder, do the work on live actors; what was recorded."""
+    if not Path("/dev/nvidiactl").exists():
+        # Said beforehand, or DeepSpeed (which transformers may import) warns on the terminal that it found no GPU.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     from flux_ray import run_dir
     from flux_ray.driver.preflight import prepare
     from flux_ray.driver.recorder import Recorder
@@ -72,9 +75,6 @@ def _whole_life(config: Config, work: Work, callbacks: Sequence[Callback]) -> Re
     from flux_ray.observability.run_folder import LOG, RunFolder
     from flux_ray.observability.terminal import quiet
 
-    if not Path("/dev/nvidiactl").exists():
-        # Said beforehand, or DeepSpeed (which transformers may import) warns on the terminal that it found no GPU.
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     prepared = prepare(config)
     own_cpus = _own_cpus(prepared, trains=work is _train)
     config = run_dir.claim(prepared.config)
@@ -115,12 +115,13 @@ def _own_cpus(prepared: Prepared, *, trains: bool) -> float:
 
 def _plan(prepared: Prepared, *, gpus: int, trains: bool) -> Plan:
     """What is placed where, on a cluster of that many GPUs. UserError for what can't be."""
+    from flux_ray import algo
     from flux_ray.cluster.plan import make_plan
     from flux_ray.driver.build import check_engines
 
     plan = make_plan(
         prepared.config, cluster_gpus=gpus, needs_reference=prepared.needs_reference, trains=trains,
-        rollouts=prepared.offline is None,
+        needs_critic=algo.needs_critic(prepared.config.algo), rollouts=prepared.offline is None,
     )
     check_engines(prepared, plan)
     return plan

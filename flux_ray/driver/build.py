@@ -12,16 +12,17 @@ import dataclasses
 from typing import Any
 
 from flux_ray import algo
-from flux_ray.cluster.on_ray import Cluster, EngineCaller, RayGroup
-from flux_ray.cluster.plan import ENGINE, REFERENCE, REWARD, TRAINER, Plan, Role
+from flux_ray.cluster.on_ray import Cluster, EngineCaller, ModelCaller, RayGroup
+from flux_ray.cluster.plan import CRITIC, ENGINE, REFERENCE, REWARD, REWARD_MODEL, TRAINER, Plan, Role
 from flux_ray.config import Config
 from flux_ray.driver.offline_rooms import OfflineRooms
 from flux_ray.driver.preflight import Prepared
-from flux_ray.driver.roles import ReferencePolicy, TrainingRank
-from flux_ray.driver.rooms import PolicyRooms, SamplingRooms, TrainingRooms
-from flux_ray.driver.state import TRAINER as TRAINER_FOLDER
+from flux_ray.driver.roles import CriticRank, ReferencePolicy, TrainingRank
+from flux_ray.driver.rooms import PolicyRooms, SamplingRooms
 from flux_ray.model import context_length, resolve_dtype
+from flux_ray.names import reward_model_path, reward_name
 from flux_ray.reward import RewardWorker
+from flux_ray.reward.model import RewardModel
 from flux_ray.rollout.engine import RolloutEngine, check_kv_cache, engine_env
 
 
@@ -37,18 +38,21 @@ def check_engines(prepared: Prepared, plan: Plan) -> None:
 
 
 async def policy_rooms(prepared: Prepared, cluster: Cluster, plan: Plan) -> PolicyRooms:
-    """All four roles, started side by side; then the wire from trainer to engines."""
+    """All roles, started side by side; then the wire from trainer to engines."""
     config = prepared.config
     groups = {role.name: _spawn(config, cluster, plan, role) for role in plan.roles}
     async with asyncio.TaskGroup() as tasks:
         tasks.create_task(_build_sender(prepared, plan, groups[TRAINER]))
         tasks.create_task(_build_engines(prepared, plan, groups[ENGINE]))
-        tasks.create_task(_build_rewards(config, groups[REWARD]))
+        tasks.create_task(_build_rewards(config, plan, groups))
         if REFERENCE in groups:
             tasks.create_task(_build_reference(config, plan, groups[REFERENCE]))
+        if CRITIC in groups:
+            tasks.create_task(_build_ranks(prepared, plan, groups[CRITIC], CriticRank))
     await _connect(config, plan, groups[TRAINER], groups[ENGINE])
     return PolicyRooms(
-        config, engines=groups[ENGINE], rewards=groups[REWARD], reference=groups.get(REFERENCE), trainer=groups[TRAINER]
+        config, engines=groups[ENGINE], rewards=groups[REWARD], reference=groups.get(REFERENCE),
+        trainer=groups[TRAINER], critic=groups.get(CRITIC),
     )
 
 
@@ -58,7 +62,7 @@ async def sampling_rooms(prepared: Prepared, cluster: Cluster, plan: Plan) -> Sa
     groups = {role.name: _spawn(config, cluster, plan, role) for role in plan.roles}
     async with asyncio.TaskGroup() as tasks:
         tasks.create_task(_build_engines(prepared, plan, groups[ENGINE]))
-        tasks.create_task(_build_rewards(config, groups[REWARD]))
+        tasks.create_task(_build_rewards(config, plan, groups))
     return SamplingRooms(config, engines=groups[ENGINE], rewards=groups[REWARD])
 
 
@@ -79,26 +83,19 @@ async def offline_rooms(prepared: Prepared, cluster: Cluster, plan: Plan) -> Off
 
 
 async def _build_trainer(prepared: Prepared, plan: Plan, trainer: RayGroup) -> None:
+    await _build_ranks(prepared, plan, trainer, TrainingRank, weights_backend=plan.weights_backend)
+
+
+async def _build_ranks(prepared: Prepared, plan: Plan, ranks: RayGroup, cls: type, **more: Any) -> None:
+    """A group that trains, where its checkpoint left it."""
     config, deadline_s = prepared.config, prepared.config.cluster.start_deadline_s
-    address, port = await trainer.address(0, deadline_s=deadline_s)
-    await trainer.build(
-        TrainingRank,
-        [
-            {
-                "config": config,
-                "rank": rank,
-                "world_size": trainer.size,
-                "master_address": address,
-                "master_port": port,
-                "device": "cuda:0" if plan.device == "cuda" else "cpu",
-                "weights_backend": plan.weights_backend,
-            }
-            for rank in range(trainer.size)
-        ],
-        deadline_s=deadline_s,
-    )
+    address, port = await ranks.address(0, deadline_s=deadline_s)
+    place = {"world_size": ranks.size, "master_address": address, "master_port": port, "device": _device(plan)}
+    each = [{"config": config, "rank": rank, **place, **more} for rank in range(ranks.size)]
+    await ranks.build(cls, each, deadline_s=deadline_s)
     if prepared.checkpoint is not None:
-        await TrainingRooms(config, trainer).load_checkpoint(prepared.checkpoint / TRAINER_FOLDER)
+        folder = str(prepared.checkpoint / ranks.role)
+        await ranks.call_all("load_checkpoint", folder, deadline_s=config.train.deadline_s)
 
 
 async def _build_sender(prepared: Prepared, plan: Plan, trainer: RayGroup) -> None:
@@ -135,13 +132,34 @@ def _context(prepared: Prepared) -> int | None:
     return min(longest, context_length(str(prepared.config.model.path)))
 
 
-async def _build_rewards(config: Config, rewards: RayGroup) -> None:
-    arguments = {"config": config, "tokenizer_path": config.model.tokenizer or config.model.path}
-    await rewards.build(RewardWorker, [arguments] * rewards.size, deadline_s=config.cluster.start_deadline_s)
+async def _build_rewards(config: Config, plan: Plan, groups: dict[str, RayGroup]) -> None:
+    """The reward workers, and the reward models that they ask: replica r of model m is actor m x replicas + r."""
+    references = [reference for reference in config.reward.functions if reward_model_path(reference)]
+    rewards, models, replicas = groups[REWARD], groups.get(REWARD_MODEL), config.reward.model_replicas
+    deadline_s, tokenizer = config.cluster.start_deadline_s, config.model.tokenizer or config.model.path
+    callers: dict[str, ModelCaller] = {}
+    if models is not None:
+        callers = {reward_name(reference): ModelCaller(models.actors[m * replicas : (m + 1) * replicas])
+                   for m, reference in enumerate(references)}
+    arguments = {"config": config, "tokenizer_path": tokenizer, "models": callers}
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(rewards.build(RewardWorker, [arguments] * rewards.size, deadline_s=deadline_s))
+        if models is not None:
+            common = {
+                "tokenizer_path": tokenizer,
+                "device": _device(plan),
+                "dtype": resolve_dtype(config.model.dtype, _device(plan)),
+                "max_tokens_per_forward": config.reward.model_tokens_per_forward,
+                "attention": config.model.attention,
+                "layout": config.model.layout,
+            }
+            each = [{"path": reward_model_path(reference), **common} for reference in references
+                    for _ in range(replicas)]
+            tasks.create_task(models.build(RewardModel, each, deadline_s=deadline_s))
 
 
 async def _build_reference(config: Config, plan: Plan, reference: RayGroup) -> None:
-    device = "cuda:0" if plan.device == "cuda" else "cpu"
+    device = _device(plan)
     dtype = resolve_dtype(config.model.dtype if config.reference.dtype == "auto" else config.reference.dtype, device)
     arguments: dict[str, Any] = {
         "path": config.reference.path or config.model.path,
@@ -180,11 +198,15 @@ def _env(config: Config, plan: Plan, role: str) -> dict[str, str]:
     """
     env = {"TOKENIZERS_PARALLELISM": "false"}
     if plan.device == "cpu":
-        threads = config.train.num_threads if role == TRAINER else 1
+        threads = config.train.num_threads if role in (TRAINER, CRITIC) else 1
         env |= {"OMP_NUM_THREADS": str(threads), "CUDA_VISIBLE_DEVICES": ""}
     if role in (ENGINE, TRAINER):  # rank 0 of the trainer imports vLLM as well
         env = engine_env(plan.device, tensor_parallel_size=config.rollout.tensor_parallel_size) | env
     return env | config.cluster.env
+
+
+def _device(plan: Plan) -> str:
+    return "cuda:0" if plan.device == "cuda" else "cpu"
 
 
 def _dtype_name(name: str, device: str) -> str:

@@ -13,7 +13,7 @@ import asyncio
 import math
 
 from flux_ray.algo import filters
-from flux_ray.cluster.group import ActorError
+from flux_ray.cluster.group import ActorError, first_failure
 from flux_ray.config import Config
 from flux_ray.data import PromptSource
 from flux_ray.driver import state as saved
@@ -130,10 +130,13 @@ class Loop:
             start_s = now_s()
             batch = await self._next_batch()
             wait_s = now_s() - start_s
-            report = await self._rooms.train(batch, version=self._version)
+            trained = await self._rooms.train(batch, version=self._version)
+            report = trained.report
             train_s = now_s() - start_s - wait_s
-            publish_s = await self._rooms.publish(report.version)
-            metrics = batch_metrics(batch, version=self._version) | report.metrics
+            publish_s, learned = await first_failure(
+                [self._rooms.publish(report.version), self._rooms.train_critic(trained)]
+            )
+            metrics = batch_metrics(batch, version=self._version) | report.metrics | learned
             metrics |= {
                 "driver/wait_s": wait_s,
                 "train/step_s": train_s,
@@ -144,10 +147,10 @@ class Loop:
             await self._after_step(report.version, batch, metrics)
 
     async def _next_batch(self) -> list[ReadyGroup]:
+        """Waits until the slots let a batch go. What it makes superfluous is stopped: its prompts start again."""
         async with self._changed:
             while (taken := self._slots.take(version=self._version)) is None:
                 await self._changed.wait()
-        """Waits until the slots let a batch go. What it makes superfluous is stopped: its prompts start again."""
         self._drops.surplus(len(taken.surplus))
         self._unfinished = [*taken.surplus, *self._unfinished]
         for uid in taken.surplus:

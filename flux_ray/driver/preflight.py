@@ -12,6 +12,7 @@ import dataclasses
 import logging
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from flux_ray import algo
 from flux_ray.algo.check import check as check_algo
@@ -26,8 +27,10 @@ from flux_ray.driver.offline_data import OfflineData
 from flux_ray.driver.state import LoopState
 from flux_ray.errors import UserError
 from flux_ray.model import check_targets, context_length, load_tokenizer, skeleton
+from flux_ray.names import REWARD_MODEL, reward_model_path
 from flux_ray.plugins import load_plugins
 from flux_ray.reward import RewardFunction, count_silent, find_answer_column, resolve_functions
+from flux_ray.reward.model import check_reward_models, have_same_tokens
 from flux_ray.rollout.engine import check_engine_args
 from flux_ray.rollout.functions import get_rollout
 from flux_ray.train import check_deepspeed_options
@@ -80,12 +83,18 @@ def prepare(config: Config) -> Prepared:
     rows = load_rows(str(config.data.train), split=config.data.split, max_rows=config.data.max_rows,
                      column=config.data.prompt_column, on_bad_row=config.data.on_bad_row)
     if are_groups(rows):
+        if algo.needs_critic(config.algo):
+            raise UserError(f"data.train={config.data.train} holds groups with rewards: {config.algo.name} learns from "
+                            "what it samples itself, scored by reward.functions")
         config, offline = offline_data.read_groups(rows, config, tokenizer, context_length=limit)
         warnings += offline.warnings
         return Prepared(config, None, offline, None, needs_reference, start, checkpoint, tuple(warnings))
     prompts = PromptSource(rows, config, tokenizer, context_length=limit, role=TRAIN)
     warnings += _skipped(prompts.num_skipped, prompts.source)
     config = _with(config, "reward", functions=list(config.reward.functions) or [_default_reward(config, prompts)])
+    warnings += _reward_models(config, tokenizer, prompts)
+    if algo.needs_critic(config.algo) and config.critic.path:
+        _check_critic(config.critic.path, tokenizer, longest=prompts.longest_prompt + config.rollout.max_tokens)
     functions, silent = _rewards(config, prompts)
     warnings += silent
     check_filter(config, [function.name for function in functions])
@@ -94,6 +103,25 @@ def prepare(config: Config) -> Prepared:
         eval_prompts = PromptSource.for_eval(config, tokenizer, context_length=limit)
         warnings += _rewards(config, eval_prompts)[1]
     return Prepared(config, prompts, None, eval_prompts, needs_reference, start, checkpoint, tuple(warnings))
+
+
+def _reward_models(config: Config, tokenizer: Any, prompts: PromptSource) -> list[str]:
+    for reference in config.reward.functions:
+        path = reward_model_path(reference)
+        if path is not None:
+            _check_weights(f"reward.functions, {reference}", path)
+    return check_reward_models(config, tokenizer, longest_prompt=prompts.longest_prompt)
+
+
+def _check_critic(path: str, tokenizer: Any, *, longest: int) -> None:
+    """UserError for a critic's start that can't be opened, or can't read what the policy writes."""
+    context = context_length(path)
+    _check_weights("critic.path", path)
+    if context < longest:
+        raise UserError(f"critic.path={path}: its context is {context} tokens, prompts and responses have up to "
+                        f"{longest}")
+    if not have_same_tokens(tokenizer, load_tokenizer(path)):
+        raise UserError(f"critic.path={path}: its tokenizer isn't the policy's, whose tokens it is given as they are")
 
 
 def _default_reward(config: Config, prompts: PromptSource) -> str:
@@ -127,6 +155,7 @@ def _absolute(config: Config) -> Config:
     config = _with(config, "rollout", function=_absolute_function(config.rollout.function))
     config = _with(config, "model", path=_local(config.model.path), tokenizer=_local(config.model.tokenizer))
     config = _with(config, "reference", path=_local(config.reference.path))
+    config = _with(config, "critic", path=_local(config.critic.path))
     config = _with(config, "data", train=_local(config.data.train))
     return _with(config, "eval", data=_local(config.eval.data))
 
@@ -152,6 +181,9 @@ def _check_reference(path: str, *, length_given: bool) -> None:
 
 
 def _absolute_function(name: str) -> str:
+    model = reward_model_path(name)
+    if model is not None:
+        return f"{REWARD_MODEL}{_local(model)}"
     path, colon, function = name.rpartition(":")
     return f"{Path(path).expanduser().absolute()}:{function}" if colon and path.endswith(".py") else name
 

@@ -1,8 +1,8 @@
 """What runs inside each kind of actor: rooms put together.
 
 Takes:  the arguments that `build` sends.
-Gives:  TrainingRank (a trainer that can publish its weights), ReferencePolicy; engines and reward workers are rooms
-        as they are.
+Gives:  TrainingRank (a trainer that can publish its weights), CriticRank, ReferencePolicy; engines, reward workers and
+        reward models are rooms as they are.
 Knows:  that no room knows another: here, above them, they meet.
 """
 
@@ -18,7 +18,7 @@ from flux_ray.config import Config
 from flux_ray.model.scoring import response_sums, scoring_samples
 from flux_ray.records import PreferencePair, RolloutGroup
 from flux_ray.reference import Reference
-from flux_ray.train import Trainer
+from flux_ray.train import Critic, Trainer
 from flux_ray.weights.publish import CallEngines, Publisher
 
 MIB = 2**20
@@ -55,6 +55,14 @@ class TrainingRank(Trainer):
         ]
         gaps_S = np.concatenate(gaps)
         return float(gaps_S.mean()), float(gaps_S.max())
+
+
+class CriticRank(Critic):
+    """A rank of the critic; what the driver waits for is not what the trainer gets."""
+
+    def values_and_done(self, groups: Sequence[RolloutGroup]) -> tuple[list[list[np.ndarray]], bool]:
+        """The values, which stay in the object store, and a word for the driver that they are there."""
+        return self.values(groups), True
 
 
 class ReferencePolicy(Reference):

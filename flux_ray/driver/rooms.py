@@ -18,6 +18,7 @@ from flux_ray.batch import balance
 from flux_ray.cluster.group import ActorDied, ActorGroup, first_failure
 from flux_ray.config import Config
 from flux_ray.driver.clock import now_s
+from flux_ray.driver.critic_rooms import CriticRooms
 from flux_ray.driver.rolling import Rolled, Rolling
 from flux_ray.records import Prompt, ScoredGroup, StepReport
 from flux_ray.rollout.dispatch import Lengths
@@ -33,6 +34,14 @@ class ReadyGroup:
     reference: Any | None  # reference to the reference policy's log-probs
     score_s: float  # seconds that it took to be scored, waiting for a worker included
     reference_s: float
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a training step gave, and what is left for the critic to learn from it: its calls, by rank."""
+
+    report: StepReport
+    for_critic: list[dict[str, Any]] | None
 
 
 class SamplingRooms:
@@ -94,7 +103,7 @@ class SamplingRooms:
 
 
 class PolicyRooms(SamplingRooms):
-    """Engines, reward workers, reference actors (or none) and training ranks."""
+    """Engines, reward workers, reference actors (or none), training ranks and a critic's (or none)."""
 
     def __init__(
         self,
@@ -104,11 +113,13 @@ class PolicyRooms(SamplingRooms):
         rewards: ActorGroup,
         reference: ActorGroup | None,
         trainer: ActorGroup,
+        critic: ActorGroup | None = None,
     ) -> None:
         super().__init__(config, engines=engines, rewards=rewards)
         self._reference, self._trainer = reference, trainer
         self._reference_router = Router(reference.size) if reference else None
-        self.training = TrainingRooms(config, trainer)
+        self._critic = CriticRooms(config, critic) if critic else None
+        self.training = TrainingRooms(config, trainer, critic)
 
     async def reference(self, rolled: Rolled) -> Any | None:
         """A reference to the frozen policy's log-probs; None where no KL is asked for."""
@@ -121,10 +132,10 @@ class PolicyRooms(SamplingRooms):
             )
             return logprobs
 
-    async def train(self, batch: list[ReadyGroup], *, version: int) -> StepReport:
+    async def train(self, batch: list[ReadyGroup], *, version: int) -> Trained:
         """One training step on these groups. A group stays whole: each rank gets some of them, balanced by tokens."""
         shares = balance([int(group.scored.num_tokens.sum()) for group in batch], self._trainer.size)
-        calls = []
+        calls: list[dict[str, Any]] = []
         for share in shares:
             groups = [batch[i] for i in share]
             calls.append(
@@ -135,7 +146,23 @@ class PolicyRooms(SamplingRooms):
                     "version": version,
                 }
             )
-        return await self.training.step("train_step", calls)
+        if self._critic is None:
+            return Trained(await self.training.step("train_step", calls), None)
+        values = await self._critic.values([call["groups"] for call in calls])
+        calls = [{**call, "values": given} for call, given in zip(calls, values, strict=True)]
+        report, returns = await self.training.step_and_returns(calls)
+        kept = ("groups", "scores", "values", "version")
+        return Trained(report, [{**{name: call[name] for name in kept}, "returns": given}
+                                for call, given in zip(calls, returns, strict=True)])
+
+    async def train_critic(self, trained: Trained) -> dict[str, float]:
+        """The critic's step on the same groups, each of its ranks with the share of the policy's; nothing without one.
+
+        It needs neither the policy nor the engines: they may take new weights meanwhile.
+        """
+        if self._critic is None or trained.for_critic is None:
+            return {}
+        return await self._critic.learn(trained.for_critic)
 
     async def probe(self, prompt: Prompt) -> dict[str, float]:
         """weights/logprob_gap_* of a few tokens that each engine samples right after a publish.
@@ -169,11 +196,12 @@ class PolicyRooms(SamplingRooms):
 
 
 class TrainingRooms:
-    """The training ranks: the part that every loop shares."""
+    """The training ranks, and the critic's beside them (or none): the part that every loop shares."""
 
-    def __init__(self, config: Config, trainer: ActorGroup) -> None:
+    def __init__(self, config: Config, trainer: ActorGroup, critic: ActorGroup | None = None) -> None:
         self._config = config
         self._trainer = trainer
+        self._trained = [trainer, critic] if critic else [trainer]
 
     async def step(self, method: str, calls: list[dict[str, Any]]) -> StepReport:
         """The same method on every rank, each with its own share; rank 0's report (reduced over ranks already)."""
@@ -185,11 +213,27 @@ class TrainingRooms:
         running = [self._trainer.call(rank, method, deadline_s=deadline_s, **call) for rank, call in enumerate(calls)]
         return await first_failure(running)
 
-    async def save_checkpoint(self, folder: Path) -> None:
-        await self._trainer.call_all("save_checkpoint", str(folder), deadline_s=self._config.train.deadline_s)
+    async def step_and_returns(self, calls: list[dict[str, Any]]) -> tuple[StepReport, list[Any]]:
+        """A policy's step with a critic's values; a reference to each rank's returns beside the report."""
+        started = [self._trainer.submit(rank, "train_step_and_returns", num_returns=2, **call)
+                   for rank, call in enumerate(calls)]
+        reports = await first_failure([
+            self._trainer.result(report, index=rank, what="train_step", deadline_s=self._config.train.deadline_s)
+            for rank, (report, _) in enumerate(started)
+        ])
+        return reports[0], [returns for _, returns in started]
 
-    async def load_checkpoint(self, folder: Path) -> None:
-        await self._trainer.call_all("load_checkpoint", str(folder), deadline_s=self._config.train.deadline_s)
+    async def save_checkpoint(self, folder: Path) -> None:
+        """One folder in it for each group that is trained, by its role."""
+        await self._all("save_checkpoint", {group.role: folder / group.role for group in self._trained})
 
     async def save_model(self, folder: Path) -> None:
-        await self._trainer.call_all("save_model", str(folder), deadline_s=self._config.train.deadline_s)
+        """The policy (or what else the training ranks train) in `folder`; a critic beside it, by its role."""
+        await self._all("save_model", {self._trainer.role: folder} | {
+            group.role: folder.with_name(group.role) for group in self._trained if group is not self._trainer})
+
+    async def _all(self, method: str, folders: dict[str, Path]) -> None:
+        deadline_s = self._config.train.deadline_s
+        await first_failure([
+            group.call_all(method, str(folders[group.role]), deadline_s=deadline_s) for group in self._trained
+        ])

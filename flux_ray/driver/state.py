@@ -21,7 +21,7 @@ from flux_ray.errors import UserError
 if TYPE_CHECKING:
     from flux_ray.driver.rooms import TrainingRooms
 
-STATE, TRAINER = "driver.json", "trainer"
+STATE = "driver.json"
 
 
 @dataclass(frozen=True)
@@ -81,10 +81,10 @@ def find(path: str) -> Path:
 
 
 async def save_whole(checkpoints: Path, state: LoopState, rooms: TrainingRooms, *, keep: int) -> None:
-    """A checkpoint of the trainer and of the loop; older ones beyond `keep` go."""
+    """A checkpoint of what is trained and of the loop; older ones beyond `keep` go."""
     folder = checkpoint_folder(checkpoints, state.step)
     folder.mkdir(parents=True, exist_ok=True)
-    await rooms.save_checkpoint(folder / TRAINER)
+    await rooms.save_checkpoint(folder)
     save(folder, state)
     prune(checkpoints, keep)
 
