@@ -46,6 +46,7 @@ ONLY: dict[str, tuple[Any, str]] = {
     "resume": (None, "it starts anew"),
     "model.layout": ("auto", "it pads"),
     "train.deepspeed": ({}, "it runs in one process"),
+    "train.lora.rank": (0, "adapters are trained on Ray alone"),
 }
 
 
@@ -69,8 +70,9 @@ def _problems(config: Config) -> Iterator[str]:
     if name not in {**ALGORITHMS, **PAIR_LOSSES}:
         yield str(unknown("algorithm", name, {**ALGORITHMS, **PAIR_LOSSES}))
     for key, (value, why) in ONLY.items():
-        room, _, last = key.rpartition(".")
-        given = getattr(getattr(config, room) if room else config, last)
+        given: Any = config
+        for part in key.split("."):
+            given = getattr(given, part)
         if given != value:
             yield f"{key}={given} isn't there: {why}"
     if name in PAIR_LOSSES:

@@ -66,6 +66,7 @@ def test_a_micro_batch_keeps_to_the_token_budget(budget, size):
     ("grpo", {"max_staleness": 1}, "driver.max_staleness=1 isn't there: it is synchronous"),
     ("gspo", {"aggregation": "token_mean"}, "algo.aggregation=token_mean isn't there for gspo"),
     ("rloo", {"entropy_coef": 0.1}, "algo.entropy_coef=0.1 isn't there for rloo"),
+    ("grpo", {"train.lora.rank": 8}, "train.lora.rank=8 isn't there: adapters are trained on Ray alone"),
 ])
 def test_what_it_has_not_is_refused_by_name(algorithm, options, message):
     with pytest.raises(UserError, match="backend=trl") as caught:
