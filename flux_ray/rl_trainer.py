@@ -12,7 +12,7 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from flux_ray import algo
+from flux_ray import algo, names
 from flux_ray.api import FluxConfig, FluxTrainer, Reward, outside_loop
 from flux_ray.config import Config
 from flux_ray.errors import UserError, unknown
@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from flux_ray.driver import TrainingResult
 
 BACKENDS = ("ray", "trl", "unsloth")
-#: Algorithms that people ask for by this call and that learn from something else than groups of rollouts.
-NOT_YET = {"ppo": "needs a critic"}
 
 
 class RLTrainer:
@@ -54,29 +52,45 @@ def create_rl_trainer(
 ) -> RLTrainer:
     """A trainer of `model_name` on `dataset_name` (a file, or a hub data set).
 
-    `rewards`: as FluxTrainer has them; `options`: as FluxConfig has them. algorithm="dpo" (ipo, cdpo, reward_model)
-    learns from preference rows (chosen, rejected); for the others such rows, without a prompt column, give the prompt
-    that both share.
+    `rewards`: as FluxTrainer has them, beside the reward model if both are given; `reward_model_name`: a folder or hub
+    name of a sequence classification model with one label; `options`: as FluxConfig has them. algorithm="dpo" (ipo,
+    cdpo, reward_model) learns from preference rows (chosen, rejected); for the others such rows, without a prompt
+    column, give the prompt that both share.
 
     >>> trainer = create_rl_trainer(model_name="Qwen/Qwen3-0.6B", dataset_name="data.jsonl", algorithm="drgrpo")
     >>> trainer.backend, trainer.config.algo.name
     ('ray', 'dr_grpo')
 
-    Raises UserError: an unknown algorithm or backend (with the nearest), an option that the backend hasn't.
+    Raises UserError: an unknown algorithm or backend (with the nearest), an option that the backend hasn't, a reward
+    model where another one is named too or nothing is scored.
     """
     if backend not in BACKENDS:
         raise unknown("backend", backend, BACKENDS)
-    there = ", ".join(sorted({*algo.ALGORITHMS, *algo.KINDS}))
-    if algorithm in NOT_YET:
-        raise UserError(f"algorithm {algorithm!r} isn't there yet: it {NOT_YET[algorithm]} (there are {there})")
-    if reward_model_name is not None:
-        raise UserError(f"reward_model_name={reward_model_name!r}: reward models aren't there yet: give functions "
-                        "(rewards=...), or data with an answer column")
     config = FluxConfig(model_path=model_name, algorithm=algorithm, **{"data.train": dataset_name}, **options)
     if config.algo.name not in algo.KINDS and not config.plugins:   # a plugin's are known where it is loaded
         algo.resolve(config.algo)
+    if reward_model_name is not None:
+        rewards = _with_model(config, rewards, reward_model_name)
     if backend != "ray":
         from flux_ray.backends.trl_settings import check_trl
 
+        if algo.needs_critic(config.algo) or reward_model_name is not None:
+            what = f"no {algorithm}: it has no critic" if algo.needs_critic(config.algo) else "no reward models"
+            raise UserError(f"backend={backend} has {what}; use backend=ray (ours, the default)")
         check_trl(config)
     return RLTrainer(config, backend=backend, rewards=rewards)
+
+
+def _with_model(config: Config, rewards: Reward | Sequence[Reward] | None, model: str) -> list[Reward]:
+    """The run's rewards with the model among them. UserError where nothing is scored, or by another model too."""
+    if config.algo.name in algo.KINDS:
+        raise UserError(f"reward_model_name={model!r}: algorithm {config.algo.name!r} scores nothing: leave it out")
+    several: list[Reward] = list(config.reward.functions)
+    if rewards is not None:
+        several = [rewards] if isinstance(rewards, str) or callable(rewards) else list(rewards)
+    named = f"{names.REWARD_MODEL}{model}"
+    for reward in several:
+        if isinstance(reward, str) and names.reward_model_path(reward) not in (None, model):
+            raise UserError(f"reward_model_name={model!r} and reward.functions' {reward!r} are two reward models: give "
+                            "both in reward.functions, with reward.weights, or one of them")
+    return several if named in several else [*several, named]

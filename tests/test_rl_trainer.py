@@ -28,11 +28,25 @@ def test_what_is_promised_by_name(algorithm, backend):
     assert make(algorithm=algorithm, backend=backend).backend == backend
 
 
+def test_ppo_with_a_reward_model():
+    trainer = make(algorithm="ppo", reward_model_name="org/judge")
+    assert trainer.config.algo.name == "ppo" and trainer.config.reward.functions == ["model:org/judge"]
+    assert (trainer.config.algo.kl_coef, trainer.config.algo.beta) == (0.05, 0.0)
+    beside = make(algorithm="ppo", reward_model_name="org/judge", rewards="length", **{"reward.weights": [0.1, 1.0]})
+    assert beside.config.reward.functions == ["length", "model:org/judge"]
+    named = make(algorithm="grpo", reward_model_name="r", **{"reward.functions": ["model:r", "numeric"]})
+    assert named.config.reward.functions == ["model:r", "numeric"]
+
+
 @pytest.mark.parametrize(("given", "message"), [
-    ({"algorithm": "ppo"}, "algorithm 'ppo' isn't there yet: it needs a critic"),
+    ({"algorithm": "ppo", "backend": "trl"}, "backend=trl has no ppo: it has no critic; use backend=ray"),
+    ({"algorithm": "ppo", "backend": "unsloth", "reward_model_name": "r"}, "backend=unsloth has no ppo"),
+    ({"backend": "trl", "reward_model_name": "r"}, "backend=trl has no reward models"),
+    ({"backend": "trl", "reward.functions": ["model:r"]}, "reward.functions has model:r: our reward models"),
+    ({"reward_model_name": "r", "reward.functions": ["model:other"]}, "'r' and reward.functions' 'model:other'"),
+    ({"algorithm": "dpo", "reward_model_name": "r"}, "algorithm 'dpo' scores nothing"),
     ({"algorithm": "grop"}, "unknown algorithm 'grop': did you mean 'grpo'"),
     ({"backend": "try"}, "unknown backend 'try'"),
-    ({"reward_model_name": "r"}, "reward_model_name='r': reward models aren't there yet"),
     ({"backend": "trl", "algorithm": "cdpo"}, "backend=trl: unknown algorithm 'cdpo': did you mean 'dpo'"),
     ({"backend": "trl", "algorithm": "dpo", "reference_free": True}, "algo.reference_free=True isn't there"),
     ({"backend": "trl", "algorithm": "ipo", "pair_logprobs": "sum"}, "algo.pair_logprobs=sum isn't there"),

@@ -17,13 +17,14 @@ from tests.tiny import tiny_model
 pytestmark = pytest.mark.unit
 
 SEEDS = Path(__file__).parents[2] / "shared" / "seeds"
-NOT_YET = ("ppo",)
 BARE = r"^(?:from \w+ import .*?^trainer\.fit\(.*?\)$|@register.*?^\.\.\.$)"
 YAML = "algorithm:\nname: grpo\nclip_range: 0.2 # x\nentropy_coef: 0.01\nnormalize_advantages: true\n"
 #: Blocks of the same kind that always run, wherever the printed ones are.
 OWN = {
     "own call": 'trainer = create_rl_trainer(\n model_name="a/b",\n dataset_name="c/d",\n algorithm="drgrpo",\n'
                 ' backend="trl" # a remark\n)',
+    "own ppo": 'trainer = create_rl_trainer(\n model_name="a/b",\n dataset_name="c/d",\n algorithm="ppo",\n'
+               ' backend="unsloth",\n reward_model_name="e/f"\n)',
     "own trainer": 'from flux import FluxConfig, FluxTrainer\nconfig = FluxConfig(\nmodel_path="a/b",\n'
                    'algorithm="grpo",\nalgorithm_config={\n"clip_range": 0.2,\n"group_size": 4,\n}\n)\n'
                    'trainer = FluxTrainer(config)\ntrainer.fit(prompts="data.jsonl")',
@@ -74,10 +75,10 @@ def test_the_printed_pages_are_here():
 def test_one_call(name, local, tmp_path):
     block = BLOCKS[name]
     algorithm, backend = (re.search(rf'{key}="(\w+)"', block)[1] for key in ("algorithm", "backend"))
-    if algorithm in NOT_YET:
-        with pytest.raises(UserError, match=f"algorithm '{algorithm}' isn't there yet: .*there are .*grpo"):
+    if algorithm == "ppo" and backend != "ray":
+        with pytest.raises(UserError, match=f"backend={backend} has no ppo: it has no critic; use backend=ray"):
             local(block)
-        return
+        block, backend = block.replace(f'backend="{backend}"', 'backend="ray"'), "ray"
     trainer = local(block)["trainer"]
     assert trainer.backend == backend and trainer.config.algo.name == {"drgrpo": "dr_grpo"}.get(algorithm, algorithm)
     assert trainer.config.data.train == "data.jsonl"
@@ -85,7 +86,8 @@ def test_one_call(name, local, tmp_path):
     replies = ("a", "a" if algorithm == "dpo" else "b")   # whole runs are the system tests'
     chosen, rejected = (f"{start} {reply}" for reply in replies)
     (tmp_path / "data.jsonl").write_text(f'{{"chosen": "{chosen}", "rejected": "{rejected}"}}\n')
-    with pytest.raises(UserError, match=r"needs the trl package|no reward: .*reward\.functions|no pair is left"):
+    with pytest.raises(UserError, match=r"needs the trl package|no reward: .*reward\.functions|no pair is left"
+                                        r"|functions, model:.* is no sequence classification model"):
         trainer.train()
 
 

@@ -15,6 +15,7 @@ from typing import Any
 from flux_ray import algo
 from flux_ray.config import Config, preset
 from flux_ray.errors import UserError, unknown
+from flux_ray.names import reward_model_path
 
 #: algorithm ► what makes it one in GRPOConfig; rloo has a trainer of its own
 ALGORITHMS: dict[str, dict[str, Any]] = {
@@ -78,6 +79,9 @@ def _problems(config: Config) -> Iterator[str]:
     if name in PAIR_LOSSES:
         yield from _pair_problems(config)
         return
+    for reference in config.reward.functions:
+        if reward_model_path(reference) is not None:
+            yield f"reward.functions has {reference}: our reward models are served on Ray alone"
     chosen = preset(name).get("filter", {}).get("reward")
     if config.filter.reward not in (None, chosen):
         yield f"filter.reward={config.filter.reward} isn't there: it has no dynamic sampling"
