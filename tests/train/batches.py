@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import numpy as np
 
-from flux_ray.records import FINISH_LENGTH, FINISH_STOP, Prompt, RolloutGroup, Sample, ScoredGroup, Trajectory
+from flux_ray.records import (
+    FINISH_LENGTH,
+    FINISH_STOP,
+    PreferencePair,
+    Prompt,
+    RolloutGroup,
+    Sample,
+    ScoredGroup,
+    Trajectory,
+)
 
 
 def rollout_group(uid: int, *, group_size: int = 4, version: int = 0, vocab: int = 64) -> RolloutGroup:
@@ -38,6 +47,18 @@ def scored(group: RolloutGroup) -> ScoredGroup:
 def reference_logprobs(group: RolloutGroup) -> list[np.ndarray]:
     rng = np.random.default_rng(group.prompt.uid + 200)
     return [np.where(t.loss_mask, rng.normal(-4, 0.2, t.num_tokens), 0).astype(np.float32) for t in group.trajectories]
+
+
+def pairs(seed: int, count: int) -> list[PreferencePair]:
+    """Ragged pairs with margins; some responses are a token long."""
+    rng = np.random.default_rng(seed)
+    made = []
+    for row in range(count):
+        prompt = rng.integers(3, 64, int(rng.integers(1, 6)))
+        chosen, rejected = (np.concatenate([prompt, rng.integers(3, 64, int(rng.integers(1, 12)))]).astype(np.int32)
+                            for _ in range(2))
+        made.append(PreferencePair(row, len(prompt), chosen, rejected, float(rng.uniform(0, 1))))
+    return made
 
 
 def supervised(seed: int, count: int) -> list[Sample]:

@@ -259,10 +259,10 @@ def one_rank(rank: Rank) -> dict[str, Any]:
 SCENARIOS: dict[str, Callable[[Rank], dict[str, Any]]] = {"one_rank": one_rank, "two_ranks": two_ranks}
 
 
-def main() -> None:
+def main(scenarios: dict[str, Callable[[Rank], dict[str, Any]]]) -> None:
     name, world_size, port, folder, number = sys.argv[1:]
     rank = Rank(int(world_size), int(port), Path(folder), int(number))
-    result = SCENARIOS[name](rank)
+    result = scenarios[name](rank)
     if rank.rank == 0:
         (rank.folder / f"{name}.json").write_text(json.dumps(result))
     dist.barrier()  # nobody leaves while another still uses the group
@@ -270,4 +270,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(SCENARIOS)
