@@ -64,8 +64,7 @@ def prepare(config: Config) -> Prepared:
     assert config.model.path is not None  # validate has seen to it
     limit = config.rollout.max_model_len or context_length(config.model.path)
     _check_weights("model.path", config.model.path)
-    if config.train.lora.rank:
-        check_targets(skeleton(config.model.path), config.train.lora)
+    _check_targets(config)
     tokenizer = load_tokenizer(config.model.tokenizer or config.model.path)
     checkpoint = saved.find(config.resume) if config.resume else None
     start = saved.load(checkpoint) if checkpoint else LoopState(step=0, next_uid=0)
@@ -171,6 +170,13 @@ def _check_weights(key: str, path: str) -> None:
     folder = Path(path)
     if folder.is_dir() and not any(True for pattern in WEIGHTS for _ in folder.glob(pattern)):
         raise UserError(f"{key}={path}: the folder holds no weights ({', '.join(WEIGHTS)})")
+
+
+def _check_targets(config: Config) -> None:
+    """UserError for train.lora.targets that a model which is trained, a critic's among them, hasn't."""
+    critic = config.critic.path if algo.needs_critic(config.algo) else None
+    for path in filter(None, (config.model.path, critic) if config.train.lora.rank else ()):
+        check_targets(skeleton(path), config.train.lora)
 
 
 def _check_reference(path: str, *, length_given: bool) -> None:

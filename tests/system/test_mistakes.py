@@ -55,6 +55,8 @@ def refused(model, tmp_path, monkeypatch, capfd):
      "batch.prompts_per_step=6 must divide by algo.mini_batches=4"),
     (["batch.prompts_per_step=8", "train.num_ranks=3"], "must divide by train.num_ranks=3"),
     (["model.path=/no/such/model"], "/no/such/model"),
+    (["train.lora.rank=4", "train.lora.targets=[q_proj,lm_hed]"], "'lm_hed' (known: all-linear, down_proj, gate_proj"),
+    (["train.lora.rank=4", "train.lora.targets=[lm_head]"], "'lm_head' is lm_head (the model's head): linear layers"),
     (["data.train=no_such.jsonl"], "no_such.jsonl: no such file"),
     (["data.prompt_column=promt"], "data.jsonl: unknown column 'promt': did you mean 'prompt'?"),
     (["rollout.max_tokens=62"], "data.jsonl row 1 (from 1): column 'prompt': 4 tokens, more than the 2 that"),
