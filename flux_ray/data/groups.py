@@ -66,7 +66,7 @@ class GroupSource:
             if longest > context_length:
                 bad.add(number, BadCell(f"{longest} tokens, more than the context of {context_length}"))
                 continue
-            group = _group(number, rows.rows[number][config.data.prompt_column], mine, rewards_G)
+            group = _group(rows.numbers[number] - 1, rows.rows[number][config.data.prompt_column], mine, rewards_G)
             cause = filters.refusal(group.scored, config.filter)
             self.dropped.update([cause] if cause else [])
             self._groups.extend([] if cause else [group])

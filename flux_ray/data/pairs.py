@@ -63,7 +63,8 @@ class PairSource:
         self._pairs: list[PreferencePair] = []
         for number in texts:
             try:
-                self._pairs.append(_pair(number, next(samples), next(samples), margins[number], context_length))
+                both = next(samples), next(samples)
+                self._pairs.append(_pair(rows.numbers[number] - 1, *both, margins[number], context_length))
             except _NoPair as none:
                 self.skipped[none.cause] += 1
             except BadCell as error:

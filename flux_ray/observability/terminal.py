@@ -24,7 +24,9 @@ log = logging.getLogger(__name__)
 STEP_COLUMNS = (
     ("reward/mean", "reward", "{:.3f}"),
     ("actor/loss", "loss", "{:.4f}"),
-    ("train/loss", "loss", "{:.4f}"),  # supervised
+    ("train/loss", "loss", "{:.4f}"),  # without rollouts
+    ("pairs/accuracy", "accuracy", "{:.3f}"),
+    ("pairs/margin", "margin", "{:.3f}"),
     ("rollout/response_length_mean", "length", "{:.1f}"),
     ("actor/entropy", "entropy", "{:.3f}"),
     ("actor/grpo_kl", "kl", "{:.4f}"),

@@ -1,0 +1,174 @@
+"""The short loop: what each kind of data asks of the ranks, when it is evaluated; the reference is asked once."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from flux_ray.config import Config, from_dict
+from flux_ray.data import GroupSource, PairSource, SftSource
+from flux_ray.data.rows import load_rows
+from flux_ray.driver import offline
+from flux_ray.driver.kept_reference import KeptReference
+from flux_ray.driver.offline_data import OfflineData
+from flux_ray.driver.offline_rooms import OfflineRooms
+from flux_ray.driver.recorder import Recorder
+from flux_ray.driver.state import LoopState
+from flux_ray.observability.run_folder import EVAL, METRICS, RunFolder, read_lines
+from flux_ray.observability.terminal import Terminal
+from flux_ray.records import StepReport
+from tests.driver.local import LocalGroup
+from tests.tiny import tiny_tokenizer
+from tests.train.batches import pairs
+
+pytestmark = pytest.mark.unit
+
+PAIRS = [{"prompt": f"{i}+{i}=", "chosen": str(2 * i), "rejected": "x"} for i in range(12)]
+GROUPS = [{"prompt": f"{i}+{i}=", "responses": [str(2 * i), "x"], "rewards": [1, 0]} for i in range(12)]
+STEPS = 5
+
+
+@dataclass
+class Noting:
+    """A training rank, or a reference actor, that notes what it is given."""
+
+    calls: list[tuple[str, Any]] = field(default_factory=list)
+    asked: list[int] = field(default_factory=list)
+
+    def pair_step(self, *, pairs: Any, reference_logprobs: Any) -> StepReport:
+        self.calls.append(("pair_step", reference_logprobs))
+        assert reference_logprobs is None or len(reference_logprobs) == len(pairs) > 0
+        return StepReport(len(self.calls), {"train/loss": 0.5})
+
+    def pair_metrics(self, *, pairs: Any, reference_logprobs: Any) -> dict[str, float]:
+        self.calls.append(("pair_metrics", len(pairs)))
+        return {"train/loss": 0.4, "pairs/accuracy": 1.0, "pairs/margin": 0.2}
+
+    def pair_reference(self, pairs: Any) -> list[tuple[float, float]]:
+        self.asked += [pair.row for pair in pairs]
+        return [(-1.0 - pair.row, -2.0) for pair in pairs]
+
+    def sft_step(self, samples: Any) -> StepReport:
+        self.calls.append(("sft_step", len(samples)))
+        return StepReport(len(self.calls), {"train/loss": 0.5})
+
+    def sft_metrics(self, samples: Any) -> dict[str, float]:
+        self.calls.append(("sft_metrics", len(samples)))
+        return {"train/loss": 0.4, "train/num_tokens": 7.0}
+
+    async def train_step(self, *, groups: Any, scores: Any, reference_logprobs: Any, version: int) -> StepReport:
+        rows = None if reference_logprobs is None else [await row for row in reference_logprobs]
+        self.calls.append(("train_step", (len(groups), version, rows)))
+        return StepReport(version + 1, {"actor/loss": 0.5})
+
+    def logprobs_and_done(self, group: Any) -> tuple[list[np.ndarray], bool]:
+        self.asked.append(group.prompt.row)
+        return [np.zeros(t.num_tokens, np.float32) for t in group.trajectories], True
+
+
+def run(config: Config, data: OfflineData, folder: Path, *, ranks: list[Noting], reference: Noting | None) -> None:
+    async def whole() -> None:
+        run_folder = RunFolder(folder)
+        run_folder.create(config, resume_step=None)
+        recorder = Recorder(config, folder=run_folder, terminal=Terminal(io.StringIO(), enabled=False))
+        rooms = OfflineRooms(config, trainer=LocalGroup("trainer", ranks),  # type: ignore[arg-type]
+                             reference=LocalGroup("reference", [reference]) if reference else None)  # type: ignore[arg-type]
+        work = offline.make_work(config, data=data, rooms=rooms, recorder=recorder)
+        await offline.OfflineLoop(config, rooms=rooms, work=work, recorder=recorder,
+                                  start=LoopState(0, next_uid=0)).run()
+
+    asyncio.run(whole())
+
+
+def config_of(algorithm: str, **more: Any) -> Config:
+    return from_dict({"algo.name": algorithm, "batch.prompts_per_step": 6, "driver.num_steps": STEPS, "model.path": "m",
+                      "eval.every": 2, "eval.data": "e", "data.shuffle": False, **more})
+
+
+def test_pairs_with_evaluations_and_a_reference_that_is_asked_once(tmp_path):
+    config = config_of("dpo", **{"reference.max_tokens_per_forward": 40})
+    source = PairSource.from_config(config, tiny_tokenizer(), context_length=64, rows=PAIRS)
+    ranks, reference = [Noting(), Noting()], Noting()
+    run(config, OfflineData(source, source, ()), tmp_path, ranks=ranks, reference=reference)
+    assert sorted(reference.asked) == list(range(12))   # over five steps and four evaluations
+    assert [call for call, _ in ranks[0].calls] == [
+        "pair_metrics", *["pair_step"] * 2, "pair_metrics", *["pair_step"] * 2, "pair_metrics", "pair_step",
+        "pair_metrics"]
+    assert sum(len(given) for rank in ranks for call, given in rank.calls if call == "pair_step") == 6 * STEPS
+    assert [line["step"] for line in read_lines(tmp_path / METRICS)] == list(range(STEPS))
+    lines = read_lines(tmp_path / EVAL)
+    assert [line["step"] for line in lines] == [0, 2, 4, 5]
+    assert {"eval/loss": 0.4, "eval/accuracy": 1.0, "eval/margin": 0.2}.items() <= lines[0].items()
+
+
+@pytest.mark.parametrize("algorithm", ["reward_model", "dpo"])
+def test_nobody_is_asked_without_a_reference(tmp_path, algorithm):
+    more = {"algo.reference_free": True} if algorithm == "dpo" else {}
+    config = config_of(algorithm, **more)
+    source = PairSource.from_config(config, tiny_tokenizer(), context_length=64, rows=PAIRS)
+    rank = Noting()
+    run(config, OfflineData(source, None, ()), tmp_path, ranks=[rank], reference=None)
+    assert rank.calls == [("pair_step", None)] * STEPS
+
+
+def test_without_a_model_of_its_own_the_ranks_are_the_reference(tmp_path):
+    """As with LoRA: the policy without its adapter."""
+    config = config_of("dpo")
+    source = PairSource.from_config(config, tiny_tokenizer(), context_length=64, rows=PAIRS)
+    ranks = [Noting(), Noting()]
+    run(config, OfflineData(source, None, ()), tmp_path, ranks=ranks, reference=None)
+    assert sorted(ranks[0].asked + ranks[1].asked) == list(range(12))
+    sums = [sums for rank in ranks for call, given in rank.calls if call == "pair_step" for sums in given]
+    assert sorted(set(sums)) == sorted((-1.0 - row, -2.0) for row in range(12))
+
+
+def test_completions(tmp_path):
+    config = config_of("sft")
+    rows = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in PAIRS]
+    source = SftSource.from_config(config, tiny_tokenizer(), context_length=64, rows=rows)
+    rank = Noting()
+    run(config, OfflineData(source, source, ()), tmp_path, ranks=[rank], reference=None)
+    assert rank.calls.count(("sft_step", 6)) == STEPS and rank.calls.count(("sft_metrics", 12)) == 4
+    assert read_lines(tmp_path / EVAL)[0]["eval/loss"] == 0.4
+
+
+def test_given_groups(tmp_path):
+    config = config_of("grpo", **{"eval.data": None, "eval.every": 0})
+    rows = load_rows(GROUPS, split="train", max_rows=None)
+    source = GroupSource(rows, config, tiny_tokenizer(), context_length=64)
+    ranks, reference = [Noting(), Noting()], Noting()
+    run(config, OfflineData(source, None, ()), tmp_path, ranks=ranks, reference=reference)
+    assert [given[:2] for _, given in ranks[0].calls] == [(3, step) for step in range(STEPS)]
+    assert all(len(given[2]) == 3 for _, given in ranks[1].calls) and len(reference.asked) == 6 * STEPS
+    lines = read_lines(tmp_path / METRICS)
+    assert lines[0]["reward/mean"] == 0.5 and lines[0]["actor/loss"] == 0.5
+
+
+def test_kept_log_probs_are_of_one_reference_and_one_pair(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    folder.path.mkdir()
+    batch = pairs(3, 5)
+    asked: list[int] = []
+
+    async def ask(missing: list[Any]) -> list[tuple[float, float]]:
+        asked.extend(pair.row for pair in missing)
+        return [(-0.1 - pair.row, -1 / 3) for pair in missing]
+
+    async def check() -> None:
+        kept = KeptReference(folder, path="a", ask=ask)
+        first = await kept.of([*batch, batch[0]])
+        assert asked == [0, 1, 2, 3, 4] and first[0] == first[-1] == (-0.1, -1 / 3)
+        assert await kept.of(batch[::-1]) == first[:5][::-1] and len(asked) == 5
+        resumed = KeptReference(RunFolder(tmp_path / "elsewhere"), path="a", ask=ask, earlier=folder.path)
+        assert await resumed.of(batch) == first[:5] and len(asked) == 5   # to the last bit
+        (tmp_path / "other").mkdir()
+        await KeptReference(RunFolder(tmp_path / "other"), path="b", ask=ask, earlier=folder.path).of(batch[:2])
+        assert asked[5:] == [0, 1]
+
+    asyncio.run(check())

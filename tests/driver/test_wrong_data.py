@@ -1,0 +1,87 @@
+"""Data that an objective can't learn from are refused by name before anything starts; what is left out is told."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from flux_ray.config import from_dict, preset
+from flux_ray.data import GroupSource, PairSource, SftSource
+from flux_ray.driver.preflight import Prepared, prepare
+from flux_ray.errors import UserError
+from tests.tiny import tiny_model
+
+pytestmark = pytest.mark.unit
+
+START = "\n\nHuman: hi\n\nAssistant:"
+PROMPTS = [{"prompt": "1+1=", "answer": "2"}]
+PAIRS = [{"chosen": f"{START} a", "rejected": f"{START} b"}, {"chosen": f"{START} c", "rejected": START}]
+GROUPS = [{"prompt": "1+1=", "responses": ["2", "3"], "rewards": [1.0, 0.0]}]
+COMPLETIONS = [{"prompt": "1+1=", "completion": "2"}]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny_model(tmp_path_factory.mktemp("model") / "model", tied=True, context=64)
+
+
+@pytest.fixture
+def prepared(model, tmp_path):
+    def make(algorithm: str, rows: list[dict[str, Any]], **options: Any) -> Prepared:
+        file = tmp_path / "data.jsonl"
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return prepare(from_dict({**preset(algorithm), "model.path": str(model), "data.train": str(file),
+                                  "rollout.max_tokens": 8, **options}))
+
+    return make
+
+
+@pytest.mark.parametrize(("algorithm", "rows", "message"), [
+    ("dpo", PROMPTS, "algo.name=dpo learns from preference pairs: no column 'chosen'"),
+    ("reward_model", GROUPS, "algo.name=reward_model learns from preference pairs: no column 'chosen'"),
+    ("ipo", COMPLETIONS, "(columns: prompt, completion)"),
+    ("sft", PAIRS, "preference pairs (chosen, rejected) are for algo=dpo, ipo, cdpo or reward_model"),
+    ("sft", PROMPTS, "nothing to learn from: no column 'completion'"),
+    ("grpo", PAIRS[:1], "no reward"),   # their shared start is a prompt
+    ("grpo", COMPLETIONS, "no reward"),
+    ("grpo", [{"chosen": "x", "rejected": "y"}], "share no text up to a reply"),
+    ("grpo", [{**GROUPS[0], "rewards": [1.0]}], "row 1 (from 1): column 'rewards': 1 rewards for 2 responses"),
+])
+def test_the_wrong_kind_of_data(prepared, algorithm, rows, message):
+    with pytest.raises(UserError) as caught:
+        prepared(algorithm, rows)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_what_is_evaluated_must_be_of_the_same_kind(prepared, tmp_path):
+    (tmp_path / "eval.jsonl").write_text(json.dumps(PROMPTS[0]) + "\n")
+    with pytest.raises(UserError, match=r"eval\.jsonl: algo\.name=dpo learns from preference pairs"):
+        prepared("dpo", PAIRS, **{"eval.data": str(tmp_path / "eval.jsonl")})
+
+
+@pytest.mark.parametrize(("algorithm", "rows", "kind", "asks"), [
+    ("dpo", PAIRS, PairSource, True), ("reward_model", PAIRS, PairSource, False),
+    ("sft", COMPLETIONS, SftSource, False), ("grpo", GROUPS, GroupSource, True), ("rloo", GROUPS, GroupSource, True),
+    ("dr_grpo", GROUPS, GroupSource, False), ("dapo", GROUPS, GroupSource, False),
+])
+def test_the_right_kind_needs_no_engine(prepared, algorithm, rows, kind, asks):
+    got = prepared(algorithm, rows)
+    assert got.offline is not None and isinstance(got.offline.train, kind)
+    assert got.prompts is None and got.needs_reference == asks
+    if kind is GroupSource:
+        assert got.config.rollout.group_size == 2 and got.config.reward.functions == []
+
+
+def test_pairs_left_out_and_columns_that_nobody_reads_are_told(prepared):
+    rows = [{**row, "margin": 1.0} for row in PAIRS]
+    first, second = prepared("dpo", rows).warnings
+    assert first.endswith("data.jsonl: pairs left out: 1 empty")
+    assert "column 'margin' is read by algo=reward_model alone" in second
+    assert len(prepared("reward_model", rows).warnings) == 1
+
+
+def test_a_context_too_short_for_a_pair(prepared):
+    with pytest.raises(UserError, match=r"row 1 \(from 1\): column 'chosen': 26 tokens, more than the context of 20"):
+        prepared("dpo", PAIRS, **{"rollout.max_model_len": 20})
