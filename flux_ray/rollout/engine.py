@@ -26,6 +26,7 @@ import numpy as np
 
 from flux_ray.config import Config, RolloutConfig
 from flux_ray.errors import UserError
+from flux_ray.lifetime import PLUGIN
 from flux_ray.records import FINISH_LENGTH, FINISH_STOP, Completion, Prompt, RolloutGroup
 from flux_ray.rollout.functions import Turns, get_rollout
 
@@ -104,7 +105,7 @@ def check_kv_cache(model_path: str, *, context: int, dtype_bytes: int, kv_cache_
 
 def engine_env(device: str, *, tensor_parallel_size: int) -> dict[str, str]:
     """Environment of the engine's process, set before vLLM is imported there."""
-    env = {"VLLM_NO_USAGE_STATS": "1", "TOKENIZERS_PARALLELISM": "false", "VLLM_PLUGINS": "flux_ray_gloo"}
+    env = {"VLLM_NO_USAGE_STATS": "1", "TOKENIZERS_PARALLELISM": "false", "VLLM_PLUGINS": f"flux_ray_gloo,{PLUGIN}"}
     if device == "cpu":
         # Two OpenMP pools on one core are twenty times slower than one: each process computes with one thread, unbound.
         env |= {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}

@@ -68,9 +68,12 @@ def test_sigterm_to_the_driver(toys, tmp_path, start, when):
 
 
 def test_a_driver_that_is_killed_leaves_no_process(toys, tmp_path, start):
-    """SIGKILL: it can tell nobody."""
-    program = start(*supervised(toys, tmp_path / "run", "driver.num_steps=1000000"), folder=tmp_path)
-    program.wait_for("step +3/")
+    """SIGKILL: it can tell nobody, neither its actors nor the process that vLLM started in one of them."""
+    program = start(*supervised(toys, tmp_path / "run", "driver.num_steps=1000000"), "algo=grpo", "algo.beta=0",
+                    "reward.functions=[length]", "rollout.max_tokens=8",
+                    "cluster.env.VLLM_ENABLE_V1_MULTIPROCESSING='1'", folder=tmp_path)
+    program.wait_for("step +2/")
+    assert program.named("EngineCore").is_running()
     program.process.send_signal(signal.SIGKILL)
     assert program.end(deadline_s=END_DEADLINE_S) == -signal.SIGKILL
 

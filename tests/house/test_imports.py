@@ -18,6 +18,7 @@ LEVELS = {
     "flux_ray.config": 0,
     "flux_ray.names": 0,
     "flux_ray.errors": 0,
+    "flux_ray.lifetime": 0,
     "flux_ray.plugins": 0,
     "flux_ray.run_dir": 0,
     "flux_ray.observability.metrics": 0,

@@ -1,0 +1,36 @@
+"""A process that must not outlive the one that started it, however that one ended.
+
+Takes:  nothing.
+Gives:  `end_with_parent`; `register`, an entry point of vLLM's general plugins for the processes that vLLM starts.
+Knows:  SIGKILL (the kernel's, when memory is short) lets nobody say goodbye, and an orphan keeps its memory or GPU.
+Never:  ends a process that this run did not start.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import threading
+import time
+
+LOOK_EVERY_S = 1.0  # a parent's death shows that late: runs promise to be gone within 15 s
+PLUGIN = "flux_ray_lifetime"  # as pyproject.toml names the entry point
+
+
+def end_with_parent() -> None:
+    """From now on this process ends, at once and without cleaning up, when its parent has."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(LOOK_EVERY_S)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="end with parent", daemon=True).start()
+
+
+def register() -> None:
+    """Called in each of vLLM's processes; of use in those that vLLM itself started for an engine of ours."""
+    asked_for = PLUGIN in os.environ.get("VLLM_PLUGINS", "").split(",")
+    if asked_for and multiprocessing.parent_process() is not None:
+        end_with_parent()
