@@ -7,8 +7,9 @@ from flux_ray.errors import UserError
 pytestmark = pytest.mark.unit
 
 
-def plan(gpus=0, reference=False, rollouts=True, trains=True, **options):
-    return make_plan(from_dict(options), cluster_gpus=gpus, needs_reference=reference, rollouts=rollouts, trains=trains)
+def plan(gpus=0, reference=False, critic=False, rollouts=True, trains=True, **options):
+    return make_plan(from_dict(options), cluster_gpus=gpus, needs_reference=reference, needs_critic=critic,
+                     rollouts=rollouts, trains=trains)
 
 
 def test_on_cpu_every_role_has_its_bundles_and_every_engine_its_own_group():
@@ -75,3 +76,31 @@ def test_what_no_cluster_could_place_is_refused_by_name(gpus, options, words):
 def test_more_references_than_ranks_to_live_with():
     with pytest.raises(UserError, match=r"reference\.num_actors must not exceed train\.num_ranks"):
         plan(gpus=1, reference=True, rollouts=False, **{"reference.num_actors": 2})
+
+
+MODELS = {"reward.functions": ["numeric", "model:/a", "model:/b"], "reward.model_replicas": 2}
+
+
+def test_a_critic_is_as_large_as_the_training_group_and_each_reward_model_has_its_replicas():
+    got = plan(critic=True, **{"train.num_ranks": 2}, **MODELS)
+    assert [(role.name, role.count) for role in got.roles] == [
+        ("engine", 1), ("trainer", 2), ("critic", 2), ("reward_model", 4), ("reward", 1)]
+    assert got.bundles()["critic"] == [[{"CPU": 1.0}] * 2]   # they start together: one placement group
+    alone = plan(critic=False, trains=False, **MODELS)
+    assert [role.name for role in alone.roles] == ["engine", "reward_model", "reward"]
+
+
+def test_on_gpus_of_their_own():
+    got = plan(gpus=8, reference=True, critic=True, **{"train.num_ranks": 2}, **MODELS)
+    assert got.total["GPU"] == 1 + 2 + 2 + 1 + 4 and got.weights_backend == "nccl"
+    assert {role.name: role.gpus for role in got.roles}["reward"] == 0.0
+
+
+def test_on_one_gpu_all_of_them_live_in_the_engines_place():
+    got = plan(gpus=1, reference=True, critic=True, **MODELS)
+    shares = {role.name: role.gpus * role.count for role in got.roles}
+    assert got.total["GPU"] == 1.0 and 0.99 < sum(shares.values()) <= 1.0
+    assert {role.name for role in got.roles if role.inside == "engine"} == {
+        "trainer", "critic", "reference", "reward_model"}
+    assert got.bundles()["engine"] == [[{"CPU": 1.0 + 1 + 1 + 1 + 4, "GPU": 1.0}]]
+    assert plan(gpus=1, reference=True).role("engine").gpus == 0.4   # where there is room, nobody's share is less

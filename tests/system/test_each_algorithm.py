@@ -6,10 +6,12 @@ import math
 
 import pytest
 from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification
 
 from flux_ray import FluxConfig, FluxTrainer, algo
+from tests.model.test_score import written
 from tests.system.kept import KeptCluster
-from tests.system.program import metrics
+from tests.system.program import NUMBERS, metrics
 from tests.system.test_run import MAX_GAP
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(400)]
@@ -41,14 +43,14 @@ def run(_kept, toys, tmp_path, monkeypatch):
     """The lines of a short run of an algorithm; its model is in tmp_path/run/model."""
     monkeypatch.setattr("flux_ray.cluster.on_ray.Cluster", _kept)
 
-    def fit(name: str) -> list[dict]:
+    def fit(name: str, **more) -> list[dict]:
         options = {"model.path": str(toys.tied), "rollout.max_tokens": 8, "batch.prompts_per_step": 4, "num_ranks": 2,
                    "train.learning_rate": 1e-3, "train.warmup_steps": 0, "num_steps": NUM_STEPS, "progress": False,
-                   "reward.functions": ["digits"], "run_dir": str(tmp_path / "run"), **OPTIONS.get(name, {})}
+                   "reward.functions": ["digits"], "run_dir": str(tmp_path / "run"), **OPTIONS.get(name, {}), **more}
         given = [f"{toys.rewards}:{f}" if f == "digits" else f for f in options["reward.functions"]]
         config = FluxConfig(algorithm=name, **{**options, "reward.functions": given})
         result = FluxTrainer(config).fit(str(toys.data))
-        assert result.num_steps == NUM_STEPS
+        assert result.num_steps == options["num_steps"]
         return metrics(result.run_dir)
 
     return fit
@@ -70,3 +72,32 @@ def test_a_short_run(name, run, toys, tmp_path):
         assert lines[1]["actor/kl_coef"] != lines[0]["actor/kl_coef"]
     before, after = (load_file(folder / "model.safetensors") for folder in (toys.tied, tmp_path / "run" / "model"))
     assert any((before[key] != after[key]).any() for key in before)
+
+
+def test_ppo_on_a_reward_model_beside_a_rule(run, toys, tmp_path):
+    """The critic learns, alone at first; it is in the checkpoint, from which the run goes on exactly."""
+    judge = written(toys.tied, tmp_path / "judge")
+    options = {
+        "reward.functions": ["digits", f"model:{judge}"], "reward.weights": [1.0, 0.1], "critic.warmup_steps": 2,
+        "critic.learning_rate": 1e-2, "epochs": 2, "mini_batches": 2, "kl_target": 1.0, "num_steps": 6,
+        "checkpoint.every": 3, "checkpoint.keep": 2,
+    }
+    lines = run("ppo", **options)
+    assert [("actor/loss" in line) for line in lines] == [False, False, True, True, True, True]
+    for line in lines:
+        assert line["reward/mean"] == pytest.approx(line["reward/digits"] + 0.1 * line["reward/judge"], abs=1e-9)
+        assert line["critic/grad_norm"] > 0 and line["critic/step_s"] > 0 and "actor/reward_kl" in line
+        assert {"critic/clip_frac", "critic/return_mean", "critic/learning_rate"} <= set(line)
+    explained = [line["critic/explained_variance"] for line in lines]
+    assert explained[0] == 0 and sum(explained[3:]) > 0, explained
+    assert lines[0]["critic/value_mean"] == 0   # its head starts at 0
+    assert lines[3]["critic/loss"] < lines[0]["critic/loss"]
+
+    folder = tmp_path / "run"
+    checkpoint = folder / "checkpoints" / "step-000003"
+    assert {path.name for path in checkpoint.iterdir()} == {"trainer", "critic", "driver.json"}
+    assert AutoModelForSequenceClassification.from_pretrained(folder / "critic").config.num_labels == 1
+    again = run("ppo", **options, resume=str(checkpoint), run_dir=str(tmp_path / "resumed"))
+    watched = (*NUMBERS, "critic/loss", "critic/explained_variance", "actor/kl_coef", "reward/judge")
+    went_on, resumed = ([[line[name] for name in watched] for line in of] for of in (lines[3:], again))
+    assert resumed == went_on
