@@ -99,6 +99,7 @@ def explain(overrides: list[str]) -> None:
 def _explain(config: Config) -> None:
     from flux_ray.algo.check import check
     from flux_ray.algo.explain import explain as explained
+    from flux_ray.algo.trial import try_registered
     from flux_ray.plugins import load_plugins
 
     load_plugins(config.plugins)
@@ -107,6 +108,7 @@ def _explain(config: Config) -> None:
     data = dataclasses.replace(config.data, train=config.data.train or NOT_GIVEN)
     config = configs.validate(dataclasses.replace(config, model=model, data=data))
     warnings = check(config)
+    try_registered(config)
     for heading, text in explained(config):
         print(f"{heading:<12} {text}")
     for warning in warnings:
@@ -130,7 +132,10 @@ def compose(overrides: list[str], *, then: Callable[[Config], None]) -> None:
 
     composed: list[tuple[configs.DictConfig, list[str]]] = []
 
+    written = [match["key"] for match in map(OVERRIDE.fullmatch, overrides) if match]
+
     def task(tree: configs.DictConfig) -> None:
+        names.refuse_ambiguous(tree.algo.name, written)
         settings = HydraConfig.get()
         if settings.mode == RunMode.MULTIRUN:
             tree.run_dir = tree.run_dir or settings.runtime.output_dir

@@ -106,10 +106,15 @@ def flatten(values: Mapping[str, Any], *, options: Collection[str]) -> dict[str,
         if key in flat and flat[key] != value:
             raise UserError(f"{key}: {said_by[key]} says {flat[key]!r} and {written} says {value!r}; give one of them")
         flat[key], said_by[key] = value, written
-    if flat.get("algo.name") == "cispo" and "epsilon_high" in said_by.get("algo.clip_range_high", ""):
+    refuse_ambiguous(flat.get("algo.name"), [said_by.get("algo.clip_range_high", "")])
+    return flat
+
+
+def refuse_ambiguous(algorithm: str | None, written: Collection[str]) -> None:
+    """UserError where a name that was written means another number elsewhere, for this algorithm."""
+    if algorithm == "cispo" and any(name.rpartition(".")[2] == "epsilon_high" for name in written):
         raise UserError("epsilon_high: for cispo some libraries mean the bound itself by it (5 is our 4): "
                         "give algo.clip_range_high, which the bound is 1 above")
-    return flat
 
 
 def _leaves(values: Mapping[str, Any], *, prefix: str, options: Collection[str]) -> Iterator[tuple[str, Any]]:

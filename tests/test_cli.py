@@ -80,6 +80,7 @@ def test_the_last_of_one_name_wins_but_two_names_may_not_disagree(capsys):
     assert config.rollout.group_size == 6
     message = refusal(capsys, "n=2", "rollout.group_size=6")
     assert message == "rollout.group_size: n=2 and rollout.group_size=6; give one of them"
+    assert refusal(capsys, "algo=cispo", "epsilon_high=5").startswith("epsilon_high: for cispo some libraries mean")
 
 
 def test_values_with_spaces_and_braces():

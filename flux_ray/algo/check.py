@@ -14,7 +14,7 @@ from typing import Any
 
 from flux_ray.algo.algorithms import Algorithm, resolve
 from flux_ray.algo.check_kinds import check_kind, ignored_by_rollouts
-from flux_ray.algo.estimators import GAE_KNOBS, find_adv_estimator
+from flux_ray.algo.estimators import ESTIMATOR_KNOBS, GAE_KNOBS, find_adv_estimator
 from flux_ray.algo.kinds import REINFORCEMENT, kind_of
 from flux_ray.algo.losses import PolicyLoss, find_policy_loss
 from flux_ray.config import AlgoConfig, Config, CriticConfig, preset
@@ -89,10 +89,16 @@ def _ignored(algo: AlgoConfig, algorithm: Algorithm) -> Iterator[str]:
             if key not in loss.reads and _changed(algo, key):
                 yield f"algo.{key}={getattr(algo, key)} is not read by the loss {algorithm.policy_loss}: leave it out"
     if estimator.ours:
-        for key in GAE_KNOBS:
-            if key not in estimator.reads and _changed(algo, key):
+        for key in ESTIMATOR_KNOBS:
+            if key not in estimator.reads and _chosen(algo, key):
+                hint = ", or choose algo=ppo" if key in GAE_KNOBS else ""
                 yield (f"algo.{key}={getattr(algo, key)} is not read by the estimator {algorithm.estimator}: leave it "
-                       "out, or choose algo=ppo")
+                       f"out{hint}")
+    unread = {"kl_estimator": not algo.beta and "algo.beta", "off_policy_level": algo.off_policy == "none"
+              and "algo.off_policy", "old_logprobs": loss.ours and not loss.ratio and "a loss with a ratio"}
+    for key, missing in unread.items():
+        if missing and _chosen(algo, key):
+            yield f"algo.{key}={getattr(algo, key)} is not read without {missing}: leave it out"
     if algo.options and loss.ours and estimator.ours:
         yield f"algo.options={algo.options} is for registered functions: {algorithm.name} takes none"
     for key in ("kl_target", "kl_horizon"):
@@ -132,8 +138,7 @@ def _oddities(config: Config, algorithm: Algorithm) -> Iterator[str]:
         yield f"algo.beta={algo.beta} and algo.kl_coef={algo.kl_coef}: the KL is paid twice, in loss and reward"
     if algorithm.sequence_level and algorithm.aggregation not in ("sequence", "sequence_mean"):
         yield f"algo.aggregation={algorithm.aggregation} with {name}: a longer sequence weighs more in the loss"
-    clipped = any(_changed(algo, key) and getattr(algo, key) != _preset(algo.name).get(key)
-                  for key in ("clip_range", "clip_range_high", "dual_clip"))
+    clipped = any(_chosen(algo, key) for key in ("clip_range", "clip_range_high", "dual_clip"))
     one_update = not algorithm.several_updates and algo.old_logprobs == "trainer"
     if algorithm.ratio_loss and one_update and clipped:
         yield (f"the clip of {name} can't bind: there is one update per batch (algo.epochs × algo.mini_batches = 1), "
@@ -148,6 +153,11 @@ def _oddities(config: Config, algorithm: Algorithm) -> Iterator[str]:
 
 def _changed(algo: AlgoConfig, key: str) -> bool:
     return getattr(algo, key) != getattr(_DEFAULTS, key)
+
+
+def _chosen(algo: AlgoConfig, key: str) -> bool:
+    """Changed, and not by the algorithm's own preset."""
+    return _changed(algo, key) and getattr(algo, key) != _preset(algo.name).get(key)
 
 
 def _preset(name: str) -> dict[str, Any]:

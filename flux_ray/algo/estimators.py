@@ -211,6 +211,7 @@ def _whiten(values_NL: torch.Tensor, mask_NL: torch.Tensor, reduce: Reduce) -> t
 
 #: Options of algo that an estimator reads only where it says so.
 GAE_KNOBS = ("gamma", "gae_lambda", "whiten_advantages")
+ESTIMATOR_KNOBS = (*GAE_KNOBS, "normalize_by_std")
 
 
 @dataclass(frozen=True)
@@ -219,15 +220,17 @@ class Estimator:
     needs_groups: bool        # compares the rows of a group: a group of one teaches nothing
     needs_whole_batch: bool   # its numbers depend on every row of the step
     needs_values: bool = False  # a critic's
-    reads: tuple[str, ...] = ()  # those of GAE_KNOBS that it reads
+    reads: tuple[str, ...] = ()  # those of ESTIMATOR_KNOBS that it reads
     ours: bool = True
 
 
 #: name ► estimator; `register_adv_estimator` adds to it
 ESTIMATORS: dict[str, Estimator] = {
-    "grpo": Estimator(grpo, needs_groups=True, needs_whole_batch=False),
-    "grpo_vectorized": Estimator(grpo_vectorized, needs_groups=True, needs_whole_batch=False),
-    "dr_grpo": Estimator(dr_grpo, needs_groups=True, needs_whole_batch=False),
+    "grpo": Estimator(grpo, needs_groups=True, needs_whole_batch=False, reads=("normalize_by_std",)),
+    "grpo_vectorized": Estimator(
+        grpo_vectorized, needs_groups=True, needs_whole_batch=False, reads=("normalize_by_std",)),
+    # false is what it always does; true is remarked on
+    "dr_grpo": Estimator(dr_grpo, needs_groups=True, needs_whole_batch=False, reads=("normalize_by_std",)),
     "rloo": Estimator(rloo, needs_groups=True, needs_whole_batch=False),
     "reinforce": Estimator(reinforce, needs_groups=False, needs_whole_batch=False),
     "reinforce_pp": Estimator(reinforce_pp, needs_groups=False, needs_whole_batch=True),

@@ -17,6 +17,7 @@ from typing import Any
 from flux_ray import algo
 from flux_ray.algo.check import check as check_algo
 from flux_ray.algo.filters import check_filter
+from flux_ray.algo.trial import try_registered
 from flux_ray.config import Config, validate
 from flux_ray.data import PromptSource, are_groups
 from flux_ray.data.prompts import TRAIN
@@ -58,6 +59,7 @@ def prepare(config: Config) -> Prepared:
     load_plugins(config.plugins)
     config = validate(config)
     warnings = list(check_algo(config))
+    try_registered(config)
     check_engine_args(config.rollout)
     check_deepspeed_options(config)
     get_rollout(config.rollout.function)
