@@ -135,10 +135,10 @@ def compose(overrides: list[str], *, then: Callable[[Config], None]) -> None:
     written = [match["key"] for match in map(OVERRIDE.fullmatch, overrides) if match]
 
     def task(tree: configs.DictConfig) -> None:
-        names.refuse_ambiguous(tree.algo.name, written)
         settings = HydraConfig.get()
         if settings.mode == RunMode.MULTIRUN:
             tree.run_dir = tree.run_dir or settings.runtime.output_dir
+            names.refuse_ambiguous(tree.algo.name, written)
             then(configs.from_tree(tree))
         else:
             words = configs.OmegaConf.to_container(settings.overrides.task, resolve=False)
@@ -153,6 +153,7 @@ def compose(overrides: list[str], *, then: Callable[[Config], None]) -> None:
         except HydraException as error:
             raise _one_line(error) from error
     for tree, words in composed:
+        names.refuse_ambiguous(tree.algo.name, written)
         then(configs.from_tree(_resumed(tree, words) if tree.resume else tree))
 
 
