@@ -130,7 +130,7 @@ def test_their_advantages_are_ours_but_for_the_constant(algorithm):
     torch.testing.assert_close(ours.view(2, 4) * factor, theirs, rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("algorithm", ["dapo", "rloo"])
+@pytest.mark.parametrize("algorithm", ["grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo"])
 def test_a_short_training(model, data, tmp_path, algorithm):
     config = config_of(model, data, algorithm, tmp_path / "run", **{"reward.functions": ["numeric", "length"]})
     seen: list[int] = []
