@@ -1,7 +1,8 @@
 """Two-digit addition, and a model small enough to learn it on a laptop in minutes.
 
 Takes:  a folder to make, a seed.
-Gives:  model/ (characters as tokens, random weights), train.jsonl, eval.jsonl (held out).
+Gives:  model/ (characters as tokens, random weights), train.jsonl, eval.jsonl (held out); pairs.jsonl and
+        pairs_eval.jsonl: the same prompts with the right sum preferred to a wrong one.
 Knows:  all 8,100 sums of two numbers from 10 to 99; `completion` is a fallible teacher's, `answer` the truth.
 """
 
@@ -48,6 +49,11 @@ def make_addition(folder: str | Path, *, seed: int = 0, num_eval: int = NUM_EVAL
     rows = [{"prompt": f"{a}+{b}=", "completion": _taught(a + b, teacher), "answer": str(a + b)} for a, b in pairs]
     write_jsonl(folder / "eval.jsonl", rows[:num_eval])
     write_jsonl(folder / "train.jsonl", rows[num_eval:])
+    critic = random.Random(seed + 2)
+    preferred = [{"prompt": row["prompt"], "chosen": row["answer"], "rejected": _wrong(int(row["answer"]), critic)}
+                 for row in rows]
+    write_jsonl(folder / "pairs_eval.jsonl", preferred[:num_eval])
+    write_jsonl(folder / "pairs.jsonl", preferred[num_eval:])
     tokenizer = character_tokenizer(CHARACTERS)
     save_model(tokenizer, folder / "model", sizes=sizes, seed=seed, embedding_range=EMBEDDING_RANGE)
     return folder
@@ -56,6 +62,12 @@ def make_addition(folder: str | Path, *, seed: int = 0, num_eval: int = NUM_EVAL
 def _taught(total: int, teacher: random.Random) -> str:
     """What the teacher writes: mostly the sum."""
     return str(total + (teacher.choice(SLIPS) if teacher.random() < TEACHER_SLIPS else 0))
+
+
+def _wrong(total: int, chance: random.Random) -> str:
+    """A slip, or just as often any number of at most four digits, which a policy may write as well."""
+    wrong = chance.choice([total + chance.choice(SLIPS), chance.randrange(10 ** chance.randrange(1, 5))])
+    return str(wrong if wrong != total else total + 1)
 
 
 def character_tokenizer(characters: str) -> Tokenizer:

@@ -63,6 +63,11 @@ def refused(model, tmp_path, monkeypatch, capfd):
     (["rollout.max_tokens=64"], "rollout.max_tokens=64 leaves no room for a prompt in a context of 64 tokens"),
     (["reward.functions=[no_such.py:f]"], "no_such.py"),
     (["reward.functions=[numerci]"], "'numerci'"),
+    (["algo=ppo", "reward.functions=['model:/no/such']"],
+     "reward.functions, model:/no/such: model '/no/such': no such folder"),
+    (["algo=ppo", "critic.path=/no/such"], "model '/no/such': no such folder"),
+    (["critic.warmup_steps=2"], "critic.warmup_steps=2 is read by nothing: grpo has no critic (algo=ppo has one)"),
+    (["algo.gae_lambda=0.5"], "algo.gae_lambda=0.5 is not read by the estimator grpo"),
     (["rollout.engine_args.dtype=half"], "rollout.engine_args.dtype can't be set there: model.dtype"),
     (["rollout.engine_args.pipeline_parallel_size=2"], "one engine is one tensor-parallel group: rollout.num_engines"),
     (["rollout.engine_args.data_parallel_size=2"], "one engine is one tensor-parallel group: rollout.num_engines"),
@@ -157,3 +162,18 @@ def test_local_paths_are_absolute_and_hub_names_stay(model, tmp_path, monkeypatc
     assert config.data.train == str(tmp_path / "train.jsonl") and config.eval.data == str(tmp_path / "eval.jsonl")
     unused = prepare(from_dict({**given, "algo.beta": 0.0, "reference.path": "someone/some-model"})).config
     assert unused.reference.path == "someone/some-model"
+
+
+def test_ppo_wants_a_reward_model_that_is_one_and_a_critic_that_reads_its_tokens(refused, model, tmp_path):
+    said = refused("algo=ppo", f"reward.functions=['model:{model}']")
+    assert said.endswith("is no sequence classification model (architectures: Qwen3ForCausalLM)")
+    other = tiny_model(tmp_path / "other", tied=True, context=64, vocab=40)
+    assert "its tokenizer isn't the policy's" in refused("algo=ppo", f"critic.path={other}")
+    short = tiny_model(tmp_path / "short", tied=True, context=16)
+    said = refused("algo=ppo", f"critic.path={short}")
+    assert "its context is 16 tokens, prompts and responses have up to 20" in said
+    (tmp_path / "bare.jsonl").write_text('{"prompt": "1+1="}\n' * 8)
+    assert refused("algo=ppo", "data.train=bare.jsonl").startswith("no reward: reward.functions is empty")
+    groups = {"prompt": "1+1=", "responses": ["2", "3"], "rewards": [1.0, 0.0]}
+    (tmp_path / "groups.jsonl").write_text((json.dumps(groups) + "\n") * 8)
+    assert "groups.jsonl holds groups with rewards: ppo learns from" in refused("algo=ppo", "data.train=groups.jsonl")

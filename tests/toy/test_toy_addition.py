@@ -35,6 +35,13 @@ def test_the_teacher_slips_as_often_as_said_and_by_one_or_ten(toy):
     assert set(wrong) == set(SLIPS)
 
 
+def test_pairs_prefer_the_right_sum_on_the_same_prompts(toy):
+    for name, pairs in (("train", "pairs"), ("eval", "pairs_eval")):
+        rows, preferred = read(toy / f"{name}.jsonl"), read(toy / f"{pairs}.jsonl")
+        assert [(row["prompt"], row["answer"]) for row in rows] == [(row["prompt"], row["chosen"]) for row in preferred]
+        assert all(int(row["chosen"]) != int(row["rejected"]) for row in preferred)
+
+
 def test_the_tokenizer_comes_back_the_same(toy):
     tokenizer = AutoTokenizer.from_pretrained(toy / "model")
     ids = tokenizer("12+30=")["input_ids"]
@@ -57,5 +64,5 @@ def test_a_seed_makes_one_toy_and_the_callers_random_state_stays(toy, tmp_path):
     again = make_addition(tmp_path / "again", seed=3)
     assert torch.equal(before, torch.get_rng_state())
     other = make_addition(tmp_path / "other", seed=4)
-    for name in ("train.jsonl", "eval.jsonl", "model/model.safetensors"):
+    for name in ("train.jsonl", "eval.jsonl", "pairs.jsonl", "model/model.safetensors"):
         assert (toy / name).read_bytes() == (again / name).read_bytes() != (other / name).read_bytes()
