@@ -39,6 +39,8 @@ ONLY: dict[str, tuple[Any, str]] = {
     "reward.combine": ("sum", "where it normalises each reward alone it whitens their sum over the batch as well"),
     "reward.on_failure": ("stop", "it drops no groups"),
     "rollout.function": ("single_turn", "our rollouts need our engines"),
+    "rollout.split_groups": (1, "it generates in its own process"),
+    "filter.oversample": (0.0, "it has no dynamic sampling"),
     "rollout.stop": ([], "it stops at the end token alone"),
     "rollout.ignore_eos": (False, "it stops at the end token"),
     "driver.max_staleness": (0, "it is synchronous"),

@@ -45,7 +45,9 @@ def length_metrics(groups: list[ScoredGroup], prefix: str) -> dict[str, float]:
 
 
 def batch_metrics(batch: list[ReadyGroup], *, version: int) -> dict[str, float]:
-    """All of them for one step. rollout/s: from the first request to the last answer; group_s: mean of a group."""
+    """All of them for one step. rollout/s: from the first request to the last answer; group_s: mean of a group;
+    spanning_frac: share of the samples that went on after new weights had come.
+    """
     groups = [group.scored for group in batch]
     rolled = [group.rolled for group in batch]
     seconds = max(r.end_s for r in rolled) - min(r.start_s for r in rolled)
@@ -61,6 +63,7 @@ def batch_metrics(batch: list[ReadyGroup], *, version: int) -> dict[str, float]:
             "reward/group_s": float(np.mean([group.score_s for group in batch])),
             "reference/group_s": float(np.mean([group.reference_s for group in batch])),
             "rollout/tokens": float(tokens),
+            "rollout/spanning_frac": sum(r.num_spanning for r in rolled) / sum(len(group.rewards) for group in groups),
             "rollout/tokens_per_s": tokens / seconds,
             "driver/staleness_mean": float(np.mean(staleness)) if staleness else 0.0,
             "driver/staleness_max": float(max(staleness, default=0)),

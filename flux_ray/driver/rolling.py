@@ -26,6 +26,7 @@ class Rolled:
     group: Any  # reference to a RolloutGroup
     row: int  # of the data, from 0
     num_tokens: int  # sampled tokens
+    num_spanning: int  # samples whose tokens are of more than one version
     engine: int  # that holds it
     start_s: float  # on the driver's clock
     end_s: float
@@ -67,7 +68,7 @@ class Rolling:
             except asyncio.CancelledError:
                 self._engines.cancel(small)
                 raise
-            return Rolled(group, prompt.row, int(numbers["num_tokens"]), engine, start_s, now_s())
+            return Rolled(group, prompt.row, engine=engine, start_s=start_s, end_s=now_s(), **numbers)
 
     async def _joined(self, prompt: Prompt, parts: list[Rolled]) -> Rolled:
         """One group of the parts, made where the first of them lies."""
@@ -75,5 +76,5 @@ class Rolling:
         group, done = self._engines.submit(engine, "join", prompt, [part.group for part in parts], num_returns=2)
         deadline_s = self._config.rollout.deadline_s
         await self._engines.result(done, index=engine, what="joining a group's parts", deadline_s=deadline_s)
-        start_s = min(part.start_s for part in parts)
-        return Rolled(group, prompt.row, sum(part.num_tokens for part in parts), engine, start_s, now_s())
+        num_tokens, num_spanning = sum(p.num_tokens for p in parts), sum(p.num_spanning for p in parts)
+        return Rolled(group, prompt.row, num_tokens, num_spanning, engine, min(p.start_s for p in parts), now_s())

@@ -48,6 +48,7 @@ class Slots:
     _ready: dict[int, Any] = field(default_factory=dict)  # uid ► its finished group
     _refused: set[int] = field(default_factory=set)  # spares that a filter refused: their turn may never come
     _taken: set[int] = field(default_factory=set)  # in the step that is being trained
+    _awaited: set[int] = field(default_factory=set)  # the next batch waits for one of these to end, if there are any
 
     @property
     def in_flight(self) -> list[int]:
@@ -73,6 +74,8 @@ class Slots:
     def ready(self, uid: int, group: Any) -> None:
         assert uid in self._born and uid not in self._taken, uid
         self._ready[uid] = group
+        if uid in self._awaited:
+            self._awaited = set()
 
     def drop(self, uid: int, *, version: int) -> None:
         """A filter refused the group: the first spare moves up, or its slot is free again.
@@ -81,6 +84,7 @@ class Slots:
         """
         assert uid in self._born and uid not in self._ready, uid
         self._refused.add(uid)
+        self._awaited = set()
         while gone := self._refused & set(self._sorted(version + bool(self._taken))[0]):
             for refused in gone:
                 del self._born[refused]
@@ -92,7 +96,7 @@ class Slots:
         Those born first go first. It waits for `prompts_per_step` of the core, and while what it would leave of the
         core behind could not all be trained on in time.
         """
-        if len(self._ready) < self.prompts_per_step:
+        if len(self._ready) < self.prompts_per_step or self._awaited:
             return None
         core, spare = self._sorted(version)
         chosen = [uid for uid in core if uid in self._ready][: self.prompts_per_step]
@@ -100,6 +104,7 @@ class Slots:
         if len(chosen) < self.prompts_per_step:
             return None
         if not all(self._in_time(born, place, version=version + 1) for place, born in enumerate(left)):
+            self._awaited = set(core[: core.index(chosen[-1])]) - set(self._ready)  # whoever else ends changes nothing
             return None
         self._taken = set(chosen)
         surplus = [uid for uid in spare if not self._in_time(self._born[uid], 0, version=version + 1)]

@@ -188,7 +188,7 @@ class RolloutEngine:
         check_engine_args(config)
         return args | config.engine_args
 
-    async def roll(self, prompt: Prompt, temperature: float | None = None) -> tuple[RolloutGroup, dict[str, float]]:
+    async def roll(self, prompt: Prompt, temperature: float | None = None) -> tuple[RolloutGroup, dict[str, int]]:
         """The group of one prompt, and small numbers for the driver.
 
         Raises TimeoutError after rollout.deadline_s: whoever waited for the engine is told which prompt it was.
@@ -208,7 +208,8 @@ class RolloutEngine:
                 f"{prompt.row + 1} (from 1); it must give prompt.num_samples={prompt.num_samples}"
             )
         group = RolloutGroup(prompt, tuple(trajectories))
-        return group, {"num_tokens": float(sum(t.num_loss_tokens for t in trajectories))}
+        spanning = sum(t.oldest_version != t.newest_version for t in trajectories)
+        return group, {"num_tokens": sum(t.num_loss_tokens for t in trajectories), "num_spanning": spanning}
 
     def join(self, prompt: Prompt, parts: Sequence[RolloutGroup]) -> tuple[RolloutGroup, bool]:
         """The group of a prompt whose parts several engines generated; and a word that it is there."""

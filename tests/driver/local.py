@@ -83,7 +83,7 @@ class Parts:
     referenced: list[int] = field(default_factory=list)
     trained: list[list[int]] = field(default_factory=list)
 
-    async def roll(self, prompt: Prompt, temperature: float | None) -> tuple[RolloutGroup, dict[str, float]]:
+    async def roll(self, prompt: Prompt, temperature: float | None) -> tuple[RolloutGroup, dict[str, int]]:
         self.rolled.append(prompt.uid)
         try:
             await asyncio.sleep(self.seconds_of(prompt) if self.seconds_of else 0)
@@ -94,7 +94,7 @@ class Parts:
         versions = np.where(mask, self.version, -1).astype(np.int32)
         samples = [Trajectory(np.array([1, 2, (prompt.seed + i) % 97], np.int32), mask, np.zeros(3, np.float32),
                               versions, 2, FINISH_STOP) for i in range(prompt.num_samples)]
-        return RolloutGroup(prompt, tuple(samples)), {"num_tokens": float(prompt.num_samples)}
+        return RolloutGroup(prompt, tuple(samples)), {"num_tokens": prompt.num_samples, "num_spanning": 0}
 
     async def join(self, prompt: Prompt, rolled: list[Any]) -> tuple[RolloutGroup, bool]:
         parts = [await part for part in rolled]

@@ -1,0 +1,113 @@
+"""Random schedules for the scheduler, and what must hold of each.
+
+Takes:  a seed.
+Gives:  `RandomSchedule`: config, world and start of a run; `check`: runs it, and asserts.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from typing import Any
+
+from flux_ray.config import (
+    BatchConfig,
+    Config,
+    DriverConfig,
+    FilterConfig,
+    ObservabilityConfig,
+    RewardConfig,
+    RolloutConfig,
+    TrainConfig,
+)
+from flux_ray.driver.loop import Loop
+from flux_ray.driver.state import LoopState
+from tests.driver.simulated import Costs, SimulatedTime, World, simulate
+
+NO_LIMIT = 10_000  # batches that a step may draw: a schedule may refuse many in a row
+
+
+class RandomSchedule:
+    """Batches, bounds, engines, speeds, lengths, what is refused and what fails: by chance, the same for a seed."""
+
+    def __init__(self, seed: int) -> None:
+        chance = random.Random(seed)
+        self.seed = seed
+        self.refused = chance.choice([0.0, 0.0, 0.3, 0.7])
+        self.failing = chance.choice([0.0, 0.0, 0.2])
+        most = 5 if seed % 10 == 0 else 3  # prompts a step, and steps: mostly small ones, for many
+        first = chance.choice([0, 0, 3])
+        waiting = sorted(chance.sample(range(40), chance.randrange(8))) if first else []
+        self.start = LoopState(step=first, next_uid=40 if first else 0, unfinished=tuple(waiting))
+        self.config = self.plain(
+            prompts_per_step=chance.randint(1, most), group_size=chance.randint(2, 3),
+            num_steps=first + chance.randint(1, most), max_staleness=chance.choice([0, 0, 1, 2, 4]),
+            oversample=chance.choice([0.0, 0.0, 0.4, 1.0, 2.5]), num_engines=chance.randint(1, 3),
+            max_num_seqs=chance.choice([1, 2, 5, 100]), split_groups=chance.choice([1, 1, 2, 3]),
+            num_workers=chance.randint(1, 2))
+        some = lambda: chance.choice([0.0, 0.0, chance.random(), 10 * chance.random()])  # noqa: E731
+        self.costs = Costs(token_s=chance.choice([1e-3, 1.0]), sequence_s=chance.choice([0.0, 0.3]), prefill_s=some(),
+                           score_s=some(), train_token_s=some() / 10, train_s=some(), publish_s=some(),
+                           driver_s=some() / 10)
+        self.spread = chance.choice([0.0, 0.8, 2.5])  # sigma of the log-normal lengths
+
+    @staticmethod
+    def plain(**values: Any) -> Config:
+        """A config without the cost of parsing one."""
+        given = dict(group_size=1, num_steps=1, max_staleness=0, oversample=0.0, num_engines=1, max_num_seqs=100,
+                     split_groups=1, num_workers=1, num_ranks=1) | values
+        return Config(
+            batch=BatchConfig(prompts_per_step=given["prompts_per_step"]),
+            rollout=RolloutConfig(num_engines=given["num_engines"], group_size=given["group_size"],
+                                  max_num_seqs=given["max_num_seqs"], split_groups=given["split_groups"]),
+            reward=RewardConfig(num_workers=given["num_workers"], on_failure="drop"),
+            filter=FilterConfig(reward="task" if given["group_size"] > 1 else None, max_batches=NO_LIMIT,
+                                oversample=given["oversample"]),
+            train=TrainConfig(num_ranks=given["num_ranks"]),
+            driver=DriverConfig(num_steps=given["num_steps"], max_staleness=given["max_staleness"]),
+            observability=ObservabilityConfig(samples_per_step=0))
+
+    def world(self) -> World:
+        return World(self.costs, length_of=self._length, fate_of=self._fate, prompt_tokens=3, num_rows=7)
+
+    def _length(self, uid: int, sample: int) -> int:
+        chance = random.Random(hash((self.seed, uid, sample)))
+        return max(1, min(1000, round(10 * math.exp(self.spread * chance.gauss(0, 1)))))
+
+    def _fate(self, uid: int) -> str:
+        drawn = random.Random(hash((self.seed, uid))).random()
+        if drawn < self.failing:
+            return "failed"
+        return "same" if drawn < self.failing + (1 - self.failing) * self.refused else "kept"
+
+
+def check(schedule: RandomSchedule, *, clock: SimulatedTime) -> World:
+    """No deadlock, nobody starves, the bound holds, max_staleness=0 is on-policy. AssertionError names the seed."""
+    world = schedule.world()
+    try:
+        loop = simulate(schedule.config, world, clock=clock, start=schedule.start)
+        _check(schedule, world, loop)
+    except BaseException as error:
+        error.add_note(f"schedule {schedule.seed}: {schedule.config} {schedule.costs}")
+        raise
+    return world
+
+
+def _check(schedule: RandomSchedule, world: World, loop: Loop) -> None:
+    config, bound = schedule.config, schedule.config.driver.max_staleness
+    trained = [uid for batch in world.batches for uid in batch]
+    assert len(world.batches) == config.driver.num_steps - schedule.start.step, "every step was done"
+    assert all(len(batch) == config.batch.prompts_per_step for batch in world.batches)
+    assert len(set(trained)) == len(trained), "no group is trained on twice"
+    assert all(0 <= newest <= oldest <= bound for oldest, newest in world.staleness), "the bound"
+
+    # Every prompt that was drawn: trained on, dropped for a cause, or still in time to be.
+    waiting = {*loop._slots.in_flight, *loop._unfinished}
+    drawn = {*range(schedule.start.next_uid, loop._next_uid), *schedule.start.unfinished}
+    dropped = {uid for uid in drawn & world.scored if schedule._fate(uid) != "kept"}
+    assert not waiting & set(trained)
+    assert drawn == waiting | set(trained) | (dropped - waiting), "no prompt is lost"
+    version = config.driver.num_steps
+    assert all(born + bound >= version for born in loop._slots._born.values()), "nobody starves"
+    if not config.filter.oversample:
+        assert sum(metrics["filter/surplus"] for metrics in world.metrics) == 0, "nothing is thrown away for the bound"

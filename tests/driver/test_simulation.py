@@ -1,0 +1,86 @@
+"""The scheduler over thousands of random schedules, in simulated time: no deadlock, nobody starves, the bound holds."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+
+import pytest
+
+from tests.driver.schedules import RandomSchedule, check
+from tests.driver.simulated import Costs, Deadlock, SimulatedTime, World, simulate
+
+pytestmark = pytest.mark.unit
+
+NUM_SCHEDULES = 500  # 4 s; many more: python -m tests.benchmarks.simulate --schedules 100000
+
+
+@pytest.fixture(scope="module")
+def clock():
+    clock = SimulatedTime()
+    yield clock
+    clock.close()
+
+
+def test_random_schedules(clock):
+    for seed in range(NUM_SCHEDULES):
+        check(RandomSchedule(seed), clock=clock)
+
+
+def test_over_sampling_and_splitting_change_no_synchronous_batch(clock):
+    for seed in range(40):
+        schedule = RandomSchedule(seed)
+        batches = []
+        for oversample, split in ((0.0, 1), (1.0, 2)):
+            config = schedule.config
+            config = dataclasses.replace(
+                config, driver=dataclasses.replace(config.driver, max_staleness=0),
+                filter=dataclasses.replace(config.filter, oversample=oversample),
+                rollout=dataclasses.replace(config.rollout, split_groups=split))
+            world = schedule.world()
+            simulate(config, world, clock=clock, start=schedule.start)
+            batches.append([sorted(batch) for batch in world.batches])
+        assert batches[0] == batches[1]
+
+
+def test_a_deadlock_is_seen(clock):
+    async def waits() -> None:
+        await asyncio.Event().wait()
+
+    with pytest.raises(Deadlock):
+        clock.run(waits())
+
+
+def test_time_is_what_the_costs_say(clock):
+    """One engine, one group of two samples of 100 and 50 tokens: 50 steps of two sequences, 50 of one."""
+    config = RandomSchedule.plain(prompts_per_step=1, group_size=2, num_steps=2)
+    costs = Costs(token_s=0.01, sequence_s=0.001, prefill_s=0.1, score_s=3.0, train_s=5.0, train_token_s=0.01,
+                  publish_s=7.0, driver_s=0.5)
+    world = World(costs, length_of=lambda uid, i: (100, 50)[i], prompt_tokens=10)
+    simulate(config, world, clock=clock)
+    step_s = 0.5 + 2 * 10 * 0.1 + 50 * 0.012 + 50 * 0.011 + 3.0 + 5.0 + 170 * 0.01 + 7.0
+    assert world.step_end_s == pytest.approx([7.0 + step_s, 7.0 + 2 * step_s])
+    assert world.metrics[0]["train/step_s"] == pytest.approx(5.0 + 1.7)
+
+
+def test_generation_and_training_overlap(clock):
+    """With max_staleness=1 a step takes the longer of the two, and with 0 their sum."""
+    costs, seconds = Costs(token_s=0.01, sequence_s=0.0, train_s=1.0), []
+    for max_staleness in (0, 1):
+        config = RandomSchedule.plain(prompts_per_step=2, group_size=1, num_steps=40, max_staleness=max_staleness,
+                                      max_num_seqs=2)
+        world = World(costs, length_of=lambda uid, i: 100)
+        simulate(config, world, clock=clock)
+        seconds.append((world.step_end_s[-1] - world.step_end_s[9]) / 30)
+    assert seconds == pytest.approx([2.0, 1.0], rel=0.02)
+
+
+def test_the_longest_expected_goes_first_once_it_is_known(clock):
+    """Rows of very different lengths, more than an engine runs at once: what is learned of them shortens the tail."""
+    config = RandomSchedule.plain(prompts_per_step=32, group_size=1, num_steps=12, max_num_seqs=4)
+    world = World(Costs(token_s=0.01, sequence_s=0.0), num_rows=32,
+                  length_of=lambda uid, i: 400 if uid % 32 in (13, 27, 31) else 20)
+    simulate(config, world, clock=clock)
+    first_s, last_s = world.metrics[0]["driver/step_s"], world.metrics[-1]["driver/step_s"]
+    assert last_s < 0.8 * first_s, (first_s, last_s)
+    assert world.metrics[-1]["driver/step_s"] >= 4.0, "no step is shorter than its longest response"
