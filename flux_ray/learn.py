@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 from flux_ray import algo
-from flux_ray.config import CONF
 from flux_ray.errors import UserError, unknown
 from flux_ray.observability.run_folder import EVAL, read_lines
 from flux_ray.toy.addition import make_addition
@@ -28,7 +27,6 @@ from flux_ray.toy.addition import make_addition
 LEVEL = 0.8        # share of right answers that counts as learned
 ACCURACY = "eval/task_mean"   # the share of right answers: eval/mean has penalties on length in it
 EVAL_EVERY = 5     # steps between evaluations, and so what the table tells apart
-EXPERIMENT = "addition"       # of conf/experiment; addition_NAME for an algorithm that wants other settings
 TABLE = "table.txt"
 
 
@@ -66,7 +64,7 @@ def table(results: list[Learned]) -> str:
     lines = [_line(f"steps to {LEVEL}", [f"seed {seed}" for seed in seeds], "")]
     for name in dict.fromkeys(result.algorithm for result in results):
         own = {result.seed: result for result in results if result.algorithm == name}
-        notes = [*sorted({result.note for result in own.values() if result.note}), *_settings(name)]
+        notes = sorted({result.note for result in own.values() if result.note})
         lines.append(_line(name, [_cell(own.get(seed)) for seed in seeds], "; ".join(notes)))
     return "\n".join([*lines, _line("before the first step", [before.get(seed, "") for seed in seeds], "")])
 
@@ -79,20 +77,6 @@ def _cell(result: Learned | None) -> str:
     if result is None:
         return ""
     return str(result.steps) if result.steps is not None else f"best {result.best:.2f}"
-
-
-def experiment(algorithm: str) -> str:
-    """The experiment of conf/ that the algorithm is run by."""
-    own = f"{EXPERIMENT}_{algorithm}"
-    return own if (CONF / "experiment" / f"{own}.yaml").is_file() else EXPERIMENT
-
-
-def _settings(algorithm: str) -> list[str]:
-    """What the algorithm's own experiment says of itself (its first words after the package line); none without one."""
-    name = experiment(algorithm)
-    if name == EXPERIMENT:
-        return []
-    return [(CONF / "experiment" / f"{name}.yaml").read_text(encoding="utf-8").splitlines()[1].removeprefix("# ")]
 
 
 def warm_up(folder: Path, *, seed: int, run: Callable[[list[str]], int]) -> Path:
@@ -125,7 +109,7 @@ def learn(folder: Path, names: list[str], seeds: list[int], *, options: list[str
             if (run_dir / "model").is_dir():
                 continue
             shutil.rmtree(run_dir, ignore_errors=True)
-            run([f"algo={name}", f"experiment={experiment(name)}", f"model.path={toy / 'warm-up' / 'model'}",
+            run([f"algo={name}", f"experiment=addition", f"model.path={toy / 'warm-up' / 'model'}",
                  f"data.train={toy / 'train.jsonl'}", f"eval.data={toy / 'eval.jsonl'}", f"eval.every={EVAL_EVERY}",
                  f"eval.stop_at={LEVEL}", f"seed={seed}", f"run_dir={run_dir}", *options])
             write_table(folder, names, seeds)

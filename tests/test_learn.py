@@ -9,7 +9,7 @@ import pytest
 
 from flux_ray import algo
 from flux_ray.__main__ import compose
-from flux_ray.learn import ACCURACY, EVAL, LEVEL, TABLE, experiment, learn, learned, main, table
+from flux_ray.learn import ACCURACY, EVAL, LEVEL, TABLE, learn, learned, main, table
 
 pytestmark = pytest.mark.unit
 
@@ -59,7 +59,7 @@ def runs():
 
 
 def test_a_run_that_is_done_is_not_done_again(tmp_path, runs, capsys):
-    """The table is there after each run; one that broke off, and a seed that is new, are run."""
+    """The table is there after each run; one that broke off is run again, and a seed that is new."""
     learn(tmp_path, ["grpo", "dapo"], [0], options=[], run=runs)
     assert runs == ["warm-up", "grpo-0", "dapo-0"]
     assert capsys.readouterr().out.count("steps to 0.8") == 2
@@ -86,7 +86,7 @@ def test_the_experiment_of_each_algorithm_is_one_that_can_run(name):
     from flux_ray.algo.check import check
 
     seen = []
-    compose([f"algo={name}", f"experiment={experiment(name)}", "model.path=m", "data.train=d"], then=seen.append)
+    compose([f"algo={name}", "experiment=addition", "model.path=m", "data.train=d"], then=seen.append)
     (config,) = seen
     assert config.algo.name == name and config.reward.functions == ["exact_match"]
     assert not check(config)
