@@ -109,7 +109,7 @@ def learn(folder: Path, names: list[str], seeds: list[int], *, options: list[str
             if (run_dir / "model").is_dir():
                 continue
             shutil.rmtree(run_dir, ignore_errors=True)
-            run([f"algo={name}", f"experiment=addition", f"model.path={toy / 'warm-up' / 'model'}",
+            run([f"algo={name}", "experiment=addition", f"model.path={toy / 'warm-up' / 'model'}",
                  f"data.train={toy / 'train.jsonl'}", f"eval.data={toy / 'eval.jsonl'}", f"eval.every={EVAL_EVERY}",
                  f"eval.stop_at={LEVEL}", f"seed={seed}", f"run_dir={run_dir}", *options])
             write_table(folder, names, seeds)
