@@ -122,20 +122,36 @@ def gae(
     its V_{t+1} is 0. With `config.whiten_advantages` A is whitened over the batch's loss tokens (ddof 0), R is not.
     """
     assert values is not None, "gae needs a critic's values"
-    mask_LN = response_mask.bool().t().contiguous()
-    rewards_LN, values_LN = (x.t().double().contiguous() for x in (token_level_rewards, values))
-    advantages_LN = torch.zeros_like(values_LN)
-    advantage_N, next_value_N = torch.zeros_like(values_LN[0]), torch.zeros_like(values_LN[0])
-    for t in reversed(range(len(mask_LN))):
-        delta_N = rewards_LN[t] + config.gamma * next_value_N - values_LN[t]
-        new_N = delta_N + config.gamma * config.gae_lambda * advantage_N
-        advantage_N = torch.where(mask_LN[t], new_N, advantage_N)
-        next_value_N = torch.where(mask_LN[t], values_LN[t], next_value_N)
-        advantages_LN[t] = advantage_N * mask_LN[t]
-    kind = token_level_rewards.dtype
-    returns_NL = ((advantages_LN + values_LN) * mask_LN).t().to(kind).contiguous()
-    advantages_NL = advantages_LN.t().to(kind).contiguous()
+    kind, decay = token_level_rewards.dtype, config.gamma * config.gae_lambda
+
+    def of_rows(rewards: torch.Tensor, values: torch.Tensor, mask: torch.Tensor) -> Pair:
+        values = values.double()
+        deltas = (rewards.double() + config.gamma * _next_loss_token(values, mask) - values) * mask
+        advantages = _discounted_to_go(deltas, torch.ones_like(values).masked_fill(mask, decay)) * mask
+        return advantages.to(kind), ((advantages + values) * mask).to(kind)
+
+    advantages_NL, returns_NL = by_rows(of_rows, token_level_rewards, values, response_mask.bool())
     return _whiten(advantages_NL, response_mask, reduce) if config.whiten_advantages else advantages_NL, returns_NL
+
+
+def _next_loss_token(values_NL: torch.Tensor, mask_NL: torch.Tensor) -> torch.Tensor:
+    """At each place the value at the next loss token after it; 0 where there is none."""
+    length = values_NL.shape[-1]
+    places_NL = torch.arange(length, device=values_NL.device).expand_as(values_NL).masked_fill(~mask_NL, length)
+    here_or_later_NL = places_NL.flip(-1).cummin(-1).values.flip(-1)
+    later_NL = torch.nn.functional.pad(here_or_later_NL[:, 1:], (0, 1), value=length)
+    return torch.nn.functional.pad(values_NL, (0, 1)).gather(-1, later_NL)
+
+
+def _discounted_to_go(values_NL: torch.Tensor, discounts_NL: torch.Tensor) -> torch.Tensor:
+    """x_t = v_t + d_t·x_{t+1}, by doubling: after k rounds x_t has the terms of 2^k places."""
+    sums, factors, reach = values_NL, discounts_NL, 1
+    while reach < values_NL.shape[-1]:
+        further = torch.nn.functional.pad(sums[:, reach:], (0, reach))
+        sums = torch.addcmul(sums, factors, further)
+        factors = factors * torch.nn.functional.pad(factors[:, reach:], (0, reach))
+        reach *= 2
+    return sums
 
 
 def _scores(token_level_rewards: torch.Tensor) -> torch.Tensor:
