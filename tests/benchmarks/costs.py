@@ -82,16 +82,17 @@ def whole_run(folder: Path, name: str) -> dict[str, float]:
 def costs_of(points: list[tuple[int, float]], run: dict[str, float]) -> dict[str, float]:
     """Least squares of the engine's points (relative errors); the rest from the first run.
 
-    What the run took to generate beyond the engine's own time is the driver's, Ray's and the reward worker's: it is
-    counted for each group.
+    What the run took to generate beyond the engine's own time and the driver's CPU time is Ray's and the reward
+    worker's: it is counted for each group that the worker scores.
     """
     prompts = RUNS["one engine, 8 prompts"][1]
     n, step_s = (np.array(column, float) for column in zip(*points, strict=True))
     (token_s, sequence_s), *_ = np.linalg.lstsq(np.stack([1 / step_s, n / step_s], 1), np.ones(len(n)), rcond=None)
     engine_s = TOKENS * (token_s + GROUP_SIZE * prompts * sequence_s)
     tokens = run["rollout/tokens"] + GROUP_SIZE * prompts * 16
-    return {"token_s": float(token_s), "sequence_s": float(sequence_s),
-            "driver_s": max(run["driver_cpu_s"], (run["driver/wait_s"] - engine_s) / prompts),
+    around_s = (run["driver/wait_s"] - engine_s) / prompts
+    return {"token_s": float(token_s), "sequence_s": float(sequence_s), "driver_s": run["driver_cpu_s"],
+            "score_s": float(max(0.0, around_s - run["driver_cpu_s"])),
             "train_token_s": run["train/step_s"] / tokens, "publish_s": run["weights/publish_s"]}
 
 

@@ -87,7 +87,7 @@ def compare(measured: dict[str, Any]) -> list[str]:
 
 
 def scale(costs: Costs) -> list[str]:
-    """Rows of a table: seconds of a step by number of engines, as many training ranks as engines."""
+    """Rows of a table: seconds of a step by number of engines, as many training ranks and reward workers as engines."""
     rows = []
     for engines in ENGINES:
         cells = []
@@ -95,7 +95,7 @@ def scale(costs: Costs) -> list[str]:
             given = {"sigma": SIGMA, **options}
             seconds = predicted_s(costs, log_normal(given.pop("sigma")), num_engines=engines, num_ranks=engines,
                                   prompts_per_step=PROMPTS_PER_ENGINE * engines, group_size=GROUP_SIZE,
-                                  max_num_seqs=256, **given)
+                                  max_num_seqs=256, num_workers=engines, **given)
             cells.append(seconds)
             print(json.dumps({"name": f"{engines} engines, {name}", "predicted": round(seconds, 2), "unit": "s"}),
                   flush=True)
@@ -116,7 +116,7 @@ def report(measured: dict[str, Any]) -> str:
         "| run on this kind of machine | predicted step | measured step | error |", "|---|---|---|---|", *checked, "",
         "The costs come from the engine alone and from the first row, the others are predicted.", "",
         f"Predicted step time in seconds, {PROMPTS_PER_ENGINE} prompts × {GROUP_SIZE} samples of {MEAN_TOKENS} tokens "
-        "on average for each engine, as many training ranks as engines:", "",
+        "on average for each engine, as many training ranks and reward workers as engines:", "",
         "| engines | " + " | ".join(SETTINGS) + " | of which the driver |", "|---" * (len(SETTINGS) + 2) + "|", *scaled,
         ""])
 

@@ -1,0 +1,32 @@
+"""The whole loop with generation and training side by side: the bound holds, rollouts go on under new weights."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from flux_ray import FluxConfig, FluxTrainer
+from tests.system.program import metrics
+from tests.system.test_run import assert_agreement, options
+
+pytestmark = [pytest.mark.system, pytest.mark.timeout(400)]
+
+NUM_STEPS = 8
+
+
+def test_partial_rollouts_go_on_after_an_update_within_the_bound(toys, tmp_path):
+    """Groups split over two engines, spares beside them, responses so long that updates come under them."""
+    values = options(toys, toys.tied) | {
+        "driver.max_staleness": 1, "driver.num_steps": NUM_STEPS, "rollout.split_groups": 2, "rollout.max_tokens": 48,
+        "rollout.ignore_eos": True, "filter.reward": "task", "filter.oversample": 0.5, "train.num_ranks": 1,
+    }
+    result = FluxTrainer(FluxConfig(algorithm="grpo", **values, run_dir=str(tmp_path / "run"))).fit(str(toys.data))
+    assert_agreement(result.run_dir, toys.tied, num_steps=NUM_STEPS)
+    lines = metrics(result.run_dir)
+    assert max(line["driver/staleness_max"] for line in lines) == 1, "0 would be synchronous, 2 beyond the bound"
+    assert any(line["rollout/spanning_frac"] > 0 for line in lines), "no update came under a running request"
+    for line in lines:
+        assert line["rollout/response_length_mean"] == 48 and line["rollout/tokens"] == 8 * 4 * 48, "none was cut short"
+        assert math.isfinite(line["actor/loss"]) and 0 < line["filter/acceptance_rate"] <= 1
+    assert any(line["filter/length_issued"] == 48 for line in lines if "filter/length_issued" in line)
