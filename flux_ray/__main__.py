@@ -32,7 +32,7 @@ OVERRIDE = re.compile(r"(?P<sign>\+\+|\+|~|)(?P<key>[^=@~+]+)(?P<value>=.*)?", r
 ABOUT = """\
 flux-ray: reinforcement-learning post-training of language models on Ray, vLLM and DeepSpeed
 
-  flux-ray train [overrides]     train: GRPO and its kin, or supervised with algo=sft
+  flux-ray train [overrides]     train: GRPO and its kin, PPO; algo=sft; preferences with algo=dpo, reward_model
   flux-ray train --help          every option with its default and meaning
   flux-ray explain [overrides]   the objective that these options mean, and what is odd about it; starts nothing
 """

@@ -198,7 +198,7 @@ class CriticConfig:
 
 @dataclass(frozen=True)
 class BatchConfig:
-    prompts_per_step: int = knob(32, "prompts of one training step (algo=sft: samples of one step)", least=1)
+    prompts_per_step: int = knob(32, "prompts of one training step (algo=sft: samples; preferences: pairs)", least=1)
     max_tokens_per_micro_batch: int = knob(8192, "token budget of one micro-batch, padding included", least=1)
     micro_batch_size: int | None = knob(None, "most samples of one micro-batch; none: the token budget alone", least=1)
 
@@ -260,7 +260,8 @@ class DriverConfig:
 
 @dataclass(frozen=True)
 class EvalConfig:
-    data: str | None = knob(None, "prompts to evaluate on (same columns as data.train); none: no evaluation")
+    data: str | None = knob(None, "prompts, samples or pairs to evaluate on (same columns as data.train); none: no "
+                            "evaluation")
     split: str = knob("test", "split of a hub data set to evaluate on")
     every: int = knob(0, "steps between evaluations; 0: only at start and end", least=0)
     stop_at: float | None = knob(None, "end the run, with its model saved, once an evaluation's eval/task_mean is at "

@@ -194,8 +194,8 @@ def main() -> None:
     parser.add_argument("--fold", type=int, help=argparse.SUPPRESS)
     for name, default in {"vocab": 2048, "hidden": 128, "layers": 3}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
-    for name, default in {"sft-epochs": 3.0, "sft-rate": 2e-3, "dpo-epochs": 2.0, "dpo-rate": 2e-4, "beta": 0.1,
-                          "rm-epochs": 3.0, "rm-rate": 3e-4, "weight-decay": 0.1}.items():
+    for name, default in {"sft-epochs": 2.0, "sft-rate": 2e-3, "dpo-epochs": 2.0, "dpo-rate": 2e-4, "beta": 0.1,
+                          "rm-epochs": 2.0, "rm-rate": 3e-4, "weight-decay": 0.1}.items():
         parser.add_argument(f"--{name}", type=float, default=default)
     given = parser.parse_args()
     if given.fold is not None:

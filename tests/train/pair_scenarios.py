@@ -71,6 +71,15 @@ def saved_reward_model(rank: Rank) -> dict[str, Any]:
     return {"losses": losses, "measured": measured, "again": again.pair_metrics(**share(rank, FIRST, again))}
 
 
+def without_adapter(rank: Rank) -> list[list[tuple[float, float]]]:
+    """What the ranks that are their own reference say of pairs: before a step, and after it."""
+    trainer = rank.trainer(**OBJECTIVES["dpo"], train__lora={"rank": 4})
+    mine = share(rank, FIRST, trainer)["pairs"]
+    before = trainer.pair_reference(mine)
+    step(rank, trainer, FIRST)
+    return [before, trainer.pair_reference(mine)]
+
+
 def two_ranks(rank: Rank) -> dict[str, Any]:
     stages = {"dpo": (0, 2, 3), "ipo": (1,), "reward_model": (0, 3)}
     variants = {f"{name}_zero_{stage}": {**OBJECTIVES[name], "train__zero_stage": stage, "batch__micro_batch_size": 3}
@@ -84,7 +93,7 @@ def one_rank(rank: Rank) -> dict[str, Any]:
     small = {"batch__micro_batch_size": 1}, {"batch__micro_batch_size": 16}, {"model__layout": "block_diagonal"}
     variants = {f"{name}_one_{i}": {**objective, **more}
                 for name, objective in OBJECTIVES.items() for i, more in enumerate(small)}
-    return gradients(rank, {**OBJECTIVES, **variants})
+    return gradients(rank, {**OBJECTIVES, **variants}) | {"without_adapter": without_adapter(rank)}
 
 
 if __name__ == "__main__":

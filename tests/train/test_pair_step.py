@@ -60,20 +60,32 @@ def test_measured_alone_is_what_the_step_measures(two, one, objective):
     assert of_two["before"] == pytest.approx(result["before"], abs=1e-5)   # a mean over both ranks
 
 
-def test_the_implicit_reward_by_hand(folder, one):
-    """beta 0.1 of the scenarios; the reference's sums as they are made there."""
+def sums_by_hand(folder: Path) -> list[tuple[float, ...]]:
+    """log p of both responses of each pair, as transformers has it."""
     hf = AutoModelForCausalLM.from_pretrained(folder / "tied")
-    margins = []
-    for i, pair in enumerate(pairs(1, COUNT)):
+    of_pairs = []
+    for pair in pairs(1, COUNT):
         sums = []
         for token_ids in (pair.chosen_ids, pair.rejected_ids):
             ids = torch.from_numpy(token_ids).long()[None]
             with torch.no_grad():
                 log_p = hf(input_ids=ids).logits[0].float().log_softmax(-1)[:-1].gather(1, ids[0, 1:, None])[:, 0]
             sums.append(float(log_p[pair.prompt_length - 1:].sum()))
-        margins.append(0.1 * ((sums[0] + 3 + i) - (sums[1] + 4 - i)))
+        of_pairs.append(tuple(sums))
+    return of_pairs
+
+
+def test_the_implicit_reward_by_hand(folder, one):
+    """beta 0.1 of the scenarios; the reference's sums as they are made there."""
+    margins = [0.1 * ((w + 3 + i) - (l + 4 - i)) for i, (w, l) in enumerate(sums_by_hand(folder))]
     assert one["dpo"]["before"]["pairs/margin"] == pytest.approx(np.mean(margins), abs=1e-4)
     assert one["dpo"]["before"]["pairs/accuracy"] == pytest.approx(np.mean(np.array(margins) > 0))
+
+
+def test_with_an_adapter_the_reference_is_the_policy_without_it(folder, one):
+    before, after = one["without_adapter"]
+    np.testing.assert_allclose(before, sums_by_hand(folder), atol=1e-4)
+    assert after == before   # the adapter has learned, what is under it stays
 
 
 @pytest.mark.parametrize("objective", ["dpo", "reward_model"])
