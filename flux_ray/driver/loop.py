@@ -160,10 +160,10 @@ class Loop:
 
     async def _after_step(self, version: int, batch: list[ReadyGroup], metrics: dict[str, float]) -> None:
         """Write what the step was, then let the next one's prompts in."""
-        self._version = version
         self._recorder.step(version - 1, metrics | {"driver/version": float(version)})
         await self._record_samples(version - 1, batch[: self._config.observability.samples_per_step])
-        async with self._changed:
+        async with self._changed:  # both at once: for the slots, what is in training is of the present version
+            self._version = version
             self._slots.release()
         await self._save_if_due()
         await self._evaluate()

@@ -44,10 +44,10 @@ class RandomSchedule:
             num_steps=first + chance.randint(1, most), max_staleness=chance.choice([0, 0, 1, 2, 4]),
             oversample=chance.choice([0.0, 0.0, 0.4, 1.0, 2.5]), num_engines=chance.randint(1, 3),
             max_num_seqs=chance.choice([1, 2, 5, 100]), split_groups=chance.choice([1, 1, 2, 3]),
-            num_workers=chance.randint(1, 2))
+            num_workers=chance.randint(1, 2), samples_per_step=chance.choice([0, 2]))
         some = lambda: chance.choice([0.0, 0.0, chance.random(), 10 * chance.random()])  # noqa: E731
         self.costs = Costs(token_s=chance.choice([1e-3, 1.0]), sequence_s=chance.choice([0.0, 0.3]), prefill_s=some(),
-                           score_s=some(), train_token_s=some() / 10, train_s=some(), publish_s=some(),
+                           score_s=some(), text_s=some(), train_token_s=some() / 10, train_s=some(), publish_s=some(),
                            driver_s=some() / 10)
         self.spread = chance.choice([0.0, 0.8, 2.5])  # sigma of the log-normal lengths
 
@@ -55,7 +55,7 @@ class RandomSchedule:
     def plain(**values: Any) -> Config:
         """A config without the cost of parsing one."""
         given = dict(group_size=1, num_steps=1, max_staleness=0, oversample=0.0, num_engines=1, max_num_seqs=100,
-                     split_groups=1, num_workers=1, num_ranks=1) | values
+                     split_groups=1, num_workers=1, num_ranks=1, samples_per_step=0) | values
         return Config(
             batch=BatchConfig(prompts_per_step=given["prompts_per_step"]),
             rollout=RolloutConfig(num_engines=given["num_engines"], group_size=given["group_size"],
@@ -65,7 +65,7 @@ class RandomSchedule:
                                 oversample=given["oversample"]),
             train=TrainConfig(num_ranks=given["num_ranks"]),
             driver=DriverConfig(num_steps=given["num_steps"], max_staleness=given["max_staleness"]),
-            observability=ObservabilityConfig(samples_per_step=0))
+            observability=ObservabilityConfig(samples_per_step=given["samples_per_step"]))
 
     def world(self) -> World:
         return World(self.costs, length_of=self._length, fate_of=self._fate, prompt_tokens=3, num_rows=7)

@@ -79,6 +79,7 @@ class Costs:
     sequence_s: float
     prefill_s: float = 0.0  # per token of a prompt; of whatever runs, again, after an update
     score_s: float = 0.0  # of a group; a reward worker does one at a time
+    text_s: float = 0.0  # of a group that is written down
     train_token_s: float = 0.0  # per token and rank
     train_s: float = 0.0  # of a step beside its tokens
     publish_s: float = 0.0
@@ -236,6 +237,11 @@ class Worker:
                            np.zeros(size, bool), group.oldest)
 
 
+    async def decode(self, rolled: Any) -> list[str]:
+        await asyncio.sleep(self._world.costs.text_s)
+        return [""]
+
+
 class Rank:
     """All training ranks, whatever their number: the loop waits for the slowest alone."""
 
@@ -339,8 +345,9 @@ class Noted:
         self._world.metrics.append(metrics)
         self._world.step_end_s.append(asyncio.get_running_loop().time())
 
-    def warn(self, text: str) -> None:
-        pass
+    def sample(self, *_: Any) -> None: ...
+
+    def warn(self, text: str) -> None: ...
 
 
 def simulate(config: Config, world: World, *, clock: SimulatedTime, start: LoopState | None = None) -> Loop:

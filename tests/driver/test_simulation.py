@@ -27,6 +27,14 @@ def test_random_schedules(clock):
         check(RandomSchedule(seed), clock=clock)
 
 
+def test_groups_that_end_while_a_step_is_written_down(clock):
+    """Dropped then, a group must not be counted by a version that the slots don't have yet."""
+    for seed in (383, 698, 1318):
+        schedule = RandomSchedule(seed)
+        schedule.costs = dataclasses.replace(schedule.costs, text_s=5.0)
+        check(schedule, clock=clock)
+
+
 def test_over_sampling_and_splitting_change_no_synchronous_batch(clock):
     for seed in range(40):
         schedule = RandomSchedule(seed)
