@@ -46,6 +46,9 @@ def test_checked_at_start():
     check_filter(from_dict(preset("dapo")), ["numeric"])
     check_filter(from_dict({"filter.reward": "mine/format"}), ["mine"])
     check_filter(from_dict({"rollout.group_size": 1}), [])
+    check_filter(from_dict({"filter.oversample": 0.5, "reward.on_failure": "drop"}), [])
+    with pytest.raises(UserError, match=r"filter\.oversample=0\.5 draws prompts .* without filter\.reward"):
+        check_filter(from_dict({"filter.oversample": 0.5}), [])
     with pytest.raises(UserError, match=r"rollout\.group_size must be >= 2, got 1"):
         check_filter(from_dict({"filter.reward": "task", "rollout.group_size": 1}), ["numeric"])
     with pytest.raises(UserError, match=r"unknown reward 'numreic': did you mean 'numeric'\? \(known: numeric, task\)"):
