@@ -324,10 +324,13 @@ class _Generate:
         self._turns: Counter[int] = Counter()
         self.tokenizer = engine.tokenizer
 
-    async def __call__(self, token_ids: Sequence[int] | np.ndarray, *, n: int = 1, sample: int = 0) -> list[Completion]:
+    async def __call__(
+        self, token_ids: Sequence[int] | np.ndarray, *, n: int = 1, sample: int = 0, max_tokens: int | None = None
+    ) -> list[Completion]:
         seed = self._prompt.seed + sample + self._turns[sample] * TURN_SEED_STRIDE
         self._turns[sample] += 1
         room = self._engine.room_for(len(token_ids), prompt_length=len(self._prompt.token_ids))
+        room = room if max_tokens is None else min(room, max_tokens)
         if room < 1:  # the response is full: an empty, truncated turn
             empty = Completion(np.zeros(0, np.int32), np.zeros(0, np.float32), np.zeros(0, np.int32), FINISH_LENGTH)
             return [empty] * n

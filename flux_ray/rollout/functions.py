@@ -23,13 +23,13 @@ NOT_SAMPLED = -1  # the version of a token that no policy sampled
 class Generate(Protocol):
     """Samples from the policy. `sample` says which of the group's trajectories asks:
 
-    it fixes the seed, so that a run repeats.
+    it fixes the seed, so that a run repeats. `max_tokens`: of this turn; None: what rollout.max_tokens leaves of it.
     """
 
     tokenizer: Any
 
     async def __call__(
-        self, token_ids: Sequence[int] | np.ndarray, *, n: int = 1, sample: int = 0
+        self, token_ids: Sequence[int] | np.ndarray, *, n: int = 1, sample: int = 0, max_tokens: int | None = None
     ) -> list[Completion]: ...
 
 

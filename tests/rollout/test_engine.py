@@ -171,14 +171,15 @@ async def test_a_running_request_goes_on_under_the_new_weights(served, model):
 
 
 async def test_a_second_turn_after_a_tool(served, model):
-    """Two turns: the policy speaks, a tool answers, the policy goes on. Only the policy's tokens are trained on."""
+    """Two turns: the policy speaks, a tool answers, the policy goes on, for so long as it is let. Only the policy's
+    tokens are trained on."""
     tool_ids = [20, 21, 22]
 
     async def with_tool(prompt, generate):
         async def one(sample):
             turns = Turns(prompt.token_ids)
-            for _ in range(2):
-                (completion,) = await generate(turns.token_ids, sample=sample)
+            for longest in (None, 3):
+                (completion,) = await generate(turns.token_ids, sample=sample, max_tokens=longest)
                 turns.sampled(completion)
                 turns.observed(tool_ids)
             return turns.finish()
@@ -199,6 +200,8 @@ async def test_a_second_turn_after_a_tool(served, model):
         response = t.token_ids[t.prompt_length:]
         unmasked = response[~t.loss_mask[t.prompt_length:]]
         assert unmasked.tolist() == tool_ids * 2
+        second_turn = t.loss_mask[np.flatnonzero(~t.loss_mask)[-4] + 1:]   # after the first answer of the tool
+        assert second_turn.sum() <= 3
         assert (t.sampler_logprobs[~t.loss_mask] == 0).all() and (t.versions[~t.loss_mask] == -1).all()
     assert largest_gap(model, group.trajectories) < MAX_GAP
 
