@@ -8,10 +8,13 @@ Never:  splits a sample or a group, looks at an advantage, or draws at random: t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from flux_ray.batch.micro_batch import MicroBatch, make_micro_batch
 from flux_ray.records import Sample
+
+MICRO_BATCH_TOKENS = 64  # padding that one more micro-batch is worth: its own cost is that of few tokens
 
 
 def pack(
@@ -20,7 +23,8 @@ def pack(
     """Micro-batches of at most `max_tokens` tokens and `max_samples` sequences; a longer unit is alone in one.
 
     unit: so many consecutive samples stay side by side in one micro-batch (2 for pairs), be there room or not.
-    padded: the budget counts rows times the longest row, and samples are taken by length so that little is padded.
+    padded: the budget counts rows times the longest row; samples are taken by length, and a micro-batch ends early where
+    that saves more padding than another one costs.
     Otherwise: first-fit decreasing over the plain sum of tokens.
     """
     assert max_tokens > 0 and (max_samples is None or max_samples > 0), (max_tokens, max_samples)
@@ -36,15 +40,23 @@ def pack(
 
 
 def _rows(lengths: Sequence[int], order: Sequence[int], max_tokens: int, max_samples: int) -> list[list[int]]:
-    """Longest first: the first sample of a micro-batch is its longest and settles how many rows fit."""
-    plan: list[list[int]] = []
-    for i in order:
-        last = plan[-1] if plan else []
-        if last and len(last) < max_samples and (len(last) + 1) * lengths[last[0]] <= max_tokens:
-            last.append(i)
-        else:
-            plan.append([i])
-    return plan
+    """Longest first, cut where the fewest tokens are forwarded: padding, and what a micro-batch costs by itself.
+
+    The least over all cuts: the best way to the first b samples ends with some run a to b, after the best way to a.
+    """
+    sorted_lengths = [lengths[i] for i in order]
+    least, begins = [0.0] + [math.inf] * len(order), [0] * (len(order) + 1)
+    for a, longest in enumerate(sorted_lengths):
+        rows = max(min(max_tokens // longest, max_samples, len(order) - a), 1)
+        for b in range(a + 1, a + rows + 1):
+            cost = least[a] + MICRO_BATCH_TOKENS + (b - a) * longest
+            if cost < least[b]:
+                least[b], begins[b] = cost, a
+    plan, end = [], len(order)
+    while end:
+        plan.append(list(order[begins[end] : end]))
+        end = begins[end]
+    return plan[::-1]
 
 
 def _first_fit(lengths: Sequence[int], order: Sequence[int], max_tokens: int, max_samples: int) -> list[list[int]]:
