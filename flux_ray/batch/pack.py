@@ -23,8 +23,8 @@ def pack(
     """Micro-batches of at most `max_tokens` tokens and `max_samples` sequences; a longer unit is alone in one.
 
     unit: so many consecutive samples stay side by side in one micro-batch (2 for pairs), be there room or not.
-    padded: the budget counts rows times the longest row; samples are taken by length, and a micro-batch ends early where
-    that saves more padding than another one costs.
+    padded: the budget counts rows times the longest row; samples are taken by length, and a micro-batch ends early
+    where that saves more padding than another one costs.
     Otherwise: first-fit decreasing over the plain sum of tokens.
     """
     assert max_tokens > 0 and (max_samples is None or max_samples > 0), (max_tokens, max_samples)
