@@ -43,6 +43,7 @@ ALGORITHM_ALIASES = {"drgrpo": "dr_grpo", "dr-grpo": "dr_grpo"}
 ROOM_ALIASES = {"algorithm": "algo", "algorithm_config": "algo", "lora": "train.lora"}
 
 REWARD_MODEL = "model:"   # before a reward model's path in reward.functions
+NAMES_OF_A_REWARD_MODEL = ("reward_model_name", "reward_model_path", "reward_model")   # elsewhere: no option here
 
 NEAR_ENOUGH = 0.5   # difflib's ratio from which a name is worth suggesting
 
@@ -142,6 +143,8 @@ def rooms_of(option: str) -> list[str]:
 def unknown_option(key: str, *, options: Collection[str]) -> UserError:
     """The error for an option that doesn't exist, with the nearest that does: of its own room, else of any."""
     room, _, last = key.rpartition(".")
+    if last in NAMES_OF_A_REWARD_MODEL:
+        return UserError(f"unknown option {key!r}: a reward model is one of reward.functions, as {REWARD_MODEL}PATH")
     meant = {option: option for option in options} | ALIASES   # name that could have been meant ► option
     for candidates in ([name for name in meant if name.startswith(f"{room}.")], list(meant)):
         by_last = {name.rpartition(".")[2] for name in candidates}

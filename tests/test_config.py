@@ -90,6 +90,11 @@ def test_unknown_option_like_nothing():
     assert refusal({"qqqq": 1}) == "unknown option 'qqqq' (flux-ray train --help lists them all)"
 
 
+@pytest.mark.parametrize("key", ["reward_model_name", "algo.reward_model", "reward.reward_model_path"])
+def test_a_reward_model_by_other_names(key):
+    assert refusal({key: "a/b"}).endswith("a reward model is one of reward.functions, as model:PATH")
+
+
 def test_a_name_of_several_options():
     assert "write it in full" in refusal({"deadline_s": 1.0})
 

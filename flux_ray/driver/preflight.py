@@ -20,6 +20,7 @@ from flux_ray.algo.filters import check_filter
 from flux_ray.algo.trial import try_registered
 from flux_ray.config import Config, validate
 from flux_ray.data import PromptSource, are_groups
+from flux_ray.data.preferences import CHOSEN, REJECTED
 from flux_ray.data.prompts import TRAIN
 from flux_ray.data.rows import load_rows
 from flux_ray.driver import offline_data
@@ -91,7 +92,7 @@ def prepare(config: Config) -> Prepared:
         warnings += offline.warnings
         return Prepared(config, None, offline, None, needs_reference, start, checkpoint, tuple(warnings))
     prompts = PromptSource(rows, config, tokenizer, context_length=limit, role=TRAIN)
-    warnings += _skipped(prompts.num_skipped, prompts.source)
+    warnings += [*_skipped(prompts.num_skipped, prompts.source), *_pairs(config, prompts)]
     config = _with(config, "reward", functions=list(config.reward.functions) or [_default_reward(config, prompts)])
     warnings += _reward_models(config, tokenizer, prompts)
     if algo.needs_critic(config.algo) and config.critic.path:
@@ -104,6 +105,18 @@ def prepare(config: Config) -> Prepared:
         eval_prompts = PromptSource.for_eval(config, tokenizer, context_length=limit)
         warnings += _rewards(config, eval_prompts)[1]
     return Prepared(config, prompts, None, eval_prompts, needs_reference, start, checkpoint, tuple(warnings))
+
+
+def _pairs(config: Config, prompts: PromptSource) -> list[str]:
+    """A warning that of preference pairs the prompts alone are read; UserError where no reward is named either."""
+    if not {CHOSEN, REJECTED} <= prompts.columns:
+        return []
+    learners = ", ".join(name for name, kind in algo.KINDS.items() if kind.data == algo.PAIRS)
+    what = (f"{prompts.source} holds preference pairs ({CHOSEN}, {REJECTED}), of which algo.name={config.algo.name} "
+            f"reads the prompts alone ({learners} learn from pairs)")
+    if not config.reward.functions and find_answer_column(config, prompts.columns) is None:
+        raise UserError(f"no reward: {what}, and reward.functions names nothing that scores what it samples")
+    return [what]
 
 
 def _reward_models(config: Config, tokenizer: Any, prompts: PromptSource) -> list[str]:

@@ -44,7 +44,9 @@ def prepared(model, tmp_path):
     ("ipo", COMPLETIONS, "(columns: prompt, completion)"),
     ("sft", PAIRS, "preference pairs (chosen, rejected) are for algo=dpo, ipo, cdpo or reward_model"),
     ("sft", PROMPTS, "nothing to learn from: no column 'completion'"),
-    ("grpo", PAIRS[:1], "no reward"),   # their shared start is a prompt
+    ("grpo", PAIRS[:1], "holds preference pairs (chosen, rejected), of which algo.name=grpo reads the prompts alone"),
+    ("ppo", PAIRS[:1], "and reward.functions names nothing that scores what it samples"),
+    ("ppo", [{"prompt": "1+1="}], "no reward: reward.functions is empty"),
     ("grpo", COMPLETIONS, "no reward"),
     ("grpo", [{"chosen": "x", "rejected": "y"}], "share no text up to a reply"),
     ("grpo", [{**GROUPS[0], "rewards": [1.0]}], "row 1 (from 1): column 'rewards': 1 rewards for 2 responses"),
@@ -80,6 +82,11 @@ def test_pairs_left_out_and_columns_that_nobody_reads_are_told(prepared):
     assert first.endswith("data.jsonl: pairs left out: 1 empty")
     assert "column 'margin' is read by algo=reward_model alone" in second
     assert len(prepared("reward_model", rows).warnings) == 1
+
+
+def test_pairs_whose_prompts_alone_are_read_are_told(prepared):
+    (warning,) = prepared("grpo", PAIRS[:1], **{"reward.functions": ["length"]}).warnings
+    assert "reads the prompts alone (dpo, ipo, cdpo, reward_model learn from pairs)" in warning
 
 
 def test_a_context_too_short_for_a_pair(prepared):
