@@ -1,0 +1,66 @@
+"""All figures in one run: `launch/bench.sh [--quick] [--json] [--only NAME,NAME] [--dtype bfloat16|float32]`.
+
+Takes:  which figures, and how long it may take.
+Gives:  a table, or with --json an object a line as soon as a figure is there. What each is: docs/benchmarks.md.
+Knows:  a figure that fails is told as such and the others go on; then the exit code is 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+
+from flux_ray.errors import UserError
+from tests.benchmarks.figures import FIGURES, Failed, Figure, Measured, as_json, chosen, table
+from tests.benchmarks.session import Session
+from tests.benchmarks.work import SIZES, make_model
+
+DTYPES = ("bfloat16", "float32")
+
+
+def measure(figure: Figure, session: Session) -> list[Measured | Failed]:
+    module, _, function = figure.measure.partition(":")
+    try:
+        return getattr(importlib.import_module(f"tests.benchmarks.{module}"), function)(session)
+    except Exception as error:
+        if not isinstance(error, RuntimeError):
+            traceback.print_exc()
+        return [Failed(figure.name, f"{type(error).__name__}: {error}")]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="launch/bench.sh", description="Measures what docs/benchmarks.md describes.")
+    parser.add_argument("--quick", action="store_true", help="under ten minutes: shorter responses, fewer runs")
+    parser.add_argument("--json", action="store_true", help="an object a line instead of the table")
+    parser.add_argument("--only", metavar="NAME,NAME", help=f"some of: {', '.join(FIGURES)}")
+    parser.add_argument("--dtype", choices=DTYPES, help="of weights and activations; bfloat16 where it isn't given")
+    arguments = parser.parse_args()
+    try:
+        figures = chosen(arguments.only)
+    except UserError as error:
+        parser.error(str(error))
+    started, results = time.monotonic(), []
+    with tempfile.TemporaryDirectory(prefix="flux-ray-bench-") as folder:
+        for size in SIZES:
+            make_model(Path(folder, size), size)
+        session = (Session.short if arguments.quick else Session)(Path(folder), arguments.dtype or DTYPES[0])
+        for figure in figures:
+            print(f"{time.monotonic() - started:5.0f} s  {figure.name}: {figure.meaning}", file=sys.stderr, flush=True)
+            for result in measure(figure, session):
+                results.append(result)
+                if arguments.json:
+                    print(as_json(result), flush=True)
+    if not arguments.json:
+        print(f"{session.dtype}, 64 sequences of {session.tokens} tokens on average, a thread a process\n")
+        print(table(results))
+    print(f"{time.monotonic() - started:5.0f} s in all", file=sys.stderr)
+    return int(any(isinstance(result, Failed) for result in results))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

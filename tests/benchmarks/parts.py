@@ -1,0 +1,189 @@
+"""What is measured, each in a process of its own: nothing of one is in another's memory or threads.
+
+Takes:  the name of a part, a folder with the models, its options.
+Gives:  `run_part`: what the part gave. PARTS: `vllm` and `deepspeed` (bare), `ours`, and those of the other modules.
+Never:  waits without a deadline, or leaves a process behind: they carry a mark in their environment.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import json
+import os
+import secrets
+import subprocess
+import sys
+import tempfile
+import time
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from tests.benchmarks import inside
+from tests.benchmarks.work import (
+    CONTEXT,
+    GROUP_SIZE,
+    KV_GIB,
+    PROMPT_TOKENS,
+    VOCAB,
+    Phase,
+    make_data,
+    micro_batches,
+    options,
+)
+
+REPO = Path(__file__).parents[2]
+MARK = "FLUX_RAY_BENCH_PART"
+ENV = {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1",
+       "VLLM_LOGGING_LEVEL": "WARNING", "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": str(REPO)}
+#: Name ► module:function. The function takes the folder and the part's options; what it gives is plain values.
+PARTS = {
+    "vllm": "parts:bare_vllm", "deepspeed": "parts:bare_deepspeed", "ours": "parts:ours",
+    "trl": "peer:trl_steps", "same_loss": "peer:same_loss", "publish": "publish:run", "driver": "driver_cost:run",
+}
+LAST_LINES = 8  # of what a failed part printed
+
+
+def run_part(name: str, folder: Path, *, deadline_s: float, env: dict[str, str] | None = None, **asked: Any) -> Any:
+    """What the part gave. RuntimeError: it failed, or took longer than its deadline; its processes are gone then."""
+    mark = secrets.token_hex(8)
+    work = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=folder))
+    (work / "asked.json").write_text(json.dumps(asked))
+    environment = {**os.environ, **ENV, **(env or {}), MARK: mark, inside.NOTES: str(work)}
+    command = [sys.executable, "-m", "tests.benchmarks.parts", name, str(folder), str(work)]
+    with (work / "output.txt").open("w") as output:
+        process = subprocess.Popen(command, cwd=REPO, env=environment, stdout=output, stderr=output,
+                                   start_new_session=True)
+        try:
+            code = process.wait(deadline_s)
+        except subprocess.TimeoutExpired:
+            raise RuntimeError(f"{name} took longer than {deadline_s:g} s") from None
+        finally:
+            _end(mark)
+            process.wait()
+    if code:
+        lines = (work / "output.txt").read_text(errors="replace").strip().splitlines()
+        raise RuntimeError(f"{name} ended with {code}: " + " | ".join(lines[-LAST_LINES:]))
+    return json.loads((work / "gave.json").read_text())
+
+
+def _end(mark: str) -> None:
+    """Every process of the part that is left."""
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get(MARK) == mark:
+                process.kill()
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+
+
+def ours(folder: Path, work: Path, *, phases: list[dict[str, Any]], dtype: str, cores: dict[str, list[int]],
+         **more: Any) -> dict[str, Any]:
+    """A run of ours over the phases: each step's metrics by phase, and what the training ranks noted."""
+    from flux_ray.config import from_dict
+    from flux_ray.driver import run
+
+    os.environ[inside.CORES] = json.dumps(cores)
+    planned = [Phase(**phase) for phase in phases]
+    make_data(work / "data.jsonl", planned)
+    result = run(from_dict(options(folder, dtype=dtype, phases=planned) | {
+        "data.train": str(work / "data.jsonl"), "run_dir": str(work / "run"), "plugins": [inside.__file__],
+        "rollout.function": f"{inside.__file__}:forced"} | more))
+    ranks = [[json.loads(line) for line in file.read_text().splitlines()] for file in sorted(work.glob("trainer-*"))]
+    given, at = {}, 0
+    for phase in planned:
+        measured = slice(at + phase.warm_up, at + phase.steps)
+        given[phase.name] = {"steps": result.history[measured], "ranks": [notes[measured] for notes in ranks]}
+        at += phase.steps
+    return given
+
+
+def bare_vllm(folder: Path, work: Path, *, phases: list[dict[str, Any]], dtype: str) -> dict[str, list[float]]:
+    """Seconds of each step's sequences from one engine, nothing else running."""
+    return asyncio.run(_bare_vllm(folder, [Phase(**phase) for phase in phases], dtype))
+
+
+async def _bare_vllm(folder: Path, phases: Sequence[Phase], dtype: str) -> dict[str, list[float]]:
+    from vllm import SamplingParams
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.sampling_params import RequestOutputKind
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    longest = max(max(phase.lengths) for phase in phases)
+    engine = AsyncLLM.from_engine_args(AsyncEngineArgs(
+        model=str(folder / "29M"), dtype=dtype, enforce_eager=True, kv_cache_memory_bytes=int(KV_GIB * 2**30),
+        max_model_len=min(CONTEXT, PROMPT_TOKENS + longest), distributed_executor_backend="uni",
+        disable_log_stats=True, enable_chunked_prefill=False, max_num_batched_tokens=8192))
+
+    async def one(name: str, prompt: int, n: int, length: int) -> None:
+        params = SamplingParams(n=n, seed=zlib.crc32(name.encode()), max_tokens=length, ignore_eos=True, logprobs=0,
+                                detokenize=False, flat_logprobs=True, output_kind=RequestOutputKind.FINAL_ONLY)
+        tokens = {"prompt_token_ids": [4 + prompt % 10] * PROMPT_TOKENS}
+        async for _ in engine.generate(tokens, params, name):
+            pass
+
+    async def step(name: str, phase: Phase) -> float:
+        start = time.perf_counter()
+        requests = []
+        for g, lengths in enumerate(phase.groups):
+            alike = len(set(lengths)) == 1
+            each = [(GROUP_SIZE, lengths[0])] if alike else [(1, length) for length in lengths]
+            requests += [one(f"{name}-{g}-{i}", g, n, length) for i, (n, length) in enumerate(each)]
+        await asyncio.gather(*requests)
+        return time.perf_counter() - start
+
+    seconds = {phase.name: [await step(f"{phase.name}-{i}", phase) for i in range(phase.steps)][phase.warm_up :]
+               for phase in phases}
+    engine.shutdown()
+    return seconds
+
+
+def bare_deepspeed(folder: Path, work: Path, *, phases: list[dict[str, Any]], dtype: str) -> dict[str, list[float]]:
+    """Seconds of forward, backward and AdamW on as many tokens: the model's own logits and cross-entropy."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from flux_ray.config import from_dict
+    from flux_ray.train import setup
+    from tests.train.ranks import free_port
+
+    config = from_dict({"model.path": str(folder / "29M"), "model.dtype": dtype})
+    deepspeed = setup.join(config, rank=0, world_size=1, master_address="127.0.0.1", master_port=free_port(),
+                           device="cpu")
+    kind = getattr(torch, dtype)
+    model = AutoModelForCausalLM.from_pretrained(folder / "29M", dtype=kind)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True),
+                                      config=setup.deepspeed_config(config, kind))
+
+    def step(phase: Phase) -> float:
+        start = time.perf_counter()
+        plan = micro_batches(phase.lengths)
+        for k, rows in enumerate(plan):
+            ids = torch.randint(3, VOCAB, (len(rows), rows[0]))
+            logits = engine(input_ids=ids).logits[:, PROMPT_TOKENS - 1 : -1]
+            inside_BL = torch.arange(PROMPT_TOKENS, rows[0]) < torch.tensor(rows)[:, None]
+            wanted = ids[:, PROMPT_TOKENS:][inside_BL]
+            loss = torch.nn.functional.cross_entropy(logits[inside_BL].float(), wanted, reduction="sum")
+            engine.set_gradient_accumulation_boundary(k == len(plan) - 1)
+            engine.backward(loss / sum(phase.lengths))
+        engine.step()
+        return time.perf_counter() - start
+
+    planned = [Phase(**phase) for phase in phases]
+    return {phase.name: [step(phase) for _ in range(phase.steps)][phase.warm_up :] for phase in planned}
+
+
+def main() -> None:
+    name, folder, work = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
+    module, _, function = PARTS[name].partition(":")
+    part = getattr(importlib.import_module(f"tests.benchmarks.{module}"), function)
+    gave = part(folder, work, **json.loads((work / "asked.json").read_text()))
+    (work / "gave.json").write_text(json.dumps(gave))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+"""One run of the benchmark: what it is asked for, and the parts that figures share.
+
+Takes:  a type, whether to be quick, a folder that has the models.
+Gives:  Session: phases of equal and log-normal lengths, floors, runs of ours; each part runs once, whoever asks for it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import statistics
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tests.benchmarks.parts import run_part
+from tests.benchmarks.work import Phase, equal, log_normal
+
+EQUAL, UNEQUAL = "equal", "log_normal"
+#: Engines, ranks, staleness; where each actor stays (nowhere: the system decides).
+RUNS: dict[str, dict[str, Any]] = {
+    "synchronous": {},
+    "asynchronous": {"driver.max_staleness": 1, "cores": {"engine-0": [0], "trainer-0": [1]}},
+    "both_cores": {"rollout.num_engines": 2, "train.num_ranks": 2},
+    "both_cores_asynchronous": {"rollout.num_engines": 2, "train.num_ranks": 2, "driver.max_staleness": 1},
+}
+
+
+@dataclass
+class Session:
+    """`tokens`: of a response on average; `runs`: measured steps of each kind; `deadline_s`: of one part."""
+
+    folder: Path
+    dtype: str
+    quick: bool = False
+    tokens: int = 256
+    runs: int = 10
+    deadline_s: float = 3600.0
+    _gave: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def short(cls, folder: Path, dtype: str) -> Session:
+        return cls(folder, dtype, quick=True, tokens=128, runs=2, deadline_s=300.0)
+
+    def part(self, name: str, *, env: dict[str, str] | None = None, **asked: Any) -> Any:
+        """What the part gave, or the RuntimeError that it ended with; the second time without running it again."""
+        key = json.dumps([name, env, asked], sort_keys=True)
+        if key not in self._gave:
+            try:
+                self._gave[key] = run_part(name, self.folder, deadline_s=self.deadline_s, env=env, **asked)
+            except RuntimeError as error:
+                self._gave[key] = error
+        if isinstance(self._gave[key], RuntimeError):
+            raise self._gave[key]
+        return self._gave[key]
+
+    def phases(self, *, warm_up: int = 1) -> list[dict[str, Any]]:
+        """The steps of equal lengths, then those of log-normal ones."""
+        lengths = {EQUAL: equal(self.tokens), UNEQUAL: log_normal(self.tokens)}
+        return [dataclasses.asdict(Phase(name, of, warm_up, self.runs)) for name, of in lengths.items()]
+
+    def floors(self) -> dict[str, tuple[float, float]]:
+        """Phase ► seconds of (bare generation, bare training), medians."""
+        generation = self.part("vllm", phases=self.phases(), dtype=self.dtype)
+        training = self.part("deepspeed", phases=self.phases(), dtype=self.dtype)
+        return {name: (statistics.median(generation[name]), statistics.median(training[name])) for name in generation}
+
+    def ours(self, run: str) -> dict[str, Any]:
+        """Phase ► metrics of the measured steps, notes of the ranks."""
+        asked = {"cores": {}, **RUNS[run]}
+        # What starts before the other lengths do is still of the old ones: it passes within the bound.
+        warm_up = 1 + 2 * bool(asked.get("driver.max_staleness"))
+        return self.part("ours", phases=self.phases(warm_up=warm_up), dtype=self.dtype, **asked)
+
+    def step_s(self, run: str, phase: str) -> list[float]:
+        """Seconds of each measured step."""
+        return [step["driver/step_s"] for step in self.ours(run)[phase]["steps"]]

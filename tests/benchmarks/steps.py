@@ -1,0 +1,72 @@
+"""Figures of a whole step: against its bare parts, against itself, and how much of what is forwarded is of use.
+
+Takes:  a Session.
+Gives:  `sync_ratio`, `async_ratio`, `async_gain`, `padding`: lists of Measured.
+"""
+
+from __future__ import annotations
+
+import statistics
+
+from tests.benchmarks.figures import Measured
+from tests.benchmarks.session import EQUAL, UNEQUAL, Session
+
+#: Phase ► ending of a figure's name, goal of async_gain.
+OF_PHASE = {EQUAL: ("", ">= 0.9"), UNEQUAL: ("_sigma_0.8", ">= 0.85")}
+STAGES = ("driver/wait_s", "train/step_s", "weights/publish_s")
+
+
+def stages(session: Session, run: str, phase: str) -> dict[str, float]:
+    """Where a step's time goes, medians in seconds."""
+    steps = session.ours(run)[phase]["steps"]
+    return {name: round(statistics.median(step[name] for step in steps), 3) for name in STAGES}
+
+
+def sync_ratio(session: Session) -> list[Measured]:
+    results = []
+    for phase, (generation_s, training_s) in session.floors().items():
+        values = [step_s / (generation_s + training_s) for step_s in session.step_s("synchronous", phase)]
+        results.append(Measured.of(
+            f"sync_ratio{OF_PHASE[phase][0]}", values, unit="x", goal="<= 1.08" if phase == EQUAL else None,
+            generation_s=round(generation_s, 3), training_s=round(training_s, 3),
+            step_s=round(statistics.median(session.step_s("synchronous", phase)), 3),
+            stages=stages(session, "synchronous", phase)))
+    return results
+
+
+def async_ratio(session: Session) -> list[Measured]:
+    results = []
+    for phase, floors in session.floors().items():
+        steps_s = session.step_s("asynchronous", phase)
+        results.append(Measured.of(
+            f"async_ratio{OF_PHASE[phase][0]}", [step_s / max(floors) for step_s in steps_s], unit="x",
+            goal="<= 1.12" if phase == EQUAL else None, generation_s=round(floors[0], 3),
+            training_s=round(floors[1], 3), step_s=round(statistics.median(steps_s), 3),
+            stages=stages(session, "asynchronous", phase)))
+    return results
+
+
+def async_gain(session: Session) -> list[Measured]:
+    results = []
+    for phase, floors in session.floors().items():
+        ending, goal = OF_PHASE[phase]
+        ideal = sum(floors) / max(floors)
+        synchronous_s = statistics.median(session.step_s("synchronous", phase))
+        both_s = statistics.median(session.step_s("both_cores", phase))
+        steps_s = session.step_s("asynchronous", phase)
+        results.append(Measured.of(f"async_gain{ending}", [synchronous_s / s / ideal for s in steps_s], unit="of ideal",
+                                   goal=goal, ideal=round(ideal, 3), synchronous_s=round(synchronous_s, 3)))
+        results.append(Measured.of(f"async_gain_over_both_cores{ending}", [both_s / s for s in steps_s], unit="x",
+                                   both_cores_s=round(both_s, 3), stages=stages(session, "both_cores", phase)))
+    return results
+
+
+def padding(session: Session) -> list[Measured]:
+    """Of two ranks, so that what keeps them in step counts too: tokens forwarded for nothing / tokens forwarded."""
+    ranks = session.ours("both_cores")[UNEQUAL]["ranks"]
+    shares = []
+    for of_step in zip(*ranks, strict=True):
+        forwarded, used = (sum(note[name] for note in of_step) for name in ("forwarded", "used"))
+        shares.append(100 * (1 - used / forwarded))
+    return [Measured.of("padding", shares, unit="%", goal="<= 5",
+                        micro_batches=[notes[0]["micro_batches"] for notes in ranks])]
