@@ -26,7 +26,7 @@ from tests.benchmarks.work import PROMPT_TOKENS, Phase, make_data, options
 IN_FLIGHT = (10, 100, 1000)
 FLAT = 1.5  # the dearest group may cost so many times the cheapest: then the driver counts as flat
 SHORT, LONG = 64, 4096  # tokens
-BYTES_OF_TCP = re.compile(r"bytes_(sent|received):(\d+)")
+BYTES_OF_TCP = re.compile(r"bytes_(?:sent|received):(\d+)")
 HELD_S = {10: 0.05, 100: 0.3, 1000: 2.0}  # until all have been sent
 WARM_UP, STEPS = 2, {10: 30, 100: 6, 1000: 2}
 MEMORY_STEPS, MEMORY_WARM_UP = 1000, 50
@@ -95,8 +95,13 @@ def run(folder: Path, work: Path, *, groups: int, steps: int, tokens: int, hold_
              "resident": b["resident"]} for a, b in itertools.pairwise(seen)]
 
 
-def tcp_bytes(pid: int) -> float:
+def tcp_bytes(pid: int) -> int:
     """Sent and received by all TCP sockets that the process has now."""
     shown = subprocess.run(["ss", "-tinpH"], capture_output=True, text=True, timeout=30, check=True).stdout
+    return count_bytes(shown, pid=pid)
+
+
+def count_bytes(shown: str, *, pid: int) -> int:
+    """The process's, of what ss shows: a line for each socket, and one that is indented with its counts."""
     sockets = re.split(r"\n(?=\S)", shown)
-    return sum(float(count) for one in sockets if f"pid={pid}," in one for _, count in BYTES_OF_TCP.findall(one))
+    return sum(int(count) for one in sockets if f"pid={pid}," in one for count in BYTES_OF_TCP.findall(one))
