@@ -122,6 +122,8 @@ def _pairs(config: Config, prompts: PromptSource) -> list[str]:
 def _reward_models(config: Config, tokenizer: Any, prompts: PromptSource) -> list[str]:
     for reference in config.reward.functions:
         path = reward_model_path(reference)
+        if path == "":
+            raise UserError(f"reward.functions: {reference!r} names no reward model: {REWARD_MODEL}PATH does")
         if path is not None:
             _check_weights(f"reward.functions, {reference}", path)
     return check_reward_models(config, tokenizer, longest_prompt=prompts.longest_prompt)

@@ -95,11 +95,12 @@ CASES = [
 @pytest.mark.parametrize(("value", "old", "wanted", "clipped"), CASES)
 def test_values_are_clipped_at_either_side(value, old, wanted, clipped):
     v = torch.tensor(value, dtype=torch.float64, requires_grad=True)
-    loss, was = algo.value_loss(v, old_values=torch.tensor(old), returns=torch.tensor(wanted), clip_range=0.2)
+    others = {name: torch.tensor(x, dtype=torch.float64) for name, x in (("old_values", old), ("returns", wanted))}
+    loss, was = algo.value_loss(v, **others, clip_range=0.2)
     loss.backward()
     moved = value + 1j * oracle.STEP
-    assert loss.item() == pytest.approx(numpy_value_loss(value, old, wanted, 0.2), abs=1e-7)
-    assert v.grad.item() == pytest.approx(np.imag(numpy_value_loss(moved, old, wanted, 0.2)) / oracle.STEP, abs=1e-7)
+    assert loss.item() == pytest.approx(numpy_value_loss(value, old, wanted, 0.2), abs=1e-9)
+    assert v.grad.item() == pytest.approx(np.imag(numpy_value_loss(moved, old, wanted, 0.2)) / oracle.STEP, abs=1e-9)
     assert bool(was) == clipped and (v.grad == 0) == clipped
 
 

@@ -65,6 +65,7 @@ def refused(model, tmp_path, monkeypatch, capfd):
     (["reward.functions=[numerci]"], "'numerci'"),
     (["algo=ppo", "reward.functions=['model:/no/such']"],
      "reward.functions, model:/no/such: model '/no/such': no such folder"),
+    (["algo=ppo", "reward.functions=['model:']"], "reward.functions: 'model:' names no reward model: model:PATH does"),
     (["algo=ppo", "critic.path=/no/such"], "model '/no/such': no such folder"),
     (["critic.warmup_steps=2"], "critic.warmup_steps=2 is read by nothing: grpo has no critic (algo=ppo has one)"),
     (["algo.gae_lambda=0.5"], "algo.gae_lambda=0.5 is not read by the estimator grpo"),
