@@ -95,6 +95,7 @@ def count_tokens() -> None:
     """In a training rank: after each optimizer step a note of the tokens that were forwarded with gradients, and of
     those among them that are of samples (not padding, and not a micro-batch without weight)."""
     import torch
+    from torch.optim.optimizer import register_optimizer_step_post_hook
 
     from flux_ray.model.policy import PolicyModel
 
@@ -116,7 +117,7 @@ def count_tokens() -> None:
             counts.clear()
 
     PolicyModel.forward = counted  # type: ignore[method-assign]
-    torch.optim.optimizer.register_optimizer_step_post_hook(stepped)
+    register_optimizer_step_post_hook(stepped)
 
 
 if NOTES in os.environ:
