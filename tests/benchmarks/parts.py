@@ -45,7 +45,6 @@ PARTS = {
     "vllm": "parts:bare_vllm", "deepspeed": "parts:bare_deepspeed", "ours": "parts:ours",
     "trl": "peer:trl_steps", "same_loss": "peer:same_loss", "publish": "publish:run", "driver": "driver_cost:run",
 }
-LAST_LINES = 8  # of what a failed part printed
 
 
 def run_part(name: str, folder: Path, *, deadline_s: float, env: dict[str, str] | None = None, **asked: Any) -> Any:
@@ -66,8 +65,8 @@ def run_part(name: str, folder: Path, *, deadline_s: float, env: dict[str, str] 
             _end(mark)
             process.wait()
     if code:
-        lines = (work / "output.txt").read_text(errors="replace").strip().splitlines()
-        raise RuntimeError(f"{name} ended with {code}: " + " | ".join(lines[-LAST_LINES:]))
+        lines = (work / "output.txt").read_text(errors="replace").strip().splitlines() or ["nothing said"]
+        raise RuntimeError(f"{name} ended with {code}: {lines[-1]}")
     return json.loads((work / "gave.json").read_text())
 
 
