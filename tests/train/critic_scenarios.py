@@ -18,7 +18,7 @@ from flux_ray.config import CriticConfig
 from flux_ray.records import RolloutGroup
 from flux_ray.train import Critic
 from tests.train.batches import rollout_group, scored
-from tests.train.scenarios import FIRST, SECOND, Rank, gradient, main, weights
+from tests.train.scenarios import FIRST, LORA, SECOND, Rank, fill, gradient, main, weights
 
 PPO: dict[str, Any] = {"algo__name": "ppo", "algo__beta": 0.0}
 CLIP_RANGE, LEARNING_RATE = 0.3, 1e-3
@@ -63,6 +63,14 @@ def gradients(rank: Rank, stage: int) -> dict[str, float]:
     return metrics
 
 
+def adapted(rank: Rank, name: str, **overrides: Any) -> None:
+    """The first gradient of a critic's adapter that isn't 0, and of its head."""
+    model = critic(rank, train__lora=LORA, **overrides)
+    fill(model)
+    step(model, groups_of(rank, FIRST))
+    rank.write(f"critic_lora_{name}", gradient(model))
+
+
 def resume(rank: Rank) -> dict[str, Any]:
     """Several updates a step; a checkpoint, a second step, and the second step again from the checkpoint."""
     several = {"algo__epochs": 2, "algo__mini_batches": 2, "train__zero_stage": 2}
@@ -95,9 +103,21 @@ def policy(rank: Rank) -> dict[str, Any]:
     return {"metrics": report.metrics, "warm_up": still.metrics, "moved": moved, "version": still.version}
 
 
+def policy_with_adapter(rank: Rank) -> list[dict[str, float]]:
+    """Two steps whose KL in the reward is to the policy without its adapter, of which no log-probs are given."""
+    trainer = rank.trainer(**PPO, algo__kl_coef=0.1, train__zero_stage=3, train__lora=LORA, train__learning_rate=1e-2)
+    groups = groups_of(rank, FIRST)
+    given = {"groups": groups, "scores": [scored(g) for g in groups], "reference_logprobs": None,
+             "values": [old_values_of(g) for g in groups]}
+    return [trainer.train_step(**given, version=version).metrics for version in range(2)]
+
+
 def two_ranks(rank: Rank) -> dict[str, Any]:
     result = {str(stage): gradients(rank, stage) for stage in (0, 3)}
     result |= {"resume": resume(rank), "policy": policy(rank)}
+    result["policy_with_adapter"] = policy_with_adapter(rank)
+    adapted(rank, "0")
+    adapted(rank, "3", train__zero_stage=3, train__gradient_checkpointing=True)
     dist.barrier()
     return result
 

@@ -11,7 +11,7 @@ from typing import Any
 from flux_ray.records import PreferencePair, StepReport
 from flux_ray.train import Trainer
 from tests.train.batches import pairs
-from tests.train.scenarios import Rank, gradient, main, weights
+from tests.train.scenarios import LORA, Rank, fill, gradient, main, weights
 
 FIRST, SECOND = pairs(1, 8), pairs(2, 8)
 SPLIT = 5  # pairs of rank 0, where there are two
@@ -19,6 +19,9 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "dpo": {"algo__name": "dpo"}, "ipo": {"algo__name": "ipo", "algo__pair_logprobs": "mean"},
     "reward_model": {"algo__name": "reward_model"},
 }
+#: What shards and recomputes most at once.
+SHARDED = {"train__zero_stage": 3, "train__gradient_checkpointing": True, "batch__micro_batch_size": 3}
+ADAPTED = ("dpo", "reward_model")
 LAST = {"train__learning_rate": 1e-2, "algo__name": "reward_model"}
 
 
@@ -71,6 +74,17 @@ def saved_reward_model(rank: Rank) -> dict[str, Any]:
     return {"losses": losses, "measured": measured, "again": again.pair_metrics(**share(rank, FIRST, again))}
 
 
+def adapted(rank: Rank, suffix: str, **overrides: Any) -> dict[str, Any]:
+    """First gradients of an adapter that isn't 0: of its factors, and of a reward model's head."""
+    measured = {}
+    for name in ADAPTED:
+        trainer = rank.trainer(**OBJECTIVES[name], train__lora=LORA, **overrides)
+        fill(trainer)
+        measured[f"{name}_lora{suffix}"] = step(rank, trainer, FIRST).metrics
+        rank.write(f"pairs_{name}_lora{suffix}", gradient(trainer))
+    return measured
+
+
 def without_adapter(rank: Rank) -> list[list[tuple[float, float]]]:
     """What the ranks that are their own reference say of pairs: before a step, and after it."""
     trainer = rank.trainer(**OBJECTIVES["dpo"], train__lora={"rank": 4})
@@ -86,14 +100,15 @@ def two_ranks(rank: Rank) -> dict[str, Any]:
                 for name, of_one in stages.items() for stage in of_one}
     result = gradients(rank, variants)
     result["resume"] = {name: resume(rank, name, **OBJECTIVES[name]) for name in ("dpo", "reward_model")}
-    return result | {"saved": saved_reward_model(rank)}
+    return result | {"saved": saved_reward_model(rank), "adapted": adapted(rank, "_sharded", **SHARDED)}
 
 
 def one_rank(rank: Rank) -> dict[str, Any]:
     small = {"batch__micro_batch_size": 1}, {"batch__micro_batch_size": 16}, {"model__layout": "block_diagonal"}
     variants = {f"{name}_one_{i}": {**objective, **more}
                 for name, objective in OBJECTIVES.items() for i, more in enumerate(small)}
-    return gradients(rank, {**OBJECTIVES, **variants}) | {"without_adapter": without_adapter(rank)}
+    return gradients(rank, {**OBJECTIVES, **variants}) | {
+        "without_adapter": without_adapter(rank), "adapted": adapted(rank, "")}
 
 
 if __name__ == "__main__":

@@ -104,3 +104,15 @@ def test_the_policy_leaves_the_returns_of_gae(folder, two):
 def test_in_the_warm_up_the_policy_stays_as_it_is(two):
     assert two["policy"]["moved"] is False and two["policy"]["version"] == 2
     assert "actor/loss" not in two["policy"]["warm_up"]
+
+
+def test_an_adapters_gradient_is_the_same_sharded_and_recomputed(folder, two):
+    got, wanted = (load_file(folder / f"critic_lora_{stage}.safetensors") for stage in ("3", "0"))
+    assert relative_gap(got, wanted) <= 1e-6
+    assert [name for name in wanted if "lora_" not in name] == ["score.weight"]
+    assert any("lora_A" in name and value.any() for name, value in wanted.items())
+
+
+def test_with_an_adapter_the_kl_in_the_reward_is_to_the_policy_without_it(two):
+    first, second = two["policy_with_adapter"]
+    assert first["actor/reward_kl"] == 0.0 and second["actor/reward_kl"] != 0.0

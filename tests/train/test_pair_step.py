@@ -89,6 +89,20 @@ def test_with_an_adapter_the_reference_is_the_policy_without_it(folder, one):
 
 
 @pytest.mark.parametrize("objective", ["dpo", "reward_model"])
+def test_an_adapters_gradient_is_the_same_sharded_and_recomputed(folder, two, one, objective):
+    """Two ranks, ZeRO-3 and gradient checkpointing together; a reward model's head is trained beside its factors."""
+    got, wanted = tensors(folder, f"{objective}_lora_sharded"), tensors(folder, f"{objective}_lora")
+    assert relative_gap(got, wanted) <= 2e-6
+    assert any("lora_A" in name and value.any() for name, value in wanted.items())
+    wholly = [name for name in wanted if "lora_" not in name]
+    assert wholly == ([] if objective == "dpo" else ["score.weight"])
+    packing = {"train/num_micro_batches", "train/padding_frac"}
+    measured, alone = ({k: v for k, v in of[name].items() if k not in packing} for of, name in (
+        (two["adapted"], f"{objective}_lora_sharded"), (one["adapted"], f"{objective}_lora")))
+    assert measured == pytest.approx(alone, rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.parametrize("objective", ["dpo", "reward_model"])
 def test_a_resume_changes_nothing(folder, two, objective):
     result = two["resume"][objective]
     assert result["went_on"] == result["resumed"]
