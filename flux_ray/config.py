@@ -256,6 +256,9 @@ class ClusterConfig:
 class DriverConfig:
     num_steps: int = knob(100, "training steps", least=1)
     max_staleness: int = knob(0, "versions that a token may be behind the trainer; 0: synchronous", least=0)
+    streaming: str = knob("auto", "backward of finished groups while others of the step still generate: always, never; "
+                          "auto: where generation and training have GPUs of their own, or max_staleness > 0 (not for "
+                          "algorithms that need the whole batch)", choices=("auto", "always", "never"))
 
 
 @dataclass(frozen=True)

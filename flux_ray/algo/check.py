@@ -57,6 +57,9 @@ def _problems(config: Config, algorithm: Algorithm) -> Iterator[str]:
             if value != neutral:
                 yield (f"rollout.{key}={value} samples from another distribution than the policy's, which the ratio of "
                        f"{algorithm.name} is over: leave it {neutral} or set rollout.allow_truncated_sampling=true")
+    if config.driver.streaming == "always" and (algorithm.needs_whole_batch or algorithm.needs_critic):
+        yield (f"driver.streaming=always: {algorithm.name} needs the whole batch before its first gradient "
+               "(whitening, a critic, or several updates per batch)")
     if algo.off_policy == "none":
         return
     if algo.old_logprobs == "sampler":

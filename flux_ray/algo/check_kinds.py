@@ -83,6 +83,8 @@ def _offline_problems(config: Config, sizes: Collection[int]) -> Iterator[str]:
         yield f"reward.combine={config.reward.combine}: there is one reward"
     if config.driver.max_staleness:
         yield f"driver.max_staleness={config.driver.max_staleness}: nothing is rolled out"
+    if config.driver.streaming == "always":
+        yield "driver.streaming=always: nothing is rolled out"
     if config.filter.reward not in (None, "task"):
         yield f"filter.reward={config.filter.reward}: there is one reward, task"
     if config.eval.data:

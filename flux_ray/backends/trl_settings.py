@@ -44,6 +44,7 @@ ONLY: dict[str, tuple[Any, str]] = {
     "rollout.stop": ([], "it stops at the end token alone"),
     "rollout.ignore_eos": (False, "it stops at the end token"),
     "driver.max_staleness": (0, "it is synchronous"),
+    "driver.streaming": ("auto", "it trains on whole batches"),
     "eval.data": (None, "evaluate the model it gives: FluxTrainer.evaluate"),
     "checkpoint.every": (0, "it writes the model at the end"),
     "resume": (None, "it starts anew"),

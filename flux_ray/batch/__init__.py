@@ -6,10 +6,10 @@ from flux_ray.batch.pairs import pair_samples
 from flux_ray.batch.rewards import estimated
 from flux_ray.batch.samples import ResponseViews, Weighting, make_samples, response_views
 from flux_ray.batch.serving import Serving
-from flux_ray.batch.weights import AGGREGATIONS, StepCounts, loss_weights, step_counts
+from flux_ray.batch.weights import AGGREGATIONS, StepCounts, divisor, loss_weights, step_counts
 
 __all__ = [
-    "AGGREGATIONS", "MicroBatch", "ResponseViews", "Serving", "StepCounts", "Weighting", "balance", "estimated",
-    "loss_weights", "make_micro_batch", "make_samples", "pack", "padded_mask", "pair_samples", "response_views",
-    "step_counts", "to_flat", "to_padded", "zero_weight",
+    "AGGREGATIONS", "MicroBatch", "ResponseViews", "Serving", "StepCounts", "Weighting", "balance", "divisor",
+    "estimated", "loss_weights", "make_micro_batch", "make_samples", "pack", "padded_mask", "pair_samples",
+    "response_views", "step_counts", "to_flat", "to_padded", "zero_weight",
 ]

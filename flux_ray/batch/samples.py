@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from flux_ray.batch.micro_batch import first_loss_token
-from flux_ray.batch.weights import StepCounts, in_loss, loss_weights
+from flux_ray.batch.weights import in_loss, loss_weights
 from flux_ray.records import RolloutGroup, Sample, ScoredGroup, Trajectory
 
 
@@ -52,7 +52,6 @@ class Weighting:
     """What the loss weights of a step are made from."""
 
     aggregation: str
-    counts: StepCounts
     max_tokens: int       # L_max: the longest response allowed, in tokens
 
 
@@ -101,8 +100,7 @@ def make_samples(
     samples = []
     for n, trajectory in enumerate(trajectories):
         loss_mask = trajectory.loss_mask & kept_N[n]
-        weights = loss_weights(weighting.aggregation, loss_mask=loss_mask, counts=weighting.counts,
-                               max_tokens=weighting.max_tokens)
+        weights = loss_weights(weighting.aggregation, loss_mask=loss_mask, max_tokens=weighting.max_tokens)
         samples.append(Sample(
             token_ids=trajectory.token_ids,
             loss_mask=loss_mask,

@@ -1,8 +1,10 @@
 """How much each token weighs in the loss of a step.
 
-Takes:  a sample's loss mask and the counts of the whole step.
-Gives:  `loss_weights`, (T,) per sample; `step_counts`, from scores and lengths alone.
-Knows:  aggregation is data: the loss is the sum of weight times per-token loss, however it is split over micro-batches.
+Takes:  a sample's loss mask; the counts of a whole update.
+Gives:  `loss_weights`, (T,) per sample, and `divisor`, what all of them are divided by; `step_counts`, from scores and
+        lengths alone.
+Knows:  aggregation is data: the loss is the sum of weight times per-token loss over the divisor, however it is split
+        over micro-batches; only the divisor depends on groups that may not be there yet.
 Never:  sees a token, a log-prob or an advantage.
 """
 
@@ -25,29 +27,56 @@ class StepCounts:
     num_sequences: int
     num_tokens: int  # loss tokens
 
+    def __add__(self, other: StepCounts) -> StepCounts:
+        return StepCounts(self.num_sequences + other.num_sequences, self.num_tokens + other.num_tokens)
 
-#: name ► weight of one loss token, from (counts, the sequence's loss tokens, the longest response allowed)
-AGGREGATIONS: dict[str, Callable[[StepCounts, int, int], float]] = {
+
+@dataclass(frozen=True)
+class Aggregation:
+    """A token weighs token(its sequence's loss tokens, the longest response allowed) over a count of the update."""
+
+    token: Callable[[int, int], float]
+    divisor: Callable[[StepCounts], int]
+
+
+def _num_sequences(counts: StepCounts) -> int:
+    return counts.num_sequences
+
+
+AGGREGATIONS: dict[str, Aggregation] = {
     # mean over all loss tokens of the step
-    "token_mean": lambda counts, length, max_tokens: 1 / counts.num_tokens,
+    "token_mean": Aggregation(lambda length, max_tokens: 1.0, lambda counts: counts.num_tokens),
     # mean over sequences of the mean over their tokens
-    "sequence_mean": lambda counts, length, max_tokens: 1 / (counts.num_sequences * length),
+    "sequence_mean": Aggregation(lambda length, max_tokens: 1 / length, _num_sequences),
     # mean over sequences of the sum over their tokens divided by a constant
-    "constant_length": lambda counts, length, max_tokens: 1 / (counts.num_sequences * max_tokens),
+    "constant_length": Aggregation(lambda length, max_tokens: 1 / max_tokens, _num_sequences),
     # one value per sequence: each weighs 1/N. It is spread evenly over the loss tokens, so that a loss which is the
     # same at each of them counts once, and per-token terms beside it (KL, entropy) are sequence means of token means.
-    "sequence": lambda counts, length, max_tokens: 1 / (counts.num_sequences * length),
+    "sequence": Aggregation(lambda length, max_tokens: 1 / length, _num_sequences),
 }
 
 
-def loss_weights(aggregation: str, *, loss_mask: np.ndarray, counts: StepCounts, max_tokens: int) -> np.ndarray:
-    """(T,) float32: the weight of each token, 0 where the mask is False. `max_tokens` is L_max of constant_length."""
-    if aggregation not in AGGREGATIONS:
-        raise unknown("algo.aggregation", aggregation, AGGREGATIONS)
+def aggregation_of(name: str) -> Aggregation:
+    if name not in AGGREGATIONS:
+        raise unknown("algo.aggregation", name, AGGREGATIONS)
+    return AGGREGATIONS[name]
+
+
+def divisor(aggregation: str, counts: StepCounts) -> int:
+    """What the gradient of an update is divided by, once all its groups are there; at least 1."""
+    return max(aggregation_of(aggregation).divisor(counts), 1)
+
+
+def loss_weights(aggregation: str, *, loss_mask: np.ndarray, max_tokens: int) -> np.ndarray:
+    """(T,) float32: the weight of each token before it is divided by `divisor`, 0 where the mask is False.
+
+    `max_tokens` is L_max of constant_length. Raises UserError for an aggregation that isn't known.
+    """
+    token = aggregation_of(aggregation).token
     length = int(loss_mask.sum())
     if length == 0:
         return np.zeros(len(loss_mask), np.float32)
-    return loss_mask.astype(np.float32) * np.float32(AGGREGATIONS[aggregation](counts, length, max_tokens))
+    return loss_mask.astype(np.float32) * np.float32(token(length, max_tokens))
 
 
 def in_loss(scored: ScoredGroup, *, mask_truncated: bool) -> np.ndarray:

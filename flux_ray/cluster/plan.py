@@ -56,6 +56,10 @@ class Plan:
     def role(self, name: str) -> Role | None:
         return next((role for role in self.roles if role.name == name), None)
 
+    @property
+    def shares_gpus(self) -> bool:
+        return any(role.inside for role in self.roles)
+
     def bundles(self) -> dict[str, list[list[dict[str, float]]]]:
         """Placement groups by role, each a list of bundles; a role that lives inside another's has none of its own."""
         groups: dict[str, list[list[dict[str, float]]]] = {}

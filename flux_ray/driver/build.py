@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import math
 from typing import Any
 
 from flux_ray import algo
@@ -54,6 +55,21 @@ async def policy_rooms(prepared: Prepared, cluster: Cluster, plan: Plan) -> Poli
         config, engines=groups[ENGINE], rewards=groups[REWARD], reference=groups.get(REFERENCE),
         trainer=groups[TRAINER], critic=groups.get(CRITIC),
     )
+
+
+def part_tokens(config: Config, plan: Plan) -> float:
+    """Tokens of finished groups on which backward starts before the batch is whole: a micro-batch for each rank.
+
+    inf where it waits for all. On shared processors it would only be slower, and a synchronous run waits there so that
+    the same seed gives the same run to the last bit.
+    """
+    algorithm, streaming = algo.resolve(config.algo), config.driver.streaming
+    shares = plan.device == "cpu" or plan.shares_gpus
+    if streaming == "never" or algorithm.needs_whole_batch or algorithm.needs_critic:
+        return math.inf
+    if streaming == "auto" and shares and not config.driver.max_staleness:
+        return math.inf
+    return config.train.num_ranks * config.batch.max_tokens_per_micro_batch
 
 
 async def sampling_rooms(prepared: Prepared, cluster: Cluster, plan: Plan) -> SamplingRooms:

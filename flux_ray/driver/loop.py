@@ -23,7 +23,7 @@ from flux_ray.driver.evaluation import Evaluation
 from flux_ray.driver.measure import batch_metrics
 from flux_ray.driver.recorder import Recorder
 from flux_ray.driver.rooms import PolicyRooms, ReadyGroup, Rolled
-from flux_ray.driver.slots import Slots
+from flux_ray.driver.slots import Slots, Taken
 from flux_ray.driver.state import LoopState
 from flux_ray.rollout.dispatch import Lengths
 
@@ -40,11 +40,14 @@ class Loop:
         evaluation: Evaluation | None,
         recorder: Recorder,
         start: LoopState,
+        part_tokens: float = math.inf,
     ) -> None:
+        """`part_tokens`: of finished groups, on which backward starts before the step has them all; inf: never."""
         self._config, self._rooms, self._prompts = config, rooms, prompts
         self._evaluation, self._recorder = evaluation, recorder
         prompts_per_step, spares = config.batch.prompts_per_step, config.filter.oversample
         self._slots = Slots(prompts_per_step, config.driver.max_staleness, math.ceil(spares * prompts_per_step))
+        self._part_tokens = part_tokens
         self._version = start.step
         self._unfinished = list(start.unfinished)  # of the run that is resumed, or surplus: they start first
         self._next_uid = start.next_uid
@@ -108,7 +111,8 @@ class Loop:
         reference = await self._rooms.reference(rolled)
         reference_s = now_s() - scored_s
         async with self._changed:
-            self._slots.ready(uid, ReadyGroup(scored, rolled, reference, scored_s - rolled_s, reference_s))
+            group = ReadyGroup(scored, rolled, reference, scored_s - rolled_s, reference_s)
+            self._slots.ready(uid, group, num_tokens=int(scored.num_tokens.sum()))
             del self._groups[uid]
             self._changed.notify_all()
 
@@ -122,23 +126,22 @@ class Loop:
             self._changed.notify_all()
 
     async def _train_steps(self) -> None:
-        """Consumes batches of ready groups: train ► publish (a critic learns meanwhile) ► release their slots.
+        """Consumes ready groups, as they come or a whole batch: train ► publish (a critic learns meanwhile) ► release
+        their slots.
 
         Woken by `_one_group`.
         """
         while self._version < self._last_step:
             start_s = now_s()
-            batch = await self._next_batch()
-            wait_s = now_s() - start_s
-            trained = await self._rooms.train(batch, version=self._version)
+            batch, last_part, begun = await self._begin_step()
+            trained = await self._rooms.train(last_part, version=self._version)
             report = trained.report
-            train_s = now_s() - start_s - wait_s
+            train_s = now_s() - start_s - begun["driver/wait_s"]
             publish_s, learned = await first_failure(
                 [self._rooms.publish(report.version), self._rooms.train_critic(trained)]
             )
             metrics = batch_metrics(batch, version=self._version) | report.metrics | learned
-            metrics |= {
-                "driver/wait_s": wait_s,
+            metrics |= begun | {
                 "train/step_s": train_s,
                 "weights/publish_s": publish_s,
                 "driver/step_s": now_s() - start_s,
@@ -146,17 +149,30 @@ class Loop:
             metrics |= self._drops.step_metrics() | await self._rooms.probe(self._prompts.prompt(0))
             await self._after_step(report.version, batch, metrics)
 
-    async def _next_batch(self) -> list[ReadyGroup]:
-        """Waits until the slots let a batch go. What it makes superfluous is stopped: its prompts start again."""
+    async def _begin_step(self) -> tuple[list[ReadyGroup], list[ReadyGroup], dict[str, float]]:
+        """Backward of all groups of the step but the last part: all groups, that part, and what was waited."""
+        batch: list[ReadyGroup] = []
+        num_parts, wait_s = 0, 0.0
+        while True:
+            start_s = now_s()
+            part = await self._next_part()
+            num_parts, wait_s = num_parts + 1, wait_s + now_s() - start_s
+            batch += part.groups
+            if part.complete:
+                return batch, part.groups, {"driver/wait_s": wait_s, "driver/num_parts": float(num_parts)}
+            await self._rooms.accumulate(part.groups, version=self._version)
+
+    async def _next_part(self) -> Taken:
+        """Waits until the slots let groups go. What they make superfluous is stopped: its prompts start again."""
         async with self._changed:
-            while (taken := self._slots.take(version=self._version)) is None:
+            while (taken := self._slots.take(version=self._version, at_least=self._part_tokens)) is None:
                 await self._changed.wait()
         self._drops.surplus(len(taken.surplus))
         self._unfinished = [*taken.surplus, *self._unfinished]
         for uid in taken.surplus:
             if uid in self._groups:
                 self._groups.pop(uid).cancel()
-        return taken.groups
+        return taken
 
     async def _after_step(self, version: int, batch: list[ReadyGroup], metrics: dict[str, float]) -> None:
         """Write what the step was, then let the next one's prompts in."""

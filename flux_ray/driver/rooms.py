@@ -132,11 +132,26 @@ class PolicyRooms(SamplingRooms):
             )
             return logprobs
 
+    async def accumulate(self, groups: list[ReadyGroup], *, version: int) -> None:
+        """Backward of some of a step's groups, before `train` brings the last ones."""
+        await self.training.on_each("accumulate", self._shares(groups, version))
+
     async def train(self, batch: list[ReadyGroup], *, version: int) -> Trained:
-        """One training step on these groups. A group stays whole: each rank gets some of them, balanced by tokens."""
-        shares = balance([int(group.scored.num_tokens.sum()) for group in batch], self._trainer.size)
+        """One training step on these groups, and on those that were accumulated."""
+        calls = self._shares(batch, version)
+        if self._critic is None:
+            return Trained(await self.training.step("train_step", calls), None)
+        values = await self._critic.values([call["groups"] for call in calls])
+        calls = [{**call, "values": given} for call, given in zip(calls, values, strict=True)]
+        report, returns = await self.training.step_and_returns(calls)
+        kept = ("groups", "scores", "values", "version")
+        return Trained(report, [{**{name: call[name] for name in kept}, "returns": given}
+                                for call, given in zip(calls, returns, strict=True)])
+
+    def _shares(self, batch: list[ReadyGroup], version: int) -> list[dict[str, Any]]:
+        """What each rank is called with. A group stays whole: each rank gets some of them, balanced by tokens."""
         calls: list[dict[str, Any]] = []
-        for share in shares:
+        for share in balance([int(group.scored.num_tokens.sum()) for group in batch], self._trainer.size):
             groups = [batch[i] for i in share]
             calls.append(
                 {
@@ -146,14 +161,7 @@ class PolicyRooms(SamplingRooms):
                     "version": version,
                 }
             )
-        if self._critic is None:
-            return Trained(await self.training.step("train_step", calls), None)
-        values = await self._critic.values([call["groups"] for call in calls])
-        calls = [{**call, "values": given} for call, given in zip(calls, values, strict=True)]
-        report, returns = await self.training.step_and_returns(calls)
-        kept = ("groups", "scores", "values", "version")
-        return Trained(report, [{**{name: call[name] for name in kept}, "returns": given}
-                                for call, given in zip(calls, returns, strict=True)])
+        return calls
 
     async def train_critic(self, trained: Trained) -> dict[str, float]:
         """The critic's step on the same groups, each of its ranks with the share of the policy's; nothing without one.

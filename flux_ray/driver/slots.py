@@ -1,7 +1,7 @@
 """Slots and staleness: whose prompt may start, and which groups a step takes. Pure code.
 
 Takes:  prompts' numbers (uids) and the trainer's version at each event.
-Gives:  whether another prompt may start; the groups of the next step, oldest first, and the surplus it leaves over.
+Gives:  whether another prompt may start; the groups of a step, at once or as they come, and the surplus it leaves over.
 Knows:  a prompt starts only if its group can be trained on in time, all before it first: that is the whole bound.
 Keeps:  a slot from the moment its prompt starts until its group has been trained on and the weights are published.
 Never:  waits, and never throws a group away to keep the bound: a group that would pass it is in the next batch.
@@ -9,15 +9,17 @@ Never:  waits, and never throws a group away to keep the bound: a group that wou
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
 
 @dataclass(frozen=True)
 class Taken:
-    """What a step takes."""
+    """What a step takes: all of it, or some while others still run."""
 
     groups: list[Any]  # in the order in which their prompts started
+    complete: bool  # the step has all its groups
     surplus: list[int]  # over-sampled prompts that can't be trained on in time any more: to stop, and to start again
 
 
@@ -36,7 +38,7 @@ class Slots:
     >>> slots.ready(1, "group of 1"); slots.take(version=0) is None
     True
     >>> slots.ready(0, "group of 0"); slots.take(version=0)
-    Taken(groups=['group of 0', 'group of 1'], surplus=[])
+    Taken(groups=['group of 0', 'group of 1'], complete=True, surplus=[])
     >>> slots.release(); slots.has_room(version=1)
     True
     """
@@ -46,6 +48,7 @@ class Slots:
     extra: int = 0
     _born: dict[int, int] = field(default_factory=dict)  # uid ► version when its prompt started, oldest first
     _ready: dict[int, Any] = field(default_factory=dict)  # uid ► its finished group
+    _sizes: dict[int, int] = field(default_factory=dict)  # uid ► tokens of that
     _refused: set[int] = field(default_factory=set)  # spares that a filter refused: their turn may never come
     _taken: set[int] = field(default_factory=set)  # in the step that is being trained
     _awaited: set[int] = field(default_factory=set)  # the next batch waits for one of these to end, if there are any
@@ -57,23 +60,23 @@ class Slots:
 
     def has_room(self, *, version: int) -> bool:
         """Whether a prompt may start at this version: in the core, or as a spare for what runs there."""
-        collecting = version + bool(self._taken)  # the version that trains on the next batch
-        if self._in_time(version, len(self._born) - len(self._taken), version=collecting):
+        if self._in_time(version, len(self._born), version):
             return True
         if not self.extra:
             return False
-        core, spare = self._sorted(collecting)
+        core, spare = self._sorted(version)
         running = sum(uid not in self._ready for uid in core)
-        return self._in_time(version, len(core), version=collecting) or len(spare) < min(self.extra, running)
+        place = len(self._taken) + len(core)
+        return self._in_time(version, place, version) or len(spare) < min(self.extra, running)
 
     def reserve(self, uid: int, *, version: int) -> None:
         assert self.has_room(version=version), "no slot is free"
         assert uid not in self._born, uid
         self._born[uid] = version
 
-    def ready(self, uid: int, group: Any) -> None:
+    def ready(self, uid: int, group: Any, *, num_tokens: int = 0) -> None:
         assert uid in self._born and uid not in self._taken, uid
-        self._ready[uid] = group
+        self._ready[uid], self._sizes[uid] = group, num_tokens
         if uid in self._awaited:
             self._awaited = set()
 
@@ -85,34 +88,55 @@ class Slots:
         assert uid in self._born and uid not in self._ready, uid
         self._refused.add(uid)
         self._awaited = set()
-        while gone := self._refused & set(self._sorted(version + bool(self._taken))[0]):
+        while gone := self._refused & set(self._sorted(version)[0]):
             for refused in gone:
                 del self._born[refused]
             self._refused -= gone
 
-    def take(self, *, version: int) -> Taken | None:
-        """The next step's groups; None while it must wait.
+    def take(self, *, version: int, at_least: float = math.inf) -> Taken | None:
+        """Groups for this version's step; None while it must wait.
 
-        Those born first go first. It waits for `prompts_per_step` of the core, and while what it would leave of the
-        core behind could not all be trained on in time.
+        It waits for all that the step still needs, or for `at_least` so many tokens of them, if that comes first; a
+        step is then taken in several parts. Those born first go first. None is taken of the core while that would
+        leave others of it behind that could no longer all be trained on in time.
         """
-        if len(self._ready) < self.prompts_per_step or self._awaited:
+        needed = self.prompts_per_step - len(self._taken)
+        if self._awaited or (len(self._ready) < needed and sum(self._sizes.values()) < at_least):
             return None
         core, spare = self._sorted(version)
-        chosen = [uid for uid in core if uid in self._ready][: self.prompts_per_step]
-        left = [self._born[uid] for uid in core if uid not in set(chosen)]
-        if len(chosen) < self.prompts_per_step:
+        chosen = self._chosen(core, needed, version)
+        if len(chosen) < needed and sum(self._sizes[uid] for uid in chosen) < at_least:
             return None
-        if not all(self._in_time(born, place, version=version + 1) for place, born in enumerate(left)):
-            self._awaited = set(core[: core.index(chosen[-1])]) - set(self._ready)  # whoever else ends changes nothing
-            return None
-        self._taken = set(chosen)
-        surplus = [uid for uid in spare if not self._in_time(self._born[uid], 0, version=version + 1)]
+        complete = len(chosen) == needed
+        self._taken |= set(chosen)
+        surplus = [uid for uid in spare if not self._in_time(self._born[uid], 0, version + 1)] if complete else []
+        groups = [self._ready[uid] for uid in chosen]
+        for uid in (*chosen, *surplus):
+            self._ready.pop(uid, None)
+            self._sizes.pop(uid, None)
         for uid in surplus:
             del self._born[uid]
-            self._ready.pop(uid, None)
         self._refused -= set(surplus)
-        return Taken([self._ready.pop(uid) for uid in chosen], surplus)
+        return Taken(groups, complete, surplus)
+
+    def _chosen(self, core: list[int], needed: int, version: int) -> list[int]:
+        """The first `needed` of the core that are ready and that those before them, if any, can wait for."""
+        chosen: list[int] = []
+        passed: list[int] = []
+        most = math.inf  # groups that those passed over can let go before them
+        for uid in core:
+            if len(chosen) == needed:
+                break
+            if uid in self._ready and len(chosen) < most:
+                chosen.append(uid)
+                continue
+            place = len(self._taken) + len(passed)
+            passed.append(uid)
+            steps = self._born[uid] + self.max_staleness - version + 1  # until its time has passed
+            most = min(most, steps * self.prompts_per_step - 1 - place)
+        if len(chosen) < needed and len(chosen) >= most:
+            self._awaited = set(passed) - set(self._ready)  # whoever else ends changes nothing
+        return chosen
 
     def release(self) -> None:
         """The step's groups are trained on and the new version is served: their slots are free."""
@@ -120,15 +144,16 @@ class Slots:
             del self._born[uid]
         self._taken = set()
 
-    def _in_time(self, born: int, place: int, *, version: int) -> bool:
-        """Whether a group with `place` others before it is within the bound when it is its turn."""
+    def _in_time(self, born: int, place: int, version: int) -> bool:
+        """Whether a group with `place` others before it, those in training too, is within the bound when it is its
+        turn."""
         return born + self.max_staleness >= version + place // self.prompts_per_step
 
     def _sorted(self, version: int) -> tuple[list[int], list[int]]:
-        """The core and the spares of what waits, oldest first, where `version` trains on the next batch."""
+        """The core and the spares of what waits, oldest first, where `version` is in training or trains next."""
         core: list[int] = []
         spare: list[int] = []
         for uid, born in self._born.items():
             if uid not in self._taken:
-                (core if self._in_time(born, len(core), version=version) else spare).append(uid)
+                (core if self._in_time(born, len(self._taken) + len(core), version) else spare).append(uid)
         return core, spare

@@ -16,13 +16,15 @@ import numpy as np
 from torch import Tensor
 
 from flux_ray import algo
-from flux_ray.batch import MicroBatch, Weighting, make_samples
+from flux_ray.batch import MicroBatch, Weighting, divisor, make_samples
 from flux_ray.config import Config
 from flux_ray.model.scoring import by_group, per_sample, scoring_samples
 from flux_ray.observability.metrics import Metric, merge, read
 from flux_ray.records import RolloutGroup, ScoredGroup, StepReport
 from flux_ray.train.rank import Rank, trained_score
-from flux_ray.train.rank_batch import Part, PerGroup, RankBatch, flat, packed, split
+from flux_ray.train.rank_batch import Part, PerGroup, RankBatch, divided, flat, packed, split
+
+AGGREGATION = "token_mean"  # of the value loss
 
 
 class Critic(Rank):
@@ -53,13 +55,16 @@ class Critic(Rank):
         wanted = [row for group in returns for row in group]
         old = [row for group in values for row in group]
         batch = RankBatch(groups, scores, version)
-        updates = [self._mini_batch(part, old[part.samples], wanted[part.samples])
-                   for part in split(self.engine, config, batch)]
+        parts = split(self.engine, config, batch)
+        updates = [self._mini_batch(part, old[part.samples], wanted[part.samples]) for part in parts]
         total_updates = config.driver.num_steps * config.algo.epochs * config.algo.mini_batches
-        measured = [
-            self.engine.update(mini_batch.micro_batches, mini_batch, total_updates=total_updates, at="before")
-            for _ in range(config.algo.epochs) for mini_batch in updates
-        ]
+        measured = []
+        for _ in range(config.algo.epochs):
+            for part, mini_batch in zip(parts, updates, strict=True):
+                by = divisor(AGGREGATION, part.counts)
+                metrics = self.engine.update(mini_batch.micro_batches, mini_batch, total_updates=total_updates,
+                                             divisor=by, at="before")
+                measured.append(divided(metrics, "critic/loss", by))
         self.version = version + 1
         merged = self.engine.merge(merge(measured))
         return StepReport(self.version, {_named(name): value for name, value in read(merged).items()})
@@ -68,7 +73,7 @@ class Critic(Rank):
         config, batch = self.config, part.batch
         samples = make_samples(
             batch.groups, batch.scores, advantages=None, reference_logprobs=None,
-            weighting=Weighting("token_mean", part.counts, config.rollout.max_tokens),
+            weighting=Weighting(AGGREGATION, config.rollout.max_tokens),
             mask_truncated=algo.masks_truncated(config), version=batch.version,
         )
         micro_batches = packed(self.engine, config, samples)

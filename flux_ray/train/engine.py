@@ -1,7 +1,8 @@
 """One rank of the training engine: forward, backward, one optimizer update, in step with the other ranks.
 
 Takes:  packed micro-batches and an objective (what the model gives ► loss, metrics).
-Gives:  `update` (gradients of the sum over all ranks' micro-batches, then AdamW), `forward`, sums over ranks.
+Gives:  `update` (gradients of the sum over all ranks' micro-batches, then AdamW), `accumulate` (their gradients
+        alone, before an update), `forward`, sums over ranks.
 Knows:  DeepSpeed's averaging (undone: the step's loss is a sum), ZeRO's lockstep (every rank runs equally many
         micro-batches, some of them without weight), the learning rate of each update.
 Never:  trains on what isn't finite: it names the step and the rank and stops.
@@ -40,6 +41,7 @@ class Engine:
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.zero_stage = setup.zero_stage(config, dtype)
         self.num_updates = 0
+        self._num_accumulated, self._finite = 0, True  # micro-batches since the last update; their losses
         train = config.train
         optimizer = torch.optim.AdamW(
             [p for p in model.parameters() if p.requires_grad], lr=train.learning_rate,
@@ -82,20 +84,35 @@ class Engine:
         return results[: len(micro_batches)]
 
     def update(
-        self, micro_batches: Sequence[MicroBatch], objective: Objective, *, total_updates: int, **asked: Any,
+        self, micro_batches: Sequence[MicroBatch], objective: Objective, *, total_updates: int, divisor: float = 1.0,
+        **asked: Any,
     ) -> dict[str, Metric]:
-        """One optimizer update on the sum of the objective over all ranks' micro-batches; this rank's metrics.
+        """One optimizer update on the sum of the objective over all ranks' micro-batches, those that were accumulated
+        before among them, divided by `divisor`; this rank's metrics of these micro-batches.
 
         `asked`: what the model's forward takes (temperature and with_entropy, or at). Nothing is done, and nothing
         measured, where no rank has a micro-batch. Raises FloatingPointError for a loss or gradient that isn't finite,
         on all ranks alike.
         """
-        in_step = self._in_lockstep(micro_batches)
-        if not in_step:
+        metrics = self.accumulate(micro_batches, objective, last=True, **asked)
+        if not self._num_accumulated:
             return {}
+        num_micro_batches, finite = self._num_accumulated, self._finite
+        self._num_accumulated, self._finite = 0, True
+        self._refuse_if_not_finite(finite)
+        rate = setup.learning_rate(self.config.train, self.num_updates, total_updates)
+        norm = self._optimizer_step(rate, divisor)
+        self.num_updates += 1
+        return metrics | {"train/grad_norm": Mean(norm), "train/learning_rate": Mean(rate),
+                          "train/num_micro_batches": Max(num_micro_batches)}
+
+    def accumulate(
+        self, micro_batches: Sequence[MicroBatch], objective: Objective, *, last: bool = False, **asked: Any,
+    ) -> dict[str, Metric]:
+        """Forward and backward alone: gradients add up until `update` (which says `last`); this rank's metrics."""
+        in_step = self._in_lockstep(micro_batches, at_least=int(last and self._num_accumulated > 0))
         metrics: list[dict[str, Metric]] = []
         self.deepspeed.train()
-        finite = True
         for i, micro_batch in enumerate(in_step):
             moved = micro_batch.to(self.device)
             given = _given(self.deepspeed(moved, **asked))
@@ -105,22 +122,16 @@ class Engine:
                 wanted, measured = objective(i, moved, *given)
                 loss = loss + wanted
                 metrics.append(measured)
-            finite = finite and bool(torch.isfinite(loss))
-            self.deepspeed.set_gradient_accumulation_boundary(i == len(in_step) - 1)
+            self._finite = self._finite and bool(torch.isfinite(loss))
+            self.deepspeed.set_gradient_accumulation_boundary(last and i == len(in_step) - 1)
             # DeepSpeed averages gradients over ranks; the step's loss is a sum over them.
             self.deepspeed.backward(loss * self.world_size)
-        self._refuse_if_not_finite(finite)
-        rate = setup.learning_rate(self.config.train, self.num_updates, total_updates)
-        norm = self._optimizer_step(rate)
-        self.num_updates += 1
-        return merge([*metrics, {
-            "train/grad_norm": Mean(norm), "train/learning_rate": Mean(rate),
-            "train/num_micro_batches": Max(len(in_step)), "train/padding_frac": self._padding(micro_batches),
-        }])
+        self._num_accumulated += len(in_step)
+        return merge([*metrics, {"train/padding_frac": self._padding(micro_batches)}])
 
-    def _in_lockstep(self, micro_batches: Sequence[MicroBatch]) -> list[MicroBatch]:
+    def _in_lockstep(self, micro_batches: Sequence[MicroBatch], at_least: int = 0) -> list[MicroBatch]:
         """As many micro-batches on each rank as on the one with the most: the rest have no weight."""
-        missing = self.max(len(micro_batches)) - len(micro_batches)
+        missing = max(self.max(len(micro_batches)), at_least) - len(micro_batches)
         if not missing:
             return list(micro_batches)
         if micro_batches:
@@ -143,19 +154,29 @@ class Engine:
         if culprit >= 0:
             raise FloatingPointError(f"training update {self.num_updates}: the loss on rank {culprit} is not finite")
 
-    def _optimizer_step(self, rate: float) -> float:
-        """AdamW on clipped gradients; the norm before clipping."""
-        for group in self.deepspeed.optimizer.param_groups:
+    def _optimizer_step(self, rate: float, divisor: float) -> float:
+        """AdamW on the gradients over `divisor`, clipped; the norm before clipping."""
+        optimizer = self.deepspeed.optimizer
+        for group in optimizer.param_groups:
             group["lr"] = rate
-        norm = math.nan
         if self.zero_stage == 0:
-            limit = self.config.train.max_grad_norm or math.inf
-            norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit))
+            parameters = [p for p in self.model.parameters() if p.grad is not None]
+            torch._foreach_div_([p.grad for p in parameters], divisor)
+            norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.config.train.max_grad_norm or math.inf))
             self._refuse_norm(norm)
-        self.deepspeed.step()
-        if self.zero_stage:  # ZeRO takes the norm inside its step, and skips the update where it isn't finite
-            norm = float(self.deepspeed.get_global_grad_norm())
-            self._refuse_norm(norm)
+            self.deepspeed.step()
+            return norm
+        # ZeRO takes the norm inside its step, and skips the update where it isn't finite.
+        sums = getattr(optimizer, "fp32_groups_gradients_flat", None)  # of the one that bf16 has under stage 1
+        if sums is not None:
+            torch._foreach_div_(sums, divisor)
+            self.deepspeed.step()
+        else:
+            optimizer.loss_scale = divisor  # what the others divide by
+            self.deepspeed.step()
+            optimizer.loss_scale = 1.0
+        norm = float(self.deepspeed.get_global_grad_norm())
+        self._refuse_norm(norm)
         return norm
 
     def _refuse_norm(self, norm: float) -> None:

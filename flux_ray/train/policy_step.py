@@ -1,8 +1,9 @@
 """A policy-gradient step: from scored groups to optimizer updates.
 
 Takes:  this rank's whole groups, their scores and reference log-probs, a critic's values, the trainer's version.
-Gives:  the step's metrics of this rank, after epochs x mini_batches updates, and the returns.
-Knows:  the order: counts of all ranks ► old log-probs ► advantages ► weights ► micro-batches ► updates.
+Gives:  the step's metrics of this rank, after epochs x mini_batches updates, and the returns; `accumulate`: the
+        gradients of some of the groups, before the rest has come.
+Knows:  the order: old log-probs ► advantages ► counts of all ranks ► micro-batches ► updates.
 Never:  splits a group, or lets a rank without groups fall out of step.
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -18,7 +20,9 @@ from flux_ray import algo
 from flux_ray.algo import Algorithm
 from flux_ray.batch import (
     MicroBatch,
+    StepCounts,
     Weighting,
+    divisor,
     estimated,
     make_samples,
     padded_mask,
@@ -30,34 +34,84 @@ from flux_ray.model.scoring import by_group, per_sample, scoring_samples
 from flux_ray.observability.metrics import Metric, merge
 from flux_ray.records import Sample
 from flux_ray.train.engine import Engine
-from flux_ray.train.rank_batch import RankBatch, flat, packed, split
+from flux_ray.train.rank_batch import Part, RankBatch, divided, flat, packed, split
 
 
-def run(engine: Engine, config: Config, batch: RankBatch) -> tuple[dict[str, Metric], list[list[np.ndarray]]]:
+@dataclass(frozen=True)
+class Begun:
+    """What a step has accumulated: all ranks' counts, and this rank's metrics, whose loss isn't divided yet."""
+
+    counts: StepCounts
+    metrics: dict[str, Metric]
+
+
+def accumulate(engine: Engine, config: Config, batch: RankBatch, begun: Begun | None) -> Begun:
+    """Forward and backward of some of the step's groups; `run` brings the rest. Collective.
+
+    Not for what needs the whole batch.
+    """
+    algorithm = algo.resolve(config.algo)
+    assert not algorithm.needs_whole_batch and not algorithm.needs_critic, algorithm.name
+    prepared = _prepared(engine, config, algorithm, batch)
+    (part,) = split(engine, config, prepared.batch)
+    mini_batch = _mini_batch(engine, config, algorithm, prepared, part)
+    objective = PolicyObjective(config, algorithm, mini_batch, measure_gap=True)
+    measured = engine.accumulate(mini_batch.micro_batches, objective, **_asked(config))
+    before = begun or Begun(StepCounts(0, 0), {})
+    return Begun(before.counts + part.counts, merge([before.metrics, prepared.metrics, measured]))
+
+
+def run(
+    engine: Engine, config: Config, batch: RankBatch, begun: Begun | None = None,
+) -> tuple[dict[str, Metric], list[list[np.ndarray]]]:
     """All updates of one step; none in the steps in which a critic learns alone. Collective.
 
     Gives what was measured, and the estimator's returns per group and trajectory, (T,).
     """
     algorithm = algo.resolve(config.algo)
+    prepared = _prepared(engine, config, algorithm, batch)
+    returned = by_group(prepared.returns, batch.groups)
+    steps_alone = config.critic.warmup_steps if algorithm.needs_critic else 0
+    if batch.version < steps_alone:
+        return prepared.metrics, returned
+    total_updates = (config.driver.num_steps - steps_alone) * config.algo.epochs * config.algo.mini_batches
+    parts = split(engine, config, prepared.batch)
+    mini_batches = [_mini_batch(engine, config, algorithm, prepared, part) for part in parts]
+    before = begun or Begun(StepCounts(0, 0), {})
+    measured = [prepared.metrics]
+    for epoch in range(config.algo.epochs):
+        for k, (part, mini_batch) in enumerate(zip(parts, mini_batches, strict=True)):
+            # The gap to the sampler is that of the policy before the batch's first update.
+            fresh = epoch == 0 and (k == 0 or prepared.old is not None)
+            objective = PolicyObjective(config, algorithm, mini_batch, fresh)
+            by = divisor(algorithm.aggregation, before.counts + part.counts)
+            metrics = engine.update(mini_batch.micro_batches, objective, total_updates=total_updates, divisor=by,
+                                    **_asked(config))
+            measured.append(divided(merge([before.metrics, metrics]), "actor/loss", by))
+    return merge(measured), returned
+
+
+def _asked(config: Config) -> dict[str, Any]:
+    """What the policy's forward is asked for."""
+    return {"temperature": config.rollout.temperature, "with_entropy": True}
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Groups with what an update needs of them beside tokens: by sample, (T,) each."""
+
+    batch: RankBatch
+    old: list[np.ndarray] | None
+    advantages: list[np.ndarray]
+    returns: list[np.ndarray]
+    metrics: dict[str, Metric]
+
+
+def _prepared(engine: Engine, config: Config, algorithm: Algorithm, batch: RankBatch) -> Prepared:
     batch = replace(batch, scores=[estimated(score, config.reward) for score in batch.scores])
     old = _old_logprobs(engine, config, batch) if algo.needs_old_logprobs(config.algo) else None
     (advantages, returns), kl_paid = _advantages(engine, config, algorithm, batch, old)
-    measured, returned = [kl_paid], by_group(returns, batch.groups)
-    steps_alone = config.critic.warmup_steps if algorithm.needs_critic else 0
-    if batch.version < steps_alone:
-        return merge(measured), returned
-    mini_batches = _mini_batches(engine, config, algorithm, batch, advantages, old)
-    total_updates = (config.driver.num_steps - steps_alone) * config.algo.epochs * config.algo.mini_batches
-    for epoch in range(config.algo.epochs):
-        for k, mini_batch in enumerate(mini_batches):
-            # The gap to the sampler is that of the policy before the batch's first update.
-            fresh = epoch == 0 and (k == 0 or old is not None)
-            objective = PolicyObjective(config, algorithm, mini_batch, fresh)
-            measured.append(engine.update(
-                mini_batch.micro_batches, objective, temperature=config.rollout.temperature, with_entropy=True,
-                total_updates=total_updates,
-            ))
-    return merge(measured), returned
+    return Prepared(batch, old, advantages, returns, kl_paid)
 
 
 @dataclass(frozen=True)
@@ -145,20 +199,15 @@ def _advantages(
     return (views.to_samples(advantages_NL), views.to_samples(returns_NL)), measured
 
 
-def _mini_batches(
-    engine: Engine, config: Config, algorithm: Algorithm, batch: RankBatch, advantages: list[np.ndarray],
-    old: list[np.ndarray] | None,
-) -> list[MiniBatch]:
-    """One for each update of an epoch; each is weighed by its own counts."""
-    result = []
-    for part in split(engine, config, batch):
-        samples = make_samples(
-            part.batch.groups, part.batch.scores, advantages=advantages[part.samples],
-            reference_logprobs=part.batch.reference_logprobs,
-            weighting=Weighting(algorithm.aggregation, part.counts, config.rollout.max_tokens),
-            mask_truncated=algo.masks_truncated(config), version=batch.version,
-        )
-        micro_batches = packed(engine, config, samples)
-        olds = None if old is None else [flat(old[part.samples], m) for m in micro_batches]
-        result.append(MiniBatch(micro_batches, olds))
-    return result
+def _mini_batch(
+    engine: Engine, config: Config, algorithm: Algorithm, prepared: Prepared, part: Part,
+) -> MiniBatch:
+    samples = make_samples(
+        part.batch.groups, part.batch.scores, advantages=prepared.advantages[part.samples],
+        reference_logprobs=part.batch.reference_logprobs,
+        weighting=Weighting(algorithm.aggregation, config.rollout.max_tokens),
+        mask_truncated=algo.masks_truncated(config), version=part.batch.version,
+    )
+    micro_batches = packed(engine, config, samples)
+    olds = None if prepared.old is None else [flat(prepared.old[part.samples], m) for m in micro_batches]
+    return MiniBatch(micro_batches, olds)

@@ -1,7 +1,7 @@
 """One rank's share of a step's batch, and how it is divided into updates and micro-batches.
 
 Takes:  whole groups with their scores; the counts of the other ranks, by one sum.
-Gives:  RankBatch, `split` (a part for each update of an epoch), `packed`, `flat`.
+Gives:  RankBatch, `split` (a part for each update of an epoch), `packed`, `flat`, `divided`.
 Knows:  what policy and critic share: equal parts, each weighed by its own counts.
 Never:  splits a group.
 """
@@ -19,6 +19,7 @@ from torch import Tensor
 from flux_ray import algo
 from flux_ray.batch import MicroBatch, StepCounts, pack, step_counts
 from flux_ray.config import Config
+from flux_ray.observability.metrics import Metric, Sum
 from flux_ray.records import RolloutGroup, Sample, ScoredGroup
 from flux_ray.train.engine import Engine
 
@@ -74,3 +75,8 @@ def packed(engine: Engine, config: Config, samples: Sequence[Sample]) -> list[Mi
 def flat(per_sample_values: Sequence[np.ndarray], micro_batch: MicroBatch) -> Tensor:
     """The (S,) axis of a micro-batch from per-sample arrays."""
     return torch.from_numpy(np.concatenate([per_sample_values[i] for i in micro_batch.sample_ids_B.tolist()]))
+
+
+def divided(metrics: dict[str, Metric], loss: str, divisor: float) -> dict[str, Metric]:
+    """The metrics of an update, its loss divided as its gradient was."""
+    return {name: Sum(metric.value / divisor) if name == loss else metric for name, metric in metrics.items()}

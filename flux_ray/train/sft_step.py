@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from flux_ray.batch import MicroBatch, StepCounts, loss_weights
+from flux_ray.batch import MicroBatch, loss_weights
 from flux_ray.config import Config
 from flux_ray.observability.metrics import Mean, Metric, Sum, merge
 from flux_ray.records import Sample
@@ -26,13 +26,10 @@ ASKED = {"temperature": 1.0, "with_entropy": False}  # of the policy
 def run(engine: Engine, config: Config, samples: Sequence[Sample]) -> dict[str, Metric]:
     """One update on all ranks' samples, whose weights are made here. Collective."""
     tokens = engine.sum(torch.tensor([sum(int(s.loss_mask.sum()) for s in samples)]))
-    counts = StepCounts(num_sequences=len(samples), num_tokens=int(tokens))
-    weighted = [
-        replace(s, loss_weights=loss_weights("token_mean", loss_mask=s.loss_mask, counts=counts, max_tokens=1))
-        for s in samples
-    ]
+    weighted = [replace(s, loss_weights=loss_weights("token_mean", loss_mask=s.loss_mask, max_tokens=1))
+                for s in samples]
     return engine.update(packed(engine, config, weighted), _next_token_loss, total_updates=config.driver.num_steps,
-                         **ASKED)
+                         divisor=max(int(tokens), 1), **ASKED)
 
 
 def measure(engine: Engine, config: Config, samples: Sequence[Sample]) -> dict[str, Metric]:

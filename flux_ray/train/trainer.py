@@ -33,25 +33,48 @@ class Trainer(Rank):
         load = trained_score if kind_of(config.algo).model == SCORE else trained_policy
         super().__init__(config, load=load, **place)
         self._returns: list[list[np.ndarray]] = []  # of the last step
+        self._begun: policy_step.Begun | None = None  # what `accumulate` has done of the next
 
     def train_step(
         self, *, groups: Sequence[RolloutGroup], scores: Sequence[ScoredGroup],
         reference_logprobs: PerGroup | None, version: int, values: PerGroup | None = None,
     ) -> StepReport:
-        """One step on all ranks' groups (this rank's are given, maybe none). `version`: of the weights before the step.
+        """One step on all ranks' groups (this rank's are given, maybe none), and on those that were accumulated.
+        `version`: of the weights before the step.
 
         `values`: a critic's, as Critic.values gives them, for algorithms that need them. Where the policy without its
         adapter is the reference, its log-probs are made here. Raises FloatingPointError, naming update and rank, where
         a loss or a gradient isn't finite.
         """
+        batch = self._batch(groups, scores, reference_logprobs, version)
+        metrics, self._returns = policy_step.run(
+            self.engine, self._step_config, replace(batch, values=values), self._begun)
+        self._begun = None
+        return self._report(metrics, version + 1)
+
+    def accumulate(
+        self, *, groups: Sequence[RolloutGroup], scores: Sequence[ScoredGroup],
+        reference_logprobs: PerGroup | None, version: int,
+    ) -> None:
+        """Backward of some of a step's groups (all ranks'), before `train_step` brings its last ones: the gradient is
+        that of all of them at once. For algorithms that don't need the whole batch.
+        """
+        batch = self._batch(groups, scores, reference_logprobs, version)
+        self._begun = policy_step.accumulate(self.engine, self._step_config, batch, self._begun)
+
+    @property
+    def _step_config(self) -> Config:
+        return replace(self.config, algo=replace(self.config.algo, kl_coef=self.kl_coef))
+
+    def _batch(
+        self, groups: Sequence[RolloutGroup], scores: Sequence[ScoredGroup], reference_logprobs: PerGroup | None,
+        version: int,
+    ) -> RankBatch:
         if reference_logprobs is None and reference_is_base(self.config):
             temperature = self.config.rollout.temperature
             rows = self.reference_logprobs(scoring_samples(groups), temperature=temperature)
             reference_logprobs = by_group(rows, groups)
-        batch = RankBatch(groups, scores, version, reference_logprobs, values)
-        config = replace(self.config, algo=replace(self.config.algo, kl_coef=self.kl_coef))
-        metrics, self._returns = policy_step.run(self.engine, config, batch)
-        return self._report(metrics, version + 1)
+        return RankBatch(groups, scores, version, reference_logprobs)
 
     def train_step_and_returns(self, **step: Any) -> tuple[StepReport, list[list[np.ndarray]]]:
         """`train_step`, and the returns per group and trajectory, (T,): what a critic learns."""

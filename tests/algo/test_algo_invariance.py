@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from flux_ray import algo
-from flux_ray.batch import StepCounts, loss_weights, pack, padded_mask, to_padded, zero_weight
+from flux_ray.batch import StepCounts, divisor, loss_weights, pack, padded_mask, to_padded, zero_weight
 from flux_ray.config import AlgoConfig, from_dict, preset
 from flux_ray.observability.metrics import merge, read
 from flux_ray.records import Sample
@@ -25,10 +25,11 @@ def toy_samples(algorithm, seed=0, count=12):
         mask[int(rng.integers(1, 4)):] = i != 5
         masks.append(mask)
     counts = StepCounts(sum(bool(m.any()) for m in masks), sum(int(m.sum()) for m in masks))
+    by = divisor(algorithm.aggregation, counts)
     log = lambda m: rng.normal(-2.4, 0.3, len(m)).astype(np.float32)  # noqa: E731
     return [Sample(
         token_ids=rng.integers(0, VOCAB, len(m)).astype(np.int32), loss_mask=m,
-        loss_weights=loss_weights(algorithm.aggregation, loss_mask=m, counts=counts, max_tokens=16),
+        loss_weights=loss_weights(algorithm.aggregation, loss_mask=m, max_tokens=16) / np.float32(by),
         advantages=np.full(len(m), rng.normal(), np.float32), sampler_logprobs=log(m), reference_logprobs=log(m),
     ) for m in masks]
 

@@ -66,7 +66,8 @@ def batch_of(seed, *, rows=6, length=5, per_token=False):
 
 def weights_of(aggregation, mask):
     counts = StepCounts(int(mask.any(-1).sum()), int(mask.sum()))
-    rows = [AGGREGATIONS[aggregation](counts, max(int(row.sum()), 1), MAX_TOKENS) * row for row in mask]
+    chosen = AGGREGATIONS[aggregation]
+    rows = [chosen.token(max(int(row.sum()), 1), MAX_TOKENS) / chosen.divisor(counts) * row for row in mask]
     return np.stack(rows)
 
 

@@ -14,7 +14,7 @@ from flux_ray import FluxConfig, algo
 from flux_ray.algo.estimators import EPS_STD
 from flux_ray.backends import trl as backend
 from flux_ray.backends.trl_settings import check_trl
-from flux_ray.batch import StepCounts, loss_weights
+from flux_ray.batch import StepCounts, divisor, loss_weights
 from flux_ray.data import PromptSource
 from flux_ray.driver.recorder import Recorder
 from flux_ray.model import load_tokenizer
@@ -104,8 +104,8 @@ def test_the_loss_and_gradient_of_one_batch(model, data, tmp_path, algorithm, op
 
     resolved = algo.resolve(config.algo)
     counts = StepCounts(num_sequences=ROWS, num_tokens=int(mask.sum()))
-    weights = np.stack([loss_weights(resolved.aggregation, loss_mask=row, counts=counts, max_tokens=MAX_TOKENS)
-                        for row in mask.numpy()])
+    weights = np.stack([loss_weights(resolved.aggregation, loss_mask=row, max_tokens=MAX_TOKENS)
+                        for row in mask.numpy()]) / np.float32(divisor(resolved.aggregation, counts))
     chosen, entropy = log_probs(hf, batch)
     ours, _ = algo.policy_objective(
         resolved, config.algo, log_prob=chosen, old_log_prob=old, sampler_log_prob=None,

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from flux_ray.batch import StepCounts, Weighting, loss_weights, make_samples, response_views, step_counts
+from flux_ray.batch import StepCounts, Weighting, divisor, loss_weights, make_samples, response_views, step_counts
 from flux_ray.errors import UserError
 from flux_ray.records import FINISH_LENGTH, FINISH_STOP, Prompt, RolloutGroup, ScoredGroup, Trajectory
 
@@ -73,16 +73,16 @@ def test_samples():
     reference = [[np.full(t.num_tokens, -9.0, np.float32) for t in g.trajectories] for g in groups]
     advantages = [np.full(t.num_tokens, 0.5, np.float32) for g in groups for t in g.trajectories]
     samples = make_samples(groups, scored, advantages=advantages, reference_logprobs=reference, mask_truncated=True,
-                           weighting=Weighting("token_mean", counts, 8), version=VERSION)
+                           weighting=Weighting("token_mean", 8), version=VERSION)
     assert [int(s.loss_mask.sum()) for s in samples] == [3, 2, 0, 0, 0, 2]
     assert [s.current_version for s in samples] == [True, True, True, True, True, False]
-    assert sum(s.loss_weights.sum() for s in samples) == pytest.approx(1)
+    assert sum(s.loss_weights.sum() for s in samples) == divisor("token_mean", counts)
     assert all((s.loss_weights[~s.loss_mask] == 0).all() for s in samples)
     assert samples[1].sampler_logprobs.tolist() == [0, -1, 0, -3]
     assert samples[1].reference_logprobs.tolist() == [-9.0] * 4
     assert samples[0].advantages.tolist() == [0.5] * 5
     late = make_samples(groups, scored, advantages=None, reference_logprobs=None, mask_truncated=False,
-                        weighting=Weighting("token_mean", counts, 8), version=VERSION)
+                        weighting=Weighting("token_mean", 8), version=VERSION)
     assert late[0].advantages is None and late[0].reference_logprobs is None and int(late[2].loss_mask.sum()) == 2
 
 
@@ -98,9 +98,10 @@ def test_weights_of_each_aggregation(aggregation, weight):
     lengths = [int(m.sum()) for m in masks]
     counts = StepCounts(6, sum(lengths))
     for mask, length in zip(masks, lengths, strict=True):
-        got = loss_weights(aggregation, loss_mask=mask, counts=counts, max_tokens=16)
+        got = loss_weights(aggregation, loss_mask=mask, max_tokens=16)
         assert got.dtype == np.float32
         want = np.where(mask, weight(6, sum(lengths), length) if length else 0, 0)
+        got = got / np.float32(divisor(aggregation, counts))
         np.testing.assert_allclose(got, want, rtol=1e-6)
         if aggregation == "sequence" and length:
             assert got.sum() == pytest.approx(1 / 6)
@@ -108,4 +109,4 @@ def test_weights_of_each_aggregation(aggregation, weight):
 
 def test_an_unknown_aggregation():
     with pytest.raises(UserError, match=r"unknown algo\.aggregation 'token_sum': did you mean 'token_mean'"):
-        loss_weights("token_sum", loss_mask=np.ones(2, bool), counts=StepCounts(1, 2), max_tokens=4)
+        loss_weights("token_sum", loss_mask=np.ones(2, bool), max_tokens=4)

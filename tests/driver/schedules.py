@@ -50,6 +50,7 @@ class RandomSchedule:
                            score_s=some(), text_s=some(), train_token_s=some() / 10, train_s=some(), publish_s=some(),
                            driver_s=some() / 10)
         self.spread = chance.choice([0.0, 0.8, 2.5])  # sigma of the log-normal lengths
+        self.part_tokens = chance.choice([math.inf, 1, 50, 200])
 
     @staticmethod
     def plain(**values: Any) -> Config:
@@ -85,7 +86,8 @@ def check(schedule: RandomSchedule, *, clock: SimulatedTime) -> World:
     """No deadlock, nobody starves, the bound holds, max_staleness=0 is on-policy. AssertionError names the seed."""
     world = schedule.world()
     try:
-        loop = simulate(schedule.config, world, clock=clock, start=schedule.start)
+        loop = simulate(schedule.config, world, clock=clock, start=schedule.start,
+                        part_tokens=schedule.part_tokens)
         _check(schedule, world, loop)
     except BaseException as error:
         error.add_note(f"schedule {schedule.seed}: {schedule.config} {schedule.costs}")

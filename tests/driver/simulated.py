@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import heapq
 import itertools
+import math
 import selectors
 from collections import deque
 from collections.abc import Callable, Coroutine
@@ -247,16 +248,21 @@ class Rank:
 
     def __init__(self, world: World) -> None:
         self._world = world
-        self.busy = False
+        self._begun: list[int] = []  # uids of the step that are accumulated
 
-    async def train_step(self, *, groups: Any, scores: list[ScoredGroup], version: int, **_: Any) -> StepReport:
-        costs = self._world.costs
-        tokens = sum(score.num_tokens.sum() for score in scores)
-        self._world.batches.append([score.uid for score in scores])
+    async def accumulate(self, *, groups: Any, scores: list[ScoredGroup], version: int, **_: Any) -> None:
+        self._begun += [score.uid for score in scores]
         for group in groups:
             rolled = await group
             self._world.staleness.append((version - rolled.oldest, version - rolled.newest))
-        await asyncio.sleep(costs.train_s + float(tokens) * costs.train_token_s)
+        tokens = sum(score.num_tokens.sum() for score in scores)
+        await asyncio.sleep(float(tokens) * self._world.costs.train_token_s)
+
+    async def train_step(self, *, version: int, **groups: Any) -> StepReport:
+        await self.accumulate(version=version, **groups)
+        self._world.batches.append(self._begun)
+        self._begun = []
+        await asyncio.sleep(self._world.costs.train_s)
         return StepReport(version + 1)
 
     async def publish(self) -> None:
@@ -350,7 +356,8 @@ class Noted:
     def warn(self, text: str) -> None: ...
 
 
-def simulate(config: Config, world: World, *, clock: SimulatedTime, start: LoopState | None = None) -> Loop:
+def simulate(config: Config, world: World, *, clock: SimulatedTime, start: LoopState | None = None,
+             part_tokens: float = math.inf) -> Loop:
     """Run the config's steps in the world, which notes what happens. Deadlock where nothing will ever happen again."""
     engines = [Engine(world, max_num_seqs=config.rollout.max_num_seqs) for _ in range(config.rollout.num_engines)]
     workers = [Worker(world) for _ in range(config.reward.num_workers)]
@@ -361,7 +368,7 @@ def simulate(config: Config, world: World, *, clock: SimulatedTime, start: LoopS
             config, engines=Actors("engine", engines, world), rewards=Actors("reward", workers, world),  # type: ignore[arg-type]
             reference=None, trainer=Actors("trainer", ranks, world))  # type: ignore[arg-type]
         loop = Loop(config, rooms=rooms, prompts=Prompts(config, world), evaluation=None, recorder=Noted(world),  # type: ignore[arg-type]
-                    start=start or LoopState(step=0, next_uid=0))
+                    start=start or LoopState(step=0, next_uid=0), part_tokens=part_tokens)
         await loop.run()
         return loop
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import math
 
 import pytest
 
@@ -81,6 +82,20 @@ def test_generation_and_training_overlap(clock):
         simulate(config, world, clock=clock)
         seconds.append((world.step_end_s[-1] - world.step_end_s[9]) / 30)
     assert seconds == pytest.approx([2.0, 1.0], rel=0.02)
+
+
+def test_a_synchronous_step_trains_on_groups_while_others_generate(clock):
+    """One sequence after another, 1 s each, and 0.5 s of training for each: all but the last is hidden."""
+    costs = Costs(token_s=0.01, sequence_s=0.0, train_token_s=0.005)
+    config = RandomSchedule.plain(prompts_per_step=4, group_size=1, num_steps=3, max_num_seqs=1)
+    seconds = []
+    for part_tokens in (math.inf, 100):
+        world = World(costs, length_of=lambda uid, i: 100, prompt_tokens=0)
+        simulate(config, world, clock=clock, part_tokens=part_tokens)
+        seconds.append(world.step_end_s[-1] / 3)
+    assert seconds == pytest.approx([4 + 4 * 0.5, 4 + 0.5])
+    assert [metrics["driver/num_parts"] for metrics in world.metrics] == [4, 4, 4]
+    assert world.metrics[0]["train/step_s"] == pytest.approx(4 * 0.5), "what was accumulated is training too"
 
 
 def test_the_longest_expected_goes_first_once_it_is_known(clock):

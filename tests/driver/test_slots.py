@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 
 import pytest
@@ -117,6 +118,47 @@ def test_there_are_no_more_spares_than_groups_that_may_yet_be_dropped():
 def test_the_bound_holds_and_nothing_stalls_whatever_the_order(max_staleness, extra):
     for seed in range(100):
         run_randomly(Slots(4, max_staleness, extra), random.Random(seed), num_steps=12)
+        run_randomly(Slots(4, max_staleness, extra), random.Random(seed), num_steps=12, at_least=seed % 4)
+
+
+def test_a_step_may_be_taken_in_parts_and_not_one_token_too_early():
+    slots = Slots(prompts_per_step=4, max_staleness=0)
+    start(slots, 0, 1, 2, 3)
+    slots.ready(2, 2, num_tokens=60)
+    assert slots.take(version=0, at_least=100) is None
+    slots.ready(1, 1, num_tokens=60)
+    part = slots.take(version=0, at_least=100)
+    assert (part.groups, part.complete) == ([1, 2], False)
+    slots.ready(0, 0, num_tokens=10)
+    assert slots.take(version=0, at_least=100) is None
+    assert not slots.has_room(version=0), "slots are held until the new weights are served"
+    slots.ready(3, 3, num_tokens=10)
+    part = slots.take(version=0, at_least=100)
+    assert (part.groups, part.complete) == ([0, 3], True), "the rest, however small"
+
+
+def test_no_part_is_taken_that_would_make_another_group_pass_the_bound():
+    slots = Slots(prompts_per_step=2, max_staleness=1)
+    start(slots, 0, 1, 2, 3)
+    for uid in (2, 3):
+        slots.ready(uid, uid, num_tokens=1)
+    assert slots.take(version=0, at_least=1).groups == [2, 3]
+    slots.release()
+    start(slots, 4, 5, version=1)
+    for uid in (4, 5):
+        slots.ready(uid, uid, num_tokens=1)
+    assert slots.take(version=1, at_least=1) is None, "0 and 1, born at version 0, must be trained on at version 1"
+    slots.ready(1, 1, num_tokens=1)
+    assert slots.take(version=1, at_least=1).groups == [1]
+    slots.ready(0, 0, num_tokens=1)
+    assert slots.take(version=1, at_least=1).complete
+
+
+def test_parts_and_spares_give_the_synchronous_batch():
+    for seed in range(50):
+        batches = [run_randomly(Slots(4, 0, extra), random.Random(1000 * seed + extra), num_steps=12, bad=seed,
+                                at_least=at_least) for extra, at_least in ((0, math.inf), (3, 1), (8, 2))]
+        assert [sorted(b) for b in batches[0]] == [sorted(b) for b in batches[1]] == [sorted(b) for b in batches[2]]
 
 
 def test_over_sampling_changes_no_synchronous_batch():
@@ -126,10 +168,12 @@ def test_over_sampling_changes_no_synchronous_batch():
         assert batches[0] == batches[1] == batches[2]
 
 
-def run_randomly(slots: Slots, chance: random.Random, num_steps: int, bad: int = 0) -> list[list[int]]:
-    """Groups finish in a random order, every fifth is refused (by uid and version). Gives the batches."""
+def run_randomly(
+    slots: Slots, chance: random.Random, num_steps: int, bad: int = 0, at_least: float = math.inf,
+) -> list[list[int]]:
+    """Groups of one token each finish in a random order, some are refused (by uid and version). Gives the batches."""
     version, next_uid, running, born, restart = 0, 0, [], {}, []
-    batches: list[list[int]] = []
+    batches: list[list[int]] = [[]]
     while version < num_steps:
         while slots.has_room(version=version):
             uid = restart.pop(0) if restart else next_uid
@@ -137,22 +181,25 @@ def run_randomly(slots: Slots, chance: random.Random, num_steps: int, bad: int =
             slots.reserve(uid, version=version)
             running.append(uid)
             born[uid] = version
-        taken = slots.take(version=version)
-        if taken is not None:
-            assert len(taken.groups) == slots.prompts_per_step
-            assert all(version - born[uid] <= slots.max_staleness for uid in taken.groups)
-            assert not {uid for batch in batches for uid in batch} & set(taken.groups)
-            assert slots.extra or not taken.surplus, "without over-sampling nothing is superfluous"
-            batches.append(taken.groups)
-            running = [uid for uid in running if uid not in taken.surplus]
-            restart = taken.surplus + restart
-            for _ in range(chance.randrange(3)):   # some end while the step trains
-                finish(slots, running, chance, version, bad)
-            slots.release()
-            version += 1
-        else:
+        taken = slots.take(version=version, at_least=at_least)
+        if taken is None:
             assert running, "nothing runs and nothing can be taken: a deadlock"
             finish(slots, running, chance, version, bad)
+            continue
+        assert taken.complete or len(taken.groups) >= at_least
+        assert all(version - born[uid] <= slots.max_staleness for uid in taken.groups)
+        assert not {uid for batch in batches for uid in batch} & set(taken.groups)
+        assert slots.extra or not taken.surplus, "without over-sampling nothing is superfluous"
+        batches[-1] += taken.groups
+        running = [uid for uid in running if uid not in taken.surplus]
+        restart = taken.surplus + restart
+        for _ in range(chance.randrange(3)):   # some end while the step trains
+            finish(slots, running, chance, version, bad)
+        if taken.complete:
+            assert len(batches[-1]) == slots.prompts_per_step
+            slots.release()
+            batches.append([])
+            version += 1
     return batches
 
 
@@ -163,4 +210,4 @@ def finish(slots: Slots, running: list[int], chance: random.Random, version: int
     if random.Random(f"{bad} {uid} {version if slots.max_staleness == 0 else 0}").random() < 0.3:
         slots.drop(uid, version=version)
     else:
-        slots.ready(uid, uid)
+        slots.ready(uid, uid, num_tokens=1)

@@ -19,13 +19,15 @@ def test_partial_rollouts_go_on_after_an_update_within_the_bound(toys, tmp_path)
     """Groups split over two engines, spares beside them, responses so long that updates come under them."""
     values = options(toys, toys.tied) | {
         "driver.max_staleness": 1, "driver.num_steps": NUM_STEPS, "rollout.split_groups": 2, "rollout.max_tokens": 48,
-        "rollout.ignore_eos": True, "filter.reward": "task", "filter.oversample": 0.5, "train.num_ranks": 1,
+        "rollout.ignore_eos": True, "filter.reward": "task", "filter.oversample": 0.5, "train.num_ranks": 2,
+        "batch.max_tokens_per_micro_batch": 256,  # of about 1,800 a step: backward begins before the batch is whole
     }
     result = FluxTrainer(FluxConfig(algorithm="grpo", **values, run_dir=str(tmp_path / "run"))).fit(str(toys.data))
     assert_agreement(result.run_dir, toys.tied, num_steps=NUM_STEPS)
     lines = metrics(result.run_dir)
     assert max(line["driver/staleness_max"] for line in lines) == 1, "0 would be synchronous, 2 beyond the bound"
     assert any(line["rollout/spanning_frac"] > 0 for line in lines), "no update came under a running request"
+    assert any(line["driver/num_parts"] > 1 for line in lines), "no group was trained on before the batch was whole"
     for line in lines:
         assert line["rollout/response_length_mean"] == 48 and line["rollout/tokens"] == 8 * 4 * 48, "none was cut short"
         assert math.isfinite(line["actor/loss"]) and 0 < line["filter/acceptance_rate"] <= 1

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +28,7 @@ from tests.train.batches import reference_logprobs, rollout_group, scored, super
 
 BETA_1 = 0.9
 FIRST, SECOND = tuple(range(6)), tuple(range(6, 12))  # uids of the groups of two steps
+PARTS = (((5, 0), (3,)), ((), (1,)), ((4, 2), ()))  # of FIRST, by rank: now and then one has nothing
 LORA = {"rank": 4, "alpha": 6.0, "targets": ["q_proj", "o_proj", "up_proj"]}
 #: Steps of other kinds than grpo's: ratios per sequence, whitening over ranks, KL in the reward, corrections.
 KINDS: dict[str, dict[str, Any]] = {
@@ -41,6 +43,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "reinforce_pp_baseline": {"algo__name": "reinforce_pp_baseline", "algo__kl_estimator": "k2"},
     "cispo": {"algo__name": "cispo", "algo__off_policy": "icepop", "algo__clip_range_high": 4.0},
 }
+STREAMED_KINDS = ("dapo", "gspo", "rloo")  # counted by tokens and by sequences, with old log-probs and without
 
 
 class Rank:
@@ -71,10 +74,20 @@ class Rank:
     def step(self, trainer: Trainer, uids: tuple[int, ...] = FIRST, *, split: int = 4, spoil: int = -1) -> StepReport:
         """A step: the first `split` groups are rank 0's, the rest rank 1's. The group `spoil` has a nan reference."""
         mine = uids if self.world_size == 1 else (uids[:split] if self.rank == 0 else uids[split:])
-        groups = [rollout_group(uid, version=trainer.version) for uid in mine]
+        return trainer.train_step(**self.part(trainer, mine, spoil))
+
+    def step_in_parts(self, trainer: Trainer) -> StepReport:
+        """The groups of `step` as they might come, PARTS."""
+        *early, last = [self.part(trainer, of_rank[self.rank]) for of_rank in PARTS]
+        for part in early:
+            trainer.accumulate(**part)
+        return trainer.train_step(**last)
+
+    def part(self, trainer: Trainer, uids: tuple[int, ...], spoil: int = -1) -> dict[str, Any]:
+        groups = [rollout_group(uid, version=trainer.version) for uid in uids]
         reference = [[row + (np.nan if g.prompt.uid == spoil else 0) for row in reference_logprobs(g)] for g in groups]
-        return trainer.train_step(groups=groups, scores=[scored(g) for g in groups], reference_logprobs=reference,
-                                  version=trainer.version)
+        return {"groups": groups, "scores": [scored(g) for g in groups], "reference_logprobs": reference,
+                "version": trainer.version}
 
     def write(self, name: str, tensors: dict[str, torch.Tensor]) -> None:
         if self.rank == 0:
@@ -97,6 +110,23 @@ def gradients(rank: Rank, variants: dict[str, dict[str, Any]], split: int = 4) -
     for name, overrides in variants.items():
         trainer = rank.trainer(**overrides)
         metrics[name] = rank.step(trainer, split=split).metrics
+        rank.write(name, gradient(trainer))
+    return metrics
+
+
+def streamed(rank: Rank) -> dict[str, Any]:
+    """The same steps in parts: the gradient of each stage, and of some kinds.
+
+    One sample a micro-batch: how samples lie side by side changes the last bits of their log-probs.
+    """
+    kinds = {name: KINDS[name] for name in STREAMED_KINDS}
+    variants = {f"streamed_{s}": {"train__zero_stage": s} for s in range(4)} | {
+        f"{name}_streamed": {**kind, "train__zero_stage": 2} for name, kind in kinds.items()} | {
+        "streamed_packed": {"batch__micro_batch_size": None}, "streamed_bf16": {"model__dtype": "bfloat16"}}
+    metrics = {}
+    for name, overrides in variants.items():
+        trainer = rank.trainer(**{"batch__micro_batch_size": 1} | overrides)
+        metrics[name] = rank.step_in_parts(trainer).metrics
         rank.write(name, gradient(trainer))
     return metrics
 
@@ -220,6 +250,7 @@ def two_ranks(rank: Rank) -> dict[str, Any]:
     result: dict[str, Any] = {
         **gradients(rank, stages),
         **gradients(rank, idle, split=6),
+        **streamed(rank),
         **gradients(rank, {f"{name}_ranks": {**kind, "train__zero_stage": 2, "batch__micro_batch_size": 3}
                            for name, kind in KINDS.items()}),
         "zero_3_checkpointing": gradients(
@@ -267,6 +298,11 @@ def main(scenarios: dict[str, Callable[[Rank], dict[str, Any]]]) -> None:
         (rank.folder / f"{name}.json").write_text(json.dumps(result))
     dist.barrier()  # nobody leaves while another still uses the group
     dist.destroy_process_group()
+    # As a run's ranks end, which are killed: while the interpreter shuts down, a thread of gloo's that asks for it is
+    # ended by force, which now and then aborts the process ("terminate called without an active exception").
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 if __name__ == "__main__":
