@@ -166,8 +166,7 @@ async def _train(prepared: Prepared, cluster: Cluster, plan: Plan, recorder: Rec
         training = rooms.training
         evaluation = Evaluation(config, prepared.eval_prompts) if prepared.eval_prompts else None
         loop = Loop(
-            config, rooms=rooms, prompts=prepared.prompts, evaluation=evaluation, recorder=recorder, start=start,
-            part_tokens=build.part_tokens(config, plan),
+            config, rooms=rooms, prompts=prepared.prompts, evaluation=evaluation, recorder=recorder, start=start
         )
     recorder.terminal.say("ready")
     await loop.run()

@@ -51,10 +51,12 @@ async def policy_rooms(prepared: Prepared, cluster: Cluster, plan: Plan) -> Poli
         if CRITIC in groups:
             tasks.create_task(_build_ranks(prepared, plan, groups[CRITIC], CriticRank))
     await _connect(config, plan, groups[TRAINER], groups[ENGINE])
-    return PolicyRooms(
+    rooms = PolicyRooms(
         config, engines=groups[ENGINE], rewards=groups[REWARD], reference=groups.get(REFERENCE),
         trainer=groups[TRAINER], critic=groups.get(CRITIC),
     )
+    rooms.part_tokens = part_tokens(config, plan)
+    return rooms
 
 
 def part_tokens(config: Config, plan: Plan) -> float:

@@ -40,14 +40,11 @@ class Loop:
         evaluation: Evaluation | None,
         recorder: Recorder,
         start: LoopState,
-        part_tokens: float = math.inf,
     ) -> None:
-        """`part_tokens`: of finished groups, on which backward starts before the step has them all; inf: never."""
         self._config, self._rooms, self._prompts = config, rooms, prompts
         self._evaluation, self._recorder = evaluation, recorder
         prompts_per_step, spares = config.batch.prompts_per_step, config.filter.oversample
         self._slots = Slots(prompts_per_step, config.driver.max_staleness, math.ceil(spares * prompts_per_step))
-        self._part_tokens = part_tokens
         self._version = start.step
         self._unfinished = list(start.unfinished)  # of the run that is resumed, or surplus: they start first
         self._next_uid = start.next_uid
@@ -165,7 +162,7 @@ class Loop:
     async def _next_part(self) -> Taken:
         """Waits until the slots let groups go. What they make superfluous is stopped: its prompts start again."""
         async with self._changed:
-            while (taken := self._slots.take(version=self._version, at_least=self._part_tokens)) is None:
+            while (taken := self._slots.take(version=self._version, at_least=self._rooms.part_tokens)) is None:
                 await self._changed.wait()
         self._drops.surplus(len(taken.surplus))
         self._unfinished = [*taken.surplus, *self._unfinished]

@@ -120,6 +120,8 @@ class PolicyRooms(SamplingRooms):
         self._reference_router = Router(reference.size) if reference else None
         self._critic = CriticRooms(config, critic) if critic else None
         self.training = TrainingRooms(config, trainer, critic)
+        #: Tokens of finished groups that the ranks take before a batch is whole; inf: they wait for all of it.
+        self.part_tokens = math.inf
 
     async def reference(self, rolled: Rolled) -> Any | None:
         """A reference to the frozen policy's log-probs; None where no KL is asked for."""

@@ -367,8 +367,9 @@ def simulate(config: Config, world: World, *, clock: SimulatedTime, start: LoopS
         rooms = PolicyRooms(
             config, engines=Actors("engine", engines, world), rewards=Actors("reward", workers, world),  # type: ignore[arg-type]
             reference=None, trainer=Actors("trainer", ranks, world))  # type: ignore[arg-type]
+        rooms.part_tokens = part_tokens
         loop = Loop(config, rooms=rooms, prompts=Prompts(config, world), evaluation=None, recorder=Noted(world),  # type: ignore[arg-type]
-                    start=start or LoopState(step=0, next_uid=0), part_tokens=part_tokens)
+                    start=start or LoopState(step=0, next_uid=0))
         await loop.run()
         return loop
 
