@@ -167,7 +167,11 @@ def _weights_backend(config: Config, device: str, shared: bool) -> str:
     if chosen not in ("auto", right) and not (device == "cuda" and chosen == "gloo"):
         where = "on CPU" if device == "cpu" else "where trainer and engine share a GPU" if shared else "between GPUs"
         raise UserError(f"weights.backend={chosen} can't work {where}: use {right} (or auto)")
-    return right if chosen == "auto" else chosen
+    backend = right if chosen == "auto" else chosen
+    if config.weights.staging != "none" and backend != "gloo":
+        raise UserError(f"weights.staging={config.weights.staging}: {backend} loads each bucket as it comes; "
+                        "leave it none")
+    return backend
 
 
 def describe(resources: dict[str, float]) -> str:

@@ -35,6 +35,7 @@ class TrainingRank(Trainer):
             backend=weights_backend,
             deadline_s=config.weights.deadline_s,
             bucket_bytes=config.weights.bucket_mib * MIB,
+            staged=config.weights.staging == "host",
         )
 
     def prepare_wire(self) -> None:

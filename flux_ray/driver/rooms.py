@@ -190,13 +190,16 @@ class PolicyRooms(SamplingRooms):
         return {"weights/logprob_gap_mean": mean, "weights/logprob_gap_max": largest}
 
     async def publish(self, version: int) -> float:
-        """Pause, send, attest, resume: every engine serves `version` when it returns. Gives the seconds it took.
+        """Pause, send, resume, attest: every engine serves `version` when it returns. Gives the seconds it took.
+
+        With weights.staging=host engines pause by themselves, when all has come and is to be loaded.
 
         Raises RuntimeError when an engine attests another version, TimeoutError when a phase passes weights.deadline_s.
         """
         start_s = now_s()
         deadline_s = self._config.weights.deadline_s
-        await self._engines.call_all("pause", deadline_s=deadline_s)
+        if self._config.weights.staging == "none":
+            await self._engines.call_all("pause", deadline_s=deadline_s)
         await self._trainer.call_all("publish", deadline_s=deadline_s)
         served = await self._engines.call_all("resume", version, deadline_s=deadline_s)
         for engine, label in enumerate(served):

@@ -134,6 +134,7 @@ class RolloutEngine:
         self._engine: Any = None
         self._tokenizer: Any = None
         self._version = 0
+        self._staged = False  # new weights come in beside running requests
         self._request_ids = itertools.count()
         self._rollout = get_rollout(config.rollout.function)
 
@@ -287,6 +288,7 @@ class RolloutEngine:
     async def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
 
+        self._staged = init_info.get("staged", False)  # else whoever sends has paused us before
         await self._engine.init_weight_transfer_engine(WeightTransferInitRequest(init_info=init_info))
 
     async def start_weight_update(self) -> None:
@@ -298,6 +300,8 @@ class RolloutEngine:
         await self._engine.update_weights(WeightTransferUpdateRequest(update_info=update_info))
 
     async def finish_weight_update(self) -> None:
+        if self._staged:
+            await self.pause()
         await self._engine.finish_weight_update()
 
     async def resume(self, version: int) -> str:

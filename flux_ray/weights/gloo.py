@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from threading import Thread
 from typing import Any, ClassVar
 
 import torch
@@ -30,6 +31,7 @@ from vllm.distributed.weight_transfer.base import (
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory, WeightTransferTrainerFactory
 
 BACKEND = "gloo"
+Bucket = tuple[list[ParamMeta], torch.Tensor]  # parameters in their order, and the bytes of them all
 SENDER_RANK = 0  # the trainer; engine workers follow from rank 1
 
 
@@ -89,6 +91,7 @@ class GlooInitInfo(WeightTransferInitInfo):
     rank_offset: int
     bucket_bytes: int
     timeout_s: float
+    staged: bool  # keep a whole update beside the running model, and load it when it has come
 
 
 @dataclass
@@ -115,11 +118,12 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
 
     init_info_cls = GlooInitInfo
     update_info_cls = GlooUpdateInfo
+    _info: GlooInitInfo | None = None
     _group: Any = None
-    _bucket_bytes: int = 0
+    _arriving: Future[list[Bucket]] | None = None  # staged: what comes in beside the forward passes
 
     def init_transfer_engine(self, init_info: GlooInitInfo) -> None:
-        self._bucket_bytes = init_info.bucket_bytes
+        self._info = init_info
         self._group = join_group(
             init_info.master_address,
             init_info.master_port,
@@ -129,26 +133,55 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
         )
 
     def start_weight_update(self) -> None:
+        assert self._info is not None, "init_transfer_engine comes first"
+        if not self._info.staged:
+            self._start_load()
+
+    def receive_weights(self, update_info: GlooUpdateInfo) -> None:
+        """Load each bucket as it comes; staged: return at once, while they come in on a thread of their own."""
+        assert self._info is not None, "init_transfer_engine comes first"
+        if not self._info.staged:
+            return self._load(self._received(update_info))
+        self._arriving = Future()
+        Thread(target=self._stage, args=(update_info, self._arriving), daemon=True).start()
+
+    def finish_weight_update(self) -> None:
+        """The engine is paused. Waits for what is staged; each broadcast of it has its deadline."""
+        from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
+
+        if self._arriving is not None:
+            arrived = self._arriving.result()
+            self._arriving = None
+            self._start_load()
+            self._load(arrived)
+        finalize_layerwise_reload(self.model, self.model_config)
+        retie_head(self.model, self.model_config.hf_text_config)
+
+    def _start_load(self) -> None:
         from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
 
         initialize_layerwise_reload(self.model)
 
-    def receive_weights(self, update_info: GlooUpdateInfo) -> None:
+    def _load(self, buckets: Iterable[Bucket]) -> None:
         from vllm.model_executor.model_loader.mtp_validation import disable_mtp_completeness_check
 
-        assert self._group is not None, "init_transfer_engine comes first"
         with disable_mtp_completeness_check():  # a bucket is never the whole model
-            for run in buckets(update_info.meta(), self._bucket_bytes):
-                # A fresh buffer each time: the reload keeps views of it until the layer they belong to is complete.
-                wire = torch.empty(sum(map(num_bytes_of, run)), dtype=torch.uint8)
-                broadcast(self._group, wire).wait()
+            for run, wire in buckets:
                 self.model.load_weights(unpack(wire, run))
 
-    def finish_weight_update(self) -> None:
-        from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
+    def _received(self, update_info: GlooUpdateInfo) -> Iterator[Bucket]:
+        assert self._info is not None
+        for run in buckets(update_info.meta(), self._info.bucket_bytes):
+            # A fresh buffer each time: the reload keeps views of it until the layer they belong to is complete.
+            wire = torch.empty(sum(map(num_bytes_of, run)), dtype=torch.uint8)
+            broadcast(self._group, wire).wait()
+            yield run, wire
 
-        finalize_layerwise_reload(self.model, self.model_config)
-        retie_head(self.model, self.model_config.hf_text_config)
+    def _stage(self, update_info: GlooUpdateInfo, arriving: Future[list[Bucket]]) -> None:
+        try:
+            arriving.set_result(list(self._received(update_info)))
+        except BaseException as error:  # finish_weight_update raises it
+            arriving.set_exception(error)
 
     def shutdown(self) -> None:
         self._group = None
@@ -186,6 +219,7 @@ class GlooTrainerInitInfo(TrainerInitInfo):
     world_size: int
     bucket_bytes: int
     timeout_s: float
+    staged: bool = False
 
 
 class GlooTrainerWeightTransferEngine(TrainerWeightTransferEngine[GlooTrainerInitInfo]):
@@ -222,6 +256,7 @@ class GlooTrainerWeightTransferEngine(TrainerWeightTransferEngine[GlooTrainerIni
             rank_offset=1,
             bucket_bytes=info.bucket_bytes,
             timeout_s=info.timeout_s,
+            staged=info.staged,
         )
         # The workers wait in their own join for us: ask them from a side thread while we join.
         with ThreadPoolExecutor(1) as side:

@@ -57,8 +57,12 @@ class EngineClient:
 class Publisher:
     """One rank's end. Every rank calls `publish`; `connect` on rank 0 alone opens the wire."""
 
-    def __init__(self, weights: Weights, *, rank: int, backend: str, bucket_bytes: int, deadline_s: float) -> None:
+    def __init__(
+        self, weights: Weights, *, rank: int, backend: str, bucket_bytes: int, deadline_s: float, staged: bool = False
+    ) -> None:
+        """`staged`: engines go on while the weights come in, and stop to load them (gloo alone)."""
         self._weights = weights
+        self._staged = staged
         self._rank = rank
         self._backend = backend
         self._bucket_bytes = bucket_bytes
@@ -103,7 +107,9 @@ class Publisher:
         if self._backend == "gloo":
             from flux_ray.weights.gloo import GlooTrainerInitInfo
 
-            return GlooTrainerInitInfo(address, world_size, self._bucket_bytes, self._deadline_s, rank=self._rank)
+            return GlooTrainerInitInfo(
+                address, world_size, self._bucket_bytes, self._deadline_s, staged=self._staged, rank=self._rank
+            )
         if self._backend == "nccl":
             from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
@@ -119,7 +125,10 @@ class Publisher:
         )
 
     def publish(self) -> None:
-        """Send the present weights to every engine; returns when all have loaded them. The engines must be paused."""
+        """Send the present weights to every engine; returns when all have loaded them, and wait to be resumed.
+
+        The engines must be paused before, unless it is staged: they then pause once everything has come.
+        """
         if self._engine is not None:
             self._engine.send_weights()
             return

@@ -54,10 +54,11 @@ class ModelWeights:
 class Wire:
     """The real publisher, in a thread; its calls reach the engine on this loop."""
 
-    def __init__(self, served, model):
-        self._engine, self._loop = served.engine, asyncio.get_running_loop()
+    def __init__(self, served, model, *, staged=False):
+        self._engine, self._loop, self._staged = served.engine, asyncio.get_running_loop(), staged
         # A small bucket: the model takes several, and one parameter is larger than a bucket.
-        self._publisher = Publisher(ModelWeights(model), rank=0, backend="gloo", bucket_bytes=8192, deadline_s=30.0)
+        self._publisher = Publisher(ModelWeights(model), rank=0, backend="gloo", bucket_bytes=8192, deadline_s=30.0,
+                                    staged=staged)
 
     def _call(self, method, payloads):
         (payload,) = payloads
@@ -69,7 +70,8 @@ class Wire:
                                 port=0, wire_dtype="float32")
 
     async def publish(self, version):
-        await self._engine.pause()
+        if not self._staged:
+            await self._engine.pause()
         await asyncio.to_thread(self._publisher.publish)
         assert await self._engine.resume(version) == str(version)
 
@@ -142,8 +144,9 @@ async def test_the_end_token_belongs_to_the_response_and_a_cut_one_has_none(serv
     assert all(t.num_loss_tokens == served.config.rollout.max_tokens for t in cut)
 
 
-async def test_every_update_reaches_the_tied_head(served, model):
-    wire = Wire(served, model)
+@pytest.mark.parametrize("staged", [False, True])
+async def test_every_update_reaches_the_tied_head(served, model, staged):
+    wire = Wire(served, model, staged=staged)
     await wire.connect()
     for version in (1, 2, 3):
         perturb(model, version)
@@ -153,8 +156,9 @@ async def test_every_update_reaches_the_tied_head(served, model):
         assert all((t.versions[t.loss_mask] == version).all() for t in group.trajectories)
 
 
-async def test_a_running_request_goes_on_under_the_new_weights(served, model):
-    wire = Wire(served, model)
+@pytest.mark.parametrize("staged", [False, True])
+async def test_a_running_request_goes_on_under_the_new_weights(served, model, staged):
+    wire = Wire(served, model, staged=staged)
     await wire.connect()
     await wire.publish(10)
     rolls = [asyncio.create_task(served.engine.roll(prompt_of([5, 6, i + 3], seed=50 * i))) for i in range(40)]
