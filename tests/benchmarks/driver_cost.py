@@ -39,7 +39,7 @@ def cpu(session: Session) -> list[Measured]:
     for groups in IN_FLIGHT:
         steps = STEPS[groups] if session.quick else 10
         gave = session.part("driver", groups=groups, steps=WARM_UP + steps, tokens=SHORT, hold_s=HELD_S[groups])
-        values = [1000 * step["cpu_s"] / groups for step in gave[WARM_UP:]]
+        values = [1000 * step["cpu_s"] / groups for step in gave[WARM_UP - 1 :]]
         medians[groups] = statistics.median(values)
         results.append(Measured.of(f"driver_{groups}", values, unit="ms", goal="<= 1.0", in_flight=groups))
     flat = max(medians.values()) / min(medians.values())
@@ -53,7 +53,7 @@ def sockets(session: Session) -> list[Measured]:
     for tokens in (SHORT, LONG):
         gave = session.part("driver", groups=groups, steps=WARM_UP + 10, tokens=tokens, hold_s=HELD_S[groups],
                             watch="sockets")
-        values = [step["tcp_bytes"] / groups / 1024 for step in gave[WARM_UP:]]
+        values = [step["tcp_bytes"] / groups / 1024 for step in gave[WARM_UP - 1 :]]
         medians[tokens] = statistics.median(values)
         results.append(Measured.of(f"driver_bytes_{tokens}", values, unit="KiB", goal="<= 2", tokens=tokens))
     results.append(Measured.of("driver_bytes_equal", [medians[LONG] / medians[SHORT]], unit="x", goal="<= 1.05"))
@@ -64,7 +64,7 @@ def memory(session: Session) -> list[Measured]:
     """Resident memory at the end against that after the first 50 steps; quick: a fifth of the steps."""
     steps = MEMORY_STEPS // 5 if session.quick else MEMORY_STEPS
     gave = session.part("driver", groups=8, steps=MEMORY_WARM_UP + steps, tokens=SHORT, hold_s=0.0)
-    grown = (gave[-1]["resident"] - gave[MEMORY_WARM_UP - 1]["resident"]) / MIB * MEMORY_STEPS / steps
+    grown = (gave[-1]["resident"] - gave[MEMORY_WARM_UP - 2]["resident"]) / MIB * MEMORY_STEPS / steps
     return [Measured.of("memory", [grown], unit="MB", goal="<= 20", steps=steps)]
 
 

@@ -19,8 +19,9 @@ from tests.benchmarks.figures import Measured
 from tests.benchmarks.session import Session
 from tests.benchmarks.work import PROMPT_TOKENS, Phase, options
 
-PROMPTS, SAMPLES, TOKENS = 4, 2, 96  # of a step: engines that never run dry while the trainer works
-WARM_UP = 2
+#: Of a step: few enough that the trainer is done before the engines are, so that requests run whenever it publishes.
+PROMPTS, SAMPLES, TOKENS, STALENESS = 1, 2, 96, 2
+WARM_UP = 3
 
 
 def publish(session: Session) -> list[Measured]:
@@ -31,7 +32,8 @@ def publish(session: Session) -> list[Measured]:
         about = {"staging": staging or "none", "megabytes": 240, "engines": 2, "dtype": "float32"}
         ending = f"_{staging}" if staging else ""
         results.append(Measured.of(f"publish{ending}", gave["served_s"], unit="s", goal="<= 1.0", **about))
-        results.append(Measured.of(f"publish_stall{ending}", gave["stalled_s"], unit="s", goal="<= 0.4", **about))
+        results.append(Measured.of(f"publish_stall{ending}", gave["stalled_s"], unit="s", goal="<= 0.4",
+                                   longest=max(gave["stalled_s"]), **about))
     return results
 
 
@@ -54,7 +56,7 @@ def run(folder: Path, work: Path, *, steps: int, **more: Any) -> dict[str, list[
     train(from_dict(options(folder, dtype="float32", phases=[phase]) | {
         "model.path": str(folder / "60M"), "data.train": str(work / "data.jsonl"), "run_dir": str(work / "run"),
         "plugins": [inside.__file__], "rollout.function": f"{inside.__file__}:watched", "rollout.num_engines": 2,
-        "rollout.group_size": SAMPLES, "batch.prompts_per_step": PROMPTS, "driver.max_staleness": 1} | more))
+        "rollout.group_size": SAMPLES, "batch.prompts_per_step": PROMPTS, "driver.max_staleness": STALENESS} | more))
     updated = [json.loads(line)["at_s"] for line in (work / "trainer-0.jsonl").read_text().splitlines()]
     engines = [[json.loads(line) for line in (work / f"engine-{i}.jsonl").read_text().splitlines()] for i in range(2)]
     served, stalled = [], []
@@ -63,6 +65,8 @@ def run(folder: Path, work: Path, *, steps: int, **more: Any) -> dict[str, list[
         if all(first is not None for first in firsts):
             served.append(max(firsts) - updated[version - 1])  # type: ignore[type-var, operator]
         stalled += [max(waited) for waited in [waits_s(itertools.chain(*engines), version)] if waited]
+    if not served or not stalled:
+        raise RuntimeError("no request ran while an update came: the trainer was slower than the engines")
     return {"served_s": served, "stalled_s": stalled}
 
 

@@ -35,6 +35,7 @@ STEPS, WARM_UP = 9, 3  # of a prediction: asynchronous runs take some steps to s
 SETTINGS: dict[str, dict[str, Any]] = {
     "equal lengths, synchronous": {"sigma": 0.0},
     "σ 0.8, synchronous": {},
+    "σ 0.8, streaming": {"part_tokens": 4096},  # a micro-batch of each rank
     "σ 0.8, split_groups=4": {"split_groups": 4},
     "σ 0.8, max_staleness=1": {"max_staleness": 1},
 }
@@ -55,10 +56,12 @@ def run_schedules(first: int, count: int) -> None:
                       "cpu_s": round(time.process_time() - start_s)}))
 
 
-def predicted_s(costs: Costs, length_of: Callable[[int, int], int], **options: Any) -> float:
+def predicted_s(
+    costs: Costs, length_of: Callable[[int, int], int], *, part_tokens: float = math.inf, **options: Any,
+) -> float:
     """Mean seconds of a step, once the run has settled."""
     world = World(costs, length_of=length_of, prompt_tokens=PROMPT_TOKENS, num_rows=10**9)
-    simulate(RandomSchedule.plain(num_steps=STEPS, **options), world, clock=SimulatedTime())
+    simulate(RandomSchedule.plain(num_steps=STEPS, **options), world, clock=SimulatedTime(), part_tokens=part_tokens)
     return (world.step_end_s[-1] - world.step_end_s[WARM_UP - 1]) / (STEPS - WARM_UP)
 
 
@@ -92,7 +95,8 @@ def scale(costs: Costs) -> list[str]:
     for engines in ENGINES:
         cells = []
         for name, options in SETTINGS.items():
-            given = {"sigma": SIGMA, **options}
+            given = {"sigma": SIGMA, "part_tokens": math.inf, **options}
+            given["part_tokens"] *= engines
             seconds = predicted_s(costs, log_normal(given.pop("sigma")), num_engines=engines, num_ranks=engines,
                                   prompts_per_step=PROMPTS_PER_ENGINE * engines, group_size=GROUP_SIZE,
                                   max_num_seqs=256, num_workers=engines, **given)
