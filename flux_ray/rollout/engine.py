@@ -12,6 +12,7 @@ from __future__ import annotations
 import ast
 import asyncio
 import difflib
+import functools
 import importlib.util
 import itertools
 import json
@@ -65,6 +66,7 @@ def check_engine_args(config: RolloutConfig) -> None:
             raise UserError(f"unknown option 'rollout.engine_args.{key}'{hint or ': vLLM has no such engine argument'}")
 
 
+@functools.cache
 def _vllm_engine_args() -> frozenset[str]:
     """The fields of vLLM's AsyncEngineArgs; none where vLLM isn't installed.
 
