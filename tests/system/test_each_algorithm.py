@@ -24,6 +24,7 @@ OPTIONS: dict[str, dict] = {
     "gspo": {"off_policy": "tis", "mini_batches": 2},
     "gspo_token": {"off_policy": "icepop", "mini_batches": 2},
     "rloo": {"epochs": 2, "mini_batches": 2, "train.zero_stage": 2},
+    "ppo": {"train.lora.rank": 4, "train.zero_stage": 3, "train.gradient_checkpointing": True, "dual_clip": 3.0},
     "reinforce_pp": {"kl_target": 1.0, "kl_horizon": 16.0, "mini_batches": 2},
     "reinforce_pp_baseline": {"reward.functions": ["digits", "length"], "reward.combine": "each"},
     "cispo": {"off_policy": "tis", "mini_batches": 2},
