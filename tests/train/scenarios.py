@@ -298,8 +298,8 @@ def main(scenarios: dict[str, Callable[[Rank], dict[str, Any]]]) -> None:
         (rank.folder / f"{name}.json").write_text(json.dumps(result))
     dist.barrier()  # nobody leaves while another still uses the group
     dist.destroy_process_group()
-    # As a run's ranks end, which are killed: while the interpreter shuts down, a thread of gloo's that asks for it is
-    # ended by force, which now and then aborts the process ("terminate called without an active exception").
+    # As a run's ranks end, which are killed: now and then a process aborts while its interpreter shuts down ("terminate
+    # called without an active exception"), perhaps for a thread of gloo's.
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
