@@ -229,4 +229,4 @@ def _their_loss(folder: Path, work: Path, values: dict[str, Any], groups: list[A
         "completion_ids": ids[:, PROMPT_TOKENS:], "completion_mask": mask, "advantages": advantages[:, 0],
         "num_items_in_batch": mask.sum()})
     gradients = torch.autograd.grad(loss, list(trainer.model.parameters()))
-    return {"loss": float(loss), "grad_norm": float(torch.cat([g.flatten() for g in gradients]).norm())}
+    return {"loss": float(loss), "grad_norm": float(torch.nn.utils.get_total_norm(gradients))}
