@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import signal
 import sys
 import tempfile
 import time
@@ -44,6 +45,7 @@ def main() -> int:
         figures = chosen(arguments.only)
     except UserError as error:
         parser.error(str(error))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that what runs is ended with us
     started, results = time.monotonic(), []
     with tempfile.TemporaryDirectory(prefix="flux-ray-bench-") as folder:
         for size in SIZES:

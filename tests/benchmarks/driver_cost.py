@@ -28,49 +28,54 @@ FLAT = 1.5  # the dearest group may cost so many times the cheapest: then the dr
 SHORT, LONG = 64, 4096  # tokens
 BYTES_OF_TCP = re.compile(r"bytes_(?:sent|received):(\d+)")
 HELD_S = {10: 0.05, 100: 0.3, 1000: 2.0}  # until all have been sent
-WARM_UP, STEPS = 2, {10: 30, 100: 6, 1000: 2}
-MEMORY_STEPS, MEMORY_WARM_UP = 1000, 50
+WARM_UP, STEPS = 3, {10: 1000, 100: 20, 1000: 10}
+QUICK_STEPS = {10: 200, 100: 6, 1000: 2}
+STEPS_LONG = 40
+LOOK_EVERY = 10  # steps: to look at the sockets starts a process, which is CPU time of the driver's
+MEMORY_WARM_UP = 50  # steps in which the driver grows to what it needs
 MIB = 2**20
+
+
+def _run(session: Session, groups: int, tokens: int = SHORT) -> list[dict[str, float]]:
+    """The measured steps of a run with so many groups in flight."""
+    steps = (QUICK_STEPS if session.quick else STEPS)[groups] if tokens == SHORT else STEPS_LONG
+    gave = session.part("driver", groups=groups, steps=WARM_UP + steps, tokens=tokens, hold_s=HELD_S[groups])
+    return gave[WARM_UP:]
 
 
 def cpu(session: Session) -> list[Measured]:
     """Of the driver's process, all its threads (Ray's among them): CPU time of a step / its groups."""
-    medians, results = {}, []
-    for groups in IN_FLIGHT:
-        steps = STEPS[groups] if session.quick else 10
-        gave = session.part("driver", groups=groups, steps=WARM_UP + steps, tokens=SHORT, hold_s=HELD_S[groups])
-        values = [1000 * step["cpu_s"] / groups for step in gave[WARM_UP - 1 :]]
-        medians[groups] = statistics.median(values)
-        results.append(Measured.of(f"driver_{groups}", values, unit="ms", goal="<= 1.0", in_flight=groups))
-    flat = max(medians.values()) / min(medians.values())
-    results.append(Measured.of("driver_flat", [flat], unit="x", goal=f"<= {FLAT}"))
-    return results
+    values = {groups: [1000 * step["cpu_s"] / groups for step in _run(session, groups)] for groups in IN_FLIGHT}
+    medians = [statistics.median(of) for of in values.values()]
+    results = [Measured.of(f"driver_{groups}", of, unit="ms", goal="<= 1.0", in_flight=groups)
+               for groups, of in values.items()]
+    return [*results, Measured.of("driver_flat", [max(medians) / min(medians)], unit="x", goal=f"<= {FLAT}")]
 
 
 def sockets(session: Session) -> list[Measured]:
     """TCP alone, in and out, as the kernel counts them (ss -ti): Ray's calls and their answers."""
-    groups, medians, results = 10, {}, []
-    for tokens in (SHORT, LONG):
-        gave = session.part("driver", groups=groups, steps=WARM_UP + 10, tokens=tokens, hold_s=HELD_S[groups],
-                            watch="sockets")
-        values = [step["tcp_bytes"] / groups / 1024 for step in gave[WARM_UP - 1 :]]
-        medians[tokens] = statistics.median(values)
-        results.append(Measured.of(f"driver_bytes_{tokens}", values, unit="KiB", goal="<= 2", tokens=tokens))
-    results.append(Measured.of("driver_bytes_equal", [medians[LONG] / medians[SHORT]], unit="x", goal="<= 1.05"))
-    return results
+    values = {tokens: _bytes_a_group(_run(session, 10, tokens), groups=10) for tokens in (SHORT, LONG)}
+    results = [Measured.of(f"driver_bytes_{tokens}", [count / 1024 for count in of], unit="KiB", goal="<= 2")
+               for tokens, of in values.items()]
+    equal = statistics.median(values[LONG]) / statistics.median(values[SHORT])
+    return [*results, Measured.of("driver_bytes_equal", [equal], unit="x", goal="<= 1.05")]
+
+
+def _bytes_a_group(steps: list[dict[str, float]], *, groups: int) -> list[float]:
+    """Between one look at the sockets and the next."""
+    looks = [step["tcp_bytes"] for step in steps if step["tcp_bytes"]]
+    return [(b - a) / LOOK_EVERY / groups for a, b in itertools.pairwise(looks)]
 
 
 def memory(session: Session) -> list[Measured]:
-    """Resident memory at the end against that after the first 50 steps; quick: a fifth of the steps."""
-    steps = MEMORY_STEPS // 5 if session.quick else MEMORY_STEPS
-    gave = session.part("driver", groups=8, steps=MEMORY_WARM_UP + steps, tokens=SHORT, hold_s=0.0)
-    grown = (gave[-1]["resident"] - gave[MEMORY_WARM_UP - 2]["resident"]) / MIB * MEMORY_STEPS / steps
-    return [Measured.of("memory", [grown], unit="MB", goal="<= 20", steps=steps)]
+    """Resident memory at the end against that after the first steps, for 1,000 of them (quick: from fewer)."""
+    steps = _run(session, 10)[MEMORY_WARM_UP:]
+    grown = (steps[-1]["resident"] - steps[0]["resident"]) / MIB * 1000 / (len(steps) - 1)
+    return [Measured.of("memory", [grown], unit="MB", goal="<= 20", steps=len(steps))]
 
 
-def run(folder: Path, work: Path, *, groups: int, steps: int, tokens: int, hold_s: float,
-        watch: str = "") -> list[dict[str, float]]:
-    """Of each step: CPU seconds and TCP bytes of this process, and what it holds at its end."""
+def run(folder: Path, work: Path, *, groups: int, steps: int, tokens: int, hold_s: float) -> list[dict[str, float]]:
+    """After each step: CPU seconds since the one before, resident memory, now and then the bytes of all TCP sockets."""
     from flux_ray.config import from_dict
     from flux_ray.driver import run as train
     from flux_ray.observability.callbacks import as_callback
@@ -82,7 +87,7 @@ def run(folder: Path, work: Path, *, groups: int, steps: int, tokens: int, hold_
 
     def stepped(step: int, metrics: dict[str, float]) -> None:
         seen.append({"cpu_s": time.process_time(), "resident": process.memory_info().rss,
-                     "tcp_bytes": tcp_bytes(process.pid) if watch else 0.0})
+                     "tcp_bytes": tcp_bytes(process.pid) if step % LOOK_EVERY == 0 else 0})
 
     phase = Phase("made", [tokens] * 64, 0, steps)
     make_data(work / "data.jsonl", [phase])
@@ -91,8 +96,8 @@ def run(folder: Path, work: Path, *, groups: int, steps: int, tokens: int, hold_
         "rollout.max_tokens": tokens, "batch.prompts_per_step": groups, "rollout.num_engines": 2,
         "rollout.max_num_seqs": 100_000, "rollout.max_model_len": PROMPT_TOKENS + tokens,
     }), callbacks=[as_callback(stepped)])
-    return [{"cpu_s": b["cpu_s"] - a["cpu_s"], "tcp_bytes": b["tcp_bytes"] - a["tcp_bytes"],
-             "resident": b["resident"]} for a, b in itertools.pairwise(seen)]
+    before = [seen[0], *seen]
+    return [{**now, "cpu_s": now["cpu_s"] - then["cpu_s"]} for then, now in zip(before, seen, strict=False)]
 
 
 def tcp_bytes(pid: int) -> int:
