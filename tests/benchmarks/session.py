@@ -17,6 +17,7 @@ from tests.benchmarks.parts import run_part
 from tests.benchmarks.work import Phase, equal, log_normal
 
 EQUAL, UNEQUAL = "equal", "log_normal"
+FULL_TOKENS = 256  # of a response on average
 #: Engines, ranks, staleness; where each actor stays (nowhere: the system decides).
 RUNS: dict[str, dict[str, Any]] = {
     "synchronous": {},
@@ -33,7 +34,7 @@ class Session:
     folder: Path
     dtype: str
     quick: bool = False
-    tokens: int = 256
+    tokens: int = FULL_TOKENS
     runs: int = 10
     deadline_s: float = 3600.0
     _gave: dict[str, Any] = field(default_factory=dict)

@@ -6,10 +6,12 @@ Gives:  `sync_ratio`, `async_ratio`, `async_gain`, `padding`: lists of Measured.
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 
 from tests.benchmarks.figures import Measured
-from tests.benchmarks.session import EQUAL, UNEQUAL, Session
+from tests.benchmarks.session import EQUAL, FULL_TOKENS, RUNS, UNEQUAL, Session
+from tests.benchmarks.work import Phase, log_normal
 
 #: Phase ► ending of a figure's name, goal of async_gain.
 OF_PHASE = {EQUAL: ("", ">= 0.9"), UNEQUAL: ("_sigma_0.8", ">= 0.85")}
@@ -62,8 +64,14 @@ def async_gain(session: Session) -> list[Measured]:
 
 
 def padding(session: Session) -> list[Measured]:
-    """Of two ranks, so that what keeps them in step counts too: tokens forwarded for nothing / tokens forwarded."""
-    ranks = session.ours("both_cores")[UNEQUAL]["ranks"]
+    """Of two ranks, so that what keeps them in step counts too: tokens forwarded for nothing / tokens forwarded.
+
+    Whole lengths, be it quick or not: short ones are padded more. The model's size changes nothing.
+    """
+    lengths = log_normal(FULL_TOKENS)
+    phase = dataclasses.asdict(Phase(UNEQUAL, lengths, warm_up=0, runs=session.runs))
+    more = RUNS["both_cores"] | {"model.path": str(session.folder / "small"), "cores": {}}
+    ranks = session.part("ours", phases=[phase], dtype=session.dtype, **more)[UNEQUAL]["ranks"]
     shares = []
     for of_step in zip(*ranks, strict=True):
         forwarded, used = (sum(note[name] for note in of_step) for name in ("forwarded", "used"))

@@ -22,8 +22,8 @@ CONTEXT = 2048
 MICRO_BATCH_TOKENS = 4608  # 16 sequences of 16 + 256 tokens a micro-batch, with us and bare
 KV_GIB = 2.0  # room for two batches in flight, in fp32
 VOCAB = 4096
-#: Name ► hidden size, layers of a model: 29M parameters, and 60M (240 MB in fp32).
-SIZES = {"29M": (512, 8), "60M": (640, 11)}
+#: Name ► hidden size, layers of a model: 29M parameters, 61M (245 MB in fp32), and one for what doesn't depend on it.
+SIZES = {"29M": (512, 8), "60M": (640, 11), "small": (128, 2)}
 
 
 def equal(tokens: int) -> list[int]:
