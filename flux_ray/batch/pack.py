@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from flux_ray.batch.micro_batch import MicroBatch, make_micro_batch
 from flux_ray.records import Sample
 
-MICRO_BATCH_TOKENS = 64  # padding that one more micro-batch is worth: its own cost is that of few tokens
+MICRO_BATCH_TOKENS = 48  # padding that one more micro-batch is worth: its own cost is that of few tokens
 
 
 def pack(
