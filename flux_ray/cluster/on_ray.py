@@ -331,7 +331,7 @@ class Cluster:
             "scheduling_strategy": place,
             "max_concurrency": MAX_CONCURRENT_CALLS,
             "max_restarts": 0,
-            # What Ray would tell its head of each call: half of what a call costs on the wire, for a list nobody reads.
+            # Ray would tell its head of each call, 270 bytes for one that costs 560 itself, for a list nobody reads.
             "enable_task_events": False,
         }
 

@@ -36,7 +36,7 @@ def measure(figure: Figure, session: Session) -> list[Measured | Failed]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="launch/bench.sh", description="Measures what docs/benchmarks.md describes.")
-    parser.add_argument("--quick", action="store_true", help="under ten minutes: shorter responses, fewer runs")
+    parser.add_argument("--quick", action="store_true", help="shorter responses, fewer runs")
     parser.add_argument("--json", action="store_true", help="an object a line instead of the table")
     parser.add_argument("--only", metavar="NAME,NAME", help=f"some of: {', '.join(FIGURES)}")
     parser.add_argument("--dtype", choices=DTYPES, help="of weights and activations; bfloat16 where it isn't given")
