@@ -1,7 +1,7 @@
 """Micro-batches: sequences concatenated on one flat axis, and the padded view of their responses.
 
 Takes:  Samples and a token budget.
-Gives:  MicroBatch, the one packed form; `to_padded`, `padded_mask`, `to_flat` between the axes; `zero_weight`.
+Gives:  MicroBatch, the one packed form; `to_padded`, `padded_mask`, `to_flat` between the axes; `without_weight`.
 Knows:  axes S (all tokens of a micro-batch, no padding), B (its sequences), L (the longest response view).
 Never:  weighs, scores or reorders inside a sequence.
 """
@@ -83,14 +83,10 @@ def first_loss_token(loss_mask_T: np.ndarray) -> int:
     return int(loss_mask_T.argmax()) if loss_mask_T.any() else len(loss_mask_T)
 
 
-def zero_weight(micro_batch: MicroBatch) -> MicroBatch:
-    """The same tokens with no say: for a rank that has nothing left while others still run forward and backward."""
-    return replace(
-        micro_batch,
-        loss_mask_S=torch.zeros_like(micro_batch.loss_mask_S),
-        loss_weights_S=torch.zeros_like(micro_batch.loss_weights_S),
-        response_starts_B=micro_batch.lengths_B.clone(),
-    )
+def without_weight() -> MicroBatch:
+    """Two tokens that nobody learns from, for a rank that has nothing left while others still train."""
+    nothing = Sample(np.zeros(2, np.int32), np.zeros(2, bool), np.zeros(2, np.float32))
+    return make_micro_batch([nothing], sample_ids=[0])
 
 
 def to_padded(values_S: torch.Tensor, micro_batch: MicroBatch) -> torch.Tensor:

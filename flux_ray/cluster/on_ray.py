@@ -331,8 +331,6 @@ class Cluster:
             "scheduling_strategy": place,
             "max_concurrency": MAX_CONCURRENT_CALLS,
             "max_restarts": 0,
-            # Ray would tell its head of each call, 270 bytes for one that costs 560 itself, for a list nobody reads.
-            "enable_task_events": False,
         }
 
     def _found_dead(self, watch: asyncio.Task[ActorError]) -> None:

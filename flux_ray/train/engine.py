@@ -14,16 +14,14 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from flux_ray.batch import MicroBatch, make_micro_batch, zero_weight
+from flux_ray.batch import MicroBatch, without_weight
 from flux_ray.config import Config
 from flux_ray.model import PackedModel
 from flux_ray.observability.metrics import Max, Mean, Metric, merge
-from flux_ray.records import Sample
 from flux_ray.train import setup
 
 #: (number of the micro-batch, the micro-batch, what the model gives: log-probs (S,) and entropy (S,), or scores (S,))
@@ -132,14 +130,7 @@ class Engine:
     def _in_lockstep(self, micro_batches: Sequence[MicroBatch], at_least: int = 0) -> list[MicroBatch]:
         """As many micro-batches on each rank as on the one with the most: the rest have no weight."""
         missing = max(self.max(len(micro_batches)), at_least) - len(micro_batches)
-        if not missing:
-            return list(micro_batches)
-        if micro_batches:
-            filler = zero_weight(min(micro_batches, key=lambda m: m.num_tokens))
-        else:
-            nothing = Sample(np.zeros(2, np.int32), np.zeros(2, bool), np.zeros(2, np.float32))
-            filler = make_micro_batch([nothing], sample_ids=[0])
-        return [*micro_batches, *[filler] * missing]
+        return [*micro_batches, *[without_weight()] * missing]
 
     def _padding(self, micro_batches: Sequence[MicroBatch]) -> Mean:
         """Share of a forward's tokens that are padding."""

@@ -10,7 +10,7 @@ from flux_ray.batch import (
     pair_samples,
     to_flat,
     to_padded,
-    zero_weight,
+    without_weight,
 )
 from flux_ray.records import PreferencePair, Sample
 
@@ -139,14 +139,12 @@ def test_nan_outside_the_view_stays_outside():
     assert to_padded(values, mb).isfinite().all() and values.grad.isfinite().all()
 
 
-def test_zero_weight_keeps_the_tokens_and_the_graph_alone():
-    mb = make_micro_batch(samples_of(11, count=3), sample_ids=range(3))
-    idle = zero_weight(mb)
-    assert torch.equal(idle.token_ids_S, mb.token_ids_S) and torch.equal(idle.lengths_B, mb.lengths_B)
-    assert not idle.loss_mask_S.any() and not idle.loss_weights_S.any()
-    values = torch.ones(mb.num_tokens, requires_grad=True)
+def test_a_micro_batch_without_weight_has_a_shape_and_a_graph_alone():
+    idle = without_weight()
+    assert idle.num_tokens == 2 and not idle.loss_mask_S.any() and not idle.loss_weights_S.any()
+    values = torch.ones(2, requires_grad=True)
     view = to_padded(values, idle)
-    assert view.shape == (3, 1) and not padded_mask(idle).any()
+    assert view.shape == (1, 1) and not padded_mask(idle).any()
     view.sum().backward()
     assert (values.grad == 0).all()
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from flux_ray.batch import make_micro_batch, zero_weight
+from flux_ray.batch import make_micro_batch, without_weight
 from flux_ray.model import load_policy
 from flux_ray.records import Sample
 from tests.tiny import tiny_model
@@ -89,7 +89,7 @@ def test_head_with_bias_and_no_entropy(tmp_path) -> None:
 
 def test_a_micro_batch_without_loss_tokens_still_runs_backward(tmp_path) -> None:
     policy = load_policy(tiny_model(tmp_path, tied=False), dtype=torch.float32, layout="padded", chunk_tokens=8)
-    micro_batch = zero_weight(make_micro_batch(ragged_samples()[:2], sample_ids=[0, 1]))
+    micro_batch = without_weight()
     logprobs_S, _ = policy(micro_batch, temperature=1.0, with_entropy=False)
     logprobs_S.sum().backward()
     grads = [p.grad for p in policy.parameters()]

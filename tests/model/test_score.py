@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertForSequenceClassification
 
-from flux_ray.batch import make_micro_batch, zero_weight
+from flux_ray.batch import make_micro_batch, without_weight
 from flux_ray.errors import UserError
 from flux_ray.model import ScoreModel, last_token, load_score, load_tokenizer, padding_token, save_model
 from flux_ray.records import Sample
@@ -101,7 +101,7 @@ def test_values_and_gradients_before_each_loss_token(scorer, layout) -> None:
 
 def test_a_micro_batch_that_asks_for_nothing_still_runs_backward(scorer) -> None:
     model = load_score(scorer, dtype=torch.float32, layout="padded")
-    model(zero_weight(make_micro_batch(ragged_samples()[:2], sample_ids=[0, 1])), at="before").sum().backward()
+    model(without_weight(), at="before").sum().backward()
     grads = [p.grad for p in model.parameters()]
     assert all(g is not None and not g.any() for g in grads)
 
