@@ -63,7 +63,11 @@ async def test_results_stay_in_the_object_store_and_travel_by_reference(ray, tmp
         await group.build(Store, [{}, {}], deadline_s=DEADLINE_S)
         large, small = group.submit(0, "group", 20_000, num_returns=2)
         assert await group.result(small, index=0, what="group", deadline_s=DEADLINE_S) == 20_000
-        held = ray.experimental.get_local_object_locations([large])[large]
+        for _ in range(100):  # where it lies is known a little after its size
+            held = ray.experimental.get_local_object_locations([large])[large]
+            if held["node_ids"]:
+                break
+            await asyncio.sleep(0.1)
         assert held["node_ids"], f"it came to the caller: {held}"
         assert await group.call(1, "sizes", {"anywhere": [large]}, deadline_s=DEADLINE_S) == [20_000]
         with pytest.raises(ActorError, match="store 0, breaks: KeyError: 'no such thing'"):
