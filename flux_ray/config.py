@@ -239,7 +239,7 @@ class WeightsConfig:
                         "update comes into main memory beside running requests, and they stop to load it (gloo alone)",
                         choices=("none", "host"))
     bucket_mib: int = knob(64, "size of one packed bucket, in MiB", least=1)
-    deadline_s: float = knob(120.0, "longest time of each phase of an update (connect, pause, send, resume)", above=0)
+    deadline_s: float = knob(120.0, "longest time of each phase of an update (connect, start, send, finish)", above=0)
 
 
 @dataclass(frozen=True)

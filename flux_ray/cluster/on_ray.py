@@ -200,8 +200,10 @@ class EngineCaller:
             cause = error.cause if isinstance(error.cause, BaseException) else error
             raise RuntimeError(f"an engine failed in {method}: {_first_line(cause)}") from None
         except ray.exceptions.GetTimeoutError:
+            ready, _ = ray.wait(references, num_returns=len(references), timeout=0)
+            late = ", ".join(str(i) for i, reference in enumerate(references) if reference not in ready)
             raise TimeoutError(
-                f"not every engine finished {method} within weights.deadline_s={self._deadline_s:g} s"
+                f"engine {late} did not finish {method} within weights.deadline_s={self._deadline_s:g} s"
             ) from None
 
 

@@ -44,8 +44,8 @@ class TrainingRank(Trainer):
     def connect(self, call: CallEngines, **wire: Any) -> None:
         self._publisher.connect(call, **wire)
 
-    def publish(self) -> None:
-        self._publisher.publish()
+    def publish(self, version: int) -> list[str]:
+        return self._publisher.publish(version)
 
     def logprob_gap(self, groups: Sequence[RolloutGroup]) -> tuple[float, float]:
         """|trainer's - sampler's log-probs| over sampled tokens, mean and largest. All ranks get all groups."""

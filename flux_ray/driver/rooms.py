@@ -24,6 +24,8 @@ from flux_ray.records import Prompt, ScoredGroup, StepReport
 from flux_ray.rollout.dispatch import Lengths
 from flux_ray.rollout.routing import Router
 
+PUBLISH_PHASES = 3  # start, send, finish
+
 
 @dataclass(frozen=True)
 class ReadyGroup:
@@ -190,18 +192,14 @@ class PolicyRooms(SamplingRooms):
         return {"weights/logprob_gap_mean": mean, "weights/logprob_gap_max": largest}
 
     async def publish(self, version: int) -> float:
-        """Pause, send, resume, attest: every engine serves `version` when it returns. Gives the seconds it took.
-
-        With weights.staging=host engines pause by themselves, when all has come and is to be loaded.
+        """Every engine serves `version`, and has attested it, when it returns. Gives the seconds it took.
 
         Raises RuntimeError when an engine attests another version, TimeoutError when a phase passes weights.deadline_s.
         """
         start_s = now_s()
-        deadline_s = self._config.weights.deadline_s
-        if self._config.weights.staging == "none":
-            await self._engines.call_all("pause", deadline_s=deadline_s)
-        await self._trainer.call_all("publish", deadline_s=deadline_s)
-        served = await self._engines.call_all("resume", version, deadline_s=deadline_s)
+        # Rank 0 sees to the deadline of each phase, and knows which engine passed it.
+        deadline_s = (1 + PUBLISH_PHASES) * self._config.weights.deadline_s
+        served, *_ = await self._trainer.call_all("publish", version, deadline_s=deadline_s)
         for engine, label in enumerate(served):
             if label != str(version):
                 raise RuntimeError(f"engine {engine} serves version {label} after version {version} was published")

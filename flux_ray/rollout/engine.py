@@ -4,7 +4,7 @@ Takes:  Prompts; weights, through vLLM's weight-transfer framework.
 Gives:  RolloutGroups: token ids, log-probs of the distribution sampled, the policy version of every token.
 Knows:  how vLLM must be set so that its log-probs can be compared with the trainer's.
 Keeps:  the running requests and the version it serves.
-Never:  answers while half an update is loaded: requests wait from `pause` to `resume`.
+Never:  answers while half an update is loaded: requests wait until it is whole.
 """
 
 from __future__ import annotations
@@ -280,20 +280,18 @@ class RolloutEngine:
     def tokenizer(self) -> Any:
         return self._tokenizer
 
-    # The weight update, in the order of its calls. The names in the middle are those of vLLM's framework.
-
-    async def pause(self) -> None:
-        """Freeze running requests; with kv_after_update=recompute they prefill again, under the new weights."""
-        clear = self._config.rollout.kv_after_update == "recompute"
-        await self._engine.pause_generation(mode="keep", clear_cache=clear)
+    # The weight update, in the order of its calls, with the names of vLLM's framework.
 
     async def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
 
-        self._staged = init_info.get("staged", False)  # else whoever sends has paused us before
+        self._staged = init_info.get("staged", False)
         await self._engine.init_weight_transfer_engine(WeightTransferInitRequest(init_info=init_info))
 
     async def start_weight_update(self) -> None:
+        """Requests wait from here on, unless the update is staged."""
+        if not self._staged:
+            await self._pause()
         await self._engine.start_weight_update()
 
     async def update_weights(self, update_info: Any) -> None:
@@ -301,17 +299,19 @@ class RolloutEngine:
 
         await self._engine.update_weights(WeightTransferUpdateRequest(update_info=update_info))
 
-    async def finish_weight_update(self) -> None:
-        if self._staged:
-            await self.pause()
-        await self._engine.finish_weight_update()
-
-    async def resume(self, version: int) -> str:
+    async def finish_weight_update(self, version: int) -> str:
         """Serve `version` from now on. Gives the label that the engine core holds, for the attestation."""
-        await self._engine.update_weight_version(str(version))
+        if self._staged:
+            await self._pause()
+        await self._engine.finish_weight_update(str(version))
         self._version = version
         await self._engine.resume_generation()
         return str(await self._engine.get_weight_version())
+
+    async def _pause(self) -> None:
+        """Freeze running requests; with kv_after_update=recompute they prefill again, under the new weights."""
+        clear = self._config.rollout.kv_after_update == "recompute"
+        await self._engine.pause_generation(mode="keep", clear_cache=clear)
 
     async def close(self) -> None:
         """End vLLM's processes."""

@@ -2,7 +2,7 @@
 
 Takes:  vLLM's weight-transfer framework (the same calls as its nccl backend) and a WeightSource of (name, tensor).
 Gives:  `register()`, an entry point of vLLM's general plugins; the worker's and the trainer's engine classes.
-Knows:  both sides cut the same buckets from the same metadata, so only tensors travel over the wire.
+Knows:  both sides cut the same buckets from the same metadata, so only tensors travel over the wire (wire.py).
 Never:  waits without a deadline: the store and each broadcast have one; rank 0 or a dead engine is then named by
         the error.
 """
@@ -30,9 +30,10 @@ from vllm.distributed.weight_transfer.base import (
 )
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory, WeightTransferTrainerFactory
 
+from flux_ray.weights.wire import SENDER_RANK, Wire, create_memory, forget, join_group, map_memory, padded
+
 BACKEND = "gloo"
 Bucket = tuple[list[ParamMeta], torch.Tensor]  # parameters in their order, and the bytes of them all
-SENDER_RANK = 0  # the trainer; engine workers follow from rank 1
 
 
 def register() -> None:
@@ -64,23 +65,6 @@ def num_bytes_of(param: ParamMeta) -> int:
     return param.dtype.itemsize * torch.Size(param.shape).numel()
 
 
-def join_group(address: str, port: int, *, rank: int, world_size: int, timeout_s: float, store: Any = None) -> Any:
-    """A gloo group of its own (no default group is touched).
-
-    Waits until all `world_size` members have come, at most `timeout_s`; the same bound holds for each broadcast.
-    """
-    timeout = datetime.timedelta(seconds=timeout_s)
-    store = store or dist.TCPStore(address, port, world_size, is_master=False, timeout=timeout)
-    return dist.ProcessGroupGloo(dist.PrefixStore("flux_ray/weights", store), rank, world_size, timeout)
-
-
-def broadcast(group: Any, tensor: torch.Tensor) -> Any:
-    options = dist.BroadcastOptions()
-    options.rootRank = SENDER_RANK
-    options.rootTensor = 0
-    return group.broadcast([tensor], options)
-
-
 @dataclass
 class GlooInitInfo(WeightTransferInitInfo):
     """What a worker needs to join; `rank_offset` is the rank of its engine's first worker."""
@@ -92,6 +76,8 @@ class GlooInitInfo(WeightTransferInitInfo):
     bucket_bytes: int
     timeout_s: float
     staged: bool  # keep a whole update beside the running model, and load it when it has come
+    memory: str | None  # name of the memory that a whole update goes through, where this is the sender's machine
+    memory_bytes: int
 
 
 @dataclass
@@ -119,18 +105,19 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
     init_info_cls = GlooInitInfo
     update_info_cls = GlooUpdateInfo
     _info: GlooInitInfo | None = None
-    _group: Any = None
+    _wire: Wire | None = None
     _arriving: Future[list[Bucket]] | None = None  # staged: what comes in beside the forward passes
 
     def init_transfer_engine(self, init_info: GlooInitInfo) -> None:
         self._info = init_info
-        self._group = join_group(
+        group = join_group(
             init_info.master_address,
             init_info.master_port,
             rank=init_info.rank_offset + self.parallel_config.rank,
             world_size=init_info.world_size,
             timeout_s=init_info.timeout_s,
         )
+        self._wire = Wire(group, map_memory(init_info.memory, init_info.memory_bytes) if init_info.memory else None)
 
     def start_weight_update(self) -> None:
         assert self._info is not None, "init_transfer_engine comes first"
@@ -166,16 +153,17 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
         from vllm.model_executor.model_loader.mtp_validation import disable_mtp_completeness_check
 
         with disable_mtp_completeness_check():  # a bucket is never the whole model
-            for run, wire in buckets:
-                self.model.load_weights(unpack(wire, run))
+            for run, place in buckets:
+                self.model.load_weights(unpack(place, run))
 
     def _received(self, update_info: GlooUpdateInfo) -> Iterator[Bucket]:
-        assert self._info is not None
+        assert self._info is not None and self._wire is not None
+        self._wire.rewind()
         for run in buckets(update_info.meta(), self._info.bucket_bytes):
-            # A fresh buffer each time: the reload keeps views of it until the layer they belong to is complete.
-            wire = torch.empty(sum(map(num_bytes_of, run)), dtype=torch.uint8)
-            broadcast(self._group, wire).wait()
-            yield run, wire
+            # A place of its own each: the reload keeps views of it until the layer they belong to is complete.
+            place = self._wire.place(sum(map(num_bytes_of, run)))
+            self._wire.broadcast(place).wait()
+            yield run, place
 
     def _stage(self, update_info: GlooUpdateInfo, arriving: Future[list[Bucket]]) -> None:
         try:
@@ -184,12 +172,12 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
             arriving.set_exception(error)
 
     def shutdown(self) -> None:
-        self._group = None
+        self._wire = None
 
 
-def unpack(wire: torch.Tensor, run: Sequence[ParamMeta]) -> list[tuple[str, torch.Tensor]]:
+def unpack(bucket: torch.Tensor, run: Sequence[ParamMeta]) -> list[tuple[str, torch.Tensor]]:
     """Views of the bytes of one bucket, by name."""
-    pieces = wire.split([num_bytes_of(param) for param in run])
+    pieces = bucket.split([num_bytes_of(param) for param in run])
     return [(param.name, piece.view(param.dtype).view(param.shape)) for param, piece in zip(run, pieces, strict=True)]
 
 
@@ -231,7 +219,7 @@ class GlooTrainerWeightTransferEngine(TrainerWeightTransferEngine[GlooTrainerIni
         super().__init__(client=client, source=source, is_sender=init_info.is_sender)
         self._info = init_info
         self._store: Any = None
-        self._group: Any = None
+        self._wire: Wire | None = None
 
     @classmethod
     def trainer_init(
@@ -245,10 +233,14 @@ class GlooTrainerWeightTransferEngine(TrainerWeightTransferEngine[GlooTrainerIni
 
     def _connect(self) -> None:
         info = self._info
+        assert self.source is not None
         timeout = datetime.timedelta(seconds=info.timeout_s)
         self._store = dist.TCPStore(
             info.master_address, 0, info.world_size, is_master=True, timeout=timeout, wait_for_workers=False
         )
+        num_bytes = sum(padded(sum(map(num_bytes_of, run)))
+                        for run in buckets(self.source.metadata(), info.bucket_bytes))
+        name, memory = create_memory(num_bytes) or (None, None)
         worker = GlooInitInfo(
             info.master_address,
             self._store.port,
@@ -257,19 +249,26 @@ class GlooTrainerWeightTransferEngine(TrainerWeightTransferEngine[GlooTrainerIni
             bucket_bytes=info.bucket_bytes,
             timeout_s=info.timeout_s,
             staged=info.staged,
+            memory=name,
+            memory_bytes=num_bytes,
         )
         # The workers wait in their own join for us: ask them from a side thread while we join.
-        with ThreadPoolExecutor(1) as side:
-            joined = side.submit(self.client.init_weight_transfer_engine, asdict(worker))
-            self._group = join_group(
-                info.master_address,
-                self._store.port,
-                rank=SENDER_RANK,
-                world_size=info.world_size,
-                timeout_s=info.timeout_s,
-                store=self._store,
-            )
-            joined.result()
+        try:
+            with ThreadPoolExecutor(1) as side:
+                joined = side.submit(self.client.init_weight_transfer_engine, asdict(worker))
+                group = join_group(
+                    info.master_address,
+                    self._store.port,
+                    rank=SENDER_RANK,
+                    world_size=info.world_size,
+                    timeout_s=info.timeout_s,
+                    store=self._store,
+                )
+                self._wire = Wire(group, memory)
+                joined.result()
+        finally:
+            if name is not None:
+                forget(name)
 
     def send_weights(self) -> None:
         assert self.source is not None
@@ -290,20 +289,22 @@ class GlooTrainerWeightTransferEngine(TrainerWeightTransferEngine[GlooTrainerIni
 
     def _send(self, meta: Sequence[ParamMeta], source: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Pack bucket k+1 while bucket k is on its way."""
+        assert self._wire is not None
+        self._wire.rewind()
         tensors = iter(source)
         sending: tuple[Any, torch.Tensor] | None = None
         for run in buckets(meta, self._info.bucket_bytes):
-            wire = torch.empty(sum(map(num_bytes_of, run)), dtype=torch.uint8)
-            for (_, place), param in zip(unpack(wire, run), run, strict=True):
+            place = self._wire.place(sum(map(num_bytes_of, run)))
+            for (_, there), param in zip(unpack(place, run), run, strict=True):
                 name, tensor = next(tensors)
                 assert name == param.name, f"the source gave {name} where its metadata says {param.name}"
-                place.copy_(tensor)
+                there.copy_(tensor)
             if sending is not None:
                 sending[0].wait()
-            sending = (broadcast(self._group, wire), wire)
+            sending = (self._wire.broadcast(place), place)
         if sending is not None:
             sending[0].wait()
         assert next(tensors, None) is None, "the source gave more than its metadata says"
 
     def shutdown(self) -> None:
-        self._group = self._store = None
+        self._wire = self._store = None

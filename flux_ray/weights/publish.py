@@ -25,11 +25,16 @@ class Weights(Protocol):
 
 
 class EngineClient:
-    """vLLM's control plane (its VLLMWeightSyncClient protocol) over engines that are independent of each other."""
+    """vLLM's control plane (its VLLMWeightSyncClient protocol) over engines that are independent of each other.
+
+    `version` is what the next update brings, `served` the label of each engine after it.
+    """
 
     def __init__(self, call: CallEngines, workers_per_engine: Sequence[int]) -> None:
         self._call = call
         self._workers = list(workers_per_engine)
+        self.version = 0
+        self.served: list[str] = []
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         """Each engine gets the rank of its first worker: vLLM itself only counts within one engine."""
@@ -50,8 +55,8 @@ class EngineClient:
         self._call("update_weights", [(update_info,)] * len(self._workers))
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
-        # The version is set when the engine resumes, after every engine has finished.
-        self._call("finish_weight_update", [()] * len(self._workers))
+        # vLLM's senders know no version.
+        self.served = self._call("finish_weight_update", [(self.version,)] * len(self._workers))
 
 
 class Publisher:
@@ -68,6 +73,7 @@ class Publisher:
         self._bucket_bytes = bucket_bytes
         self._deadline_s = deadline_s
         self._engine: Any = None
+        self._client: EngineClient | None = None
 
     @property
     def _joins(self) -> bool:
@@ -100,8 +106,8 @@ class Publisher:
             self._engine.shutdown()
         source = TrainerSource(self._weights, bucket_bytes=self._bucket_bytes, dtype=getattr(torch, wire_dtype))
         info = self._init_info(address, port, world_size=1 + sum(workers_per_engine))
-        client = EngineClient(call, workers_per_engine)
-        self._engine = WeightTransferTrainerFactory.trainer_init(info, client=client, source=source)
+        self._client = EngineClient(call, workers_per_engine)
+        self._engine = WeightTransferTrainerFactory.trainer_init(info, client=self._client, source=source)
 
     def _init_info(self, address: str, port: int, *, world_size: int) -> Any:
         if self._backend == "gloo":
@@ -124,13 +130,15 @@ class Publisher:
             packed=True, packed_buffer_size_bytes=max(self._bucket_bytes, largest), rank=self._rank
         )
 
-    def publish(self) -> None:
-        """Send the present weights to every engine; returns when all have loaded them, and wait to be resumed.
+    def publish(self, version: int) -> list[str]:
+        """Send the present weights to every engine, as `version`; each stops to load them and goes on by itself.
 
-        The engines must be paused before, unless it is staged: they then pause once everything has come.
+        Gives what each engine says that it serves, where this is rank 0; nothing elsewhere.
         """
-        if self._engine is not None:
-            self._engine.send_weights()
-            return
-        for _ in self._weights.iter_weights(self._bucket_bytes):
-            pass  # joins the gathers of a model that is sharded over ranks
+        if self._engine is None or self._client is None:
+            for _ in self._weights.iter_weights(self._bucket_bytes):
+                pass  # joins the gathers of a model that is sharded over ranks
+            return []
+        self._client.version = version
+        self._engine.send_weights()
+        return self._client.served

@@ -16,6 +16,7 @@ import numpy as np
 
 from flux_ray.config import Config
 from flux_ray.records import FINISH_LENGTH, Prompt, RolloutGroup, StepReport, Trajectory
+from flux_ray.weights.publish import CallEngines
 
 HOLD_S = "BENCH_HOLD_S"
 NUM_METRICS = 30  # as many as a training step of GRPO reports
@@ -43,9 +44,7 @@ class MadeEngine:
     async def probe(self, prompt: Prompt) -> tuple[None, bool]:
         return None, True
 
-    async def pause(self) -> None: ...
-
-    async def resume(self, version: int) -> str:
+    async def finish_weight_update(self, version: int) -> str:
         self._version = version
         return str(version)
 
@@ -57,9 +56,11 @@ class MadeRank:
 
     def prepare_wire(self) -> None: ...
 
-    def connect(self, *_: Any, **__: Any) -> None: ...
+    def connect(self, call: CallEngines, *, workers_per_engine: list[int], **_: Any) -> None:
+        self._call, self._num_engines = call, len(workers_per_engine)
 
-    def publish(self) -> None: ...
+    def publish(self, version: int) -> list[str]:
+        return self._call("finish_weight_update", [(version,)] * self._num_engines)
 
     def accumulate(self, **_: Any) -> None: ...
 

@@ -130,13 +130,9 @@ class Parts:
     def logprob_gap(self, groups: list[RolloutGroup]) -> tuple[float, float]:
         return 0.0, float(len(groups))
 
-    def pause(self) -> None: ...
-
-    def publish(self) -> None: ...
-
-    def resume(self, version: int) -> str:
+    def publish(self, version: int) -> list[str]:
         self.version = version
-        return str(version)
+        return [str(version)]
 
 
 def policy_rooms(config: Config, parts: Parts) -> PolicyRooms:

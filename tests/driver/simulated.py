@@ -159,14 +159,14 @@ class Engine:
         return _Group(prompt, 0, groups[0].done, sum(g.num_tokens for g in groups), oldest,
                       max(group.newest for group in groups)), True
 
-    async def pause(self) -> None:
+    def pause(self) -> None:
         self._advance()
         self._paused = True
         for _, _, began, group in self._running:
             if self._tokens > began:
                 group.saw(self._version)
 
-    async def resume(self, version: int) -> str:
+    def resume(self, version: int) -> str:
         self._version, self._paused = version, False
         self._at_s = asyncio.get_running_loop().time()
         again = sum(self._world.prompt_tokens + self._tokens - began for _, _, began, _ in self._running)
@@ -244,10 +244,10 @@ class Worker:
 
 
 class Rank:
-    """All training ranks, whatever their number: the loop waits for the slowest alone."""
+    """A training rank; the first one has the engines that are published to."""
 
-    def __init__(self, world: World) -> None:
-        self._world = world
+    def __init__(self, world: World, engines: list[Engine]) -> None:
+        self._world, self._engines = world, engines
         self._begun: list[int] = []  # uids of the step that are accumulated
 
     async def accumulate(self, *, groups: Any, scores: list[ScoredGroup], version: int, **_: Any) -> None:
@@ -265,8 +265,11 @@ class Rank:
         await asyncio.sleep(self._world.costs.train_s)
         return StepReport(version + 1)
 
-    async def publish(self) -> None:
+    async def publish(self, version: int) -> list[str]:
+        for engine in self._engines:
+            engine.pause()
         await asyncio.sleep(self._world.costs.publish_s)
+        return [engine.resume(version) for engine in self._engines]
 
     async def logprob_gap(self, groups: list[Any]) -> tuple[float, float]:
         return 0.0, 0.0
@@ -361,7 +364,7 @@ def simulate(config: Config, world: World, *, clock: SimulatedTime, start: LoopS
     """Run the config's steps in the world, which notes what happens. Deadlock where nothing will ever happen again."""
     engines = [Engine(world, max_num_seqs=config.rollout.max_num_seqs) for _ in range(config.rollout.num_engines)]
     workers = [Worker(world) for _ in range(config.reward.num_workers)]
-    ranks = [Rank(world) for _ in range(config.train.num_ranks)]
+    ranks = [Rank(world, engines if rank == 0 else []) for rank in range(config.train.num_ranks)]
 
     async def run() -> Loop:
         rooms = PolicyRooms(

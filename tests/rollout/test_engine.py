@@ -12,6 +12,7 @@ from flux_ray.records import FINISH_LENGTH, FINISH_STOP, Prompt
 from flux_ray.rollout.dispatch import split
 from flux_ray.rollout.engine import CPU_BATCHED_TOKENS
 from flux_ray.rollout.functions import Turns
+from flux_ray.weights import gloo
 from flux_ray.weights.publish import Publisher
 from tests.rollout.conftest import TEMPERATURE
 from tests.tiny import EOS_ID
@@ -55,7 +56,7 @@ class Wire:
     """The real publisher, in a thread; its calls reach the engine on this loop."""
 
     def __init__(self, served, model, *, staged=False):
-        self._engine, self._loop, self._staged = served.engine, asyncio.get_running_loop(), staged
+        self._engine, self._loop = served.engine, asyncio.get_running_loop()
         # A small bucket: the model takes several, and one parameter is larger than a bucket.
         self._publisher = Publisher(ModelWeights(model), rank=0, backend="gloo", bucket_bytes=8192, deadline_s=30.0,
                                     staged=staged)
@@ -69,11 +70,12 @@ class Wire:
         await asyncio.to_thread(self._publisher.connect, self._call, workers_per_engine=[1], address="127.0.0.1",
                                 port=0, wire_dtype="float32")
 
+    @property
+    def is_shared(self):
+        return self._publisher._engine._wire.shared
+
     async def publish(self, version):
-        if not self._staged:
-            await self._engine.pause()
-        await asyncio.to_thread(self._publisher.publish)
-        assert await self._engine.resume(version) == str(version)
+        assert await asyncio.to_thread(self._publisher.publish, version) == [str(version)]
 
 
 @pytest.fixture
@@ -145,9 +147,14 @@ async def test_the_end_token_belongs_to_the_response_and_a_cut_one_has_none(serv
 
 
 @pytest.mark.parametrize("staged", [False, True])
-async def test_every_update_reaches_the_tied_head(served, model, staged):
+@pytest.mark.parametrize("shared", [False, True])
+async def test_every_update_reaches_the_tied_head(served, model, staged, shared, monkeypatch):
+    """Through memory of this machine, and through gloo alone, as between machines."""
+    if not shared:
+        monkeypatch.setattr(gloo, "create_memory", lambda num_bytes: None)
     wire = Wire(served, model, staged=staged)
     await wire.connect()
+    assert wire.is_shared == shared
     for version in (1, 2, 3):
         perturb(model, version)
         await wire.publish(version)
