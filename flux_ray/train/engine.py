@@ -125,18 +125,18 @@ class Engine:
             # DeepSpeed averages gradients over ranks; the step's loss is a sum over them.
             self.deepspeed.backward(loss * self.world_size)
         self._num_accumulated += len(in_step)
-        return merge([*metrics, {"train/padding_frac": self._padding(micro_batches)}])
+        return merge([*metrics, {"train/padding_frac": self._unused(in_step, of_use=micro_batches)}])
 
     def _in_lockstep(self, micro_batches: Sequence[MicroBatch], at_least: int = 0) -> list[MicroBatch]:
         """As many micro-batches on each rank as on the one with the most: the rest have no weight."""
         missing = max(self.max(len(micro_batches)), at_least) - len(micro_batches)
         return [*micro_batches, *[without_weight()] * missing]
 
-    def _padding(self, micro_batches: Sequence[MicroBatch]) -> Mean:
-        """Share of a forward's tokens that are padding."""
-        real = sum(m.num_tokens for m in micro_batches)
-        whole = sum(m.num_padded_tokens for m in micro_batches) if self.model.layout == "padded" else real
-        return Mean(whole - real, whole)
+    def _unused(self, in_step: Sequence[MicroBatch], *, of_use: Sequence[MicroBatch]) -> Mean:
+        """Share of the tokens forwarded that are padding, or that keep this rank in step with the others."""
+        padded = self.model.layout == "padded"
+        whole = sum(m.num_padded_tokens if padded else m.num_tokens for m in in_step)
+        return Mean(whole - sum(m.num_tokens for m in of_use), whole)
 
     # -- the optimizer -------------------------------------------------------------------------------------------
 
