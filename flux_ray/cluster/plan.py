@@ -20,6 +20,7 @@ CRITIC, REWARD_MODEL = "critic", "reward_model"
 #: Shares of one GPU where actors share it, lessened alike where there are more of them than it has room for. Ray counts
 #: them; memory is bounded by vLLM's gpu_memory_utilization.
 SHARED_GPU = {ENGINE: 0.4, TRAINER: 0.4, CRITIC: 0.4, REFERENCE: 0.2, REWARD_MODEL: 0.2}
+STAGING = {"gloo": "host", "nccl": "device"}  # weights.staging that each backend offers beside none
 GPU_DIGITS = 10_000  # Ray counts shares of a GPU in ten-thousandths
 
 
@@ -168,9 +169,9 @@ def _weights_backend(config: Config, device: str, shared: bool) -> str:
         where = "on CPU" if device == "cpu" else "where trainer and engine share a GPU" if shared else "between GPUs"
         raise UserError(f"weights.backend={chosen} can't work {where}: use {right} (or auto)")
     backend = right if chosen == "auto" else chosen
-    if config.weights.staging != "none" and backend != "gloo":
-        raise UserError(f"weights.staging={config.weights.staging}: {backend} loads each bucket as it comes; "
-                        "leave it none")
+    staging, possible = config.weights.staging, STAGING.get(backend)
+    if staging not in ("none", possible):
+        raise UserError(f"weights.staging={staging}: {backend} offers {f'none or {possible}' if possible else 'none'}")
     return backend
 
 

@@ -140,6 +140,11 @@ class RolloutEngine:
         self._request_ids = itertools.count()
         self._rollout = get_rollout(config.rollout.function)
 
+    @property
+    def _transfer(self) -> str:
+        """The name that vLLM knows the worker's end of the wire by; the weights room registers those that are ours."""
+        return f"{self._weights_backend}_device" if self._config.weights.staging == "device" else self._weights_backend
+
     async def start(self) -> dict[str, Any]:
         """Load the model. Gives the context length in tokens."""
         from vllm.engine.arg_utils import AsyncEngineArgs
@@ -171,7 +176,7 @@ class RolloutEngine:
             "logprobs_mode": "processed_logprobs",
             # Otherwise a model's own top_p or top_k would enter in silence.
             "generation_config": "vllm",
-            "weight_transfer_config": WeightTransferConfig(backend=self._weights_backend),
+            "weight_transfer_config": WeightTransferConfig(backend=self._transfer),
             "enable_prefix_caching": True,
             "disable_log_stats": True,
         }
@@ -285,7 +290,7 @@ class RolloutEngine:
     async def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
 
-        self._staged = init_info.get("staged", False)
+        self._staged = init_info.get("staged", self._config.weights.staging != "none")
         await self._engine.init_weight_transfer_engine(WeightTransferInitRequest(init_info=init_info))
 
     async def start_weight_update(self) -> None:

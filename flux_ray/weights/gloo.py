@@ -13,7 +13,6 @@ import datetime
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from threading import Thread
 from typing import Any, ClassVar
 
 import torch
@@ -30,20 +29,23 @@ from vllm.distributed.weight_transfer.base import (
 )
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory, WeightTransferTrainerFactory
 
+from flux_ray.weights.background import in_background
 from flux_ray.weights.wire import SENDER_RANK, Wire, create_memory, forget, join_group, map_memory, padded
 
 BACKEND = "gloo"
+NCCL_STAGED = "nccl_device"  # rollout engines ask for it where weights.staging=device
 Bucket = tuple[list[ParamMeta], torch.Tensor]  # parameters in their order, and the bytes of them all
 
 
 def register() -> None:
-    """Put gloo beside nccl and ipc in vLLM's registries. Called once in each of vLLM's processes; again is harmless."""
-    for factory, name in (
-        (WeightTransferEngineFactory, "GlooWeightTransferEngine"),
-        (WeightTransferTrainerFactory, "GlooTrainerWeightTransferEngine"),
+    """Put ours beside nccl and ipc in vLLM's registries. Called once in each of vLLM's processes; again is harmless."""
+    for factory, backend, module, name in (
+        (WeightTransferEngineFactory, BACKEND, "gloo", "GlooWeightTransferEngine"),
+        (WeightTransferTrainerFactory, BACKEND, "gloo", "GlooTrainerWeightTransferEngine"),
+        (WeightTransferEngineFactory, NCCL_STAGED, "nccl", "StagedNCCLWeightTransferEngine"),
     ):
-        if BACKEND not in factory._registry:  # the factory offers no other way to ask
-            factory.register_engine(BACKEND, "flux_ray.weights.gloo", name)
+        if backend not in factory._registry:  # the factory offers no other way to ask
+            factory.register_engine(backend, f"flux_ray.weights.{module}", name)
 
 
 def buckets(meta: Sequence[ParamMeta], bucket_bytes: int) -> Iterator[list[ParamMeta]]:
@@ -129,8 +131,7 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
         assert self._info is not None, "init_transfer_engine comes first"
         if not self._info.staged:
             return self._load(self._received(update_info))
-        self._arriving = Future()
-        Thread(target=self._stage, args=(update_info, self._arriving), daemon=True).start()
+        self._arriving = in_background(lambda: list(self._received(update_info)))
 
     def finish_weight_update(self) -> None:
         """The engine is paused. Waits for what is staged; each broadcast of it has its deadline."""
@@ -164,12 +165,6 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
             place = self._wire.place(sum(map(num_bytes_of, run)))
             self._wire.broadcast(place).wait()
             yield run, place
-
-    def _stage(self, update_info: GlooUpdateInfo, arriving: Future[list[Bucket]]) -> None:
-        try:
-            arriving.set_result(list(self._received(update_info)))
-        except BaseException as error:  # finish_weight_update raises it
-            arriving.set_exception(error)
 
     def shutdown(self) -> None:
         self._wire = None

@@ -40,7 +40,7 @@ def publish(session: Session) -> list[Measured]:
 def stagings() -> list[str | None]:
     """What weights.staging offers on CPU; None where there is no such option."""
     found = [f.metadata["choices"] for f in dataclasses.fields(WeightsConfig) if f.name == "staging"]
-    return [name for name in found[0] if name not in ("device", "auto")] if found else [None]
+    return [name for name in found[0] if name != "device"] if found else [None]
 
 
 def run(folder: Path, work: Path, *, steps: int, **more: Any) -> dict[str, list[float]]:
