@@ -1,8 +1,9 @@
-"""The Ray actor around one plain object, and how arguments reach it.
+"""The Ray actor around one plain object.
 
-Takes:  calls by the name of a method, with references anywhere in their arguments.
-Gives:  `Host`; `take`, the caller's end of the arguments.
-Knows:  that Ray resolves references only at the top level of a call; where an actor's output goes.
+Takes:  letters of calls by the names of methods, with handles anywhere in their arguments; single calls.
+Gives:  `Host`.
+Knows:  where a method runs, and where an actor's output goes.
+Keeps:  the object, and the values that calls left to be fetched.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from typing import Any
 
 import ray
 
+from flux_ray.cluster.held import Shelf
+from flux_ray.cluster.mail import Call, CallFailed, Inbox, Letter
 from flux_ray.lifetime import end_with_parent
 
 
@@ -42,6 +45,8 @@ class Host:
         load_plugins(plugins)
         self._thread = concurrent.futures.ThreadPoolExecutor(1)
         self._room: Any = None
+        self._shelf = Shelf()
+        self._inboxes: dict[str, Inbox] = {}
 
     def address(self) -> tuple[str, int]:
         """This node's address and a port that is free now."""
@@ -60,13 +65,49 @@ class Host:
         loop = asyncio.get_running_loop()
         self._room = await loop.run_in_executor(self._thread, lambda: cls(**kwargs))
 
-    async def call(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any], *references: Any) -> Any:
-        """`references` are arguments that Ray has resolved; `_Placed` marks where they go (see `RayGroup.submit`)."""
-        args, kwargs = fill(args, references), fill(kwargs, references)
+    async def post(self, letter: Letter) -> list[tuple[int, Any]]:
+        """Begin the letter's calls; what has come since, of these calls or others, once there is any."""
+        inbox = self._inboxes.setdefault(letter.box, Inbox())
+        for each in inbox.in_order(letter):
+            self._begin(each, inbox)
+        return await inbox.results() if letter.waits else []
+
+    def _begin(self, letter: Letter, inbox: Inbox) -> None:
+        self._shelf.peers.update(letter.peers)
+        for number in letter.cancelled:
+            if number in inbox.running:
+                inbox.running[number].cancel()
+        for number in letter.forgotten:
+            if number in inbox.running:
+                inbox.unwanted.add(number)
+            else:
+                self._shelf.forget(letter.box, number)
+        for call in letter.calls:
+            inbox.running[call.number] = asyncio.ensure_future(self._one(letter.box, call, inbox))
+
+    async def _one(self, box: str, call: Call, inbox: Inbox) -> None:
+        try:
+            args, kwargs = await self._shelf.resolved((call.args, call.kwargs))
+            result = await self.call(call.method, args, kwargs)
+            if call.keeps:
+                kept, result = result
+                if call.number not in inbox.unwanted:
+                    self._shelf.keep(box, call.number, kept)
+        except BaseException as error:  # one that is cancelled too: somebody may wait for what cancelled itself
+            result = CallFailed.of(error)
+        inbox.unwanted.discard(call.number)
+        del inbox.running[call.number]
+        inbox.add(call.number, result)
+
+    async def call(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         function = getattr(self._room, method)
         if inspect.iscoroutinefunction(function):
             return await function(*args, **kwargs)
         return await asyncio.get_running_loop().run_in_executor(self._thread, lambda: function(*args, **kwargs))
+
+    async def fetch(self, box: str, numbers: list[int]) -> dict[int, Any]:
+        """Of the values that these calls kept, those that are still here."""
+        return self._shelf.those(box, numbers)
 
     async def close(self) -> None:
         close = getattr(self._room, "close", None)
@@ -74,34 +115,6 @@ class Host:
             result = close()
             if inspect.isawaitable(result):
                 await result
-
-
-class _Placed:
-    """Stands in for the n-th reference inside nested arguments: Ray resolves references only at the top level."""
-
-    def __init__(self, index: int) -> None:
-        self.index = index
-
-
-def take(value: Any, references: list[Any]) -> Any:
-    if isinstance(value, ray.ObjectRef):
-        references.append(value)
-        return _Placed(len(references) - 1)
-    if isinstance(value, (list, tuple)):
-        return type(value)(take(item, references) for item in value)
-    if isinstance(value, dict):
-        return {key: take(item, references) for key, item in value.items()}
-    return value
-
-
-def fill(value: Any, references: tuple[Any, ...]) -> Any:
-    if isinstance(value, _Placed):
-        return references[value.index]
-    if isinstance(value, (list, tuple)):
-        return type(value)(fill(item, references) for item in value)
-    if isinstance(value, dict):
-        return {key: fill(item, references) for key, item in value.items()}
-    return value
 
 
 def redirect_output(file: str | Path) -> None:

@@ -23,13 +23,11 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from flux_ray.cluster.group import ActorDied, ActorError, first_failure
-from flux_ray.cluster.host import Host, take
+from flux_ray.cluster.host import Host
+from flux_ray.cluster.mail import CallFailed, Mailbox, Reference
 from flux_ray.cluster.plan import Plan, Role, describe
 from flux_ray.errors import UserError
 
-#: In bytes, of our actors: what they give above it stays in the object store; Ray's own 100 KB would bring a whole
-#: short group to the driver. In their environment, so that it holds on a cluster that others have started as well.
-INLINE = {"RAY_max_direct_call_object_size": "4096"}
 LOCAL_OBJECT_STORE_BYTES = 512 * 2**20  # of a Ray of the run's own, on CPU
 MAX_CONCURRENT_CALLS = 100_000  # of one actor: never reached, or a call that frees others would queue behind them
 CLOSE_DEADLINE_S = 5.0  # for an actor to end its own children before it is killed
@@ -40,20 +38,27 @@ class RayGroup:
 
     def __init__(self, role: str, make: Callable[[int], Any], log_files: list[Path]) -> None:
         self.role = role
-        self.actors = [make(index) for index in range(len(log_files))]
         self._make = make
         self._log_files = log_files
         self._rooms: list[tuple[Callable[..., Any], dict[str, Any]]] = []
         self._replacing = asyncio.Lock()
+        self._mail = [self._made(index) for index in range(len(log_files))]
+
+    def _made(self, index: int) -> Mailbox:
+        return Mailbox(self._make(index), f"{self.role} {index}")
+
+    @property
+    def actors(self) -> list[Any]:
+        return [mail.actor for mail in self._mail]
 
     @property
     def size(self) -> int:
-        return len(self.actors)
+        return len(self._mail)
 
     def submit(self, index: int, method: str, *args: Any, num_returns: int = 1, **kwargs: Any) -> Any:
-        references: list[Any] = []
-        call = self.actors[index].call.options(num_returns=num_returns)
-        return call.remote(method, take(args, references), take(kwargs, references), *references)
+        mail = self._mail[index]
+        reference = mail.submit(method, args, kwargs, keeps=num_returns == 2)
+        return reference if num_returns == 1 else (mail.held(reference), reference)
 
     async def result(self, reference: Any, *, index: int, what: str, deadline_s: float) -> Any:
         name = f"{self.role} {index}"
@@ -64,6 +69,10 @@ class RayGroup:
             raise TimeoutError(
                 f"{name} did not finish {what} within {deadline_s:g} s; its log: {self._log_files[index]}"
             ) from None
+        except CallFailed as error:
+            if error.by_user:
+                raise UserError(error.text) from None
+            raise self._error(ActorError, index, f"{name}, {what}: {error.name}: {error.text}") from error
         except ray.exceptions.RayTaskError as error:
             cause = error.cause if isinstance(error.cause, BaseException) else error
             if isinstance(cause, UserError):
@@ -72,9 +81,8 @@ class RayGroup:
         except ray.exceptions.RayActorError as error:
             raise self._died(index, error, f" during {what}") from error
 
-    def cancel(self, reference: Any) -> None:
-        with contextlib.suppress(ray.exceptions.RayError):
-            ray.cancel(reference, recursive=False)
+    def cancel(self, reference: Reference) -> None:
+        reference.mailbox.cancel(reference)
 
     def _died(self, index: int, error: Exception, when: str) -> ActorError:
         return self._error(ActorDied, index, f"{self.role} {index} died{when} ({_why_died(error)})")
@@ -85,7 +93,7 @@ class RayGroup:
     async def death(self, index: int) -> ActorError:
         """Waits as long as the actor lives; whoever waits ends it with the run."""
         try:
-            await self.actors[index].live.remote()
+            await self._mail[index].actor.live.remote()
         except ray.exceptions.RayActorError as error:
             return self._died(index, error, "")
         raise AssertionError("it never answers")
@@ -98,7 +106,7 @@ class RayGroup:
     async def call_watched(
         self, index: int, method: str, *args: Any, what: str, deadline_s: float, patience_s: float
     ) -> Any:
-        actor = self.actors[index]
+        actor = self._mail[index].actor
         reference = self.submit(index, method, *args)
         calling = asyncio.ensure_future(self.result(reference, index=index, what=what, deadline_s=deadline_s))
         calling.add_done_callback(lambda task: task.cancelled() or task.exception())  # it may fail after we gave it up
@@ -127,26 +135,26 @@ class RayGroup:
         await first_failure([self._build(index, deadline_s) for index in range(self.size)])
 
     async def _build(self, index: int, deadline_s: float) -> None:
-        reference = self.actors[index].build.remote(*self._rooms[index])
+        reference = self._mail[index].actor.build.remote(*self._rooms[index])
         await self.result(reference, index=index, what="start", deadline_s=deadline_s)
 
     def incarnation(self, index: int) -> Any:
-        return self.actors[index]
+        return self._mail[index]
 
     async def replace(self, index: int, *, seen: Any, deadline_s: float) -> None:
         """Until the new one is built, calls still go to the dead one, and fail as those before them did."""
         async with self._replacing:
-            if self.actors[index] is not seen:
+            if self._mail[index] is not seen:
                 return
-            ray.kill(seen, no_restart=True)
-            new = self._make(index)
-            built = new.build.remote(*self._rooms[index])
+            ray.kill(seen.actor, no_restart=True)
+            new = self._made(index)
+            built = new.actor.build.remote(*self._rooms[index])
             await self.result(built, index=index, what="start after a death", deadline_s=deadline_s)
-            self.actors[index] = new
+            self._mail[index] = new
 
     async def address(self, index: int, *, deadline_s: float) -> tuple[str, int]:
         return await self.result(
-            self.actors[index].address.remote(), index=index, what="address", deadline_s=deadline_s
+            self._mail[index].actor.address.remote(), index=index, what="address", deadline_s=deadline_s
         )
 
     async def close(self, *, deadline_s: float = CLOSE_DEADLINE_S) -> None:
@@ -308,7 +316,7 @@ class Cluster:
         log_files = [self._log_dir / f"{role.name}-{i}.log" for i in range(role.count)]
 
         def make(index: int) -> Any:
-            options = self._options(role, index) | {"runtime_env": {"env_vars": INLINE | env}}
+            options = self._options(role, index) | {"runtime_env": {"env_vars": env}}
             return ray.remote(Host).options(**options).remote(str(log_files[index]), self._plugins)
 
         group = RayGroup(role.name, make, log_files)

@@ -226,13 +226,13 @@ class TrainingRooms:
 
     async def step_and_returns(self, calls: list[dict[str, Any]]) -> tuple[StepReport, list[Any]]:
         """A policy's step with a critic's values; a reference to each rank's returns beside the report."""
-        started = [self._trainer.submit(rank, "train_step_and_returns", num_returns=2, **call)
+        started = [self._trainer.submit(rank, "returns_and_train_step", num_returns=2, **call)
                    for rank, call in enumerate(calls)]
         reports = await first_failure([
             self._trainer.result(report, index=rank, what="train_step", deadline_s=self._config.train.deadline_s)
-            for rank, (report, _) in enumerate(started)
+            for rank, (_, report) in enumerate(started)
         ])
-        return reports[0], [returns for _, returns in started]
+        return reports[0], [returns for returns, _ in started]
 
     async def save_checkpoint(self, folder: Path) -> None:
         """One folder in it for each group that is trained, by its role."""

@@ -76,10 +76,10 @@ class Trainer(Rank):
             reference_logprobs = by_group(rows, groups)
         return RankBatch(groups, scores, version, reference_logprobs)
 
-    def train_step_and_returns(self, **step: Any) -> tuple[StepReport, list[list[np.ndarray]]]:
-        """`train_step`, and the returns per group and trajectory, (T,): what a critic learns."""
+    def returns_and_train_step(self, **step: Any) -> tuple[list[list[np.ndarray]], StepReport]:
+        """The returns per group and trajectory, (T,), which a critic learns, and what `train_step` gives."""
         report = self.train_step(**step)
-        return report, self._returns
+        return self._returns, report
 
     def sft_step(self, samples: Sequence[Sample]) -> StepReport:
         """One supervised step on all ranks' samples. Raises as `train_step`."""

@@ -93,7 +93,7 @@ def policy(rank: Rank) -> dict[str, Any]:
     groups = groups_of(rank, FIRST)
     given = {"groups": groups, "scores": [scored(g) for g in groups], "reference_logprobs": None,
              "values": [old_values_of(g) for g in groups]}
-    report, returns = trainer.train_step_and_returns(**given, version=0)
+    returns, report = trainer.returns_and_train_step(**given, version=0)
     rank.write("returns", {f"{g.prompt.uid}.{i}": torch.from_numpy(row)
                            for g, of in zip(groups, returns, strict=True) for i, row in enumerate(of)})
     trainer.config = replace(trainer.config, critic=CriticConfig(warmup_steps=5))
