@@ -135,9 +135,25 @@ class ScoredGroup:
     truncated: np.ndarray  # (G,) bool
     oldest_version: int  # of the group's oldest token
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """As lists: it goes to the driver and from it to the ranks, and each small array costs several times its
+        numbers."""
+        values = [values.tolist() for values in (self.rewards, self.task_rewards, *self.parts.values())]
+        counts = [counts.tolist() for counts in (self.num_tokens, self.num_loss_tokens, self.truncated)]
+        return _scored_group, (self.uid, tuple(self.parts), values, counts, self.oldest_version)
+
     @property
     def group_size(self) -> int:
         return len(self.rewards)
+
+
+def _scored_group(
+    uid: int, names: tuple[str, ...], values: list[list[float]], counts: list[list[int]], oldest_version: int,
+) -> ScoredGroup:
+    rewards, task_rewards, *parts = (np.array(of_samples, np.float64) for of_samples in values)
+    num_tokens, num_loss_tokens, truncated = counts
+    return ScoredGroup(uid, rewards, task_rewards, dict(zip(names, parts, strict=True)), np.array(num_tokens, np.int64),
+                       np.array(num_loss_tokens, np.int64), np.array(truncated, bool), oldest_version)
 
 
 @dataclass(frozen=True)

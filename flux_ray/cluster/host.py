@@ -65,6 +65,7 @@ class Host:
         loop = asyncio.get_running_loop()
         self._room = await loop.run_in_executor(self._thread, lambda: cls(**kwargs))
 
+    @ray.method(enable_task_events=False)  # a letter is no task that anybody looks for in Ray's list
     async def post(self, letter: Letter) -> list[tuple[int, Any]]:
         """Begin the letter's calls; what has come since, of these calls or others, once there is any."""
         inbox = self._inboxes.setdefault(letter.box, Inbox())

@@ -66,9 +66,7 @@ class RayGroup:
             async with asyncio.timeout(deadline_s):  # asyncio.wait_for forgets that it was cancelled (Python 3.11)
                 return await reference
         except TimeoutError:
-            raise TimeoutError(
-                f"{name} did not finish {what} within {deadline_s:g} s; its log: {self._log_files[index]}"
-            ) from None
+            raise self._late(index, what, deadline_s) from None
         except CallFailed as error:
             if error.by_user:
                 raise UserError(error.text) from None
@@ -83,6 +81,11 @@ class RayGroup:
 
     def cancel(self, reference: Reference) -> None:
         reference.mailbox.cancel(reference)
+
+    def _late(self, index: int, what: str, deadline_s: float) -> TimeoutError:
+        return TimeoutError(
+            f"{self.role} {index} did not finish {what} within {deadline_s:g} s; its log: {self._log_files[index]}"
+        )
 
     def _died(self, index: int, error: Exception, when: str) -> ActorError:
         return self._error(ActorDied, index, f"{self.role} {index} died{when} ({_why_died(error)})")
@@ -106,23 +109,24 @@ class RayGroup:
     async def call_watched(
         self, index: int, method: str, *args: Any, what: str, deadline_s: float, patience_s: float
     ) -> Any:
-        actor = self._mail[index].actor
-        reference = self.submit(index, method, *args)
-        calling = asyncio.ensure_future(self.result(reference, index=index, what=what, deadline_s=deadline_s))
-        calling.add_done_callback(lambda task: task.cancelled() or task.exception())  # it may fail after we gave it up
-        try:
-            while not (await asyncio.wait({calling}, timeout=patience_s))[0]:
+        actor, reference = self._mail[index].actor, self.submit(index, method, *args)
+        loop = asyncio.get_running_loop()
+        end_s = loop.time() + deadline_s
+        while not (await asyncio.wait({reference}, timeout=min(patience_s, end_s - loop.time())))[0]:
+            if loop.time() >= end_s:
+                raise self._late(index, what, deadline_s)
+            try:
                 async with asyncio.timeout(patience_s):
                     await actor.ping.remote()
-        except (TimeoutError, ray.exceptions.RayActorError):
-            if calling.done():
-                return calling.result()
-            ray.kill(actor, no_restart=True)
-            why = f"the process did not answer for {patience_s:g} s and was ended"
-            raise self._error(ActorDied, index, f"{self.role} {index}, {what}: {why}") from None
-        finally:
-            calling.cancel()
-        return calling.result()
+            except ray.exceptions.RayActorError as error:
+                raise self._died(index, error, f" during {what}") from error
+            except TimeoutError:
+                if reference.done():
+                    break
+                ray.kill(actor, no_restart=True)
+                why = f"the process did not answer for {patience_s:g} s and was ended"
+                raise self._error(ActorDied, index, f"{self.role} {index}, {what}: {why}") from None
+        return await self.result(reference, index=index, what=what, deadline_s=deadline_s)
 
     async def call_all(self, method: str, *args: Any, deadline_s: float, **kwargs: Any) -> list[Any]:
         calls = [self.call(i, method, *args, deadline_s=deadline_s, **kwargs) for i in range(self.size)]
