@@ -108,7 +108,7 @@ class Trajectory:
 
 @dataclass(frozen=True)
 class RolloutGroup:
-    """The G trajectories of one prompt. Lives in the object store; the driver holds a reference to it."""
+    """The G trajectories of one prompt. Stays with the engine; the driver holds a handle of it."""
 
     prompt: Prompt
     trajectories: tuple[Trajectory, ...]

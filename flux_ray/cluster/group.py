@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 
 class ActorError(RuntimeError):
-    """A call to an actor failed: says which actor, what it did and why; `__cause__` is the actor's own exception.
+    """A call to an actor failed: says which actor, what it did and why; `__cause__` tells the actor's own traceback.
 
     `log_file` is where the actor's own output lies, if it has any of its own.
     """
@@ -39,7 +39,11 @@ class ActorGroup(Protocol):
     def size(self) -> int: ...
 
     def submit(self, index: int, method: str, *args: Any, num_returns: int = 1, **kwargs: Any) -> Any:
-        """Start a call; gives its reference (a list of them for num_returns > 1) at once."""
+        """Start a call; gives its reference at once.
+
+        With num_returns=2, for a method that gives two things: a handle of the first, which stays where it was made and
+        may be an argument, anywhere in it, of other calls; and a reference to the second.
+        """
 
     async def result(self, reference: Any, *, index: int, what: str, deadline_s: float) -> Any:
         """Wait for a reference. ActorError when the call failed or the actor died; TimeoutError after the deadline."""

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 from flux_ray.cluster.held import Held, held_in
 from flux_ray.errors import UserError
 
-GATHER_S = 0.003  # calls, and results, that come so soon after one another go together
+GATHER_S = 0.005  # calls, and results, that come so soon after one another go together
 OPEN_LETTERS = 4  # of one mailbox: so many wait for results; more are closed at once
 
 
@@ -122,13 +122,16 @@ class Mailbox:
         self._send_soon()
 
     def _send_soon(self) -> None:
-        """At once to an actor that has nothing to do, with all else that is said at this moment."""
-        if self._due:
-            return
-        self._due = True
-        idle = len(self._waiting) == len(self._calls)
-        loop = asyncio.get_running_loop()
-        loop.call_soon(self._send) if idle else loop.call_later(GATHER_S, self._send)
+        if not self._due:
+            self._due = True
+            asyncio.get_running_loop().call_soon(self._send_or_gather)
+
+    def _send_or_gather(self) -> None:
+        """A call that comes alone to an actor with nothing to do goes at once; where there are more, more will come."""
+        if len(self._waiting) == len(self._calls) <= 1:
+            self._send()
+        else:
+            asyncio.get_running_loop().call_later(GATHER_S, self._send)
 
     def _send(self) -> None:
         self._due = False

@@ -1,7 +1,7 @@
 """The critic's ranks as the loop sees them.
 
-Takes:  an actor group as large as the training group; the groups of each rank, as references.
-Gives:  values, which stay in the object store; a step towards the returns that the policy's ranks left there.
+Takes:  an actor group as large as the training group; the groups of each rank, as handles.
+Gives:  values, which stay with the critic's ranks; a step towards the returns that the policy's ranks hold.
 Never:  decides anything.
 """
 
@@ -20,7 +20,7 @@ class CriticRooms:
         self._critic = critic
 
     async def values(self, shares: list[list[Any]]) -> list[Any]:
-        """A reference to the values of each rank's groups."""
+        """A handle of the values of each rank's groups."""
         started = [self._critic.submit(rank, "values_and_done", groups, num_returns=2)
                    for rank, groups in enumerate(shares)]
         await first_failure([

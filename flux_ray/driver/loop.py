@@ -4,7 +4,7 @@ Takes:  the stream of prompts, live rooms, a place to write to.
 Gives:  trained weights, a line of metrics a step, checkpoints, evaluations.
 Knows:  the order of the stages and nothing of how they are done. Synchronous training is max_staleness=0.
 Keeps:  the slots, the next prompt, the policy's version.
-Never:  holds a token, a log-prob or a weight: it moves references and small numbers.
+Never:  holds a token, a log-prob or a weight: it moves handles and small numbers.
 """
 
 from __future__ import annotations

@@ -62,7 +62,7 @@ class CriticRank(Critic):
     """A rank of the critic; what the driver waits for is not what the trainer gets."""
 
     def values_and_done(self, groups: Sequence[RolloutGroup]) -> tuple[list[list[np.ndarray]], bool]:
-        """The values, which stay in the object store, and a word for the driver that they are there."""
+        """The values, which stay here to be fetched, and a word for the driver that they are there."""
         return self.values(groups), True
 
 
@@ -70,7 +70,7 @@ class ReferencePolicy(Reference):
     """The frozen policy; what the driver waits for is not what the trainer gets."""
 
     async def logprobs_and_done(self, group: RolloutGroup) -> tuple[list[np.ndarray], bool]:
-        """The log-probs of each trajectory, which stay in the object store, and a word for the driver that they are
+        """The log-probs of each trajectory, which stay here to be fetched, and a word for the driver that they are
         there."""
         return await self.logprobs(scoring_samples([group])), True
 

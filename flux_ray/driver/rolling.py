@@ -1,7 +1,7 @@
 """Generation of groups: each prompt's request, or the parts of it, on the engines.
 
 Takes:  a prompt, the version at which it started, what lengths to expect.
-Gives:  Rolled: a reference to the group, and what it cost.
+Gives:  Rolled: a handle of the group, and what it cost.
 Knows:  that a group may be made of parts that several engines drew: the same samples, for the seeds are theirs.
 Never:  leaves a request on an engine that nobody waits for any more.
 """
@@ -21,9 +21,9 @@ from flux_ray.rollout.dispatch import Dispatch, Lengths, Request, split
 
 @dataclass(frozen=True)
 class Rolled:
-    """A group that engines have generated: a reference to it, and what it cost."""
+    """A group that engines have generated: a handle of it, and what it cost."""
 
-    group: Any  # reference to a RolloutGroup
+    group: Any  # handle of a RolloutGroup
     row: int  # of the data, from 0
     num_tokens: int  # sampled tokens
     num_spanning: int  # samples whose tokens are of more than one version

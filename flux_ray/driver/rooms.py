@@ -1,8 +1,8 @@
 """The live rooms as the loop sees them: one verb for each stage, on actor groups.
 
-Takes:  actor groups, and for each verb the small records or the references that it needs.
+Takes:  actor groups, and for each verb the small records or the handles that it needs.
 Gives:  roll, score, reference, train, publish, save …: each waits under its own deadline.
-Knows:  which arguments travel as references: tokens, log-probs and masks never pass through the driver.
+Knows:  which arguments travel as handles: tokens, log-probs and masks go from actor to actor, never through the driver.
 Never:  decides anything.
 """
 
@@ -33,7 +33,7 @@ class ReadyGroup:
 
     scored: ScoredGroup
     rolled: Rolled
-    reference: Any | None  # reference to the reference policy's log-probs
+    reference: Any | None  # handle of the reference policy's log-probs
     score_s: float  # seconds that it took to be scored, waiting for a worker included
     reference_s: float
 
@@ -126,7 +126,7 @@ class PolicyRooms(SamplingRooms):
         self.part_tokens = math.inf
 
     async def reference(self, rolled: Rolled) -> Any | None:
-        """A reference to the frozen policy's log-probs; None where no KL is asked for."""
+        """A handle of the frozen policy's log-probs; None where no KL is asked for."""
         if self._reference is None or self._reference_router is None:
             return None
         with self._reference_router.route(rolled.num_tokens) as actor:
@@ -225,7 +225,7 @@ class TrainingRooms:
         return await first_failure(running)
 
     async def step_and_returns(self, calls: list[dict[str, Any]]) -> tuple[StepReport, list[Any]]:
-        """A policy's step with a critic's values; a reference to each rank's returns beside the report."""
+        """A policy's step with a critic's values; a handle of each rank's returns beside the report."""
         started = [self._trainer.submit(rank, "returns_and_train_step", num_returns=2, **call)
                    for rank, call in enumerate(calls)]
         reports = await first_failure([
