@@ -5,7 +5,7 @@ Gives:  `Mailbox`, the driver's end; `Inbox`, the actor's; `Letter`, what goes f
 Knows:  what is called within a moment travels together, and so do results. A letter stays open until there is a result
         to answer it with, whose call that may be.
 Keeps:  the calls that wait for their results, and the handles that they were given, until then.
-Never:  lets a result wait for another for longer than GATHER_S; leaves a call of a dead actor waiting.
+Never:  lets a result wait for another where none can come; leaves a call of a dead actor waiting.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from typing import Any, NamedTuple
 from flux_ray.cluster.held import Held, held_in
 from flux_ray.errors import UserError
 
-GATHER_S = 0.005  # calls, and results, that come so soon after one another go together
+CALLS_GATHER_S = 0.005  # several calls wait so long for others that come with them
+RESULTS_GATHER_S = 0.002  # a result waits so long for others, while calls run that may give them
 OPEN_LETTERS = 4  # of one mailbox: so many wait for results; more are closed at once
 
 
@@ -127,11 +128,11 @@ class Mailbox:
             asyncio.get_running_loop().call_soon(self._send_or_gather)
 
     def _send_or_gather(self) -> None:
-        """A call that comes alone to an actor with nothing to do goes at once; where there are more, more will come."""
-        if len(self._waiting) == len(self._calls) <= 1:
+        """A call that is made alone goes at once: nobody else's may come soon. Where there are several, more will."""
+        if len(self._calls) <= 1:
             self._send()
         else:
-            asyncio.get_running_loop().call_later(GATHER_S, self._send)
+            asyncio.get_running_loop().call_later(CALLS_GATHER_S, self._send)
 
     def _send(self) -> None:
         self._due = False
@@ -217,7 +218,7 @@ class Inbox:
     def _give_soon(self) -> None:
         if not self._due:
             self._due = True
-            asyncio.get_running_loop().call_later(GATHER_S, self._give)
+            asyncio.get_running_loop().call_later(RESULTS_GATHER_S, self._give)
 
     def _give(self) -> None:
         self._due = False

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from flux_ray.cluster.mail import GATHER_S, CallFailed, Inbox, Letter, Mailbox
+from flux_ray.cluster.mail import CALLS_GATHER_S, CallFailed, Inbox, Letter, Mailbox
 
 pytestmark = pytest.mark.unit
 
@@ -46,7 +46,7 @@ async def test_what_is_called_together_is_one_letter_and_what_is_left_waits_in_a
     answer.set_exception(RuntimeError("it died"))
     with pytest.raises(RuntimeError, match="it died"):
         await third
-    await asyncio.sleep(4 * GATHER_S)
+    await asyncio.sleep(4 * CALLS_GATHER_S)
     assert actor.letters.empty(), "nothing is left to wait for"
 
 
