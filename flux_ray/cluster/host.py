@@ -84,7 +84,7 @@ class Host:
             else:
                 self._shelf.forget(letter.box, number)
         for call in letter.calls:
-            inbox.running[call.number] = asyncio.ensure_future(self._one(letter.box, call, inbox))
+            inbox.begin(call, self._one(letter.box, call, inbox))
 
     async def _one(self, box: str, call: Call, inbox: Inbox) -> None:
         try:
@@ -97,8 +97,7 @@ class Host:
         except BaseException as error:  # one that is cancelled too: somebody may wait for what cancelled itself
             result = CallFailed.of(error)
         inbox.unwanted.discard(call.number)
-        del inbox.running[call.number]
-        inbox.add(call.number, result)
+        inbox.end(call, result)
 
     async def call(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         function = getattr(self._room, method)

@@ -14,15 +14,14 @@ import asyncio
 import itertools
 import traceback
 import uuid
-from collections import deque
-from collections.abc import Iterator
+from collections import Counter, deque
+from collections.abc import Coroutine, Iterator
 from typing import Any, NamedTuple
 
 from flux_ray.cluster.held import Held, held_in
 from flux_ray.errors import UserError
 
-CALLS_GATHER_S = 0.005  # several calls wait so long for others that come with them
-RESULTS_GATHER_S = 0.002  # a result waits so long for others, while calls run that may give them
+GATHER_S = 0.005  # so long a call waits for others of its method, and a result while calls of its method run
 OPEN_LETTERS = 4  # of one mailbox: so many wait for results; more are closed at once
 
 
@@ -80,7 +79,8 @@ class Mailbox:
         self._box = f"{name}#{uuid.uuid4().hex[:8]}"  # no other mailbox's, of this actor or of another in its place
         self._numbers = itertools.count()
         self._order = 0
-        self._waiting: dict[int, tuple[Reference, list[Held]]] = {}
+        self._waiting: dict[int, tuple[Reference, str, list[Held]]] = {}  # with method and handles
+        self._methods: Counter[str] = Counter()  # of those
         self._calls: list[Call] = []
         self._cancelled: list[int] = []
         self._forgotten: deque[int] = deque()  # filled by whichever thread collects garbage
@@ -99,7 +99,8 @@ class Mailbox:
             if held.box not in self._introduced and held.mailbox is not None:
                 self._introduced.add(held.box)
                 self._peers[held.box] = held.mailbox.actor
-        self._waiting[reference.number] = reference, handles
+        self._waiting[reference.number] = reference, method, handles
+        self._methods[method] += 1
         self._calls.append(Call(reference.number, method, args, kwargs, keeps))
         self._send_soon()
         return reference
@@ -112,7 +113,7 @@ class Mailbox:
         self._forgotten.append(number)
 
     def cancel(self, reference: Reference) -> None:
-        if self._waiting.pop(reference.number, None) is None:
+        if self._taken(reference.number) is None:
             return
         reference.cancel()
         left = [call for call in self._calls if call.number != reference.number]
@@ -128,11 +129,11 @@ class Mailbox:
             asyncio.get_running_loop().call_soon(self._send_or_gather)
 
     def _send_or_gather(self) -> None:
-        """A call that is made alone goes at once: nobody else's may come soon. Where there are several, more will."""
-        if len(self._calls) <= 1:
+        """A call goes at once where no other of its method waits for its result: where there are several, more come."""
+        if all(self._methods[call.method] == 1 for call in self._calls):
             self._send()
         else:
-            asyncio.get_running_loop().call_later(CALLS_GATHER_S, self._send)
+            asyncio.get_running_loop().call_later(GATHER_S, self._send)
 
     def _send(self) -> None:
         self._due = False
@@ -159,7 +160,7 @@ class Mailbox:
         finally:
             self._num_open -= 1
         for number, result in results:
-            reference, _ = self._waiting.pop(number, (None, None))
+            reference = self._taken(number)
             if reference is None or reference.done():  # nobody waits any more
                 continue
             if isinstance(result, CallFailed):
@@ -171,8 +172,17 @@ class Mailbox:
 
     def _fail(self, numbers: list[int], error: Exception) -> None:
         for number in numbers:
-            reference, _ = self._waiting.pop(number)
-            _fail(reference, error)
+            reference = self._taken(number)
+            if reference is not None:
+                _fail(reference, error)
+
+    def _taken(self, number: int) -> Reference | None:
+        """Who waits for the call's result, if anybody does; it waits no more."""
+        if number not in self._waiting:
+            return None
+        reference, method, _ = self._waiting.pop(number)
+        self._methods[method] -= 1
+        return reference
 
 
 def _fail(reference: Reference, error: Exception) -> None:
@@ -186,6 +196,7 @@ class Inbox:
 
     def __init__(self) -> None:
         self.running: dict[int, asyncio.Task[None]] = {}
+        self._methods: Counter[str] = Counter()  # of those
         self.unwanted: set[int] = set()  # that still run, and whose kept values nobody needs any more
         self._early: dict[int, Letter] = {}
         self._next = 0
@@ -208,9 +219,15 @@ class Inbox:
             self._give_soon()
         return await given
 
-    def add(self, number: int, result: Any) -> None:
-        self._results.append((number, result))
-        if self.running:
+    def begin(self, call: Call, work: Coroutine[Any, Any, None]) -> None:
+        self.running[call.number] = asyncio.get_running_loop().create_task(work)
+        self._methods[call.method] += 1
+
+    def end(self, call: Call, result: Any) -> None:
+        del self.running[call.number]
+        self._methods[call.method] -= 1
+        self._results.append((call.number, result))
+        if self._methods[call.method]:
             self._give_soon()
         else:
             self._give()
@@ -218,7 +235,7 @@ class Inbox:
     def _give_soon(self) -> None:
         if not self._due:
             self._due = True
-            asyncio.get_running_loop().call_later(RESULTS_GATHER_S, self._give)
+            asyncio.get_running_loop().call_later(GATHER_S, self._give)
 
     def _give(self) -> None:
         self._due = False

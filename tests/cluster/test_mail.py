@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from flux_ray.cluster.mail import CALLS_GATHER_S, CallFailed, Inbox, Letter, Mailbox
+from flux_ray.cluster.mail import GATHER_S, Call, CallFailed, Inbox, Letter, Mailbox
 
 pytestmark = pytest.mark.unit
 
@@ -46,7 +46,7 @@ async def test_what_is_called_together_is_one_letter_and_what_is_left_waits_in_a
     answer.set_exception(RuntimeError("it died"))
     with pytest.raises(RuntimeError, match="it died"):
         await third
-    await asyncio.sleep(4 * CALLS_GATHER_S)
+    await asyncio.sleep(4 * GATHER_S)
     assert actor.letters.empty(), "nothing is left to wait for"
 
 
@@ -78,15 +78,17 @@ async def test_letters_are_opened_in_the_order_in_which_they_were_written():
     assert [list(inbox.in_order(letters[i])) for i in (1, 2, 0, 3)] == [[], [], letters[:3], letters[3:]]
 
 
-async def test_results_that_come_together_are_one_answer_and_the_last_one_waits_for_none():
+async def test_results_of_one_method_are_one_answer_and_the_last_of_it_waits_for_none():
     inbox = Inbox()
     answers = [asyncio.ensure_future(inbox.results()) for _ in range(2)]
+    done = asyncio.Event()
+    calls = [Call(number, method, (), {}, False) for number, method in enumerate(["a", "a", "a", "b"])]
+    for call in calls:
+        inbox.begin(call, asyncio.wait_for(done.wait(), 10))  # type: ignore[arg-type]
+    inbox.end(calls[0], 0)
+    inbox.end(calls[1], 1)
+    assert await answers[0] == [(0, 0), (1, 1)]
+    inbox.end(calls[3], 3)
     await asyncio.sleep(0)
-    inbox.running = dict.fromkeys((2, 3))  # type: ignore[arg-type]  # who else runs
-    inbox.add(0, "a")
-    inbox.add(1, "b")
-    assert await answers[0] == [(0, "a"), (1, "b")]
-    inbox.running = {}
-    inbox.add(2, "c")
-    await asyncio.sleep(0)
-    assert answers[1].done() and answers[1].result() == [(2, "c")]
+    assert answers[1].done() and answers[1].result() == [(3, 3)]
+    done.set()
