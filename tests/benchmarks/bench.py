@@ -39,7 +39,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="shorter responses, fewer runs")
     parser.add_argument("--json", action="store_true", help="an object a line instead of the table")
     parser.add_argument("--only", metavar="NAME,NAME", help=f"some of: {', '.join(FIGURES)}")
-    parser.add_argument("--runs", type=int, metavar="N", help="measured steps of each kind (10; with --quick 2)")
+    parser.add_argument("--runs", type=int, metavar="N", help="measured steps of each kind (10; with --quick 1)")
     parser.add_argument("--dtype", choices=DTYPES, help="of weights and activations; bfloat16 where it isn't given")
     arguments = parser.parse_args()
     try:
