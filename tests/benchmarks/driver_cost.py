@@ -23,13 +23,13 @@ from tests.benchmarks.figures import Measured
 from tests.benchmarks.session import Session
 from tests.benchmarks.work import PROMPT_TOKENS, Phase, make_data, options
 
-IN_FLIGHT = (10, 100, 1000)
+IN_FLIGHT, QUICK_IN_FLIGHT = (10, 100, 1000), (10, 1000)
 FLAT = 1.5  # a group among 100 or 1,000 may cost so many times one among 10: then the driver counts as flat
 SHORT, LONG = 64, 4096  # tokens
 BYTES_OF_TCP = re.compile(r"bytes_(?:sent|received):(\d+)")
 HELD_S = {10: 0.05, 100: 0.3, 1000: 2.0}  # until all have been sent
 WARM_UP, STEPS = 3, {10: 1000, 100: 20, 1000: 10}
-QUICK_STEPS = {10: 150, 100: 6, 1000: 2}
+QUICK_STEPS = {10: 150, 1000: 2}
 STEPS_LONG = 40
 LOOK_EVERY = 10  # steps: to look at the sockets starts a process, which is CPU time of the driver's
 MEMORY_WARM_UP = 50  # steps in which the driver grows to what it needs
@@ -45,7 +45,8 @@ def _run(session: Session, groups: int, tokens: int = SHORT) -> list[dict[str, f
 
 def cpu(session: Session) -> list[Measured]:
     """Of the driver's process, all its threads (Ray's among them): CPU time of a step / its groups."""
-    values = {groups: [1000 * step["cpu_s"] / groups for step in _run(session, groups)] for groups in IN_FLIGHT}
+    in_flight = QUICK_IN_FLIGHT if session.quick else IN_FLIGHT
+    values = {groups: [1000 * step["cpu_s"] / groups for step in _run(session, groups)] for groups in in_flight}
     few, *many = (statistics.median(of) for of in values.values())
     results = [Measured.of(f"driver_{groups}", of, unit="ms", goal="<= 1.0", in_flight=groups)
                for groups, of in values.items()]
