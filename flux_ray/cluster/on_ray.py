@@ -195,6 +195,18 @@ def _first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
 
 
+def _first_failed(references: list[Any]) -> int:
+    """Of references one of which has failed."""
+    for index, reference in enumerate(references):
+        try:
+            ray.get(reference, timeout=0)
+        except ray.exceptions.GetTimeoutError:
+            continue
+        except Exception:
+            return index
+    raise AssertionError("none has failed")
+
+
 class EngineCaller:
     """Calls engines from inside another actor (the sender of weights), each with its own payload, under a deadline."""
 
@@ -210,7 +222,7 @@ class EngineCaller:
             return ray.get(references, timeout=self._deadline_s)
         except ray.exceptions.RayTaskError as error:
             cause = error.cause if isinstance(error.cause, BaseException) else error
-            raise RuntimeError(f"an engine failed in {method}: {_first_line(cause)}") from None
+            raise RuntimeError(f"engine {_first_failed(references)}, {method}: {_first_line(cause)}") from None
         except ray.exceptions.GetTimeoutError:
             ready, _ = ray.wait(references, num_returns=len(references), timeout=0)
             late = ", ".join(str(i) for i, reference in enumerate(references) if reference not in ready)

@@ -18,7 +18,8 @@ import itertools
 import json
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -243,7 +244,6 @@ class RolloutEngine:
         from vllm import SamplingParams
         from vllm.inputs import TokensPrompt
         from vllm.sampling_params import RequestOutputKind
-        from vllm.v1.engine.exceptions import EngineDeadError
 
         config = self._config.rollout
         params = SamplingParams(
@@ -268,11 +268,9 @@ class RolloutEngine:
         if config.kv_after_update == "keep":
             tokens["cache_salt"] = str(self._version)  # a prefix computed by older weights is never hit
         final = None
-        try:
+        with _vllm_alive():
             async for output in self._engine.generate(tokens, params, f"{self._index}-{next(self._request_ids)}"):
                 final = output
-        except EngineDeadError:  # its own text points at a stack trace that is in the log
-            raise RuntimeError("the process in which vLLM computes died") from None
         assert final is not None and final.finished
         return [completion_of(output) for output in sorted(final.outputs, key=lambda output: output.index)]
 
@@ -295,23 +293,26 @@ class RolloutEngine:
 
     async def start_weight_update(self) -> None:
         """Requests wait from here on, unless the update is staged."""
-        if not self._staged:
-            await self._pause()
-        await self._engine.start_weight_update()
+        with _vllm_alive():
+            if not self._staged:
+                await self._pause()
+            await self._engine.start_weight_update()
 
     async def update_weights(self, update_info: Any) -> None:
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 
-        await self._engine.update_weights(WeightTransferUpdateRequest(update_info=update_info))
+        with _vllm_alive():
+            await self._engine.update_weights(WeightTransferUpdateRequest(update_info=update_info))
 
     async def finish_weight_update(self, version: int) -> str:
         """Serve `version` from now on. Gives the label that the engine core holds, for the attestation."""
-        if self._staged:
-            await self._pause()
-        await self._engine.finish_weight_update(str(version))
-        self._version = version
-        await self._engine.resume_generation()
-        return str(await self._engine.get_weight_version())
+        with _vllm_alive():
+            if self._staged:
+                await self._pause()
+            await self._engine.finish_weight_update(str(version))
+            self._version = version
+            await self._engine.resume_generation()
+            return str(await self._engine.get_weight_version())
 
     async def _pause(self) -> None:
         """Freeze running requests; with kv_after_update=recompute they prefill again, under the new weights."""
@@ -323,6 +324,17 @@ class RolloutEngine:
         if self._engine is not None:
             self._engine.shutdown()
             self._engine = None
+
+
+@contextmanager
+def _vllm_alive() -> Iterator[None]:
+    """RuntimeError in a few words where vLLM's own process is dead: its text points at a stack trace in the log."""
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    try:
+        yield
+    except EngineDeadError:
+        raise RuntimeError("the process in which vLLM computes died") from None
 
 
 class _Generate:
