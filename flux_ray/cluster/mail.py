@@ -18,6 +18,7 @@ from collections import Counter, deque
 from collections.abc import Coroutine, Iterator
 from typing import Any, NamedTuple
 
+from flux_ray.cluster.group import ActorError
 from flux_ray.cluster.held import Held, held_in
 from flux_ray.errors import UserError
 
@@ -28,15 +29,17 @@ OPEN_LETTERS = 4  # of one mailbox: so many wait for results; more are closed at
 class CallFailed(Exception):
     """What a call raised in its actor, as text: not every exception can travel. `__str__` is the actor's traceback."""
 
-    def __init__(self, name: str, text: str, where: str, by_user: bool) -> None:
-        super().__init__(name, text, where, by_user)
+    def __init__(self, name: str, text: str, where: str, by_user: bool, actor: tuple[str, int] | None) -> None:
+        super().__init__(name, text, where, by_user, actor)
         self.name, self.text, self.where = name, text, where
         self.by_user = by_user  # a UserError
+        self.actor = actor  # role and index of another one that the call asked, and that failed
 
     @classmethod
     def of(cls, error: BaseException) -> CallFailed:
         where = "".join(traceback.format_exception(error))
-        return cls(type(error).__name__, str(error), where, isinstance(error, UserError))
+        actor = (error.role, error.index) if isinstance(error, ActorError) else None
+        return cls(type(error).__name__, str(error), where, isinstance(error, UserError), actor)
 
     def __str__(self) -> str:
         return self.where

@@ -70,6 +70,10 @@ class RayGroup:
         except CallFailed as error:
             if error.by_user:
                 raise UserError(error.text) from None
+            if error.actor is not None:
+                role, culprit = error.actor
+                log_file = self._log_files[index].with_name(f"{role}-{culprit}.log")
+                raise ActorError(error.text, role=role, index=culprit, log_file=log_file) from error
             raise self._error(ActorError, index, f"{name}, {what}: {error.name}: {error.text}") from error
         except ray.exceptions.RayTaskError as error:
             cause = error.cause if isinstance(error.cause, BaseException) else error
@@ -222,7 +226,8 @@ class EngineCaller:
             return ray.get(references, timeout=self._deadline_s)
         except ray.exceptions.RayTaskError as error:
             cause = error.cause if isinstance(error.cause, BaseException) else error
-            raise RuntimeError(f"engine {_first_failed(references)}, {method}: {_first_line(cause)}") from None
+            index = _first_failed(references)
+            raise ActorError(f"engine {index}, {method}: {_first_line(cause)}", role="engine", index=index) from None
         except ray.exceptions.GetTimeoutError:
             ready, _ = ray.wait(references, num_returns=len(references), timeout=0)
             late = ", ".join(str(i) for i, reference in enumerate(references) if reference not in ready)

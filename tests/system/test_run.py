@@ -143,9 +143,7 @@ def test_resumed_it_goes_on_as_if_nothing_had_happened_and_a_dead_engine_ends_it
     core.send_signal(signal.SIGKILL)
     assert program.end(deadline_s=60) == 1
     last = program.shown.splitlines()[-1]
-    assert last.startswith("flux-ray: the run failed: ") and "Traceback" not in program.shown
-    # A sender of weights may be the first to find it dead.
-    assert "engine 0, " in last and "the process in which vLLM computes died" in last
+    assert last.startswith("flux-ray: the run failed: engine 0") and "Traceback" not in program.shown
 
 
 def test_a_troubled_reward_is_dropped_and_counted_and_agreement_holds(toys, tmp_path):
