@@ -29,7 +29,9 @@ OPEN_LETTERS = 4  # of one mailbox: so many wait for results; more are closed at
 class CallFailed(Exception):
     """What a call raised in its actor, as text: not every exception can travel. `__str__` is the actor's traceback."""
 
-    def __init__(self, name: str, text: str, where: str, by_user: bool, actor: tuple[str, int] | None) -> None:
+    def __init__(
+        self, name: str, text: str, where: str, by_user: bool, actor: tuple[str, int] | None = None
+    ) -> None:
         super().__init__(name, text, where, by_user, actor)
         self.name, self.text, self.where = name, text, where
         self.by_user = by_user  # a UserError
