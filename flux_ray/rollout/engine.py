@@ -18,11 +18,11 @@ import itertools
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -51,7 +51,10 @@ OWN_ENGINE_ARGS = {
 }
 PROBE_TOKENS = 16  # enough to show weights that differ, few enough to come back at once
 CPU_BATCHED_TOKENS = 8192  # tokens of one forward of an engine on CPU, at least
+LOOK_EVERY_S = 1.0  # whether vLLM's process lives, while it is waited for
 TURN_SEED_STRIDE = 1_000_003  # the seeds of a trajectory's later turns lie this far apart: beyond any group size
+
+T = TypeVar("T")
 
 
 def check_engine_args(config: RolloutConfig) -> None:
@@ -289,35 +292,48 @@ class RolloutEngine:
         from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
 
         self._staged = init_info.get("staged", self._config.weights.staging != "none")
-        await self._engine.init_weight_transfer_engine(WeightTransferInitRequest(init_info=init_info))
+        request = WeightTransferInitRequest(init_info=init_info)
+        await self._answered(self._engine.init_weight_transfer_engine(request))
 
     async def start_weight_update(self) -> None:
         """Requests wait from here on, unless the update is staged."""
-        with _vllm_alive():
-            if not self._staged:
-                await self._pause()
-            await self._engine.start_weight_update()
+        if not self._staged:
+            await self._pause()
+        await self._answered(self._engine.start_weight_update())
 
     async def update_weights(self, update_info: Any) -> None:
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 
-        with _vllm_alive():
-            await self._engine.update_weights(WeightTransferUpdateRequest(update_info=update_info))
+        await self._answered(self._engine.update_weights(WeightTransferUpdateRequest(update_info=update_info)))
 
     async def finish_weight_update(self, version: int) -> str:
         """Serve `version` from now on. Gives the label that the engine core holds, for the attestation."""
-        with _vllm_alive():
-            if self._staged:
-                await self._pause()
-            await self._engine.finish_weight_update(str(version))
-            self._version = version
-            await self._engine.resume_generation()
-            return str(await self._engine.get_weight_version())
+        if self._staged:
+            await self._pause()
+        await self._answered(self._engine.finish_weight_update(str(version)))
+        self._version = version
+        await self._answered(self._engine.resume_generation())
+        return str(await self._answered(self._engine.get_weight_version()))
 
     async def _pause(self) -> None:
         """Freeze running requests; with kv_after_update=recompute they prefill again, under the new weights."""
         clear = self._config.rollout.kv_after_update == "recompute"
-        await self._engine.pause_generation(mode="keep", clear_cache=clear)
+        await self._answered(self._engine.pause_generation(mode="keep", clear_cache=clear))
+
+    async def _answered(self, call: Coroutine[Any, Any, T]) -> T:
+        """What vLLM's own process answers; RuntimeError soon after that process has died.
+
+        When it dies vLLM fails the requests, but not the other calls that wait: those it leaves waiting for ever.
+        """
+        answer = asyncio.ensure_future(call)
+        try:
+            with _vllm_alive():
+                while not (await asyncio.wait({answer}, timeout=LOOK_EVERY_S))[0]:
+                    if self._engine.errored:
+                        raise self._engine.dead_error
+                return await answer
+        finally:
+            answer.cancel()
 
     async def close(self) -> None:
         """End vLLM's processes."""

@@ -4,13 +4,14 @@ import asyncio
 import threading
 
 import numpy as np
+import psutil
 import pytest
 import torch
 import transformers
 
 from flux_ray.records import FINISH_LENGTH, FINISH_STOP, Prompt
 from flux_ray.rollout.dispatch import split
-from flux_ray.rollout.engine import CPU_BATCHED_TOKENS
+from flux_ray.rollout.engine import CPU_BATCHED_TOKENS, RolloutEngine
 from flux_ray.rollout.functions import Turns
 from flux_ray.weights import gloo
 from flux_ray.weights.publish import Publisher
@@ -234,3 +235,22 @@ async def test_an_engine_that_nobody_sends_to_gives_up_by_its_deadline(served, m
     await wire.publish(30)
     group, _ = await served.engine.roll(prompt_of([5, 6, 7]))
     assert largest_gap(model, group.trajectories) < MAX_GAP
+
+
+async def test_a_call_that_vllm_holds_when_it_dies_fails_soon(served):
+    """vLLM itself leaves it waiting for ever: no request runs whose failure would tell."""
+    before = set(psutil.Process().children(recursive=True))
+    engine = RolloutEngine(served.config, index=1, device="cpu", dtype="float32", weights_backend="gloo")
+    await engine.start()
+    try:
+        (core,) = [p for p in psutil.Process().children(recursive=True)
+                   if p not in before and "EngineCore" in " ".join(p.cmdline())]
+        core.suspend()
+        asked = asyncio.create_task(engine.start_weight_update())
+        await asyncio.wait({asked}, timeout=0.5)
+        assert not asked.done()
+        core.kill()
+        with pytest.raises(RuntimeError, match="the process in which vLLM computes died"):
+            await asyncio.wait_for(asked, timeout=20)
+    finally:
+        await engine.close()
