@@ -24,7 +24,8 @@ from flux_ray.model import context_length, resolve_dtype
 from flux_ray.names import reward_model_path, reward_name
 from flux_ray.reward import RewardWorker
 from flux_ray.reward.model import RewardModel
-from flux_ray.rollout.engine import RolloutEngine, check_kv_cache, engine_env
+from flux_ray.rollout.check import check_kv_cache
+from flux_ray.rollout.engine import RolloutEngine, engine_env
 
 
 def check_engines(prepared: Prepared, plan: Plan) -> None:

@@ -33,7 +33,7 @@ from flux_ray.names import REWARD_MODEL, reward_model_path
 from flux_ray.plugins import load_plugins
 from flux_ray.reward import RewardFunction, count_silent, find_answer_column, resolve_functions
 from flux_ray.reward.model import check_reward_models, have_same_tokens
-from flux_ray.rollout.engine import check_engine_args
+from flux_ray.rollout.check import check_engine_args
 from flux_ray.rollout.functions import get_rollout
 from flux_ray.train import check_deepspeed_options
 

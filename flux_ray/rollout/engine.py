@@ -9,11 +9,7 @@ Never:  answers while half an update is loaded: requests wait until it is whole.
 
 from __future__ import annotations
 
-import ast
 import asyncio
-import difflib
-import functools
-import importlib.util
 import itertools
 import json
 import os
@@ -26,87 +22,19 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from flux_ray.config import Config, RolloutConfig
+from flux_ray.config import Config
 from flux_ray.errors import UserError
 from flux_ray.lifetime import PLUGIN
 from flux_ray.records import FINISH_LENGTH, FINISH_STOP, Completion, Prompt, RolloutGroup
+from flux_ray.rollout.check import check_engine_args
 from flux_ray.rollout.functions import Turns, get_rollout
 
-#: Options of vLLM that decide whether engine and trainer agree, or that have a knob of ours: not to be set twice.
-OWN_ENGINE_ARGS = {
-    "model": "model.path",
-    "tokenizer": "model.tokenizer",
-    "dtype": "model.dtype",
-    "seed": "seed",
-    "max_model_len": "rollout.max_model_len",
-    "max_num_seqs": "rollout.max_num_seqs",
-    "tensor_parallel_size": "rollout.tensor_parallel_size",
-    "pipeline_parallel_size": "one engine is one tensor-parallel group: rollout.num_engines",
-    "data_parallel_size": "one engine is one tensor-parallel group: rollout.num_engines",
-    "kv_cache_memory_bytes": "rollout.kv_cache_gib",
-    "logprobs_mode": "always processed_logprobs",
-    "generation_config": "always vllm",
-    "weight_transfer_config": "weights.backend",
-    "trust_remote_code": "never",
-}
 PROBE_TOKENS = 16  # enough to show weights that differ, few enough to come back at once
 CPU_BATCHED_TOKENS = 8192  # tokens of one forward of an engine on CPU, at least
 LOOK_EVERY_S = 1.0  # whether vLLM's process lives, while it is waited for
 TURN_SEED_STRIDE = 1_000_003  # the seeds of a trajectory's later turns lie this far apart: beyond any group size
 
 T = TypeVar("T")
-
-
-def check_engine_args(config: RolloutConfig) -> None:
-    """Refuse, by name, options that we set ourselves and those that vLLM doesn't have."""
-    for key in config.engine_args:
-        if key in OWN_ENGINE_ARGS:
-            raise UserError(f"rollout.engine_args.{key} can't be set there: {OWN_ENGINE_ARGS[key]}")
-    known = _vllm_engine_args() if config.engine_args else frozenset()
-    for key in config.engine_args:
-        if known and key not in known:
-            near = difflib.get_close_matches(key, sorted(known - OWN_ENGINE_ARGS.keys()), n=1)
-            hint = f": did you mean 'rollout.engine_args.{near[0]}'?" if near else ""
-            raise UserError(f"unknown option 'rollout.engine_args.{key}'{hint or ': vLLM has no such engine argument'}")
-
-
-@functools.cache
-def _vllm_engine_args() -> frozenset[str]:
-    """The fields of vLLM's AsyncEngineArgs; none where vLLM isn't installed.
-
-    Read from its source: its import takes seconds, prints on the terminal and sets this process's environment.
-    """
-    vllm = importlib.util.find_spec("vllm")
-    file = Path(vllm.origin).parent / "engine" / "arg_utils.py" if vllm and vllm.origin else None
-    if file is None or not file.is_file():
-        return frozenset()
-    classes = {node.name: node for node in ast.parse(file.read_text()).body if isinstance(node, ast.ClassDef)}
-    fields = [field for name in ("EngineArgs", "AsyncEngineArgs") if name in classes for field in classes[name].body]
-    return frozenset(
-        field.target.id for field in fields if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
-    )
-
-
-def check_kv_cache(model_path: str, *, context: int, dtype_bytes: int, kv_cache_gib: float) -> None:
-    """UserError where the KV cache of an engine on CPU is smaller than one sequence of the whole context.
-
-    Says nothing of models that don't keep keys and values of every token in every layer: vLLM knows those.
-    """
-    from transformers import AutoConfig
-
-    model = AutoConfig.from_pretrained(model_path).get_text_config()
-    heads, layers = getattr(model, "num_attention_heads", None), getattr(model, "num_hidden_layers", None)
-    kinds = set(getattr(model, "layer_types", None) or ["full_attention"])
-    if not heads or not layers or kinds != {"full_attention"} or getattr(model, "kv_lora_rank", None):
-        return
-    head_dim = getattr(model, "head_dim", None) or model.hidden_size // heads
-    kv_heads = getattr(model, "num_key_value_heads", None) or heads
-    needed_gib = 2 * layers * kv_heads * head_dim * dtype_bytes * context / 2**30
-    if needed_gib > kv_cache_gib:
-        raise UserError(
-            f"rollout.kv_cache_gib={kv_cache_gib:g} is less than one sequence takes: {needed_gib:.2f} GiB for "
-            f"{context} tokens (rollout.max_model_len, else the longest prompt and rollout.max_tokens)"
-        )
 
 
 def engine_env(device: str, *, tensor_parallel_size: int) -> dict[str, str]:
@@ -327,10 +255,11 @@ class RolloutEngine:
         """
         answer = asyncio.ensure_future(call)
         try:
+            while not answer.done() and not self._engine.errored:
+                await asyncio.wait({answer}, timeout=LOOK_EVERY_S)
             with _vllm_alive():
-                while not (await asyncio.wait({answer}, timeout=LOOK_EVERY_S))[0]:
-                    if self._engine.errored:
-                        raise self._engine.dead_error
+                if not answer.done():
+                    raise self._engine.dead_error
                 return await answer
         finally:
             answer.cancel()

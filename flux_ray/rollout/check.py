@@ -1,0 +1,85 @@
+"""What an engine would be refused for, told before it starts.
+
+Takes:  the options of the rollouts; what a model's config says of its shape.
+Gives:  `check_engine_args`, `check_kv_cache`: a UserError that names the option.
+Knows:  which of vLLM's options are ours to set, and what a sequence takes of the KV cache.
+Never:  imports vLLM: that takes seconds, prints on the terminal and sets this process's environment.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import functools
+import importlib.util
+from pathlib import Path
+
+from flux_ray.config import RolloutConfig
+from flux_ray.errors import UserError
+
+#: Options of vLLM that decide whether engine and trainer agree, or that have a knob of ours: not to be set twice.
+OWN_ENGINE_ARGS = {
+    "model": "model.path",
+    "tokenizer": "model.tokenizer",
+    "dtype": "model.dtype",
+    "seed": "seed",
+    "max_model_len": "rollout.max_model_len",
+    "max_num_seqs": "rollout.max_num_seqs",
+    "tensor_parallel_size": "rollout.tensor_parallel_size",
+    "pipeline_parallel_size": "one engine is one tensor-parallel group: rollout.num_engines",
+    "data_parallel_size": "one engine is one tensor-parallel group: rollout.num_engines",
+    "kv_cache_memory_bytes": "rollout.kv_cache_gib",
+    "logprobs_mode": "always processed_logprobs",
+    "generation_config": "always vllm",
+    "weight_transfer_config": "weights.backend",
+    "trust_remote_code": "never",
+}
+
+
+def check_engine_args(config: RolloutConfig) -> None:
+    """Refuse, by name, options that we set ourselves and those that vLLM doesn't have."""
+    for key in config.engine_args:
+        if key in OWN_ENGINE_ARGS:
+            raise UserError(f"rollout.engine_args.{key} can't be set there: {OWN_ENGINE_ARGS[key]}")
+    known = _vllm_engine_args() if config.engine_args else frozenset()
+    for key in config.engine_args:
+        if known and key not in known:
+            near = difflib.get_close_matches(key, sorted(known - OWN_ENGINE_ARGS.keys()), n=1)
+            hint = f": did you mean 'rollout.engine_args.{near[0]}'?" if near else ""
+            raise UserError(f"unknown option 'rollout.engine_args.{key}'{hint or ': vLLM has no such engine argument'}")
+
+
+@functools.cache
+def _vllm_engine_args() -> frozenset[str]:
+    """The fields of vLLM's AsyncEngineArgs, read from its source; none where vLLM isn't installed."""
+    vllm = importlib.util.find_spec("vllm")
+    file = Path(vllm.origin).parent / "engine" / "arg_utils.py" if vllm and vllm.origin else None
+    if file is None or not file.is_file():
+        return frozenset()
+    classes = {node.name: node for node in ast.parse(file.read_text()).body if isinstance(node, ast.ClassDef)}
+    fields = [field for name in ("EngineArgs", "AsyncEngineArgs") if name in classes for field in classes[name].body]
+    return frozenset(
+        field.target.id for field in fields if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
+    )
+
+
+def check_kv_cache(model_path: str, *, context: int, dtype_bytes: int, kv_cache_gib: float) -> None:
+    """UserError where the KV cache of an engine on CPU is smaller than one sequence of the whole context.
+
+    Says nothing of models that don't keep keys and values of every token in every layer: vLLM knows those.
+    """
+    from transformers import AutoConfig
+
+    model = AutoConfig.from_pretrained(model_path).get_text_config()
+    heads, layers = getattr(model, "num_attention_heads", None), getattr(model, "num_hidden_layers", None)
+    kinds = set(getattr(model, "layer_types", None) or ["full_attention"])
+    if not heads or not layers or kinds != {"full_attention"} or getattr(model, "kv_lora_rank", None):
+        return
+    head_dim = getattr(model, "head_dim", None) or model.hidden_size // heads
+    kv_heads = getattr(model, "num_key_value_heads", None) or heads
+    needed_gib = 2 * layers * kv_heads * head_dim * dtype_bytes * context / 2**30
+    if needed_gib > kv_cache_gib:
+        raise UserError(
+            f"rollout.kv_cache_gib={kv_cache_gib:g} is less than one sequence takes: {needed_gib:.2f} GiB for "
+            f"{context} tokens (rollout.max_model_len, else the longest prompt and rollout.max_tokens)"
+        )
