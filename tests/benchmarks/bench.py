@@ -1,4 +1,4 @@
-"""All figures in one run: `launch/bench.sh [--quick] [--json] [--only NAME,NAME] [--runs N] [--dtype NAME]`.
+"""All figures in one run: `launch/bench.sh [--quick] [--json] [--only NAME,NAME] [--runs N] [--tokens N] [--dtype NAME]`.
 
 Takes:  which figures, and how long it may take.
 Gives:  a table, or with --json an object a line as soon as a figure is there. What each is: docs/benchmarks.md.
@@ -40,21 +40,24 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="an object a line instead of the table")
     parser.add_argument("--only", metavar="NAME,NAME", help=f"some of: {', '.join(FIGURES)}")
     parser.add_argument("--runs", type=int, metavar="N", help="measured steps of each kind (10; with --quick 1)")
+    parser.add_argument("--tokens", type=int, metavar="N", help="of a response on average (256; with --quick 24)")
     parser.add_argument("--dtype", choices=DTYPES, help="of weights and activations; bfloat16 where it isn't given")
     arguments = parser.parse_args()
     try:
         figures = chosen(arguments.only)
     except UserError as error:
         parser.error(str(error))
-    if arguments.runs is not None and arguments.runs < 1:
-        parser.error(f"--runs {arguments.runs}: at least 1")
+    for option, least in (("runs", 1), ("tokens", 8)):
+        value = getattr(arguments, option)
+        if value is not None and value < least:
+            parser.error(f"--{option} {value}: at least {least}")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that what runs is ended with us
     started, results = time.monotonic(), []
     with tempfile.TemporaryDirectory(prefix="flux-ray-bench-") as folder:
         for size in SIZES:
             make_model(Path(folder, size), size)
         session = (Session.short if arguments.quick else Session)(Path(folder), arguments.dtype or DTYPES[0])
-        session.runs = arguments.runs or session.runs
+        session.runs, session.tokens = arguments.runs or session.runs, arguments.tokens or session.tokens
         for figure in figures:
             print(f"{time.monotonic() - started:5.0f} s  {figure.name}: {figure.meaning}", file=sys.stderr, flush=True)
             for result in measure(figure, session):

@@ -55,8 +55,10 @@ def cpu(session: Session) -> list[Measured]:
 
 def sockets(session: Session) -> list[Measured]:
     """TCP alone, in and out, as the kernel counts them (ss -ti): Ray's calls and their answers."""
-    values = {tokens: _bytes_a_group(_run(session, 10, tokens), groups=10) for tokens in (SHORT, LONG)}
-    results = [Measured.of(f"driver_bytes_{tokens}", [count / 1024 for count in of], unit="KiB", goal="<= 2")
+    steps = {tokens: _run(session, 10, tokens) for tokens in (SHORT, LONG)}
+    values = {tokens: _bytes_a_group(of, groups=10) for tokens, of in steps.items()}
+    results = [Measured.of(f"driver_bytes_{tokens}", [count / 1024 for count in of], unit="KiB", goal="<= 2",
+                           letters=statistics.mean(step["letters"] for step in steps[tokens]) / 10)
                for tokens, of in values.items()]
     equal = statistics.median(values[LONG]) / statistics.median(values[SHORT])
     return [*results, Measured.of("driver_bytes_equal", [equal], unit="x", goal="<= 1.05")]
@@ -76,7 +78,8 @@ def memory(session: Session) -> list[Measured]:
 
 
 def run(folder: Path, work: Path, *, groups: int, steps: int, tokens: int, hold_s: float) -> list[dict[str, float]]:
-    """After each step: CPU seconds since the one before, resident memory, now and then the bytes of all TCP sockets."""
+    """After each step: CPU seconds and letters since the one before, resident memory, now and then the bytes of all
+    TCP sockets."""
     from flux_ray.config import from_dict
     from flux_ray.driver import run as train
     from flux_ray.observability.callbacks import as_callback
@@ -84,10 +87,10 @@ def run(folder: Path, work: Path, *, groups: int, steps: int, tokens: int, hold_
     os.environ[made.HOLD_S] = str(hold_s)
     made.put_in_place()
     seen: list[dict[str, float]] = []
-    process = psutil.Process()
+    process, letters = psutil.Process(), _counted_letters()
 
     def stepped(step: int, metrics: dict[str, float]) -> None:
-        seen.append({"cpu_s": time.process_time(), "resident": process.memory_info().rss,
+        seen.append({"cpu_s": time.process_time(), "letters": len(letters), "resident": process.memory_info().rss,
                      "tcp_bytes": tcp_bytes(process.pid) if step % LOOK_EVERY == 0 else 0})
 
     phase = Phase("made", [tokens] * 64, 0, steps)
@@ -98,7 +101,23 @@ def run(folder: Path, work: Path, *, groups: int, steps: int, tokens: int, hold_
         "rollout.max_num_seqs": 100_000, "rollout.max_model_len": PROMPT_TOKENS + tokens,
     }), callbacks=[as_callback(stepped)])
     before = [seen[0], *seen]
-    return [{**now, "cpu_s": now["cpu_s"] - then["cpu_s"]} for then, now in zip(before, seen, strict=False)]
+    return [{**now, **{name: now[name] - then[name] for name in ("cpu_s", "letters")}}
+            for then, now in zip(before, seen, strict=False)]
+
+
+def _counted_letters() -> list[None]:
+    """Grows by one for each letter that the driver sends from now on: what is made at once goes in one."""
+    from flux_ray.cluster.mail import Mailbox
+
+    letters: list[None] = []
+    send = Mailbox._send
+
+    def counted(self: Mailbox) -> None:
+        letters.append(None)
+        send(self)
+
+    Mailbox._send = counted  # type: ignore[method-assign]
+    return letters
 
 
 def tcp_bytes(pid: int) -> int:
