@@ -1,4 +1,4 @@
-"""All figures in one run: `launch/bench.sh [--quick] [--json] [--only NAME,NAME] [--runs N] [--tokens N] [--dtype NAME]`.
+"""All figures in one run: `launch/bench.sh [--quick] [--json] [--only NAME,NAME] [--runs N] [--tokens N] [--dtype D]`.
 
 Takes:  which figures, and how long it may take.
 Gives:  a table, or with --json an object a line as soon as a figure is there. What each is: docs/benchmarks.md.
