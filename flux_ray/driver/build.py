@@ -27,6 +27,11 @@ from flux_ray.reward.model import RewardModel
 from flux_ray.rollout.check import check_kv_cache
 from flux_ray.rollout.engine import RolloutEngine, engine_env
 
+#: On CPU glibc gives each large tensor's memory back and takes it again, a page fault for every 4 KiB: a tenth of a
+#: training step. Told so, it keeps what it once had: as much as the largest step needs, and no more.
+KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40), "MALLOC_ARENA_MAX": "1"}
+FORWARDING = (TRAINER, CRITIC, REFERENCE, REWARD_MODEL)  # roles that run a transformers model
+
 
 def check_engines(prepared: Prepared, plan: Plan) -> None:
     """What only the plan and the data together can tell, before an actor starts. UserError."""
@@ -213,12 +218,13 @@ async def _connect(config: Config, plan: Plan, trainer: RayGroup, engines: RayGr
 def _env(config: Config, plan: Plan, role: str) -> dict[str, str]:
     """Environment of a role's actors:
 
-    one OpenMP thread on CPU, whatever the machine has, and the user's own variables.
+    one OpenMP thread on CPU, whatever the machine has, and memory that is kept; the user's own variables above all.
     """
     env = {"TOKENIZERS_PARALLELISM": "false"}
     if plan.device == "cpu":
         threads = config.train.num_threads if role in (TRAINER, CRITIC) else 1
         env |= {"OMP_NUM_THREADS": str(threads), "CUDA_VISIBLE_DEVICES": ""}
+        env |= KEEP_MEMORY if role in FORWARDING else {}
     if role in (ENGINE, TRAINER):  # rank 0 of the trainer imports vLLM as well
         env = engine_env(plan.device, tensor_parallel_size=config.rollout.tensor_parallel_size) | env
     return env | config.cluster.env

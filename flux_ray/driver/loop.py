@@ -141,9 +141,9 @@ class Loop:
             metrics |= begun | {
                 "train/step_s": train_s,
                 "weights/publish_s": publish_s,
-                "driver/step_s": now_s() - start_s,
             }
             metrics |= self._drops.step_metrics() | await self._rooms.probe(self._prompts.prompt(0))
+            metrics["driver/step_s"] = now_s() - start_s
             await self._after_step(report.version, batch, metrics)
 
     async def _begin_step(self) -> tuple[list[ReadyGroup], list[ReadyGroup], dict[str, float]]:

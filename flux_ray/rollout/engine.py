@@ -27,9 +27,9 @@ from flux_ray.errors import UserError
 from flux_ray.lifetime import PLUGIN
 from flux_ray.records import FINISH_LENGTH, FINISH_STOP, Completion, Prompt, RolloutGroup
 from flux_ray.rollout.check import check_engine_args
-from flux_ray.rollout.functions import Turns, get_rollout
+from flux_ray.rollout.functions import get_rollout, one_turn
 
-PROBE_TOKENS = 16  # enough to show weights that differ, few enough to come back at once
+PROBE_SAMPLES, PROBE_TOKENS = 4, 4  # enough to show weights that differ; few steps, for the trainer waits for them
 CPU_BATCHED_TOKENS = 8192  # tokens of one forward of an engine on CPU, at least
 LOOK_EVERY_S = 1.0  # whether vLLM's process lives, while it is waited for
 TURN_SEED_STRIDE = 1_000_003  # the seeds of a trajectory's later turns lie this far apart: beyond any group size
@@ -159,14 +159,10 @@ class RolloutEngine:
 
     async def probe(self, prompt: Prompt) -> tuple[RolloutGroup, bool]:
         """A few tokens after the prompt, all sampled by the weights served now; and a word that they are there."""
-        room = min(PROBE_TOKENS, self.room_for(len(prompt.token_ids), prompt_length=len(prompt.token_ids)))
-        temperature = self._config.rollout.temperature
-        (completion,) = await self.generate(
-            prompt.token_ids, n=1, seed=prompt.seed, temperature=temperature, max_tokens=room
-        )
-        turns = Turns(prompt.token_ids)
-        turns.sampled(completion)
-        return RolloutGroup(replace(prompt, num_samples=1), (turns.finish(),)), True
+        few = replace(prompt, num_samples=PROBE_SAMPLES)
+        generate = _Generate(self, few, self._config.rollout.temperature)
+        completions = await generate(few.token_ids, n=few.num_samples, max_tokens=PROBE_TOKENS)
+        return RolloutGroup(few, tuple(one_turn(few, completion) for completion in completions)), True
 
     async def generate(
         self, token_ids: Sequence[int] | np.ndarray, *, n: int, seed: int, temperature: float, max_tokens: int

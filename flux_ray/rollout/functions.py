@@ -85,12 +85,14 @@ class Turns:
 
 async def single_turn(prompt: Prompt, generate: Generate) -> list[Trajectory]:
     """One request for the whole group: G responses to the prompt."""
-    trajectories = []
-    for completion in await generate(prompt.token_ids, n=prompt.num_samples):
-        turns = Turns(prompt.token_ids)
-        turns.sampled(completion)
-        trajectories.append(turns.finish())
-    return trajectories
+    return [one_turn(prompt, completion) for completion in await generate(prompt.token_ids, n=prompt.num_samples)]
+
+
+def one_turn(prompt: Prompt, completion: Completion) -> Trajectory:
+    """The prompt, and all that the policy said to it."""
+    turns = Turns(prompt.token_ids)
+    turns.sampled(completion)
+    return turns.finish()
 
 
 _ROLLOUTS: dict[str, Rollout] = {"single_turn": single_turn}

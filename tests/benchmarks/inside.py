@@ -17,7 +17,7 @@ from typing import Any
 from flux_ray.data.order import stable_seed
 from flux_ray.data.prompts import TRAIN
 from flux_ray.records import Completion, Prompt, Trajectory
-from flux_ray.rollout.functions import Generate, Turns
+from flux_ray.rollout.functions import Generate, one_turn
 
 CORES, NOTES = "BENCH_CORES", "BENCH_NOTES"
 SEED = 0  # of every measured run
@@ -48,7 +48,7 @@ async def forced(prompt: Prompt, generate: Generate) -> list[Trajectory]:
     else:
         completions = [one for (one,) in await asyncio.gather(*(
             generate(prompt.token_ids, sample=i, max_tokens=length) for i, length in enumerate(lengths)))]
-    return [whole(prompt, completion) for completion in completions]
+    return [one_turn(prompt, completion) for completion in completions]
 
 
 async def watched(prompt: Prompt, generate: Generate) -> list[Trajectory]:
@@ -58,7 +58,7 @@ async def watched(prompt: Prompt, generate: Generate) -> list[Trajectory]:
         _streamed(generate._engine, prompt, lengths[0]),  # type: ignore[attr-defined]
         asyncio.gather(*(generate(prompt.token_ids, sample=i, max_tokens=length)
                          for i, length in enumerate(lengths) if i)))
-    return [whole(prompt, completion) for completion in (first, *(one for (one,) in rest))]
+    return [one_turn(prompt, completion) for completion in (first, *(one for (one,) in rest))]
 
 
 async def _streamed(engine: Any, prompt: Prompt, length: int) -> Completion:
@@ -83,12 +83,6 @@ def lengths_of(prompt: Prompt) -> list[int]:
     """Of the samples of this prompt, or of this part of a group."""
     first = prompt.seed - stable_seed(SEED, TRAIN, prompt.uid)
     return prompt.columns["lengths"][first : first + prompt.num_samples]
-
-
-def whole(prompt: Prompt, completion: Completion) -> Trajectory:
-    turns = Turns(prompt.token_ids)
-    turns.sampled(completion)
-    return turns.finish()
 
 
 def count_tokens() -> None:

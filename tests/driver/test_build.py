@@ -1,0 +1,28 @@
+"""What the actors of each role are told by their environment."""
+
+import pytest
+
+from flux_ray.cluster.plan import CRITIC, ENGINE, REFERENCE, REWARD, REWARD_MODEL, TRAINER, Plan
+from flux_ray.config import from_dict
+from flux_ray.driver.build import KEEP_MEMORY, _env
+
+pytestmark = pytest.mark.unit
+ROLES = (ENGINE, REWARD, REFERENCE, TRAINER, CRITIC, REWARD_MODEL)
+
+
+def test_on_cpu_a_role_computes_with_its_threads_and_those_with_a_model_of_transformers_keep_their_memory():
+    env = {role: _env(from_dict({"train.num_threads": 3}), Plan("cpu", "gloo", ()), role) for role in ROLES}
+    assert {role for role in ROLES if KEEP_MEMORY.items() <= env[role].items()} == {
+        REFERENCE, TRAINER, CRITIC, REWARD_MODEL}
+    assert {role: env[role]["OMP_NUM_THREADS"] for role in ROLES} == {
+        role: "3" if role in (TRAINER, CRITIC) else "1" for role in ROLES}
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_on_gpus_nothing_of_the_kind(role):
+    assert not {*KEEP_MEMORY, "OMP_NUM_THREADS"} & _env(from_dict({}), Plan("cuda", "nccl", ()), role).keys()
+
+
+def test_the_users_own_variables_win():
+    name, value = "MALLOC_ARENA_MAX", "4"
+    assert _env(from_dict({f"cluster.env.{name}": value}), Plan("cpu", "gloo", ()), TRAINER)[name] == value
