@@ -28,7 +28,7 @@ from flux_ray.rollout.check import check_kv_cache
 from flux_ray.rollout.engine import RolloutEngine, engine_env
 
 #: On CPU glibc gives each large tensor's memory back and takes it again, a page fault for every 4 KiB: a tenth of a
-#: training step. Told so, it keeps what it once had: as much as the largest step needs, and no more.
+#: training step. Told so, it keeps what it once had, in one arena for all threads.
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40), "MALLOC_ARENA_MAX": "1"}
 FORWARDING = (TRAINER, CRITIC, REFERENCE, REWARD_MODEL)  # roles that run a transformers model
 
