@@ -21,6 +21,7 @@ from transformers.utils import is_flash_attn_2_available
 from transformers.utils import logging as hf_logging
 
 from flux_ray.errors import UserError, unknown
+from flux_ray.model.attention import CAUSAL_BLOCKS
 from flux_ray.model.packed import LAYOUTS
 from flux_ray.model.policy import PolicyModel
 from flux_ray.model.score import HEAD, ScoreModel
@@ -47,7 +48,8 @@ def resolve_layout(layout: str, attention: str) -> tuple[str, str]:
     if layout not in LAYOUTS:
         raise unknown("model.layout", layout, [*LAYOUTS, "auto"])
     if attention == "auto":
-        attention = "flash_attention_2" if layout == "varlen" else "sdpa"
+        padded = "sdpa" if torch.cuda.is_available() else CAUSAL_BLOCKS
+        attention = "flash_attention_2" if layout == "varlen" else padded
     if layout == "varlen" and (not flash or not attention.startswith("flash")):
         raise UserError(f"model.layout=varlen needs a GPU with flash attention and model.attention=flash_attention_2, "
                         f"got model.attention={attention} and flash attention {'found' if flash else 'not found'} here")
@@ -124,7 +126,10 @@ def check_score_model(path: str | Path) -> None:
 
 
 def _ready_to_train(hf: Any, attention: str, gradient_checkpointing: bool) -> None:
-    hf.set_attn_implementation(attention)  # not before: flash attention can't run the probe on a CPU
+    try:
+        hf.set_attn_implementation(attention)  # not before: flash attention can't run the probe on a CPU
+    except (ValueError, ImportError, KeyError) as error:
+        raise UserError(f"model.attention={attention} can't be used here: {str(error).splitlines()[0]}") from error
     if gradient_checkpointing:
         # The re-entrant form: the other one compares shapes of saved tensors, which ZeRO-3 changes underneath it.
         hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
