@@ -21,6 +21,7 @@ from transformers.utils import is_flash_attn_2_available
 from transformers.utils import logging as hf_logging
 
 from flux_ray.errors import UserError, unknown
+from flux_ray.model import norm
 from flux_ray.model.attention import CAUSAL_BLOCKS
 from flux_ray.model.packed import LAYOUTS
 from flux_ray.model.policy import PolicyModel
@@ -130,6 +131,8 @@ def _ready_to_train(hf: Any, attention: str, gradient_checkpointing: bool) -> No
         hf.set_attn_implementation(attention)  # not before: flash attention can't run the probe on a CPU
     except (ValueError, ImportError, KeyError) as error:
         raise UserError(f"model.attention={attention} can't be used here: {str(error).splitlines()[0]}") from error
+    if not torch.cuda.is_available():
+        norm.put_in_place(hf)
     if gradient_checkpointing:
         # The re-entrant form: the other one compares shapes of saved tensors, which ZeRO-3 changes underneath it.
         hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})

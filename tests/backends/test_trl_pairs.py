@@ -18,7 +18,7 @@ from flux_ray.batch import pack, pair_samples
 from flux_ray.config import Config
 from flux_ray.data import PairSource
 from flux_ray.driver.recorder import Recorder
-from flux_ray.model import last_token, load_policy, load_score, load_tokenizer
+from flux_ray.model import last_token, load_policy, load_score, load_tokenizer, norm
 from flux_ray.model.scoring import per_sample, response_sums
 from flux_ray.observability.run_folder import METRICS, RunFolder, read_lines
 from flux_ray.observability.terminal import Terminal
@@ -28,6 +28,7 @@ from tests.tiny import tiny_model
 trl = pytest.importorskip("trl", reason="trl isn't installed: pip install 'flux-ray[trl]'")
 pytestmark = pytest.mark.system
 
+# What is compared is losses: both models have the same attention and (norm.put_in_place on TRL's) the same norms.
 LOADING: dict[str, Any] = {"dtype": torch.float32, "attention": "sdpa", "layout": "padded"}
 OF_POLICY = {"temperature": 1.0, "with_entropy": False}
 
@@ -90,6 +91,7 @@ def test_pairs(folder, tmp_path, algorithm):
     pairs = source(config)
     recorder = Recorder(config, folder=RunFolder(tmp_path), terminal=Terminal(io.StringIO(), enabled=False))
     trainer = make_pair_trainer(config, pairs, recorder=recorder, model=str(folder / "policy"), device="cpu")
+    norm.put_in_place(trainer.model)
     inputs = trainer.data_collator(list(trainer.train_dataset))
     theirs = trainer._compute_loss(trainer.model.train(), inputs, False)
     policy, reference = (load_policy(folder / name, chunk_tokens=16, **LOADING) for name in ("policy", "reference"))
@@ -117,6 +119,7 @@ def test_scores(folder, tmp_path):
 
     trainer = OnOurTokens(model=theirs, args=arguments, train_dataset=Dataset.from_list(rows),
                           processing_class=load_tokenizer(folder / "policy"))
+    norm.put_in_place(trainer.model)
     loss = trainer.compute_loss(trainer.model.train(), trainer.data_collator(rows))
     assert_same(ours(model, config, pairs), loss, trainer.model)
 
@@ -137,6 +140,7 @@ def test_completions(folder, tmp_path):
                               completion_only_loss=True, model_init_kwargs={"dtype": "float32"})
     trainer = trl.SFTTrainer(model=str(folder / "policy"), args=arguments, train_dataset=Dataset.from_list(rows),
                              processing_class=load_tokenizer(folder / "policy"))
+    norm.put_in_place(trainer.model)
     inputs = trainer.data_collator(list(trainer.train_dataset))
     theirs = trainer.compute_loss(trainer.model.train(), inputs, num_items_in_batch=torch.tensor(num_tokens))
     assert_same((total, {name: p.grad for name, p in policy.hf.named_parameters()}), theirs, trainer.model)
