@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,14 +20,17 @@ from tests.benchmarks.work import Phase, equal, log_normal
 
 EQUAL, UNEQUAL = "equal", "log_normal"
 FULL_TOKENS = 256  # of a response on average
+#: vLLM compiles its model where it may and there is something to compile with; that takes a start some 20 s more.
+COMPILED = {"rollout.engine_args.enforce_eager": False} if shutil.which("g++") else {}
 #: Engines, ranks, staleness; where each actor stays (nowhere: the system decides).
 RUNS: dict[str, dict[str, Any]] = {
     "synchronous": {},
     "asynchronous": {"driver.max_staleness": 1, "cores": {"engine-0": [0], "trainer-0": [1]}},
     "both_cores": {"rollout.num_engines": 2, "train.num_ranks": 2},
+    "both_cores_compiled": {"rollout.num_engines": 2, "train.num_ranks": 2, **COMPILED},
     # One engine: the fixed part of a decoding step is paid once. What runs at an update keeps its KV cache.
     "both_cores_asynchronous": {"rollout.num_engines": 1, "train.num_ranks": 2, "driver.max_staleness": 2,
-                                "rollout.kv_after_update": "keep"},
+                                "rollout.kv_after_update": "keep", **COMPILED},
 }
 
 
