@@ -74,7 +74,7 @@ def tell(name: str, medians: dict[str, float], **about: Any) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--processes", type=int, default=1, choices=(1, 2))
-    beside = [multiprocessing.get_context("spawn").Process(target=measure, args=(i,))
+    beside = [multiprocessing.get_context("spawn").Process(target=measure, args=(i,), daemon=True)
               for i in range(parser.parse_args().processes)]
     for process in beside:
         process.start()

@@ -67,7 +67,7 @@ def test_bf16_is_as_near_the_formula_as_torchs(tokens: int) -> None:
     assert all(a < 1.5 * b for a, b in zip(off_by(got, wanted), off_by(torchs, wanted), strict=True))
 
 
-def test_without_gradients_the_same_and_nothing_kept() -> None:
+def test_without_gradients_it_gives_the_same() -> None:
     query, key, value, _ = tensors(2, (4, 2), 200, torch.float32)
     with torch.no_grad():
         output = attention.causal_blocks(MODULE, query, key, value, None)[0]
