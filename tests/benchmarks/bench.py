@@ -18,7 +18,7 @@ from pathlib import Path
 
 from flux_ray.errors import UserError
 from tests.benchmarks.figures import FIGURES, Failed, Figure, Measured, as_json, chosen, table
-from tests.benchmarks.session import Session
+from tests.benchmarks.session import LENGTHS, Session
 from tests.benchmarks.work import SIZES, make_model
 
 DTYPES = ("bfloat16", "float32")
@@ -42,14 +42,17 @@ def main() -> int:
     parser.add_argument("--runs", type=int, metavar="N", help="measured steps of each kind (10; with --quick 1)")
     parser.add_argument("--tokens", type=int, metavar="N", help="of a response on average (256; with --quick 24)")
     parser.add_argument("--dtype", choices=DTYPES, help="of weights and activations; bfloat16 where it isn't given")
+    parser.add_argument("--lengths", choices=tuple(LENGTHS), help="of responses: one of the two kinds alone")
+    parser.add_argument("--trl", type=int, nargs=2, metavar=("THREADS", "BATCH"),
+                        help="TRL's setting, where a search has found it before")
     arguments = parser.parse_args()
     try:
         figures = chosen(arguments.only)
     except UserError as error:
         parser.error(str(error))
-    for option, least in (("runs", 1), ("tokens", 8)):
+    for option, least in (("runs", 1), ("tokens", 8), ("trl", 1)):
         value = getattr(arguments, option)
-        if value is not None and value < least:
+        if value is not None and min([value] if isinstance(value, int) else value) < least:
             parser.error(f"--{option} {value}: at least {least}")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that what runs is ended with us
     started, results = time.monotonic(), []
@@ -58,6 +61,8 @@ def main() -> int:
             make_model(Path(folder, size), size)
         session = (Session.short if arguments.quick else Session)(Path(folder), arguments.dtype or DTYPES[0])
         session.runs, session.tokens = arguments.runs or session.runs, arguments.tokens or session.tokens
+        session.lengths = (arguments.lengths,) if arguments.lengths else session.lengths
+        session.peer_setting = tuple(arguments.trl) if arguments.trl else None
         for figure in figures:
             print(f"{time.monotonic() - started:5.0f} s  {figure.name}: {figure.meaning}", file=sys.stderr, flush=True)
             for result in measure(figure, session):

@@ -8,6 +8,7 @@ Knows:  a whole run as the command line starts it; the reward workers are real, 
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import os
 import re
@@ -15,6 +16,7 @@ import statistics
 import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -34,6 +36,7 @@ STEPS_LONG = 40
 LOOK_EVERY = 10  # steps: to look at the sockets starts a process, which is CPU time of the driver's
 MEMORY_WARM_UP = 50  # steps in which the driver grows to what it needs
 MIB = 2**20
+CALLS, CALL_ROUNDS, CALL_EVERY_S, CALL_BYTES = 50, 10, 0.01, 400
 
 
 def _run(session: Session, groups: int, tokens: int = SHORT) -> list[dict[str, float]]:
@@ -50,6 +53,10 @@ def cpu(session: Session) -> list[Measured]:
     few, *many = (statistics.median(of) for of in values.values())
     results = [Measured.of(f"driver_{groups}", of, unit="ms", goal="<= 1.0", in_flight=groups)
                for groups, of in values.items()]
+    letters = statistics.mean(step["letters"] for step in _run(session, in_flight[0])) / in_flight[0]
+    bare = session.part("bare_calls")
+    results.append(Measured.of(f"driver_{in_flight[0]}_bare", [letters * call_ms for call_ms in bare], unit="ms",
+                               letters=letters, call_ms=statistics.median(bare)))
     return [*results, Measured.of("driver_flat", [max(many) / few], unit="x", goal=f"<= {FLAT}")]
 
 
@@ -103,6 +110,37 @@ def run(folder: Path, work: Path, *, groups: int, steps: int, tokens: int, hold_
     before = [seen[0], *seen]
     return [{**now, **{name: now[name] - then[name] for name in ("cpu_s", "letters")}}
             for then, now in zip(before, seen, strict=False)]
+
+
+def bare_calls(folder: Path, work: Path) -> list[float]:
+    """CPU milliseconds of this process, all its threads, for a call of an empty actor and its answer: a letter's size,
+    awaited one after another with a moment between them, as a step's come; what the moment costs is taken off."""
+    import ray
+
+    from flux_ray.cluster.on_ray import Cluster
+
+    class Empty:
+        async def call(self, letter: bytes) -> bytes:
+            return bytes(CALL_BYTES)
+
+    async def milliseconds(actor: Any) -> float:
+        start_s = time.process_time()
+        for _ in range(CALLS):
+            if actor:
+                await actor.call.remote(bytes(CALL_BYTES))
+            await asyncio.sleep(CALL_EVERY_S)
+        return 1000 * (time.process_time() - start_s) / CALLS
+
+    async def measured() -> list[float]:
+        actor = ray.remote(Empty).options(num_cpus=0, enable_task_events=False).remote()
+        await milliseconds(actor)  # until it is there
+        return [await milliseconds(actor) - await milliseconds(None) for _ in range(CALL_ROUNDS)]
+
+    Cluster(log_dir=work, plugins=[]).connect(None, cpus=1)
+    try:
+        return asyncio.run(measured())
+    finally:
+        ray.shutdown()
 
 
 def _counted_letters() -> list[None]:

@@ -29,6 +29,7 @@ from tests.benchmarks.work import (
     CONTEXT,
     GROUP_SIZE,
     KV_GIB,
+    MICRO_BATCH_TOKENS,
     PROMPT_TOKENS,
     VOCAB,
     Phase,
@@ -47,6 +48,7 @@ ENV = {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_U
 PARTS = {
     "vllm": "parts:bare_vllm", "deepspeed": "parts:bare_deepspeed", "ours": "parts:ours",
     "trl": "peer:trl_steps", "same_loss": "peer:same_loss", "publish": "publish:run", "driver": "driver_cost:run",
+    "bare_calls": "driver_cost:bare_calls",
 }
 
 
@@ -104,12 +106,13 @@ def ours(folder: Path, work: Path, *, phases: list[dict[str, Any]], dtype: str, 
     return given
 
 
-def bare_vllm(folder: Path, work: Path, *, phases: list[dict[str, Any]], dtype: str) -> dict[str, list[float]]:
+def bare_vllm(folder: Path, work: Path, *, phases: list[dict[str, Any]], dtype: str,
+              enforce_eager: bool = True) -> dict[str, list[float]]:
     """Seconds of each step's sequences from one engine, nothing else running."""
-    return asyncio.run(_bare_vllm(folder, [Phase(**phase) for phase in phases], dtype))
+    return asyncio.run(_bare_vllm(folder, [Phase(**phase) for phase in phases], dtype, enforce_eager))
 
 
-async def _bare_vllm(folder: Path, phases: Sequence[Phase], dtype: str) -> dict[str, list[float]]:
+async def _bare_vllm(folder: Path, phases: Sequence[Phase], dtype: str, enforce_eager: bool) -> dict[str, list[float]]:
     from vllm import SamplingParams
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.sampling_params import RequestOutputKind
@@ -117,7 +120,7 @@ async def _bare_vllm(folder: Path, phases: Sequence[Phase], dtype: str) -> dict[
 
     longest = max(max(phase.lengths) for phase in phases)
     engine = AsyncLLM.from_engine_args(AsyncEngineArgs(
-        model=str(folder / "29M"), dtype=dtype, enforce_eager=True, kv_cache_memory_bytes=int(KV_GIB * 2**30),
+        model=str(folder / "29M"), dtype=dtype, enforce_eager=enforce_eager, kv_cache_memory_bytes=int(KV_GIB * 2**30),
         max_model_len=min(CONTEXT, PROMPT_TOKENS + longest), distributed_executor_backend="uni",
         disable_log_stats=True, enable_chunked_prefill=False, max_num_batched_tokens=8192))
 
@@ -144,12 +147,17 @@ async def _bare_vllm(folder: Path, phases: Sequence[Phase], dtype: str) -> dict[
     return seconds
 
 
-def bare_deepspeed(folder: Path, work: Path, *, phases: list[dict[str, Any]], dtype: str) -> dict[str, list[float]]:
-    """Seconds of forward, backward and AdamW on as many tokens: the model's own logits and cross-entropy."""
+def bare_deepspeed(folder: Path, work: Path, *, phases: list[dict[str, Any]], dtype: str,
+                   our_layers: bool = False) -> dict[str, list[float]]:
+    """Seconds of forward, backward and AdamW on as many tokens: the model's own logits and cross-entropy.
+
+    `our_layers`: attention and norms in blocks as our ranks have them, not the model as transformers makes it.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
     from flux_ray.config import from_dict
+    from flux_ray.model import load_policy
     from flux_ray.train import setup
     from tests.train.ranks import free_port
 
@@ -157,7 +165,10 @@ def bare_deepspeed(folder: Path, work: Path, *, phases: list[dict[str, Any]], dt
     deepspeed = setup.join(config, rank=0, world_size=1, master_address="127.0.0.1", master_port=free_port(),
                            device="cpu")
     kind = getattr(torch, dtype)
-    model = AutoModelForCausalLM.from_pretrained(folder / "29M", dtype=kind)
+    if our_layers:
+        model = load_policy(folder / "29M", dtype=kind, chunk_tokens=MICRO_BATCH_TOKENS).hf
+    else:
+        model = AutoModelForCausalLM.from_pretrained(folder / "29M", dtype=kind)
     engine, *_ = deepspeed.initialize(model=model, optimizer=torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True),
                                       config=setup.deepspeed_config(config, kind))
 

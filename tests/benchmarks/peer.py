@@ -7,6 +7,7 @@ Knows:  lengths are forced by the end token: kept out before a sequence's last p
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import itertools
 import math
@@ -17,29 +18,34 @@ from typing import Any
 
 import numpy as np
 
+from flux_ray.driver.build import KEEP_MEMORY
 from tests.benchmarks.figures import Measured
-from tests.benchmarks.session import EQUAL, UNEQUAL, Session
-from tests.benchmarks.work import GROUP_SIZE, NUM_PROMPTS, PROMPT_TOKENS, VOCAB, Phase, make_data, options
+from tests.benchmarks.session import COMPILED, EQUAL, UNEQUAL, Session
+from tests.benchmarks.work import GROUP_SIZE, NUM_PROMPTS, PROMPT_TOKENS, VOCAB, Phase, equal, make_data, options
 
 GOALS = {EQUAL: ("vs_trl", ">= 1.8"), UNEQUAL: ("vs_trl_sigma_0.8", ">= 2.5")}
 #: (threads, sequences of a forward pass): what is tried, and what was found best and is taken where time is short.
 SETTINGS = ((1, 16), (2, 4), (2, 8), (2, 16), (2, 32), (2, 64))
 BEST = (2, 16)
-#: Runs of ours on both cores, of which the fastest counts.
-OURS = ("both_cores", "asynchronous", "both_cores_compiled", "both_cores_asynchronous")
+#: Runs of ours on both cores, of which the fastest counts; to compile takes longer than a quick run has.
+OURS, QUICK_OURS = ("both_cores_compiled", "both_cores_asynchronous"), ("both_cores", "asynchronous")
+UNEQUAL_RUNS = 3  # of TRL at most: it waits for the longest, which is minutes a step
 LONGEST = 64  # tokens of a response of the one batch that both compute the loss of
 SAME = 1e-4  # of 1, or of the value: two float32 passes over one batch, summed in another order
 
 
 def vs_trl(session: Session) -> list[Measured]:
-    threads, batch = BEST if session.quick else _best(session)
-    theirs = _trl(session, threads, batch, session.phases())
+    threads, batch = session.peer_setting or (BEST if session.quick else _best(session))
+    phases = [phase if phase["name"] == EQUAL else phase | {"runs": min(UNEQUAL_RUNS, session.runs)}
+              for phase in session.phases()]
+    theirs = _trl(session, threads, batch, phases)
     loss = session.part("same_loss")
     if any(abs(loss["ours"][name] - value) > SAME * max(abs(value), 1.0) for name, value in loss["trl"].items()):
         raise RuntimeError(f"ours and TRL's differ on one batch: {loss}")
     results = []
-    for phase, (name, goal) in GOALS.items():
-        runs = {run: statistics.median(session.step_s(run, phase)) for run in (OURS[:2] if session.quick else OURS)}
+    for phase in theirs:
+        name, goal = GOALS[phase]
+        runs = {run: statistics.median(session.step_s(run, phase)) for run in (QUICK_OURS if session.quick else OURS)}
         best = min(runs, key=runs.__getitem__)
         steps, done = session.ours(best)[phase], theirs[phase]["work"]
         ours = {"sampled": round(steps["steps"][0]["rollout/tokens"]),
@@ -52,14 +58,32 @@ def vs_trl(session: Session) -> list[Measured]:
             name, [s / runs[best] for s in theirs[phase]["seconds"]], unit="x", goal=goal, ours=best,
             ours_s={run: round(value, 3) for run, value in runs.items()}, trl_threads=threads, trl_batch=batch,
             trl_s=round(statistics.median(theirs[phase]["seconds"]), 3), work=done, loss=loss))
+    if EQUAL in theirs and not session.quick:
+        results.append(_limit(session, theirs[EQUAL]["seconds"]))
     return results
+
+
+def _limit(session: Session, theirs_s: list[float]) -> Measured:
+    """TRL's step / half of the fastest bare parts' sum: what two cores without any loss would give."""
+    few = _few(session)
+    generation = session.part("vllm", phases=few, dtype=session.dtype, enforce_eager=not COMPILED)
+    training = session.part("deepspeed", phases=few, dtype=session.dtype, our_layers=True, env=KEEP_MEMORY)
+    generation_s, training_s = (statistics.median(of[EQUAL]) for of in (generation, training))
+    least_s = (generation_s + training_s) / 2
+    return Measured.of("vs_trl_limit", [s / least_s for s in theirs_s], unit="x", generation_s=round(generation_s, 3),
+                       training_s=round(training_s, 3), compiled=bool(COMPILED))
 
 
 def _best(session: Session) -> tuple[int, int]:
     """The setting with the fastest steps of equal lengths."""
-    few = [phase | {"runs": 2} for phase in session.phases() if phase["name"] == EQUAL]
+    few = _few(session)
     seconds = {setting: statistics.median(_trl(session, *setting, few)[EQUAL]["seconds"]) for setting in SETTINGS}
     return min(seconds, key=seconds.__getitem__)
+
+
+def _few(session: Session) -> list[dict[str, Any]]:
+    """Steps of equal lengths, enough to find a setting by."""
+    return [dataclasses.asdict(Phase(EQUAL, equal(session.tokens), 1, min(2, session.runs)))]
 
 
 def _trl(session: Session, threads: int, batch: int, phases: list[dict[str, Any]]) -> dict[str, Any]:

@@ -22,25 +22,27 @@ from tests.benchmarks.work import PROMPT_TOKENS, Phase, options
 #: Of a step: few enough that the trainer is done before the engines are, enough that engines mostly have one that runs.
 PROMPTS, SAMPLES, TOKENS, STALENESS = 2, 2, 64, 2
 WARM_UP, FEWEST = 3, 5  # steps
+AFTER_UPDATE = ("recompute", "keep")  # of rollout.kv_after_update: what runs prefills again, or goes on with its KV
 
 
 def publish(session: Session) -> list[Measured]:
     results = []
     for staging in stagings()[-1 if session.quick else 0:]:
-        more = {} if staging is None else {"weights.staging": staging}
-        gave = session.part("publish", steps=WARM_UP + max(FEWEST, 2 * session.runs), **more)
-        about = {"staging": staging or "none", "megabytes": 240, "engines": 2, "dtype": "float32"}
-        ending = f"_{staging}" if staging else ""
-        results.append(Measured.of(f"publish{ending}", gave["served_s"], unit="s", goal="<= 1.0", **about))
-        results.append(Measured.of(f"publish_stall{ending}", gave["stalled_s"], unit="s", goal="<= 0.4",
-                                   longest=max(gave["stalled_s"]), **about))
+        for kv in AFTER_UPDATE[: 1 if session.quick else None]:
+            gave = session.part("publish", steps=WARM_UP + max(FEWEST, 2 * session.runs),
+                                **{"weights.staging": staging, "rollout.kv_after_update": kv})
+            about = {"staging": staging, "kv_after_update": kv, "megabytes": 240, "engines": 2, "dtype": "float32"}
+            ending = f"_{staging}" + "_keep" * (kv == "keep")
+            results.append(Measured.of(f"publish{ending}", gave["served_s"], unit="s", goal="<= 1.0", **about))
+            results.append(Measured.of(f"publish_stall{ending}", gave["stalled_s"], unit="s", goal="<= 0.4",
+                                       longest=max(gave["stalled_s"]), **about))
     return results
 
 
-def stagings() -> list[str | None]:
-    """What weights.staging offers on CPU; None where there is no such option."""
-    found = [f.metadata["choices"] for f in dataclasses.fields(WeightsConfig) if f.name == "staging"]
-    return [name for name in found[0] if name != "device"] if found else [None]
+def stagings() -> list[str]:
+    """What weights.staging offers on CPU."""
+    (found,) = [f.metadata["choices"] for f in dataclasses.fields(WeightsConfig) if f.name == "staging"]
+    return [name for name in found if name != "device"]
 
 
 def run(folder: Path, work: Path, *, steps: int, **more: Any) -> dict[str, list[float]]:

@@ -10,6 +10,7 @@ import dataclasses
 import json
 import shutil
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from tests.benchmarks.parts import run_part
 from tests.benchmarks.work import Phase, equal, log_normal
 
 EQUAL, UNEQUAL = "equal", "log_normal"
+LENGTHS = {EQUAL: equal, UNEQUAL: log_normal}
 FULL_TOKENS = 256  # of a response on average
 #: vLLM compiles its model where it may and there is something to compile with; that takes a start some 20 s more.
 COMPILED = {"rollout.engine_args.enforce_eager": False} if shutil.which("g++") else {}
@@ -36,13 +38,16 @@ RUNS: dict[str, dict[str, Any]] = {
 
 @dataclass
 class Session:
-    """`tokens`: of a response on average; `runs`: measured steps of each kind; `deadline_s`: of one part."""
+    """`tokens`: of a response on average; `runs`: measured steps of each kind; `lengths`: which of the two phases;
+    `peer_setting`: TRL's (threads, sequences of a forward pass), None: search; `deadline_s`: of one part."""
 
     folder: Path
     dtype: str
     quick: bool = False
     tokens: int = FULL_TOKENS
     runs: int = 10
+    lengths: Sequence[str] = (EQUAL, UNEQUAL)
+    peer_setting: tuple[int, int] | None = None
     deadline_s: float = 3600.0
     _gave: dict[str, Any] = field(default_factory=dict)
 
@@ -63,9 +68,9 @@ class Session:
         return self._gave[key]
 
     def phases(self, *, warm_up: int = 1) -> list[dict[str, Any]]:
-        """The steps of equal lengths, then those of log-normal ones."""
-        lengths = {EQUAL: equal(self.tokens), UNEQUAL: log_normal(self.tokens)}
-        return [dataclasses.asdict(Phase(name, of, warm_up, self.runs)) for name, of in lengths.items()]
+        """The steps of equal lengths, then those of log-normal ones, where both are asked for."""
+        return [dataclasses.asdict(Phase(name, LENGTHS[name](self.tokens), warm_up, self.runs))
+                for name in self.lengths]
 
     def floors(self) -> dict[str, tuple[float, float]]:
         """Phase ► seconds of (bare generation, bare training), medians."""
