@@ -13,7 +13,6 @@ import concurrent.futures
 import inspect
 import logging
 import os
-import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import Any
 
 import ray
 
+from flux_ray import ports
 from flux_ray.cluster.held import Shelf
 from flux_ray.cluster.mail import Call, CallFailed, Inbox, Letter
 from flux_ray.lifetime import end_with_parent
@@ -49,10 +49,8 @@ class Host:
         self._inboxes: dict[str, Inbox] = {}
 
     def address(self) -> tuple[str, int]:
-        """This node's address and a port that is free now."""
-        with socket.socket() as probe:
-            probe.bind(("", 0))
-            return ray.util.get_node_ip_address(), probe.getsockname()[1]
+        """This node's address and a port that is held for the room."""
+        return ray.util.get_node_ip_address(), ports.reserve()
 
     async def ping(self) -> None:
         """Answered as long as nothing blocks the process."""

@@ -19,7 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
+from flux_ray import ports
 from flux_ray.config import Config, TrainConfig
 from flux_ray.errors import UserError
 
@@ -166,8 +168,12 @@ def join(config: Config, *, rank: int, world_size: int, master_address: str, mas
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     else:
         torch.cuda.set_device(device)
-    deepspeed.init_distributed(
-        dist_backend="gloo" if on_cpu else "nccl", auto_mpi_discovery=False, verbose=False,
-        timeout=timedelta(seconds=config.train.deadline_s), rank=rank, world_size=world_size,
+    backend, timeout = "gloo" if on_cpu else "nccl", timedelta(seconds=config.train.deadline_s)
+    listening = ports.taken(master_port) if rank == 0 else None  # None too where the port is only said to be free
+    meeting = dist.TCPStore(
+        master_address, master_port, world_size, is_master=rank == 0, timeout=timeout, multi_tenant=True,
+        master_listen_fd=listening.detach() if listening else None,
     )
+    dist.init_process_group(backend, store=meeting, rank=rank, world_size=world_size, timeout=timeout)
+    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=timeout)
     return deepspeed

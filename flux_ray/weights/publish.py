@@ -12,6 +12,8 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
+from flux_ray import ports
+
 #: Calls a method on every engine, with one tuple of arguments for each, under a deadline; gives their results.
 CallEngines = Callable[[str, list[tuple[Any, ...]]], list[Any]]
 
@@ -105,6 +107,9 @@ class Publisher:
         if self._engine is not None:
             self._engine.shutdown()
         source = TrainerSource(self._weights, bucket_bytes=self._bucket_bytes, dtype=getattr(torch, wire_dtype))
+        held = ports.taken(port)
+        if held is not None:
+            held.close()  # vLLM listens by itself
         info = self._init_info(address, port, world_size=1 + sum(workers_per_engine))
         self._client = EngineClient(call, workers_per_engine)
         self._engine = WeightTransferTrainerFactory.trainer_init(info, client=self._client, source=source)

@@ -35,6 +35,8 @@ FIGURES = {figure.name: figure for figure in (
     Figure("async_gain", "own synchronous / asynchronous step, as a share of the ideal (g + t) / max(g, t)",
            "steps:async_gain"),
     Figure("vs_trl", "TRL's GRPOTrainer step / ours, each at its best setting, both cores", "peer:vs_trl"),
+    Figure("vs_trl_limit", "TRL's step / half of the sum of the bare parts: no loss on two cores, equal lengths",
+           "peer:limit"),
     Figure("padding", "forwarded but unused tokens, log-normal lengths", "steps:padding"),
     Figure("publish", "optimizer step to the first token of the new version on every engine; the stall",
            "publish:publish"),

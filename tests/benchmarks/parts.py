@@ -29,7 +29,6 @@ from tests.benchmarks.work import (
     CONTEXT,
     GROUP_SIZE,
     KV_GIB,
-    MICRO_BATCH_TOKENS,
     PROMPT_TOKENS,
     VOCAB,
     Phase,
@@ -157,7 +156,7 @@ def bare_deepspeed(folder: Path, work: Path, *, phases: list[dict[str, Any]], dt
     from transformers import AutoModelForCausalLM
 
     from flux_ray.config import from_dict
-    from flux_ray.model import load_policy
+    from flux_ray.model import attention, norm
     from flux_ray.train import setup
     from tests.train.ranks import free_port
 
@@ -165,10 +164,10 @@ def bare_deepspeed(folder: Path, work: Path, *, phases: list[dict[str, Any]], dt
     deepspeed = setup.join(config, rank=0, world_size=1, master_address="127.0.0.1", master_port=free_port(),
                            device="cpu")
     kind = getattr(torch, dtype)
+    model = AutoModelForCausalLM.from_pretrained(folder / "29M", dtype=kind)
     if our_layers:
-        model = load_policy(folder / "29M", dtype=kind, chunk_tokens=MICRO_BATCH_TOKENS).hf
-    else:
-        model = AutoModelForCausalLM.from_pretrained(folder / "29M", dtype=kind)
+        model.set_attn_implementation(attention.CAUSAL_BLOCKS)
+        norm.put_in_place(model)
     engine, *_ = deepspeed.initialize(model=model, optimizer=torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True),
                                       config=setup.deepspeed_config(config, kind))
 

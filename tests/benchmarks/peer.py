@@ -1,7 +1,8 @@
 """TRL's GRPOTrainer on the same work.
 
 Takes:  phases of lengths; threads, and the sequences of one forward pass.
-Gives:  `vs_trl`; the parts `trl_steps` (seconds a step, what was done) and `same_loss` (both losses of one batch).
+Gives:  `vs_trl`, and `limit`, what it could be at most; the parts `trl_steps` (seconds a step, what was done) and
+        `same_loss` (both losses of one batch).
 Knows:  lengths are forced by the end token: kept out before a sequence's last place, the only choice there.
 """
 
@@ -35,10 +36,7 @@ SAME = 1e-4  # of 1, or of the value: two float32 passes over one batch, summed 
 
 
 def vs_trl(session: Session) -> list[Measured]:
-    threads, batch = session.peer_setting or (BEST if session.quick else _best(session))
-    phases = [phase if phase["name"] == EQUAL else phase | {"runs": min(UNEQUAL_RUNS, session.runs)}
-              for phase in session.phases()]
-    theirs = _trl(session, threads, batch, phases)
+    (threads, batch), theirs = _theirs(session)
     loss = session.part("same_loss")
     if any(abs(loss["ours"][name] - value) > SAME * max(abs(value), 1.0) for name, value in loss["trl"].items()):
         raise RuntimeError(f"ours and TRL's differ on one batch: {loss}")
@@ -58,20 +56,32 @@ def vs_trl(session: Session) -> list[Measured]:
             name, [s / runs[best] for s in theirs[phase]["seconds"]], unit="x", goal=goal, ours=best,
             ours_s={run: round(value, 3) for run, value in runs.items()}, trl_threads=threads, trl_batch=batch,
             trl_s=round(statistics.median(theirs[phase]["seconds"]), 3), work=done, loss=loss))
-    if EQUAL in theirs and not session.quick:
-        results.append(_limit(session, theirs[EQUAL]["seconds"]))
     return results
 
 
-def _limit(session: Session, theirs_s: list[float]) -> Measured:
-    """TRL's step / half of the fastest bare parts' sum: what two cores without any loss would give."""
-    few = _few(session)
-    generation = session.part("vllm", phases=few, dtype=session.dtype, enforce_eager=not COMPILED)
-    training = session.part("deepspeed", phases=few, dtype=session.dtype, our_layers=True, env=KEEP_MEMORY)
-    generation_s, training_s = (statistics.median(of[EQUAL]) for of in (generation, training))
+def limit(session: Session) -> list[Measured]:
+    """TRL's step / half of the sum of the fastest bare parts: what two cores without any loss would give."""
+    if EQUAL not in session.lengths:
+        return []
+    if session.quick:
+        generation_s, training_s = session.floors()[EQUAL]
+    else:
+        asked = {"phases": _few(session), "dtype": session.dtype}
+        generation = session.part("vllm", enforce_eager=not COMPILED, **asked)
+        training = session.part("deepspeed", our_layers=True, env=KEEP_MEMORY, **asked)
+        generation_s, training_s = (statistics.median(of[EQUAL]) for of in (generation, training))
+    _, theirs = _theirs(session)
     least_s = (generation_s + training_s) / 2
-    return Measured.of("vs_trl_limit", [s / least_s for s in theirs_s], unit="x", generation_s=round(generation_s, 3),
-                       training_s=round(training_s, 3), compiled=bool(COMPILED))
+    return [Measured.of("vs_trl_limit", [s / least_s for s in theirs[EQUAL]["seconds"]], unit="x",
+                        generation_s=round(generation_s, 3), training_s=round(training_s, 3))]
+
+
+def _theirs(session: Session) -> tuple[tuple[int, int], dict[str, Any]]:
+    """TRL's setting, and its steps with it by phase."""
+    setting = session.peer_setting or (BEST if session.quick else _best(session))
+    phases = [phase if phase["name"] == EQUAL else phase | {"runs": min(UNEQUAL_RUNS, session.runs)}
+              for phase in session.phases()]
+    return setting, _trl(session, *setting, phases)
 
 
 def _best(session: Session) -> tuple[int, int]:

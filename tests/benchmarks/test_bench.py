@@ -8,9 +8,11 @@ import json
 import pytest
 
 from flux_ray.errors import UserError
+from tests.benchmarks.bench import main
 from tests.benchmarks.driver_cost import count_bytes
 from tests.benchmarks.figures import FIGURES, Failed, Measured, as_json, chosen, meets, quartiles, table
 from tests.benchmarks.publish import first_token_s, waits_s
+from tests.benchmarks.session import EQUAL, UNEQUAL, Session
 from tests.benchmarks.work import NUM_SEQUENCES, Phase, equal, log_normal, make_data, micro_batches
 
 pytestmark = pytest.mark.unit
@@ -58,6 +60,26 @@ def test_each_figure_has_its_function():
     for figure in FIGURES.values():
         module, _, function = figure.measure.partition(":")
         assert callable(getattr(importlib.import_module(f"tests.benchmarks.{module}"), function))
+
+
+def test_a_session_may_have_one_kind_of_lengths(tmp_path):
+    session = Session(tmp_path, "bfloat16", tokens=8, runs=4)
+    assert [(phase["name"], phase["warm_up"], phase["runs"]) for phase in session.phases(warm_up=3)] == [
+        (EQUAL, 3, 4), (UNEQUAL, 3, 4)]
+    session.lengths = (UNEQUAL,)
+    assert [phase["name"] for phase in session.phases()] == [UNEQUAL]
+    assert session.phases()[0]["lengths"] == log_normal(8)
+
+
+@pytest.mark.parametrize(("arguments", "said"), [
+    (("--lengths", "long"), "invalid choice: 'long'"), (("--trl", "2"), "expected 2 arguments"),
+    (("--trl", "2", "0"), "--trl [2, 0]: at least 1"), (("--runs", "0"), "--runs 0: at least 1"),
+])
+def test_wrong_options_are_told_before_anything_starts(arguments, said, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["bench", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2 and said in capsys.readouterr().err
 
 
 def test_log_normal_lengths_are_the_same_work(tmp_path):

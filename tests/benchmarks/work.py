@@ -87,9 +87,11 @@ def make_model(folder: Path, size: str) -> int:
     """Qwen3's architecture, random weights, a tokenizer of single characters. Gives the number of parameters."""
     import torch
     from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
+    from transformers.utils import logging as hf_logging
 
     from tests.tiny import EOS_ID, PAD_ID, tiny_tokenizer
 
+    hf_logging.disable_progress_bar()  # for files that take no time
     hidden, layers = SIZES[size]
     torch.manual_seed(0)
     config = Qwen3Config(vocab_size=VOCAB, hidden_size=hidden, intermediate_size=3 * hidden, num_hidden_layers=layers,

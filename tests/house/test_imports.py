@@ -20,6 +20,7 @@ LEVELS = {
     "flux_ray.errors": 0,
     "flux_ray.lifetime": 0,
     "flux_ray.plugins": 0,
+    "flux_ray.ports": 0,
     "flux_ray.run_dir": 0,
     "flux_ray.observability.metrics": 0,
     "flux_ray.cluster.group": 0,
