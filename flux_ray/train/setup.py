@@ -169,11 +169,18 @@ def join(config: Config, *, rank: int, world_size: int, master_address: str, mas
     else:
         torch.cuda.set_device(device)
     backend, timeout = "gloo" if on_cpu else "nccl", timedelta(seconds=config.train.deadline_s)
-    listening = ports.taken(master_port) if rank == 0 else None  # None too where the port is only said to be free
-    meeting = dist.TCPStore(
-        master_address, master_port, world_size, is_master=rank == 0, timeout=timeout, multi_tenant=True,
-        master_listen_fd=listening.detach() if listening else None,
-    )
-    dist.init_process_group(backend, store=meeting, rank=rank, world_size=world_size, timeout=timeout)
+    if not dist.is_initialized():  # one that trained before has met them
+        meeting = _meeting_point(master_address, master_port, rank=rank, world_size=world_size, timeout=timeout)
+        dist.init_process_group(backend, store=meeting, rank=rank, world_size=world_size, timeout=timeout)
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=timeout)
     return deepspeed
+
+
+def _meeting_point(address: str, port: int, *, rank: int, world_size: int, timeout: timedelta) -> dist.TCPStore:
+    """Rank 0 answers at the port: on the socket that holds it, or on one of its own where it was only said to be free.
+
+    Who comes later in this process and asks for the same place gets the same store.
+    """
+    held = ports.taken(port) if rank == 0 else None
+    return dist.TCPStore(address, port, world_size, is_master=rank == 0, timeout=timeout, multi_tenant=True,
+                         master_listen_fd=held.detach() if held else None)
