@@ -20,6 +20,8 @@ from typing import TextIO
 
 log = logging.getLogger(__name__)
 
+STEP_EVERY_S = 1.0  # of steps shorter than that not every one is shown
+
 #: What a step's line shows: metric, label, format. Absent metrics are left out.
 STEP_COLUMNS = (
     ("reward/mean", "reward", "{:.3f}"),
@@ -43,15 +45,26 @@ class Terminal:
         self._stream = stream
         self._enabled = enabled
         self._start = time.monotonic()
+        self._shown_s = -STEP_EVERY_S  # when a step was, last
 
     def say(self, text: str) -> None:
         log.info(text)
+        self._show(text)
+
+    def _show(self, text: str) -> None:
         if self._enabled:
             print(f"[{time.monotonic() - self._start:6.1f} s] {text}", file=self._stream, flush=True)
 
     def step(self, step: int, num_steps: int, metrics: dict[str, float]) -> None:
+        """A line for the step: in the log always, on the terminal once in a while where steps are short. The first
+        and the last are shown in any case."""
         shown = [f"{label} {form.format(metrics[name])}" for name, label, form in STEP_COLUMNS if name in metrics]
-        self.say(f"step {step:>{len(str(num_steps))}}/{num_steps}  " + "  ".join(shown))
+        line = f"step {step:>{len(str(num_steps))}}/{num_steps}  " + "  ".join(shown)
+        log.info(line)
+        now_s = time.monotonic() - self._start
+        if now_s - self._shown_s >= STEP_EVERY_S or step == num_steps:
+            self._shown_s = now_s
+            self._show(line)
 
 
 @contextlib.contextmanager

@@ -1,0 +1,56 @@
+"""What a person sees of a run's steps."""
+
+from __future__ import annotations
+
+import io
+import logging
+
+import pytest
+
+from flux_ray.observability import terminal as module
+from flux_ray.observability.terminal import Terminal
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Seconds that pass only as the test says."""
+    now = [100.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    return now
+
+
+def steps_shown(clock, *, step_s: float, num_steps: int) -> list[int]:
+    stream = io.StringIO()
+    terminal = Terminal(stream, enabled=True)
+    for step in range(1, num_steps + 1):
+        terminal.step(step, num_steps, {"driver/step_s": step_s})
+        clock[0] += step_s
+    return [int(line.split("step ")[1].split("/")[0]) for line in stream.getvalue().splitlines()]
+
+
+def test_every_step_of_a_second_or_more_is_shown(clock):
+    assert steps_shown(clock, step_s=1.0, num_steps=4) == [1, 2, 3, 4]
+
+
+def test_of_short_steps_one_a_second_the_first_and_the_last(clock):
+    assert steps_shown(clock, step_s=0.25, num_steps=11) == [1, 5, 9, 11]
+
+
+def test_the_log_has_every_step_and_what_is_said_is_never_left_out(clock, caplog):
+    stream = io.StringIO()
+    terminal = Terminal(stream, enabled=True)
+    with caplog.at_level(logging.INFO, logger=module.__name__):
+        for step in (1, 2, 3):
+            terminal.step(step, 9, {"reward/mean": 0.5})
+            terminal.say(f"said {step}")
+    assert [f"said {step}" in stream.getvalue() for step in (1, 2, 3)] == [True] * 3
+    assert [record.message for record in caplog.records if record.message.startswith("step")] == [
+        f"step {step}/9  reward 0.500" for step in (1, 2, 3)]
+
+
+def test_a_silent_terminal_shows_nothing(clock):
+    stream = io.StringIO()
+    terminal = Terminal(stream, enabled=False)
+    terminal.say("anything")
+    terminal.step(1, 2, {})
+    assert stream.getvalue() == ""
