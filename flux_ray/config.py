@@ -45,10 +45,12 @@ class DataConfig:
     completion_column: str = knob("completion", "column that holds the completion to learn (algo=sft)")
     margin_column: str = knob("margin", "column of pairs that holds how much better chosen is (algo=reward_model); "
                               "may be absent: 0")
-    answer_column: str = knob("answer", "column that the built-in rewards compare a completion with")
+    answer_column: str = knob("answer", "column that the built-in rewards compare a completion with; where the data "
+                             "have no such column: solution or label")
     system_prompt: str | None = knob(None, "system message put before every chat prompt that has none of its own")
     as_chat: bool = knob(False, "wrap a plain text prompt as a user message and apply the chat template")
-    prompt_template: str | None = knob(None, "text around a plain prompt, which goes where {prompt} is; {COLUMN}")
+    prompt_template: str | None = knob(None, "text around a plain prompt, which goes where {prompt} is; {COLUMN} is "
+                                      "that column's cell")
     max_prompt_tokens: int | None = knob(None, "longest prompt in tokens; none: what the context leaves", least=1)
     on_bad_row: str = knob("stop", "what a bad row does: stop the run at start, or be skipped and counted",
                            choices=("stop", "skip"))
@@ -91,8 +93,8 @@ class RolloutConfig:
     kv_after_update: str = knob("recompute", "running requests after new weights: recompute their KV (exact) or keep",
                                 choices=("recompute", "keep"))
     max_model_len: int | None = knob(None, "context in tokens; none: the model's own", least=1)
-    kv_cache_gib: float = knob(1.0, "KV cache of an engine on CPU, in GiB (GPU: gpu_memory_utilization)",
-                               above=0)
+    kv_cache_gib: float = knob(1.0, "KV cache of an engine on CPU, in GiB (GPU: "
+                               "rollout.engine_args.gpu_memory_utilization)", above=0)
     max_num_seqs: int = knob(256, "sequences that an engine runs at once", least=1)
     split_groups: int = knob(1, "requests that a group is split into, each on the engine that has least to do; a "
                              "sample has the same seed on any of them (rollout.function sees the part)", least=1)
@@ -102,9 +104,9 @@ class RolloutConfig:
 
 @dataclass(frozen=True)
 class RewardConfig:
-    functions: list[str] = knob([], "rewards: rules (exact_match, numeric, regex, length, repetition), registered "
-                                "names, path/to/file.py:function or model:PATH (a reward model); none with an answer "
-                                "column: numeric_or_exact")
+    functions: list[str] = knob([], "rewards: rules (exact_match, numeric, numeric_or_exact, regex or format, length, "
+                                "repetition), registered names, path/to/file.py:function or model:PATH (a reward "
+                                "model); none with an answer column: numeric_or_exact")
     weights: list[float] = knob([], "one weight per function; none: 1 each")
     combine: str = knob("sum", "several functions: sum (weighted, then the algorithm's advantage), or each (each one "
                         "normalised alone over its group, then weighted; algo.normalize_by_std divides no more)",
@@ -217,13 +219,14 @@ class LoraConfig:
 @dataclass(frozen=True)
 class TrainConfig:
     num_ranks: int = knob(1, "data-parallel training ranks (DeepSpeed)", least=1)
-    zero_stage: int = knob(0, "ZeRO stage: 0 to 3", least=0, most=3)
+    zero_stage: int = knob(0, "ZeRO stage: 0 to 3 (0 in bfloat16 runs as 1, which keeps fp32 weights)", least=0, most=3)
     learning_rate: float = knob(1e-6, "peak learning rate (AdamW)", least=0)
     adam_betas: list[float] = knob([0.9, 0.95], "AdamW's betas")
     adam_eps: float = knob(1e-8, "AdamW's epsilon", above=0)
     weight_decay: float = knob(0.0, "AdamW's weight decay", least=0)
     max_grad_norm: float = knob(1.0, "gradient clipping by global norm; 0: none", least=0)
-    warmup_steps: int = knob(10, "steps over which the learning rate rises linearly", least=0)
+    warmup_steps: int = knob(10, "optimizer updates over which the learning rate rises linearly (a step has "
+                             "algo.epochs x algo.mini_batches of them)", least=0)
     schedule: str = knob("constant", "the learning rate after the warm-up", choices=("constant", "linear", "cosine"))
     gradient_checkpointing: bool = knob(False, "recompute activations in backward: less memory, a third more compute")
     num_threads: int = knob(1, "CPU threads of one rank", least=1)
@@ -287,7 +290,7 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class ObservabilityConfig:
-    progress: bool = knob(True, "live progress on the terminal, a line a step")
+    progress: bool = knob(True, "live progress on the terminal (warnings too), a line a step, at most one a second")
     tensorboard: bool = knob(False, "write TensorBoard events beside metrics.jsonl (needs the tensorboard package)")
     samples_per_step: int = knob(2, "samples written to samples.jsonl at each step", least=0)
 
@@ -428,11 +431,12 @@ def _problems(config: Config) -> Iterator[str]:
         yield "data.train is missing: the prompts to train on, a file or a hub data set (data.train=...)"
     prompts, updates, ranks = config.batch.prompts_per_step, config.algo.mini_batches, config.train.num_ranks
     if prompts % updates:
-        yield (f"batch.prompts_per_step={prompts} must divide by algo.mini_batches={updates}: "
+        yield (f"batch.prompts_per_step={prompts} must be divisible by algo.mini_batches={updates}: "
                "every update of a step takes equally many")
     if prompts // updates % ranks:
-        yield (f"batch.prompts_per_step={prompts} / algo.mini_batches={updates} = {prompts // updates} must divide by "
-               f"train.num_ranks={ranks}: every rank takes equally many, and a group is never split over ranks")
+        yield (f"batch.prompts_per_step={prompts} / algo.mini_batches={updates} = {prompts // updates} must be "
+               f"divisible by train.num_ranks={ranks}: every rank takes equally many, and a group is never split over "
+               "ranks")
     functions, weights = config.reward.functions, config.reward.weights
     if weights and len(weights) != len(functions):
         yield f"reward.weights={weights} must be as many as reward.functions={functions}"

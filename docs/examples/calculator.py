@@ -1,8 +1,9 @@
 """A rollout of two turns with a tool: the policy writes, a calculator answers, the policy goes on.
 
-    flux-ray train ... rollout.function=docs/examples/calculator.py:with_calculator
+    flux-ray train ... rollout.function=docs/examples/calculator.py:with_calculator 'rollout.stop=["="]'
 
-Where the policy's text holds an expression that ends in "=", such as 12+30=, the calculator writes the result after it.
+Where the policy's text holds an expression that ends in "=", such as 12+30=, the calculator writes the result after it
+(after the whole turn: rollout.stop ends it there).
 The result is seen by the policy and never trained on: its tokens enter with a mask of False.
 """
 

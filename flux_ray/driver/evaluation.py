@@ -59,5 +59,5 @@ class Evaluation:
             return rolled, await rooms.score(rolled)
         except ActorError as error:
             refuse_unless_droppable(error, self._config)
-            recorder.warn(f"evaluation, prompt row {rolled.row + 1} (from 1) left out: {error}")
+            recorder.warn_of("evaluation", f"evaluation, prompt row {rolled.row + 1} (from 1) left out: {error}")
             return None

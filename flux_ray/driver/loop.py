@@ -98,7 +98,7 @@ class Loop:
             scored = await self._rooms.score(rolled)
         except ActorError as error:
             refuse_unless_droppable(error, self._config)
-            self._recorder.warn(f"prompt {uid} dropped: {error}")
+            self._recorder.warn_of(REWARD_FAILED, f"prompt row {rolled.row + 1} (from 1) dropped: {error}")
             return await self._drop(rolled, uid, REWARD_FAILED)
         cause = filters.refusal(scored, self._config.filter)
         if cause is not None:

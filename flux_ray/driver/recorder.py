@@ -18,7 +18,7 @@ from flux_ray.observability.run_folder import EVAL, SAMPLES, RunFolder
 from flux_ray.observability.terminal import Terminal
 from flux_ray.records import Prompt, ScoredGroup
 
-log = logging.getLogger(__name__)
+COUNTS = ("prompts", "failed", "num_tokens")  # of an evaluation
 
 
 class Recorder:
@@ -61,21 +61,20 @@ class Recorder:
         """`answers`: prompt, completion and reward of the first prompts."""
         self.last_evaluation = dict(metrics)
         self.folder.append(EVAL, {"step": version, **metrics, "answers": answers})
-        self.terminal.say(
-            f"evaluation at step {version}: "
-            + "  ".join(
-                f"{name.removeprefix('eval/')} {value:.3f}"
-                for name, value in metrics.items()
-                if name.startswith("eval/")
-            )
-        )
+        shown = {name.removeprefix("eval/"): value for name, value in metrics.items() if name.startswith("eval/")}
+        self.terminal.say(f"evaluation at step {version}: " + "  ".join(
+            f"{name} {value:.0f}" if name in COUNTS else f"{name} {value:.3f}"
+            for name, value in shown.items() if value or name != "failed"))
         self._write_board(version, metrics)
         for callback in self._callbacks:
             callback.on_evaluation(version, dict(metrics))
 
     def warn(self, text: str) -> None:
-        log.warning(text)
-        self.terminal.say(f"warning: {text}")
+        self.terminal.say(f"warning: {text}", level=logging.WARNING)
+
+    def warn_of(self, kind: str, text: str) -> None:
+        """A warning of which many may come: the log has them all, the terminal one of its kind a second."""
+        self.terminal.say_of(kind, f"warning: {text}", level=logging.WARNING)
 
     def _write_board(self, step: int, metrics: dict[str, float]) -> None:
         if self._board is not None:

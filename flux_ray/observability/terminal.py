@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import sys
 import time
@@ -20,7 +21,7 @@ from typing import TextIO
 
 log = logging.getLogger(__name__)
 
-STEP_EVERY_S = 1.0  # of steps shorter than that not every one is shown
+EVERY_S = 1.0  # of lines of one kind that may come often, one in this time is shown
 
 #: What a step's line shows: metric, label, format. Absent metrics are left out.
 STEP_COLUMNS = (
@@ -32,6 +33,7 @@ STEP_COLUMNS = (
     ("rollout/response_length_mean", "length", "{:.1f}"),
     ("actor/entropy", "entropy", "{:.3f}"),
     ("actor/grpo_kl", "kl", "{:.4f}"),
+    ("actor/reward_kl", "reward_kl", "{:.4f}"),  # of a sequence
     ("weights/logprob_gap_max", "gap", "{:.0e}"),
     ("rollout/tokens_per_s", "tok/s", "{:.0f}"),
     ("driver/step_s", "s", "{:.2f}"),
@@ -45,26 +47,44 @@ class Terminal:
         self._stream = stream
         self._enabled = enabled
         self._start = time.monotonic()
-        self._shown_s = -STEP_EVERY_S  # when a step was, last
+        self._shown_s: dict[str, float] = {}  # when a line of the kind was, last
 
-    def say(self, text: str) -> None:
-        log.info(text)
+    def say(self, text: str, *, level: int = logging.INFO) -> None:
+        log.log(level, text)
         self._show(text)
 
+    def say_of(self, kind: str, text: str, *, level: int = logging.INFO, in_any_case: bool = False) -> None:
+        """A line of which many may come: the log has them all, the terminal one of its kind a second."""
+        log.log(level, text)
+        now_s = time.monotonic()
+        if in_any_case or now_s - self._shown_s.get(kind, -math.inf) >= EVERY_S:
+            self._shown_s[kind] = now_s
+            self._show(text)
+
     def _show(self, text: str) -> None:
-        if self._enabled:
-            print(f"[{time.monotonic() - self._start:6.1f} s] {text}", file=self._stream, flush=True)
+        if not self._enabled:
+            return
+        try:
+            print(f"[{clock(time.monotonic() - self._start)}] {text}", file=self._stream, flush=True)
+        except BrokenPipeError:  # the reader went away (`| head`); the run goes on
+            self._enabled = False
 
     def step(self, step: int, num_steps: int, metrics: dict[str, float]) -> None:
-        """A line for the step: in the log always, on the terminal once in a while where steps are short. The first
-        and the last are shown in any case."""
         shown = [f"{label} {form.format(metrics[name])}" for name, label, form in STEP_COLUMNS if name in metrics]
         line = f"step {step:>{len(str(num_steps))}}/{num_steps}  " + "  ".join(shown)
-        log.info(line)
-        now_s = time.monotonic() - self._start
-        if now_s - self._shown_s >= STEP_EVERY_S or step == num_steps:
-            self._shown_s = now_s
-            self._show(line)
+        self.say_of("step", line, in_any_case=step == num_steps)
+
+
+def clock(seconds: float) -> str:
+    """Time since a run's start.
+
+    >>> clock(61.25), clock(3600), clock(266_462)
+    ('  61.2 s', ' 1:00:00', '74:01:02')
+    """
+    if seconds < 3600:
+        return f"{seconds:6.1f} s"
+    minutes, rest = divmod(int(seconds), 60)
+    return f"{minutes // 60:2}:{minutes % 60:02}:{rest:02}"
 
 
 @contextlib.contextmanager
@@ -102,7 +122,8 @@ def quiet(log: Path, *, progress: bool) -> Iterator[Terminal]:
         os.close(saved[0])
         os.close(saved[1])
         if ours:
-            terminal.close()
+            with contextlib.suppress(BrokenPipeError):
+                terminal.close()
         file.close()
 
 

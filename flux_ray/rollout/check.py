@@ -28,7 +28,7 @@ OWN_ENGINE_ARGS = {
     "tensor_parallel_size": "rollout.tensor_parallel_size",
     "pipeline_parallel_size": "one engine is one tensor-parallel group: rollout.num_engines",
     "data_parallel_size": "one engine is one tensor-parallel group: rollout.num_engines",
-    "kv_cache_memory_bytes": "rollout.kv_cache_gib",
+    "kv_cache_memory_bytes": "rollout.kv_cache_gib on CPU, rollout.engine_args.gpu_memory_utilization on a GPU",
     "logprobs_mode": "always processed_logprobs",
     "generation_config": "always vllm",
     "weight_transfer_config": "weights.backend",

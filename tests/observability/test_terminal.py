@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import os
 
 import pytest
 
@@ -46,6 +47,27 @@ def test_the_log_has_every_step_and_what_is_said_is_never_left_out(clock, caplog
     assert [f"said {step}" in stream.getvalue() for step in (1, 2, 3)] == [True] * 3
     assert [record.message for record in caplog.records if record.message.startswith("step")] == [
         f"step {step}/9  reward 0.500" for step in (1, 2, 3)]
+
+
+def test_of_a_kind_that_may_come_often_one_a_second(clock, caplog):
+    stream = io.StringIO()
+    terminal = Terminal(stream, enabled=True)
+    with caplog.at_level(logging.INFO, logger=module.__name__):
+        for number in range(4):
+            terminal.say_of("dropped", f"dropped {number}", level=logging.WARNING)
+            terminal.say_of("other", f"other {number}")
+            clock[0] += 0.5
+    assert [line.split("] ")[1] for line in stream.getvalue().splitlines()] == [
+        "dropped 0", "other 0", "dropped 2", "other 2"]
+    assert sum(record.levelno == logging.WARNING for record in caplog.records) == 4 and len(caplog.records) == 8
+
+
+def test_a_reader_that_goes_away_ends_no_run():
+    reader, writer = os.pipe()
+    os.close(reader)
+    terminal = Terminal(os.fdopen(writer, "w", buffering=1), enabled=True)
+    for _ in range(2):
+        terminal.say("to nobody")
 
 
 def test_a_silent_terminal_shows_nothing(clock):
