@@ -33,6 +33,8 @@ def refusal(scored: ScoredGroup, config: FilterConfig) -> str | None:
     if config.reward is None:
         return None
     if config.reward != TASK and config.reward not in scored.parts:
+        if "/" in config.reward and config.reward.partition("/")[0] in scored.parts:
+            return UNSCORED  # the function has nothing to say of this group
         raise UserError(f"filter.reward: {unknown('reward', config.reward, {TASK, *scored.parts})}")
     rewards_G = scored.task_rewards if config.reward == TASK else scored.parts[config.reward]
     given = rewards_G[~np.isnan(rewards_G)]

@@ -94,7 +94,6 @@ class Host:
                     self._shelf.keep(box, call.number, kept)
         except BaseException as error:  # one that is cancelled too: somebody may wait for what cancelled itself
             result = CallFailed.of(error)
-        inbox.unwanted.discard(call.number)
         inbox.end(call, result)
 
     async def call(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -225,11 +225,19 @@ class Inbox:
         return await given
 
     def begin(self, call: Call, work: Coroutine[Any, Any, None]) -> None:
-        self.running[call.number] = asyncio.get_running_loop().create_task(work)
+        task = asyncio.get_running_loop().create_task(work)
+        self.running[call.number] = task
         self._methods[call.method] += 1
+        task.add_done_callback(lambda _: self._end_unbegun(call))
+
+    def _end_unbegun(self, call: Call) -> None:
+        """A task that is cancelled before its first step ends nothing by itself."""
+        if call.number in self.running:
+            self.end(call, CallFailed.of(asyncio.CancelledError()))
 
     def end(self, call: Call, result: Any) -> None:
         del self.running[call.number]
+        self.unwanted.discard(call.number)
         self._methods[call.method] -= 1
         self._results.append((call.number, result))
         if self._methods[call.method]:

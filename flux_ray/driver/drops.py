@@ -64,7 +64,8 @@ class Drops:
         self._count(cause, num_tokens, num_samples)
         self.total += 1
         count = self._groups.total() - self._groups[KEPT]
-        if count > (self._max_batches - 1) * self._batch:
+        # With max_staleness > 0 the groups of several batches run at once: what is kept for later ones counts as theirs.
+        if count > (self._max_batches - 1) * max(self._batch, self._groups[KEPT]):
             causes = ", ".join(f"{cause} {n}" for cause, n in self._groups.items() if cause != KEPT)
             raise RuntimeError(
                 f"{count} of {self._groups.total()} groups drawn since the last step were dropped ({causes}): "

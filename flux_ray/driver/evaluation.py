@@ -2,7 +2,7 @@
 
 Takes:  the evaluation's prompts, the rooms.
 Gives:  eval/mean and its parts, lengths, and the first answers as text.
-Never:  runs while a step generates: the loop calls it between steps.
+Knows:  it runs between steps; where generation is asynchronous, prompts of later steps go on beside it.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Evaluation:
         metrics |= {"eval/prompts": float(len(groups)), "eval/failed": failed, "eval/s": time.monotonic() - start_s}
         answers = []
         for uid, rolled, scored in answered[:NUM_ANSWERS]:
-            texts = await rooms.texts(rolled)
+            texts = await rooms.texts(rolled, beside=self._prompts.num_rows)
             answers.append(
                 {"prompt": self._prompts.prompt(uid).text, "completion": texts[0], "reward": scored.rewards[0]}
             )
@@ -56,7 +56,7 @@ class Evaluation:
         prompt = self._prompts.prompt(uid)
         rolled = await rooms.roll(prompt, lengths=self._lengths, born=version, temperature=self._temperature)
         try:
-            return rolled, await rooms.score(rolled)
+            return rolled, await rooms.score(rolled, beside=self._prompts.num_rows)
         except ActorError as error:
             refuse_unless_droppable(error, self._config)
             recorder.warn_of("evaluation", f"evaluation, prompt row {rolled.row + 1} (from 1) left out: {error}")

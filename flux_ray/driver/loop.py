@@ -44,7 +44,8 @@ class Loop:
         self._config, self._rooms, self._prompts = config, rooms, prompts
         self._evaluation, self._recorder = evaluation, recorder
         prompts_per_step, spares = config.batch.prompts_per_step, config.filter.oversample
-        self._slots = Slots(prompts_per_step, config.driver.max_staleness, math.ceil(spares * prompts_per_step))
+        self._slots = Slots(prompts_per_step, config.driver.max_staleness, math.ceil(spares * prompts_per_step),
+                            num_steps=config.driver.num_steps)
         self._version = start.step
         self._unfinished = list(start.unfinished)  # of the run that is resumed, or surplus: they start first
         self._next_uid = start.next_uid
@@ -60,13 +61,18 @@ class Loop:
         The first failure ends all.
         """
         await self._rooms.publish(self._version)  # even the first: what is wrong with the wire shows here
-        if self._version == 0:
+        if not self._recorder.was_evaluated(self._version):  # at the start, or ended before it could be
             await self._evaluate()
         async with asyncio.TaskGroup() as tasks:
             feeding = tasks.create_task(self._feed_prompts(tasks))
             await self._train_steps()
-            for task in (feeding, *self._groups.values()):  # what is in flight after the last step, nobody waits for
-                task.cancel()
+            feeding.cancel()
+            self._stop_groups()
+
+    def _stop_groups(self) -> None:
+        """What is in flight after the last step, nobody waits for."""
+        for task in self._groups.values():
+            task.cancel()
 
     async def _feed_prompts(self, tasks: asyncio.TaskGroup) -> None:
         """Consumes free slots, starts a group's task in each.
@@ -178,6 +184,8 @@ class Loop:
         async with self._changed:  # both at once: for the slots, what is in training is of the present version
             self._version = version
             self._slots.release()
+        if version == self._config.driver.num_steps:
+            self._stop_groups()  # spares: no failure of theirs is to keep the result from being saved
         await self._save_if_due()
         await self._evaluate()
         async with self._changed:
@@ -185,7 +193,11 @@ class Loop:
 
     async def _record_samples(self, step: int, groups: list[ReadyGroup]) -> None:
         for group in groups:
-            texts = await self._rooms.texts(group.rolled)
+            try:
+                texts = await self._rooms.texts(group.rolled)
+            except ActorError as error:  # its worker died of what others asked of it
+                refuse_unless_droppable(error, self._config)
+                continue
             self._recorder.sample(step, self._prompts.prompt(group.scored.uid), texts[0], group.scored)
 
     async def _save_if_due(self) -> None:

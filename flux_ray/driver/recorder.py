@@ -11,6 +11,7 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
+from flux_ray import run_dir
 from flux_ray.config import Config
 from flux_ray.errors import UserError
 from flux_ray.observability.callbacks import Callback
@@ -33,6 +34,7 @@ class Recorder:
         self.last_evaluation: dict[str, float] = {}
         self.steps_done = steps_done  # before this process, then with what it does
         self._num_steps = config.driver.num_steps
+        self._resume = config.resume
         self._board = _tensorboard(folder) if config.observability.tensorboard else None
 
     def step(self, step: int, metrics: dict[str, float]) -> None:
@@ -68,6 +70,11 @@ class Recorder:
         self._write_board(version, metrics)
         for callback in self._callbacks:
             callback.on_evaluation(version, dict(metrics))
+
+    def was_evaluated(self, version: int) -> bool:
+        """Whether the run has this evaluation already: itself, or the one that it resumes."""
+        folders = [self.folder, *([RunFolder(run_dir.run_of(self._resume))] if self._resume else [])]
+        return any(folder.was_evaluated(version) for folder in folders)
 
     def warn(self, text: str) -> None:
         self.terminal.say(f"warning: {text}", level=logging.WARNING)

@@ -62,29 +62,32 @@ class SamplingRooms:
         """Generate the prompt's group; what is older goes first, then what `lengths` expects to be longer."""
         return await self._rolling.roll(prompt, lengths=lengths, born=born, temperature=temperature)
 
-    async def score(self, rolled: Rolled) -> ScoredGroup:
-        return await self._ask_reward_worker("score", rolled)
+    async def score(self, rolled: Rolled, *, beside: int = 0) -> ScoredGroup:
+        """`beside`: groups that may wait in the same worker, more than a step's."""
+        return await self._ask_reward_worker("score", rolled, beside)
 
-    async def texts(self, rolled: Rolled) -> list[str]:
-        return await self._ask_reward_worker("decode", rolled)
+    async def texts(self, rolled: Rolled, *, beside: int = 0) -> list[str]:
+        return await self._ask_reward_worker("decode", rolled, beside)
 
-    async def _ask_reward_worker(self, method: str, rolled: Rolled) -> Any:
+    async def _ask_reward_worker(self, method: str, rolled: Rolled, beside: int) -> Any:
         """Users' code may end or block its process. With reward.on_failure=drop the worker is then replaced.
 
         What the worker had is asked again, one group at a time: the group that did it fails alone (ActorDied).
         """
         try:
-            return await self._ask_once(method, rolled)
+            return await self._ask_once(method, rolled, beside)
         except ActorDied:
             if self._config.reward.on_failure == "stop":
                 raise
         async with self._second_try:
-            return await self._ask_once(method, rolled)
+            return await self._ask_once(method, rolled, beside)
 
-    async def _ask_once(self, method: str, rolled: Rolled) -> Any:
+    async def _ask_once(self, method: str, rolled: Rolled, beside: int) -> Any:
         reward, batches = self._config.reward, self._config.driver.max_staleness + 1 + self._config.filter.oversample
-        # All groups in flight may wait in one worker, where functions take turns.
-        calls = (1 + len(reward.functions)) * math.ceil(batches * self._config.batch.prompts_per_step)
+        # All groups in flight may wait in one worker, where functions take turns; one that fails is called for each
+        # sample alone. Each call has its own deadline there: this one is for a worker that answers but gets nowhere.
+        groups = math.ceil(batches * self._config.batch.prompts_per_step) + beside
+        calls = (1 + len(reward.functions) + self._config.rollout.group_size) * groups
         with self._reward_router.route(1) as worker:
             actor = self._rewards.incarnation(worker)
             try:
@@ -183,7 +186,8 @@ class PolicyRooms(SamplingRooms):
         """
         if not self._config.driver.max_staleness:
             return {}
-        deadline_s = self._config.weights.deadline_s
+        # It goes first, and yet waits for a place beside what runs.
+        deadline_s = self._config.rollout.deadline_s + self._config.weights.deadline_s
         probes = [self._engines.submit(i, "probe", prompt, num_returns=2) for i in range(self._engines.size)]
         for i, (_, done) in enumerate(probes):
             await self._engines.result(done, index=i, what="probe", deadline_s=deadline_s)

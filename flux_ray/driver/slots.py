@@ -2,7 +2,8 @@
 
 Takes:  prompts' numbers (uids) and the trainer's version at each event.
 Gives:  whether another prompt may start; the groups of a step, at once or as they come, and the surplus it leaves over.
-Knows:  a prompt starts only if its group can be trained on in time, all before it first: that is the whole bound.
+Knows:  a prompt starts only if its group can be trained on in time, all before it first: that is the whole bound; and
+        only if a step is left for it.
 Keeps:  a slot from the moment its prompt starts until its group has been trained on and the weights are published.
 Never:  waits, and never throws a group away to keep the bound: a group that would pass it is in the next batch.
 """
@@ -46,6 +47,7 @@ class Slots:
     prompts_per_step: int
     max_staleness: int
     extra: int = 0
+    num_steps: float = math.inf  # of the run: after the last one nothing is trained on
     _born: dict[int, int] = field(default_factory=dict)  # uid ► version when its prompt started, oldest first
     _ready: dict[int, Any] = field(default_factory=dict)  # uid ► its finished group
     _sizes: dict[int, int] = field(default_factory=dict)  # uid ► tokens of that
@@ -60,6 +62,9 @@ class Slots:
 
     def has_room(self, *, version: int) -> bool:
         """Whether a prompt may start at this version: in the core, or as a spare for what runs there."""
+        left = self.num_steps - version
+        if left <= 0 or len(self._born) >= left * self.prompts_per_step + self.extra:
+            return False
         if self._in_time(version, len(self._born), version):
             return True
         if not self.extra:

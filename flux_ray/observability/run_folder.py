@@ -62,6 +62,9 @@ class RunFolder:
     def metrics(self, step: int, values: dict[str, float]) -> None:
         self.append(METRICS, {"step": step, **values})
 
+    def was_evaluated(self, version: int) -> bool:
+        return any(record["step"] == version for record in read_lines(self.path / EVAL))
+
 
 def read_lines(file: Path) -> list[dict[str, Any]]:
     """The objects of a .jsonl file of ours; none where there is no file.

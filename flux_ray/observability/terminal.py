@@ -26,8 +26,8 @@ EVERY_S = 1.0  # of lines of one kind that may come often, one in this time is s
 #: What a step's line shows: metric, label, format. Absent metrics are left out.
 STEP_COLUMNS = (
     ("reward/mean", "reward", "{:.3f}"),
-    ("actor/loss", "loss", "{:.4f}"),
-    ("train/loss", "loss", "{:.4f}"),  # without rollouts
+    ("actor/loss", "loss", "{:.4g}"),
+    ("train/loss", "loss", "{:.4g}"),  # without rollouts
     ("pairs/accuracy", "accuracy", "{:.3f}"),
     ("pairs/margin", "margin", "{:.3f}"),
     ("rollout/response_length_mean", "length", "{:.1f}"),

@@ -2,7 +2,7 @@
 
 Takes:  a RewardFunction and its arguments, as TRL's GRPOTrainer passes them.
 Gives:  one value a sample: a number, None, or a dict of these; RewardError names function, row, sample and cause.
-Knows:  a call is waited for `deadline_s` seconds; Python can't end a thread, so one that hangs is left behind.
+Knows:  a call is waited for `deadline_s` seconds from its turn on; Python can't end a thread, so one that hangs is left behind.
 Keeps:  one daemon thread with an event loop for async functions, made at the first of them.
 """
 
@@ -14,6 +14,7 @@ import functools
 import inspect
 import math
 import threading
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -58,6 +59,7 @@ class Caller:
         self._deadline_s = deadline_s
         self._turn = asyncio.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._answered: Counter[str | None] = Counter()  # calls of each reward model
 
     async def call(self, function: RewardFunction, arguments: Arguments, *, where: str) -> list[Any]:
         """The function's values, checked. RewardError says what went wrong; `where` names the prompt in it.
@@ -78,16 +80,25 @@ class Caller:
         call = functools.partial(function.call, **accepted(function, arguments))
         if is_async(function.call):
             future = asyncio.run_coroutine_threadsafe(_outcome_of(call), self._own_loop())
-            return await self._within_deadline(asyncio.wrap_future(future))
+            model = function.name if function.is_model else None
+            return await self._within_deadline(asyncio.wrap_future(future), model=model)
         async with self._turn:
             return await self._within_deadline(_in_thread(call))
 
-    async def _within_deadline(self, future: asyncio.Future[Outcome]) -> Outcome:
+    async def _within_deadline(self, future: asyncio.Future[Outcome], *, model: str | None = None) -> Outcome:
+        """A reward model answers in the order in which it was asked: as long as it answers, a call waits its turn."""
+        late = False
         try:
-            done, _ = await asyncio.wait({future}, timeout=self._deadline_s)
+            while not (late or future.done()):
+                answered = self._answered[model]
+                await asyncio.wait({future}, timeout=self._deadline_s)
+                late = model is None or self._answered[model] == answered
         finally:
             future.cancel()  # of no effect on one that is done
-        return future.result() if done else (None, _Late())
+        if future.cancelled():
+            return None, _Late()
+        self._answered[model] += 1
+        return future.result()
 
     async def _guilty_sample(self, function: RewardFunction, arguments: Arguments) -> str:
         if function.is_model:
@@ -168,7 +179,11 @@ def checked(result: Any, size: int, who: str) -> list[Any]:
 
 def _checked_value(value: Any, who: str) -> Any:
     if isinstance(value, dict):
-        return {str(name): _checked_value(part, f"{who}, part {name!r}") for name, part in value.items()}
+        return {str(name): _checked_number(part, f"{who}, part {name!r}") for name, part in value.items()}
+    return _checked_number(value, who)
+
+
+def _checked_number(value: Any, who: str) -> float | None:
     if value is None:
         return None
     try:

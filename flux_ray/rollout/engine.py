@@ -112,6 +112,9 @@ class RolloutEngine:
             "enable_prefix_caching": True,
             "disable_log_stats": True,
         }
+        if self._config.driver.max_staleness:
+            # For the probe, which the trainer waits for: by their age it would come after all that wait here.
+            args["scheduling_policy"] = "priority"
         if self._device == "cpu":
             args["kv_cache_memory_bytes"] = int(config.kv_cache_gib * 2**30)
             # A prefill cut in two makes vLLM rewind the seed's generator; on CPU it can't and the engine dies. Prompts
@@ -161,14 +164,19 @@ class RolloutEngine:
     async def probe(self, prompt: Prompt) -> tuple[RolloutGroup, bool]:
         """A few tokens after the prompt, all sampled by the weights served now; and a word that they are there."""
         few = replace(prompt, num_samples=PROBE_SAMPLES)
-        generate = _Generate(self, few, self._config.rollout.temperature)
-        completions = await generate(few.token_ids, n=few.num_samples, max_tokens=PROBE_TOKENS)
+        completions = await self.generate(
+            few.token_ids, n=few.num_samples, seed=few.seed, temperature=self._config.rollout.temperature,
+            max_tokens=min(PROBE_TOKENS, self.room_for(len(few.token_ids), prompt_length=len(few.token_ids))), first=True)
         return RolloutGroup(few, tuple(one_turn(few, completion) for completion in completions)), True
 
     async def generate(
-        self, token_ids: Sequence[int] | np.ndarray, *, n: int, seed: int, temperature: float, max_tokens: int
+        self, token_ids: Sequence[int] | np.ndarray, *, n: int, seed: int, temperature: float, max_tokens: int,
+        first: bool = False,
     ) -> list[Completion]:
-        """`n` samples after `token_ids`; sample i is drawn with seed + i, whatever else runs beside it."""
+        """`n` samples after `token_ids`; sample i is drawn with seed + i, whatever else runs beside it.
+
+        `first`: before all that wait in the engine, where rollouts are asynchronous.
+        """
         from vllm import SamplingParams
         from vllm.inputs import TokensPrompt
         from vllm.sampling_params import RequestOutputKind
@@ -197,7 +205,8 @@ class RolloutEngine:
             tokens["cache_salt"] = str(self._version)  # a prefix computed by older weights is never hit
         final = None
         with _vllm_alive():
-            async for output in self._engine.generate(tokens, params, f"{self._index}-{next(self._request_ids)}"):
+            request_id = f"{self._index}-{next(self._request_ids)}"
+            async for output in self._engine.generate(tokens, params, request_id, priority=-1 if first else 0):
                 final = output
         assert final is not None and final.finished
         return [completion_of(output) for output in sorted(final.outputs, key=lambda output: output.index)]

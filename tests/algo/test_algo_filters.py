@@ -31,6 +31,7 @@ def group(task, *, rewards=None, **parts) -> ScoredGroup:
     (group([nan, nan]), "task", "unscored"),
     (group([1, 0], right=[1, 1], form=[0, 1]), "right", "same_reward"),
     (group([1, 1], right=[1, 1], form=[0, 1]), "form", None),
+    (group([nan, nan], mine=[nan, nan]), "mine/format", "unscored"),  # it had nothing to say of this group
     (group([1, 1]), None, None),
 ])
 def test_refusal(scored, reward, cause):

@@ -91,16 +91,18 @@ def ours(folder: Path, work: Path, *, phases: list[dict[str, Any]], dtype: str, 
     from flux_ray.driver import run
 
     os.environ[inside.CORES] = json.dumps(cores)
-    planned = [Phase(**phase) for phase in phases]
+    measured = [Phase(**phase) for phase in phases]
+    # In its last steps an asynchronous run generates less and less: they are not measured.
+    planned = [*measured, Phase("last", measured[-1].lengths, warm_up=more.get("driver.max_staleness", 0), runs=0)]
     make_data(work / "data.jsonl", planned)
     result = run(from_dict(options(folder, dtype=dtype, phases=planned) | {
         "data.train": str(work / "data.jsonl"), "run_dir": str(work / "run"), "plugins": [inside.__file__],
         "rollout.function": f"{inside.__file__}:forced"} | more))
     ranks = [[json.loads(line) for line in file.read_text().splitlines()] for file in sorted(work.glob("trainer-*"))]
     given, at = {}, 0
-    for phase in planned:
-        measured = slice(at + phase.warm_up, at + phase.steps)
-        given[phase.name] = {"steps": result.history[measured], "ranks": [notes[measured] for notes in ranks]}
+    for phase in measured:
+        steps = slice(at + phase.warm_up, at + phase.steps)
+        given[phase.name] = {"steps": result.history[steps], "ranks": [notes[steps] for notes in ranks]}
         at += phase.steps
     return given
 

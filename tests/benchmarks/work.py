@@ -78,7 +78,6 @@ def micro_batches(lengths: Sequence[int]) -> list[list[int]]:
 def make_data(file: Path, phases: Sequence[Phase]) -> None:
     """One row a prompt, in the order of the steps; `lengths` says how long its responses become."""
     groups = [group for phase in phases for _ in range(phase.steps) for group in phase.groups]
-    groups += phases[-1].groups * 4  # what an asynchronous run starts and doesn't train on
     rows = [{"prompt": str(10 ** (PROMPT_TOKENS - 1) + i), "lengths": group} for i, group in enumerate(groups)]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
 

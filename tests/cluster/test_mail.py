@@ -78,6 +78,22 @@ async def test_letters_are_opened_in_the_order_in_which_they_were_written():
     assert [list(inbox.in_order(letters[i])) for i in (1, 2, 0, 3)] == [[], [], letters[:3], letters[3:]]
 
 
+async def test_a_call_that_is_cancelled_before_it_begins_leaves_nothing_behind():
+    inbox = Inbox()
+    ran = []
+
+    async def work():
+        ran.append(True)
+
+    call = Call(0, "a", (), {}, False)
+    inbox.unwanted.add(0)
+    inbox.begin(call, work())
+    inbox.running[0].cancel()
+    ((number, result),) = await asyncio.wait_for(inbox.results(), 10)
+    assert number == 0 and isinstance(result, CallFailed) and not ran
+    assert not inbox.running and not inbox.unwanted and not +inbox._methods
+
+
 async def test_results_of_one_method_are_one_answer_and_the_last_of_it_waits_for_none():
     inbox = Inbox()
     answers = [asyncio.ensure_future(inbox.results()) for _ in range(2)]

@@ -356,7 +356,10 @@ class Noted:
 
     def sample(self, *_: Any) -> None: ...
 
-    def warn(self, text: str) -> None: ...
+    def was_evaluated(self, version: int) -> bool:
+        return False
+
+    def warn_of(self, kind: str, text: str) -> None: ...
 
 
 def simulate(config: Config, world: World, *, clock: SimulatedTime, start: LoopState | None = None,

@@ -45,6 +45,16 @@ def test_the_limit_names_the_acceptance_rate_and_the_causes():
         drop(counted, "unscored")
 
 
+def test_the_limit_grows_with_what_is_kept_for_later_steps():
+    """With max_staleness=4 the groups of five steps are drawn while the first one is trained on."""
+    counted = drops(max_batches=3, batch=4)
+    for _ in range(20):
+        counted.kept(num_tokens=4, num_samples=4)
+    drop(counted, "same_reward", 40)
+    with pytest.raises(RuntimeError, match=r"41 of 61 groups"):
+        drop(counted, "same_reward")
+
+
 def test_the_limit_is_a_steps_and_surplus_is_no_part_of_it():
     counted = drops(max_batches=2, batch=4)
     for _ in range(5):

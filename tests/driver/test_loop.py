@@ -23,12 +23,12 @@ from tests.tiny import tiny_tokenizer
 pytestmark = pytest.mark.unit
 
 
-def run(tmp_path, rewards_of, *, callbacks=(), seconds_of=None, **values) -> Parts:
-    """Three steps of four prompts; gives what the rooms saw. metrics.jsonl is in tmp_path."""
+def run(tmp_path, rewards_of, *, callbacks=(), seconds_of=None, done=0, **values) -> Parts:
+    """Three steps of four prompts, of which some are `done`; gives what the rooms saw. metrics.jsonl is in tmp_path."""
     config = from_dict({"batch.prompts_per_step": 4, "rollout.group_size": 2, "driver.num_steps": 3,
                         "rollout.max_tokens": 4, **values})
     folder = RunFolder(tmp_path)
-    folder.create(config, resume_step=None)
+    folder.create(config, resume_step=done or None)
     recorder = Recorder(config, folder=folder, terminal=Terminal(io.StringIO(), enabled=True),
                         callbacks=callbacks)
     sums = [f"{i}+1=" for i in range(9)]
@@ -36,7 +36,7 @@ def run(tmp_path, rewards_of, *, callbacks=(), seconds_of=None, **values) -> Par
     parts = Parts(rewards_of, seconds_of=seconds_of)
     evaluation = Evaluation(config, prompts) if config.eval.every else None
     loop = Loop(config, rooms=policy_rooms(config, parts), prompts=prompts, evaluation=evaluation, recorder=recorder,
-                start=LoopState(step=0, next_uid=0))
+                start=LoopState(step=done, next_uid=4 * done))
     asyncio.run(asyncio.wait_for(loop.run(), 30))
     return parts
 
@@ -158,6 +158,27 @@ def test_a_run_ends_at_the_evaluation_that_reaches_its_level(tmp_path, max_stale
     evaluations = read_lines(tmp_path / "later" / EVAL)
     assert [(line["step"], line["eval/task_mean"]) for line in evaluations] == [(0, 0.5), (2, 0.5), (4, 1.0)]
     assert run(tmp_path / "at once", lambda uid: [1, 1], **given).trained == []
+
+
+@pytest.mark.parametrize("max_staleness", [0, 1, 4])
+def test_no_prompt_starts_that_no_step_is_left_for(tmp_path, max_staleness):
+    """What nobody will train on could end the run before its model is saved."""
+    fails = lambda uid: ArithmeticError("no") if uid >= 12 else [1, 0]  # noqa: E731
+    parts = run(tmp_path, fails, **{"driver.max_staleness": max_staleness})
+    assert sorted(uid for batch in parts.trained for uid in batch) == list(range(12))
+
+
+def test_a_resumed_run_makes_up_for_an_evaluation_that_it_was_ended_in(tmp_path):
+    given = {"eval.every": 2}
+    run(tmp_path / "whole", lambda uid: [1, 0], **given)
+    steps = lambda folder: [line["step"] for line in read_lines(folder / EVAL)]  # noqa: E731
+    assert steps(tmp_path / "whole") == [0, 2, 3]
+    for done, again, made in ((2, [], [2, 3]), (1, [], [2, 3]), (3, [], [3]), (2, ["resume"], [3])):
+        folder = tmp_path / f"{done}{again}"
+        resumed = {"resume": str(tmp_path / "whole")} if again else {}
+        assert run(folder, lambda uid: [1, 0], done=done, **given, **resumed).trained == [
+            list(range(4 * step, 4 * step + 4)) for step in range(done, 3)]
+        assert steps(folder) == made
 
 
 def noting(done: list[int]):

@@ -48,6 +48,21 @@ def test_in_flight_are_the_prompts_that_a_resume_must_start_again():
     assert slots.in_flight == [5, 7]
 
 
+@pytest.mark.parametrize(("max_staleness", "extra"), [(0, 0), (2, 0), (2, 3)])
+def test_no_prompt_starts_that_no_step_is_left_for(max_staleness, extra):
+    slots = Slots(prompts_per_step=2, max_staleness=max_staleness, extra=extra, num_steps=3)
+    started = trained = 0
+    for version in range(3):
+        while slots.has_room(version=version):
+            slots.reserve(started, version=version)
+            slots.ready(started, started)
+            started += 1
+        trained += len(slots.take(version=version).groups)
+        slots.release()
+    assert trained == 6 <= started <= 6 + extra
+    assert not slots.has_room(version=3)
+
+
 def test_the_trainer_waits_for_the_group_that_would_pass_the_bound():
     slots = Slots(prompts_per_step=1, max_staleness=1)
     start(slots, 0, 1)

@@ -176,6 +176,7 @@ def test_a_plain_prompt_gives_texts(score):
         ("return [0.0, '1', 0.0]", BAD_RESULT, "sample 2 of 3: gave str '1'"),
         ("return [0.0, 0.0, float('inf')]", BAD_RESULT, "sample 3 of 3: gave float inf"),
         ("return [0.0, {'a': [1]}, 0.0]", BAD_RESULT, "sample 2 of 3, part 'a': gave list [1]"),
+        ("return [0.0, {'a': {'b': 1.0}}, 0.0]", BAD_RESULT, "sample 2 of 3, part 'a': gave dict {'b': 1.0}"),
         ("import time; time.sleep(30)", TIMED_OUT, "no value within reward.deadline_s=0.2"),
     ],
 )

@@ -11,7 +11,7 @@ import transformers
 
 from flux_ray.records import FINISH_LENGTH, FINISH_STOP, Prompt
 from flux_ray.rollout.dispatch import split
-from flux_ray.rollout.engine import CPU_BATCHED_TOKENS, RolloutEngine
+from flux_ray.rollout.engine import CPU_BATCHED_TOKENS, PROBE_SAMPLES, RolloutEngine
 from flux_ray.rollout.functions import Turns
 from flux_ray.weights import gloo
 from flux_ray.weights.publish import Publisher
@@ -126,6 +126,21 @@ async def test_a_request_that_is_cancelled_leaves_the_engine(served):
     with pytest.raises(asyncio.CancelledError):
         await rolling
     assert not served.engine._engine.output_processor.has_unfinished_requests()
+
+
+async def test_a_probe_waits_for_a_place_and_not_for_those_that_wait_longer(served):
+    """Four groups, of which the engine runs one at a time: the trainer is not to wait for all of them."""
+    ended = []
+
+    async def one(seed):
+        await served.engine.roll(prompt_of([5, 6, 7], num_samples=64, seed=1000 * seed))
+        ended.append(seed)
+
+    groups = [asyncio.create_task(one(seed)) for seed in range(4)]
+    await asyncio.sleep(0.02)
+    probed, _ = await served.engine.probe(prompt_of([5, 6, 7]))
+    assert len(ended) <= 1 and len(probed.trajectories) == PROBE_SAMPLES
+    await asyncio.gather(*groups)
 
 
 async def test_more_prompt_tokens_than_one_forward_takes(served, model):
