@@ -12,7 +12,15 @@ from pathlib import Path
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    GenerationConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 SPECIAL = ("<pad>", "<eos>", "<unk>")
 CHARACTERS = "0123456789+-*/=() .,:?!#\nabcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -47,8 +55,20 @@ def tiny_model(
         tie_word_embeddings=tied, pad_token_id=PAD_ID, eos_token_id=EOS_ID, bos_token_id=None,
         initializer_range=0.15,
     )
-    model = Qwen3ForCausalLM(config).to(dtype)
+    return _written(Qwen3ForCausalLM(config).to(dtype), folder)
+
+
+def tiny_gpt2(folder: str | Path, *, context: int = 64) -> Path:
+    """A random GPT-2: tied, its embedding and its layers called by other names than the others'."""
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=64, n_positions=context, n_embd=64, n_layer=2, n_head=2, initializer_range=0.15,
+                        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, pad_token_id=PAD_ID, eos_token_id=EOS_ID,
+                        bos_token_id=None)
+    return _written(GPT2LMHeadModel(config), folder)
+
+
+def _written(model: PreTrainedModel, folder: str | Path) -> Path:
     model.generation_config = GenerationConfig(eos_token_id=EOS_ID, pad_token_id=PAD_ID)
     model.save_pretrained(folder)
-    tiny_tokenizer(vocab).save_pretrained(folder)
+    tiny_tokenizer(model.config.vocab_size).save_pretrained(folder)
     return Path(folder)

@@ -64,7 +64,7 @@ class Drops:
         self._count(cause, num_tokens, num_samples)
         self.total += 1
         count = self._groups.total() - self._groups[KEPT]
-        # With max_staleness > 0 the groups of several batches run at once: what is kept for later ones counts as theirs.
+        # With max_staleness > 0 groups of several batches run at once: those that are kept for later ones count too.
         if count > (self._max_batches - 1) * max(self._batch, self._groups[KEPT]):
             causes = ", ".join(f"{cause} {n}" for cause, n in self._groups.items() if cause != KEPT)
             raise RuntimeError(

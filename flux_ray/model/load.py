@@ -41,9 +41,9 @@ def resolve_dtype(name: str, device: str) -> torch.dtype:
     return DTYPES[name]
 
 
-def resolve_layout(layout: str, attention: str) -> tuple[str, str]:
+def resolve_layout(layout: str, attention: str, dtype: torch.dtype) -> tuple[str, str]:
     """(layout, transformers' attention implementation) for what config says; UserError where the two don't fit."""
-    flash = is_flash_attn_2_available() and torch.cuda.is_available()
+    flash = is_flash_attn_2_available() and torch.cuda.is_available() and dtype != torch.float32
     if layout == "auto":
         layout = "varlen" if flash and attention in ("auto", "flash_attention_2") else "padded"
     if layout not in LAYOUTS:
@@ -52,8 +52,9 @@ def resolve_layout(layout: str, attention: str) -> tuple[str, str]:
         padded = "sdpa" if torch.cuda.is_available() else CAUSAL_BLOCKS
         attention = "flash_attention_2" if layout == "varlen" else padded
     if layout == "varlen" and (not flash or not attention.startswith("flash")):
-        raise UserError(f"model.layout=varlen needs a GPU with flash attention and model.attention=flash_attention_2, "
-                        f"got model.attention={attention} and flash attention {'found' if flash else 'not found'} here")
+        raise UserError(f"model.layout=varlen needs a GPU with flash attention, model.dtype=bfloat16 and "
+                        f"model.attention=flash_attention_2, got model.attention={attention}, {dtype} and flash "
+                        f"attention {'found' if is_flash_attn_2_available() else 'not found'} here")
     return layout, attention
 
 
@@ -62,7 +63,7 @@ def load_policy(
     gradient_checkpointing: bool = False,
 ) -> PolicyModel:
     """Load a causal language model. UserError (one line) for a path, a model or a setting that can't be used."""
-    layout, attention = resolve_layout(layout, attention)
+    resolve_layout(layout, attention, dtype)  # what can't be is refused before the model is opened
     config = _open("model", path, transformers.AutoConfig.from_pretrained)
     _turn_off_dropout(config)
     hf, info = _open("model", path, transformers.AutoModelForCausalLM.from_pretrained, config=config, dtype=dtype,
@@ -71,6 +72,7 @@ def load_policy(
         raise UserError(f"model {str(path)!r} lacks weights: {', '.join(sorted(info['missing_keys'])[:3])}")
     _refuse_renamed_weights(hf, path)
     scale = _logit_scale(hf, path)
+    layout, attention = _layout_for(hf, layout, attention, dtype)
     _ready_to_train(hf, attention, gradient_checkpointing)
     policy = PolicyModel(hf, layout=layout, chunk_tokens=chunk_tokens, logit_scale=scale)
     policy.original_config = _open("model", path, transformers.AutoConfig.from_pretrained)
@@ -87,7 +89,7 @@ def load_score(
     A new head is all zeros: it gives 0 everywhere, and the same on every rank. UserError (one line) for what can't be
     used.
     """
-    layout, attention = resolve_layout(layout, attention)
+    resolve_layout(layout, attention, dtype)
     scores = not new_head or has_score_head(path)
     if scores:
         check_score_model(path)
@@ -100,6 +102,7 @@ def load_score(
         raise UserError(f"model {str(path)!r} lacks weights: {', '.join(sorted(missing)[:3])}")
     _refuse_renamed_weights(hf, path)
     _check_score_head(hf, path)
+    layout, attention = _layout_for(hf, layout, attention, dtype)
     if not scores:
         getattr(hf, HEAD).weight.data.zero_()
     _ready_to_train(hf, attention, gradient_checkpointing)
@@ -227,6 +230,34 @@ def _check_score_head(hf: Any, path: str | Path) -> None:
     if (whole[:, :half] - part).abs().max() > tolerance * part.abs().max():
         raise UserError(f"model {str(path)!r} ({hf.config.model_type}): its tokens see those after them: only causal "
                         "models are supported")
+
+
+def _layout_for(hf: Any, layout: str, attention: str, dtype: torch.dtype) -> tuple[str, str]:
+    """As resolve_layout; where sequences in one row would see one another, auto is padded, and a choice a UserError.
+
+    A hybrid model's convolutions and recurrences carry their state over the border, whatever attention does.
+    """
+    resolved = resolve_layout(layout, attention, dtype)
+    if resolved[0] == "padded" or _keeps_sequences_apart(hf):
+        return resolved
+    if layout != "auto":
+        raise UserError(f"model.layout={layout}: {hf.config.model_type} has layers that carry their state from one "
+                        "sequence of a row into the next: use model.layout=padded")
+    return resolve_layout("padded", attention, dtype)
+
+
+def _keeps_sequences_apart(hf: Any) -> bool:
+    """Whether a sequence's hidden states are the same alone and behind another one in a row."""
+    ids = torch.arange(2 * NUM_PROBE_TOKENS)[None] % hf.config.get_text_config().vocab_size
+    positions = torch.arange(2 * NUM_PROBE_TOKENS)[None] % NUM_PROBE_TOKENS
+    was_training = hf.training
+    hf.eval()
+    with torch.no_grad():
+        both = hf.base_model(input_ids=ids, position_ids=positions, use_cache=False)[0].float()
+        alone = hf.base_model(input_ids=ids[:, NUM_PROBE_TOKENS:], use_cache=False)[0].float()
+    hf.train(was_training)
+    tolerance = 1e-4 if hf.dtype == torch.float32 else 3e-2  # relative to the largest hidden number
+    return bool((both[:, NUM_PROBE_TOKENS:] - alone).abs().max() <= tolerance * alone.abs().max())
 
 
 def context_length(path: str | Path) -> int:

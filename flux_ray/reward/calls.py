@@ -2,7 +2,7 @@
 
 Takes:  a RewardFunction and its arguments, as TRL's GRPOTrainer passes them.
 Gives:  one value a sample: a number, None, or a dict of these; RewardError names function, row, sample and cause.
-Knows:  a call is waited for `deadline_s` seconds from its turn on; Python can't end a thread, so one that hangs is left behind.
+Knows:  a call is waited for `deadline_s` seconds from its turn on; Python can't end a thread: one that hangs stays.
 Keeps:  one daemon thread with an event loop for async functions, made at the first of them.
 """
 

@@ -68,6 +68,8 @@ class RolloutEngine:
         self._engine: Any = None
         self._tokenizer: Any = None
         self._version = 0
+        self._serving = asyncio.Event()  # not paused for an update
+        self._serving.set()
         self._staged = False  # new weights come in beside running requests
         self._request_ids = itertools.count()
         self._rollout = get_rollout(config.rollout.function)
@@ -75,7 +77,9 @@ class RolloutEngine:
     @property
     def _transfer(self) -> str:
         """The name that vLLM knows the worker's end of the wire by; the weights room registers those that are ours."""
-        return f"{self._weights_backend}_device" if self._config.weights.staging == "device" else self._weights_backend
+        if self._config.weights.staging == "device":
+            return f"{self._weights_backend}_device"
+        return "ipc_plain" if self._weights_backend == "ipc" else self._weights_backend
 
     async def start(self) -> dict[str, Any]:
         """Load the model. Gives the context length in tokens."""
@@ -125,10 +129,13 @@ class RolloutEngine:
             # Compiling asks for a compiler and takes a start 20 s more, for a seventh of a decoding step in bf16.
             args["enforce_eager"] = True
             args["disable_custom_all_reduce"] = True
-            if config.tensor_parallel_size == 1:
-                args["distributed_executor_backend"] = "uni"  # one process fewer
         elif self._gpu_share < 1:
             args["gpu_memory_utilization"] = self._gpu_share
+        if config.tensor_parallel_size > 1:
+            # Inside a placement group vLLM would ask Ray for actors of its own, on GPUs that this one has already.
+            args["distributed_executor_backend"] = "mp"
+        elif self._device == "cpu":
+            args["distributed_executor_backend"] = "uni"  # one process fewer
         check_engine_args(config)
         return args | config.engine_args
 
@@ -164,9 +171,10 @@ class RolloutEngine:
     async def probe(self, prompt: Prompt) -> tuple[RolloutGroup, bool]:
         """A few tokens after the prompt, all sampled by the weights served now; and a word that they are there."""
         few = replace(prompt, num_samples=PROBE_SAMPLES)
+        room = self.room_for(len(few.token_ids), prompt_length=len(few.token_ids))
         completions = await self.generate(
             few.token_ids, n=few.num_samples, seed=few.seed, temperature=self._config.rollout.temperature,
-            max_tokens=min(PROBE_TOKENS, self.room_for(len(few.token_ids), prompt_length=len(few.token_ids))), first=True)
+            max_tokens=min(PROBE_TOKENS, room), first=True)
         return RolloutGroup(few, tuple(one_turn(few, completion) for completion in completions)), True
 
     async def generate(
@@ -202,6 +210,7 @@ class RolloutEngine:
             params.stop_token_ids = []
         tokens = TokensPrompt(prompt_token_ids=[int(t) for t in token_ids])
         if config.kv_after_update == "keep":
+            await self._serving.wait()  # whose version it will be of
             tokens["cache_salt"] = str(self._version)  # a prefix computed by older weights is never hit
         final = None
         with _vllm_alive():
@@ -247,10 +256,12 @@ class RolloutEngine:
         await self._answered(self._engine.finish_weight_update(str(version)))
         self._version = version
         await self._answered(self._engine.resume_generation())
+        self._serving.set()
         return str(await self._answered(self._engine.get_weight_version()))
 
     async def _pause(self) -> None:
         """Freeze running requests; with kv_after_update=recompute they prefill again, under the new weights."""
+        self._serving.clear()
         clear = self._config.rollout.kv_after_update == "recompute"
         await self._answered(self._engine.pause_generation(mode="keep", clear_cache=clear))
 

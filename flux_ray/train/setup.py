@@ -38,6 +38,7 @@ OWN_KEYS = {
     "fp16": "model.dtype",
     "data_types.grad_accum_dtype": "model.dtype",
     "zero_optimization.stage": "train.zero_stage",
+    "zero_optimization.compute_grad_norm": "train.max_grad_norm (every update's norm is measured)",
 }
 
 

@@ -13,7 +13,7 @@ import datetime
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -34,6 +34,7 @@ from flux_ray.weights.wire import SENDER_RANK, Wire, create_memory, forget, join
 
 BACKEND = "gloo"
 NCCL_STAGED = "nccl_device"  # rollout engines ask for it where weights.staging=device
+IPC_PLAIN = "ipc_plain"  # rollout engines ask for it in the place of ipc
 Bucket = tuple[list[ParamMeta], torch.Tensor]  # parameters in their order, and the bytes of them all
 
 
@@ -43,6 +44,7 @@ def register() -> None:
         (WeightTransferEngineFactory, BACKEND, "gloo", "GlooWeightTransferEngine"),
         (WeightTransferTrainerFactory, BACKEND, "gloo", "GlooTrainerWeightTransferEngine"),
         (WeightTransferEngineFactory, NCCL_STAGED, "nccl", "StagedNCCLWeightTransferEngine"),
+        (WeightTransferEngineFactory, IPC_PLAIN, "ipc", "PlainIPCWeightTransferEngine"),
     ):
         if backend not in factory._registry:  # the factory offers no other way to ask
             factory.register_engine(backend, f"flux_ray.weights.{module}", name)
@@ -109,9 +111,11 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
     _info: GlooInitInfo | None = None
     _wire: Wire | None = None
     _arriving: Future[list[Bucket]] | None = None  # staged: what comes in beside the forward passes
+    _tied: Sequence[TiedHead] = ()
 
     def init_transfer_engine(self, init_info: GlooInitInfo) -> None:
         self._info = init_info
+        self._tied = tied_heads(self.model)
         group = join_group(
             init_info.master_address,
             init_info.master_port,
@@ -143,7 +147,8 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
             self._start_load()
             self._load(arrived)
         finalize_layerwise_reload(self.model, self.model_config)
-        retie_head(self.model, self.model_config.hf_text_config)
+        for tied in self._tied:
+            tied.renew()
 
     def _start_load(self) -> None:
         from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
@@ -176,20 +181,29 @@ def unpack(bucket: torch.Tensor, run: Sequence[ParamMeta]) -> list[tuple[str, to
     return [(param.name, piece.view(param.dtype).view(param.shape)) for param, piece in zip(run, pieces, strict=True)]
 
 
-def retie_head(model: torch.nn.Module, hf_config: Any) -> None:
-    """Give a tied LM head the embedding's new weights.
+class TiedHead(NamedTuple):
+    """An LM head and the embedding whose weight it has.
 
     On CPU vLLM packs the head's weight into a buffer of its own at load. A reload replaces the embedding that it was
     packed from and leaves the packed copy old, which no checksum of parameters can see: tie again and pack again.
     """
-    if not getattr(hf_config, "tie_word_embeddings", False):
-        return
-    head = getattr(model, "lm_head", None)
-    embedding = getattr(getattr(model, "model", None), "embed_tokens", None)
-    if head is None or embedding is None:
-        return
-    head.weight = embedding.weight
-    head.quant_method.process_weights_after_loading(head)
+
+    head: Any
+    embedding: torch.nn.Module
+
+    def renew(self) -> None:
+        self.head.weight = self.embedding.weight
+        self.head.quant_method.process_weights_after_loading(self.head)
+
+
+def tied_heads(model: torch.nn.Module) -> list[TiedHead]:
+    """Whatever a model calls them: heads that have one weight with another module."""
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+    modules = [module for module in model.modules() if isinstance(getattr(module, "weight", None), torch.Tensor)]
+    heads = [module for module in modules if isinstance(module, ParallelLMHead)]
+    others = {id(module.weight): module for module in modules if not isinstance(module, ParallelLMHead)}
+    return [TiedHead(head, others[id(head.weight)]) for head in heads if id(head.weight) in others]
 
 
 @dataclass

@@ -19,7 +19,14 @@ from vllm.distributed.weight_transfer.nccl_engine import (
 
 from flux_ray.weights.background import in_background
 
+GIB = 2**30
 Pairs = list[tuple[str, torch.Tensor]]
+
+
+def free_bytes(device: torch.device) -> int:
+    """What this process can still get on the GPU: of the system, and what its allocator holds unused."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 class StagedNCCLWeightTransferEngine(NCCLWeightTransferEngine):
@@ -28,7 +35,13 @@ class StagedNCCLWeightTransferEngine(NCCLWeightTransferEngine):
     _arriving: Future[list[Pairs]] | None = None
 
     def start_weight_update(self) -> None:
-        """Nothing yet: the model goes on as it is."""
+        """Nothing yet: the model goes on as it is. RuntimeError where its GPU has no room for a second copy: once
+        the broadcasts have begun, the sender would wait for one that nobody receives."""
+        needed, free = sum(p.nbytes for p in self.model.parameters()), free_bytes(self.device)
+        if needed > free:
+            raise RuntimeError(f"weights.staging=device needs {needed / GIB:.1f} GiB on each engine's GPU beside the "
+                               f"model, {free / GIB:.1f} GiB are free: lower "
+                               "rollout.engine_args.gpu_memory_utilization, or use weights.staging=none")
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
         """Return at once. vLLM's own waits here for all that the GPU was given, the broadcasts among it."""

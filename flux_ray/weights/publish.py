@@ -54,6 +54,11 @@ class EngineClient:
         self._call("start_weight_update", [()] * len(self._workers))
 
     def update_weights(self, update_info: Any) -> None:
+        if "ipc_handles" in update_info:
+            from flux_ray.weights.ipc import plain
+
+            update_info = {**update_info, "ipc_handles": plain(update_info["ipc_handles"])}
+            update_info.pop("ipc_handles_pickled", None)
         self._call("update_weights", [(update_info,)] * len(self._workers))
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:

@@ -41,7 +41,7 @@ def test_a_supervised_run_ends_well(toys, tmp_path, start):
 def test_a_trainer_rank_that_is_killed(toys, tmp_path, start):
     """Rank 0 fails too, as its peer is gone; the run names the rank that died, and where its log is."""
     program = start(*supervised(toys, tmp_path / "run", "driver.num_steps=1000000"), folder=tmp_path)
-    program.wait_for("step +3/")
+    program.wait_for_steps(3, run_dir=tmp_path / "run")
     rank_1 = {file: pid for pid, file in logs_of(program)}[tmp_path / "run" / "logs" / "trainer-1.log"]
     psutil.Process(rank_1).send_signal(signal.SIGKILL)
     line = last_line(program, 1)
@@ -57,11 +57,14 @@ def logs_of(program):
     return [(process.pid, Path(os.readlink(f"/proc/{process.pid}/fd/1"))) for process in program.processes()]
 
 
-@pytest.mark.parametrize("when", ["step +3/", "run folder"])
+@pytest.mark.parametrize("when", ["3 steps", "run folder"])
 def test_sigterm_to_the_driver(toys, tmp_path, start, when):
     """While it trains, or while Ray starts."""
     program = start(*supervised(toys, tmp_path / "run", "driver.num_steps=1000000"), folder=tmp_path)
-    program.wait_for(when)
+    if when == "3 steps":
+        program.wait_for_steps(3, run_dir=tmp_path / "run")
+    else:
+        program.wait_for(when)
     time.sleep(0.5)
     program.process.send_signal(signal.SIGTERM)
     assert last_line(program, 130) == "flux-ray: interrupted"
@@ -72,7 +75,7 @@ def test_a_driver_that_is_killed_leaves_no_process(toys, tmp_path, start):
     program = start(*supervised(toys, tmp_path / "run", "driver.num_steps=1000000"), "algo=grpo", "algo.beta=0",
                     "reward.functions=[length]", "rollout.max_tokens=8",
                     "cluster.env.VLLM_ENABLE_V1_MULTIPROCESSING='1'", folder=tmp_path)
-    program.wait_for("step +2/")
+    program.wait_for_steps(2, run_dir=tmp_path / "run")
     assert program.named("EngineCore").is_running()
     program.process.send_signal(signal.SIGKILL)
     assert program.end(deadline_s=END_DEADLINE_S) == -signal.SIGKILL
@@ -99,7 +102,7 @@ def test_a_reward_that_raises_ends_the_run_naming_function_and_sample(toys, tmp_
         "data.shuffle=false", "rollout.max_tokens=16", "driver.num_steps=100", f"run_dir={run_dir}",
         f"rollout.function={REPO}/docs/examples/calculator.py:with_calculator",
         f"reward.functions=[{toys.rewards}:breaks]", folder=tmp_path)
-    program.wait_for("step +2/")
+    program.wait_for_steps(2, run_dir=run_dir)
     line = last_line(program, 1)
     assert line.startswith("flux-ray: the run failed: reward 0, score of prompt row 18 (from 1): RewardError: "
                            "reward breaks, prompt row 18 (from 1), sample 1 of 4: KeyError: 'no such thing'"), line

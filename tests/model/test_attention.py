@@ -112,8 +112,8 @@ def test_a_policy_gives_the_same_with_either(tmp_path, monkeypatch) -> None:
 def test_it_is_what_auto_means_on_a_cpu() -> None:
     if torch.cuda.is_available():
         pytest.skip("on a GPU auto is torch's, or flash attention")
-    assert resolve_layout("auto", "auto") == ("padded", attention.CAUSAL_BLOCKS)
-    assert resolve_layout("block_diagonal", "sdpa") == ("block_diagonal", "sdpa")
+    assert resolve_layout("auto", "auto", torch.float32) == ("padded", attention.CAUSAL_BLOCKS)
+    assert resolve_layout("block_diagonal", "sdpa", torch.float32) == ("block_diagonal", "sdpa")
 
 
 @pytest.mark.parametrize("name", ["no_such", "flash_attention_2"])

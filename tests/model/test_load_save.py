@@ -13,11 +13,12 @@ from transformers import (
     Gemma2Config,
     GPT2Config,
     GraniteConfig,
+    Lfm2Config,
     MixtralConfig,
 )
 
 from flux_ray.errors import UserError
-from flux_ray.model import load_policy, load_tokenizer, resolve_dtype, save, save_model
+from flux_ray.model import load, load_policy, load_tokenizer, resolve_dtype, save, save_model
 from tests.model.test_policy import ragged_samples
 from tests.tiny import tiny_model
 
@@ -73,6 +74,20 @@ def test_models_that_are_not_supported_are_refused_by_name(tmp_path, config, wor
     with pytest.raises(UserError) as error:
         load_policy(tmp_path, dtype=torch.float32, chunk_tokens=8)
     assert words in one_line(error)
+
+
+@pytest.mark.parametrize("layout", ["auto", "padded", "block_diagonal"])
+def test_a_model_whose_layers_carry_state_over_the_border_of_a_sequence(tmp_path, monkeypatch, layout: str) -> None:
+    """LFM2's convolutions: padded is exact, one row for all sequences isn't, and is refused (auto: not chosen)."""
+    AutoModelForCausalLM.from_config(Lfm2Config(**SIZES, full_attn_idxs=[1])).save_pretrained(tmp_path)
+    if layout == "auto":
+        monkeypatch.setattr(load, "resolve_layout", lambda layout, attention, dtype: (
+            "varlen" if layout == "auto" else layout, "sdpa"))
+    if layout == "block_diagonal":
+        with pytest.raises(UserError, match=r"model\.layout=block_diagonal: lfm2 has layers that carry"):
+            load_policy(tmp_path, dtype=torch.float32, layout=layout, chunk_tokens=8)
+    else:
+        assert load_policy(tmp_path, dtype=torch.float32, layout=layout, chunk_tokens=8).layout == "padded"
 
 
 @pytest.mark.parametrize("config", [

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from tests.system.program import Program
-from tests.tiny import tiny_model
+from tests.tiny import tiny_gpt2, tiny_model
 
 REWARDS = '''
 """Rewards that tests name by this file."""
@@ -47,15 +47,16 @@ def troubled(completions, prompts, trainer_state, **columns):
 
 @pytest.fixture(scope="session")
 def toys(tmp_path_factory) -> SimpleNamespace:
-    """Two tiny models (tied and untied embeddings), 40 prompts and a file of rewards."""
+    """Three tiny models (tied and untied embeddings, GPT-2), 40 prompts and a file of rewards."""
     folder = tmp_path_factory.mktemp("toys")
     for name, tied in (("tied", True), ("untied", False)):
         tiny_model(folder / name, tied=tied, context=64)
+    tiny_gpt2(folder / "gpt2")
     rows = [{"prompt": f"{i}+{i + 1}=", "answer": str(2 * i + 1), "completion": str(2 * i + 1)} for i in range(40)]
     (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "rewards.py").write_text(REWARDS)
-    return SimpleNamespace(tied=folder / "tied", untied=folder / "untied", data=folder / "data.jsonl",
-                           rewards=folder / "rewards.py")
+    return SimpleNamespace(tied=folder / "tied", untied=folder / "untied", gpt2=folder / "gpt2",
+                           data=folder / "data.jsonl", rewards=folder / "rewards.py")
 
 
 @pytest.fixture

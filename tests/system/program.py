@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -67,10 +68,18 @@ class Program:
 
     def wait_for(self, pattern: str, *, deadline_s: float = START_DEADLINE_S) -> None:
         """Until the terminal shows it. The run must not end before."""
+        self._wait(lambda: re.search(pattern, self.shown), repr(pattern), deadline_s)
+
+    def wait_for_steps(self, number: int, *, run_dir: Path, deadline_s: float = START_DEADLINE_S) -> None:
+        """Until the run has done so many: the terminal doesn't show each one. The run must not end before."""
+        file = run_dir / "metrics.jsonl"
+        self._wait(lambda: file.is_file() and file.read_text().count("\n") >= number, f"{number} steps", deadline_s)
+
+    def _wait(self, condition: Callable[[], Any], what: str, deadline_s: float) -> None:
         end = time.monotonic() + deadline_s
-        while not re.search(pattern, self.shown):
+        while not condition():
             assert self.process.poll() is None, f"ended with {self.process.returncode}:\n{self.shown}"
-            assert time.monotonic() < end, f"no {pattern!r} within {deadline_s} s:\n{self.shown}"
+            assert time.monotonic() < end, f"no {what} within {deadline_s} s:\n{self.shown}"
             time.sleep(0.1)
 
     def interrupt(self) -> None:

@@ -111,7 +111,7 @@ def interrupted(toys, whole, tmp_path_factory):
     arguments = [f"{key}={value}" for key, value in values.items()]
     program = Program(arguments, folder=run_dir.parent)
     try:
-        program.wait_for(rf"step +{CHECKPOINT_AT + 2}/")
+        program.wait_for_steps(CHECKPOINT_AT + 2, run_dir=run_dir)
         program.interrupt()
         code = program.end(deadline_s=30)
         yield run_dir, code, program.shown
@@ -134,7 +134,7 @@ def test_resumed_it_goes_on_as_if_nothing_had_happened_and_a_dead_engine_ends_it
     """From its checkpoint; then the engine's own child process is killed: the run says so and ends."""
     run_dir, *_ = interrupted
     program = start(f"resume={run_dir}", f"driver.num_steps={10_000}", folder=run_dir.parent / "resumed")
-    program.wait_for(rf"step +{NUM_STEPS}/")
+    program.wait_for_steps(NUM_STEPS, run_dir=run_dir)
     lines = metrics(run_dir)
     assert [line["step"] for line in lines] == list(range(len(lines))), "each step once"
     assert numbers(lines[:NUM_STEPS]) == numbers(metrics(whole))

@@ -29,7 +29,7 @@ def worker(monkeypatch):
                 raise held.failed
             post_unpack_func([(name, torch.full(shape, 7.0, dtype=dtype))])
 
-    class Model(torch.nn.Module):
+    class Model(torch.nn.Linear):
         def load_weights(self, pairs):
             calls.extend((name, tensor.tolist()) for name, tensor in pairs)
 
@@ -37,8 +37,10 @@ def worker(monkeypatch):
     monkeypatch.setattr(reload, "initialize_layerwise_reload", lambda model: calls.append("begin"))
     monkeypatch.setattr(reload, "finalize_layerwise_reload", lambda model, config: calls.append("end"))
     monkeypatch.setattr(torch.accelerator, "synchronize", lambda: None)
+    monkeypatch.setattr(nccl, "free_bytes", lambda device: held.free)
+    held.free = 10**9
     of_vllm = SimpleNamespace(parallel_config=None, model_config=None)
-    held.end = nccl.StagedNCCLWeightTransferEngine(None, of_vllm, torch.device("cpu"), Model())
+    held.end = nccl.StagedNCCLWeightTransferEngine(None, of_vllm, torch.device("cpu"), Model(1024, 1024))
     held.end.model_update_group, held.calls = "group", calls
     return held
 
@@ -54,6 +56,14 @@ def test_the_model_is_left_alone_until_the_update_is_there(worker):
     assert worker.calls == []
     worker.end.finish_weight_update()
     assert worker.calls == ["begin", ("a", [7.0, 7.0]), ("b", [7.0]), "end"]
+
+
+def test_a_gpu_without_room_for_a_second_copy_is_told_before_anything_is_sent(worker):
+    worker.free = 3 * 2**20
+    with pytest.raises(RuntimeError, match=r"needs 0\.0 GiB .* lower rollout\.engine_args\.gpu_memory_utilization"):
+        worker.end.start_weight_update()
+    worker.free = 5 * 2**20
+    worker.end.start_weight_update()
 
 
 def test_a_broadcast_that_failed_is_told_at_the_end(worker):

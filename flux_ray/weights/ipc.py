@@ -1,0 +1,61 @@
+"""vLLM's IPC transfer with handles that travel as plain values: its own are classes, which only a pickle can carry.
+
+Takes:  what torch gives of a tensor on a GPU, for another process to open it there (reduce_tensor).
+Gives:  `plain`, for the sender's end; PlainIPCWeightTransferEngine, the worker's, registered by gloo.register.
+Knows:  the places in torch's arguments: 0 class, 1 size, 4 class of the storage, 5 type; bytes and numbers elsewhere.
+Never:  makes a class of a name that it doesn't expect. No GPU has run it yet.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from vllm.distributed.weight_transfer.ipc_engine import IPCWeightTransferEngine, IPCWeightTransferUpdateInfo
+
+TENSOR, SIZE, STORAGE, DTYPE = 0, 1, 4, 5
+STORAGES = {cls.__name__: cls for cls in (torch.storage.TypedStorage, torch.storage.UntypedStorage)}
+PLAIN = (int, bool, bytes, type(None))
+
+
+def plain(handles: dict[str, tuple[Any, ...]]) -> dict[str, list[Any]]:
+    """Handles by GPU (its UUID), of a packed buffer, as text, numbers and bytes."""
+    return {gpu: _plain(arguments) for gpu, arguments in handles.items()}
+
+
+def _plain(arguments: tuple[Any, ...]) -> list[Any]:
+    values = list(arguments)
+    assert values[TENSOR] is torch.Tensor, values[TENSOR]
+    values[TENSOR] = None
+    values[SIZE] = list(values[SIZE])
+    values[SIZE + 1] = list(values[SIZE + 1])  # the strides
+    values[STORAGE] = values[STORAGE].__name__
+    values[DTYPE] = str(values[DTYPE]).removeprefix("torch.")
+    rest = [value for place, value in enumerate(values) if place not in (TENSOR, SIZE, SIZE + 1, STORAGE, DTYPE)]
+    assert all(isinstance(value, PLAIN) for value in rest), rest
+    return values
+
+
+def rebuilt(values: list[Any]) -> tuple[Any, ...]:
+    """What torch's rebuild_cuda_tensor takes."""
+    arguments = list(values)
+    arguments[TENSOR] = torch.Tensor
+    arguments[SIZE] = torch.Size(values[SIZE])
+    arguments[SIZE + 1] = tuple(values[SIZE + 1])
+    arguments[STORAGE] = STORAGES[values[STORAGE]]
+    arguments[DTYPE] = getattr(torch, values[DTYPE])
+    return tuple(arguments)
+
+
+class PlainIPCUpdateInfo(IPCWeightTransferUpdateInfo):
+    """As vLLM's, from plain handles."""
+
+    def __post_init__(self) -> None:
+        handles: Any = vars(self)["ipc_handles"]
+        assert isinstance(handles, dict), "a packed buffer has one handle for each GPU"
+        self.ipc_handles = {gpu: rebuilt(values) for gpu, values in handles.items()}
+        super().__post_init__()
+
+
+class PlainIPCWeightTransferEngine(IPCWeightTransferEngine):
+    update_info_cls = PlainIPCUpdateInfo
