@@ -8,6 +8,7 @@ import time
 import psutil
 import pytest
 
+from tests.house.documented import undocumented
 from tests.system.program import metrics
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(300)]
@@ -34,6 +35,7 @@ def test_a_supervised_run_ends_well(toys, tmp_path, start):
     assert last_line(program, 0).endswith(f"{run_dir}/model")
     lines = metrics(run_dir)
     assert [line["driver/version"] for line in lines] == [1, 2, 3]
+    assert undocumented(name for line in lines for name in line) == []
     assert lines[-1]["train/loss"] < lines[0]["train/loss"]
     assert (run_dir / "model" / "model.safetensors").is_file()
 

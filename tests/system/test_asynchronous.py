@@ -7,6 +7,7 @@ import math
 import pytest
 
 from flux_ray import FluxConfig, FluxTrainer
+from tests.house.documented import undocumented
 from tests.system.program import metrics
 from tests.system.test_run import assert_agreement, options
 
@@ -27,6 +28,7 @@ def test_partial_rollouts_go_on_after_an_update_within_the_bound(toys, tmp_path)
     result = FluxTrainer(FluxConfig(algorithm="grpo", **values, run_dir=str(tmp_path / "run"))).fit(str(toys.data))
     assert_agreement(result.run_dir, toys.gpt2, num_steps=NUM_STEPS)
     lines = metrics(result.run_dir)
+    assert undocumented(name for line in lines for name in line) == []
     assert max(line["driver/staleness_max"] for line in lines) == 1, "0 would be synchronous, 2 beyond the bound"
     assert any(line["rollout/spanning_frac"] > 0 for line in lines), "no update came under a running request"
     assert any(line["driver/num_parts"] > 1 for line in lines), "no group was trained on before the batch was whole"

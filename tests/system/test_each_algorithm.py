@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
 from flux_ray import FluxConfig, FluxTrainer, algo
+from tests.house.documented import undocumented
 from tests.model.test_score import written
 from tests.system.kept import KeptCluster
 from tests.system.program import NUMBERS, metrics
@@ -53,7 +54,9 @@ def run(_kept, toys, tmp_path, monkeypatch):
         config = FluxConfig(algorithm=name, **{**options, "reward.functions": given})
         result = FluxTrainer(config).fit(str(toys.data))
         assert result.num_steps == options["num_steps"]
-        return metrics(result.run_dir)
+        lines = metrics(result.run_dir)
+        assert undocumented(name for line in lines for name in line) == []
+        return lines
 
     return fit
 

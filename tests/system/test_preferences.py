@@ -8,6 +8,7 @@ import pytest
 
 from flux_ray import FluxConfig, FluxTrainer
 from flux_ray.observability.run_folder import EVAL, METRICS, REFERENCE, read_lines
+from tests.house.documented import undocumented
 from tests.system.program import metrics
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(400)]
@@ -29,6 +30,7 @@ def test_dpo_end_to_end(toys, tmp_path):
     with FluxTrainer(config) as trainer:
         result = trainer.fit(prompts=preferences(0, 48), eval_prompts=preferences(1, 20), num_steps=NUM_STEPS)
     lines, evaluations = metrics(result.run_dir), read_lines(result.run_dir / EVAL)
+    assert undocumented(name for line in [*lines, *evaluations] for name in line) == []
     assert lines[0]["train/loss"] == pytest.approx(0.6931, abs=1e-3)   # the policy is its reference still
     assert abs(lines[0]["pairs/margin"]) < 1e-4 < lines[-1]["pairs/margin"]
     assert [line["step"] for line in evaluations] == [0, NUM_STEPS]
