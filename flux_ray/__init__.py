@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from flux_ray.observability.callbacks import Callback
     from flux_ray.reward import register_reward
     from flux_ray.rl_trainer import create_rl_trainer
+    from flux_ray.rollout.functions import register_rollout
 
 #: Public name ► the module that has it.
 _HOMES = {
@@ -31,6 +32,7 @@ _HOMES = {
     "register_adv_estimator": "flux_ray.algo",
     "register_policy_loss": "flux_ray.algo",
     "register_reward": "flux_ray.reward",
+    "register_rollout": "flux_ray.rollout.functions",
 }
 
 __version__ = "0.1.0"
@@ -45,6 +47,7 @@ __all__ = [
     "register_adv_estimator",
     "register_policy_loss",
     "register_reward",
+    "register_rollout",
 ]
 
 

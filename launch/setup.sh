@@ -18,7 +18,7 @@ flux_setup() {
     unset PYTHONDONTWRITEBYTECODE   # without bytecode on disk every process compiles vLLM and transformers anew
     stamp="$(_flux_stamp "$extras")"
     if [ "$(cat "$VENV/.installed" 2>/dev/null)" != "$stamp" ]; then
-        _flux_make_venv && _flux_phase "install [$extras]" _flux_install "$extras" \
+        _flux_make_venv && _flux_check_system "$extras" && _flux_phase "install [$extras]" _flux_install "$extras" \
             && _flux_phase "compile what a run imports" _flux_compile || return 1
         printf '%s' "$stamp" > "$VENV/.installed"
         echo "set up in $((SECONDS - started)) s (log: $LOG)"
@@ -64,6 +64,15 @@ _flux_make_venv() {
     done
     echo "No Python >= 3.11 with the venv module found (tried:$tried). Install one (Debian, Ubuntu: apt install" \
          "python3 python3-venv), or name it: PYTHON=/path/to/python $0" >&2
+    return 1
+}
+
+# What no package brings along.
+_flux_check_system() {
+    case ",$1," in *,cpu,*) ;; *) return 0 ;; esac
+    "$VENV/bin/python" -c 'import ctypes; ctypes.CDLL("libnuma.so.1")' 2> /dev/null && return 0
+    echo "vLLM's CPU build needs libnuma.so.1, which is not here: apt install libnuma1 (Debian, Ubuntu), dnf install" \
+         "numactl-libs (Fedora)" >&2
     return 1
 }
 

@@ -14,6 +14,8 @@ import pytest
 import yaml
 
 from flux_ray import __main__ as cli
+from flux_ray import algo
+from flux_ray.cluster.plan import make_plan
 from flux_ray.config import validate
 from tests.launch.strict import SMALL_RAYJOB, strict
 
@@ -86,7 +88,15 @@ def test_manifest_s_command_is_one_that_we_take(path):
     assert (program, verb) == ("flux-ray", "train")
     configs: list = []
     cli.compose(overrides, then=configs.append)
-    assert validate(configs[0]).run_dir.startswith("/data/")
+    config = validate(configs[0])
+    assert config.run_dir.startswith("/data/")
+    workers = load(path)["spec"]["rayClusterSpec"]["workerGroupSpecs"]
+    limits = [group["template"]["spec"]["containers"][0]["resources"]["limits"] for group in workers
+              for _ in range(group["replicas"])]
+    gpus = sum(int(limit.get("nvidia.com/gpu", 0)) for limit in limits)
+    needs = {"needs_reference": algo.needs_reference(config.algo), "needs_critic": algo.needs_critic(config.algo)}
+    wanted = make_plan(config, cluster_gpus=gpus, **needs).total
+    assert wanted.get("GPU", 0) == gpus and wanted["CPU"] <= sum(int(limit["cpu"]) for limit in limits)
 
 
 def test_unknown_fields_are_refused_where_the_definition_allows_none():
@@ -107,7 +117,7 @@ def test_scripts_parse(path):
     assert path.name == "setup.sh" or path.stat().st_mode & 0o111, f"{path} can't be run"
 
 
-@pytest.mark.parametrize("script", ["quickstart.sh", "test.sh"])
+@pytest.mark.parametrize("script", ["quickstart.sh", "test.sh", "bench.sh"])
 def test_scripts_share_the_set_up(script):
     text = (REPO / "launch" / script).read_text()
     assert "/setup.sh\"" in text and "flux_setup cpu,test" in text and "pip install" not in text
@@ -130,6 +140,19 @@ def test_set_up_explains_a_missing_python(tmp_path):
                           env={"PATH": "/usr/bin:/bin", "PYTHON": "no-such-python"}, capture_output=True, text=True)
     assert done.returncode == 1
     assert "No Python >= 3.11 with the venv module found (tried: no-such-python)" in done.stderr
+
+
+def test_set_up_names_the_library_that_no_package_brings(tmp_path):
+    python = tmp_path / "bin" / "python"
+    python.parent.mkdir()
+    python.write_text("#!/bin/sh\nexit 1\n")
+    python.chmod(0o755)
+    check = lambda extras: subprocess.run(  # noqa: E731
+        ["bash", "-c", f". launch/setup.sh && VENV={tmp_path} && _flux_check_system {extras}"], cwd=REPO, timeout=60,
+        capture_output=True, text=True)
+    missing = check("cpu,test")
+    assert missing.returncode == 1 and "apt install libnuma1" in missing.stderr
+    assert check("gpu,test").returncode == 0
 
 
 def test_set_up_shows_why_an_installation_failed(tmp_path):
