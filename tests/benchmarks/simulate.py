@@ -61,8 +61,10 @@ def predicted_s(
 ) -> float:
     """Mean seconds of a step, once the run has settled."""
     world = World(costs, length_of=length_of, prompt_tokens=PROMPT_TOKENS, num_rows=10**9)
-    simulate(RandomSchedule.plain(num_steps=STEPS, **options), world, clock=SimulatedTime(), part_tokens=part_tokens)
-    return (world.step_end_s[-1] - world.step_end_s[WARM_UP - 1]) / (STEPS - WARM_UP)
+    last = options.get("max_staleness", 0)  # steps in which generation runs out
+    config = RandomSchedule.plain(num_steps=STEPS + last, **options)
+    simulate(config, world, clock=SimulatedTime(), part_tokens=part_tokens)
+    return (world.step_end_s[STEPS - 1] - world.step_end_s[WARM_UP - 1]) / (STEPS - WARM_UP)
 
 
 def log_normal(sigma: float) -> Callable[[int, int], int]:
