@@ -58,7 +58,6 @@ class EngineClient:
             from flux_ray.weights.ipc import plain
 
             update_info = {**update_info, "ipc_handles": plain(update_info["ipc_handles"])}
-            update_info.pop("ipc_handles_pickled", None)
         self._call("update_weights", [(update_info,)] * len(self._workers))
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:

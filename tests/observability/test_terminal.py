@@ -11,6 +11,8 @@ import pytest
 from flux_ray.observability import terminal as module
 from flux_ray.observability.terminal import Terminal
 
+pytestmark = pytest.mark.unit
+
 
 @pytest.fixture
 def clock(monkeypatch):
