@@ -20,7 +20,7 @@ CRITIC, REWARD_MODEL = "critic", "reward_model"
 #: Shares of one GPU where actors share it, lessened alike where there are more of them than it has room for. Ray counts
 #: them; memory is bounded by vLLM's gpu_memory_utilization.
 SHARED_GPU = {ENGINE: 0.4, TRAINER: 0.4, CRITIC: 0.4, REFERENCE: 0.2, REWARD_MODEL: 0.2}
-STAGING = {"gloo": "host", "nccl": "device"}  # weights.staging that each backend offers beside none
+STAGING = {"gloo": "host", "nccl": "device"}  # weights.staging that each backend offers beside auto and none
 GPU_DIGITS = 10_000  # Ray counts shares of a GPU in ten-thousandths
 
 
@@ -170,8 +170,9 @@ def _weights_backend(config: Config, device: str, shared: bool) -> str:
         raise UserError(f"weights.backend={chosen} can't work {where}: use {right} (or auto)")
     backend = right if chosen == "auto" else chosen
     staging, possible = config.weights.staging, STAGING.get(backend)
-    if staging not in ("none", possible):
-        raise UserError(f"weights.staging={staging}: {backend} offers {f'none or {possible}' if possible else 'none'}")
+    if staging not in ("auto", "none", possible):
+        offered = f"auto, none or {possible}" if possible else "auto or none"
+        raise UserError(f"weights.staging={staging}: {backend} offers {offered}")
     return backend
 
 

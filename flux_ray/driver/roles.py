@@ -24,6 +24,13 @@ from flux_ray.weights.publish import CallEngines, Publisher
 MIB = 2**20
 
 
+def staged(config: Config) -> bool | None:
+    """Whether a gloo update comes in beside running requests; None: where that costs no memory."""
+    if config.weights.staging == "auto" and config.driver.max_staleness:
+        return None
+    return config.weights.staging == "host"
+
+
 class TrainingRank(Trainer):
     """A rank of the training group with its end of the wire to the engines."""
 
@@ -35,7 +42,7 @@ class TrainingRank(Trainer):
             backend=weights_backend,
             deadline_s=config.weights.deadline_s,
             bucket_bytes=config.weights.bucket_mib * MIB,
-            staged=config.weights.staging == "host",
+            staged=staged(config),
         )
 
     def prepare_wire(self) -> None:

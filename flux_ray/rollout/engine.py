@@ -234,7 +234,7 @@ class RolloutEngine:
     async def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
 
-        self._staged = init_info.get("staged", self._config.weights.staging != "none")
+        self._staged = init_info.get("staged", self._config.weights.staging == "device")
         request = WeightTransferInitRequest(init_info=init_info)
         await self._answered(self._engine.init_weight_transfer_engine(request))
 

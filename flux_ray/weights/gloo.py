@@ -216,7 +216,7 @@ class GlooTrainerInitInfo(TrainerInitInfo):
     world_size: int
     bucket_bytes: int
     timeout_s: float
-    staged: bool = False
+    staged: bool | None = False  # None: where shared memory holds the update anyway
 
 
 class GlooTrainerWeightTransferEngine(TrainerWeightTransferEngine[GlooTrainerInitInfo]):
@@ -257,7 +257,7 @@ class GlooTrainerWeightTransferEngine(TrainerWeightTransferEngine[GlooTrainerIni
             rank_offset=1,
             bucket_bytes=info.bucket_bytes,
             timeout_s=info.timeout_s,
-            staged=info.staged,
+            staged=memory is not None if info.staged is None else info.staged,
             memory=name,
             memory_bytes=num_bytes,
         )

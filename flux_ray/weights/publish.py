@@ -69,9 +69,11 @@ class Publisher:
     """One rank's end. Every rank calls `publish`; `connect` on rank 0 alone opens the wire."""
 
     def __init__(
-        self, weights: Weights, *, rank: int, backend: str, bucket_bytes: int, deadline_s: float, staged: bool = False
+        self, weights: Weights, *, rank: int, backend: str, bucket_bytes: int, deadline_s: float,
+        staged: bool | None = False,
     ) -> None:
-        """`staged`: engines go on while the weights come in, and stop to load them (gloo alone)."""
+        """`staged`: engines go on while the weights come in, and stop to load them (gloo alone); None: where the bytes
+        go through shared memory, so that they need no memory for it."""
         self._weights = weights
         self._staged = staged
         self._rank = rank

@@ -40,7 +40,8 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="an object a line instead of the table")
     parser.add_argument("--only", metavar="NAME,NAME", help=f"some of: {', '.join(FIGURES)}")
     parser.add_argument("--runs", type=int, metavar="N", help="measured steps of each kind (10; with --quick 1)")
-    parser.add_argument("--tokens", type=int, metavar="N", help="of a response on average (256; with --quick 24)")
+    parser.add_argument("--tokens", type=int, metavar="N",
+                        help="of a response on average (beside TRL 256, else 64; with --quick 24)")
     parser.add_argument("--dtype", choices=DTYPES, help="of weights and activations; bfloat16 where it isn't given")
     parser.add_argument("--lengths", choices=tuple(LENGTHS), help="of responses: one of the two kinds alone")
     parser.add_argument("--trl", type=int, nargs=2, metavar=("THREADS", "BATCH"),
@@ -61,6 +62,7 @@ def main() -> int:
             make_model(Path(folder, size), size)
         session = (Session.short if arguments.quick else Session)(Path(folder), arguments.dtype or DTYPES[0])
         session.runs, session.tokens = arguments.runs or session.runs, arguments.tokens or session.tokens
+        session.ratio_tokens = arguments.tokens or session.ratio_tokens
         session.lengths = (arguments.lengths,) if arguments.lengths else session.lengths
         session.peer_setting = tuple(arguments.trl) if arguments.trl else None
         for figure in figures:
@@ -70,7 +72,8 @@ def main() -> int:
                 if arguments.json:
                     print(as_json(result), flush=True)
     if not arguments.json:
-        print(f"{session.dtype}, 64 sequences of {session.tokens} tokens on average, a thread a process\n")
+        print(f"{session.dtype}, 64 sequences of {session.ratio_tokens} tokens on average (beside TRL "
+              f"{session.tokens}), a thread a process\n")
         print(table(results))
     print(f"{time.monotonic() - started:5.0f} s in all", file=sys.stderr)
     return int(any(isinstance(result, Failed) for result in results))

@@ -18,13 +18,14 @@ import sys
 import tempfile
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import psutil
 
 from tests.benchmarks import inside
+from tests.benchmarks.beside import DEADLINE_S, Beside
 from tests.benchmarks.work import (
     CONTEXT,
     GROUP_SIZE,
@@ -108,12 +109,41 @@ def ours(folder: Path, work: Path, *, phases: list[dict[str, Any]], dtype: str, 
 
 
 def bare_vllm(folder: Path, work: Path, *, phases: list[dict[str, Any]], dtype: str,
-              enforce_eager: bool = True) -> dict[str, list[float]]:
-    """Seconds of each step's sequences from one engine, nothing else running."""
-    return asyncio.run(_bare_vllm(folder, [Phase(**phase) for phase in phases], dtype, enforce_eager))
+              enforce_eager: bool = True, beside: dict[str, Any] | None = None) -> dict[str, list[float]]:
+    """Seconds of each step's sequences from one engine; nothing else runs, or the part that `beside` names."""
+    other = _beside(beside)
+    return asyncio.run(_bare_vllm(folder, [Phase(**phase) for phase in phases], dtype, enforce_eager, other))
 
 
-async def _bare_vllm(folder: Path, phases: Sequence[Phase], dtype: str, enforce_eager: bool) -> dict[str, list[float]]:
+def _beside(asked: dict[str, Any] | None) -> Beside | None:
+    other = Beside(**asked) if asked else None
+    if other:
+        other.stay_on_core()
+    return other
+
+
+async def _measured(step: Callable[[str, Phase], Awaitable[float]], phases: Sequence[Phase],
+                    other: Beside | None) -> dict[str, list[float]]:
+    """Seconds of each phase's steps after its warm-up; beside another part, then unmeasured ones until that is done."""
+    seconds: dict[str, list[float]] = {}
+    for phase in phases:
+        for i in range(phase.warm_up):
+            await step(f"{phase.name}-warm-{i}", phase)
+        if other:
+            other.meet(phase.name)
+        seconds[phase.name] = [await step(f"{phase.name}-{i}", phase) for i in range(phase.runs)]
+        if other:
+            other.done(phase.name)
+            ends_s = time.monotonic() + DEADLINE_S
+            while other.goes_on(phase.name):
+                if time.monotonic() > ends_s:
+                    raise TimeoutError(f"{other.other} was not done within {DEADLINE_S:g} s")
+                await step(f"{phase.name}-more-{time.monotonic()}", phase)
+    return seconds
+
+
+async def _bare_vllm(folder: Path, phases: Sequence[Phase], dtype: str, enforce_eager: bool,
+                     other: Beside | None) -> dict[str, list[float]]:
     from vllm import SamplingParams
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.sampling_params import RequestOutputKind
@@ -142,18 +172,18 @@ async def _bare_vllm(folder: Path, phases: Sequence[Phase], dtype: str, enforce_
         await asyncio.gather(*requests)
         return time.perf_counter() - start
 
-    seconds = {phase.name: [await step(f"{phase.name}-{i}", phase) for i in range(phase.steps)][phase.warm_up :]
-               for phase in phases}
+    seconds = await _measured(step, phases, other)
     engine.shutdown()
     return seconds
 
 
 def bare_deepspeed(folder: Path, work: Path, *, phases: list[dict[str, Any]], dtype: str,
-                   our_layers: bool = False) -> dict[str, list[float]]:
+                   our_layers: bool = False, beside: dict[str, Any] | None = None) -> dict[str, list[float]]:
     """Seconds of forward, backward and AdamW on as many tokens: the model's own logits and cross-entropy.
 
     `our_layers`: attention and norms in blocks as our ranks have them, not the model as transformers makes it.
     """
+    other = _beside(beside)
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -173,7 +203,7 @@ def bare_deepspeed(folder: Path, work: Path, *, phases: list[dict[str, Any]], dt
     engine, *_ = deepspeed.initialize(model=model, optimizer=torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True),
                                       config=setup.deepspeed_config(config, kind))
 
-    def step(phase: Phase) -> float:
+    async def step(name: str, phase: Phase) -> float:
         start = time.perf_counter()
         plan = micro_batches(phase.lengths)
         for k, rows in enumerate(plan):
@@ -187,8 +217,7 @@ def bare_deepspeed(folder: Path, work: Path, *, phases: list[dict[str, Any]], dt
         engine.step()
         return time.perf_counter() - start
 
-    planned = [Phase(**phase) for phase in phases]
-    return {phase.name: [step(phase) for _ in range(phase.steps)][phase.warm_up :] for phase in planned}
+    return asyncio.run(_measured(step, [Phase(**phase) for phase in phases], other))
 
 
 def main() -> None:

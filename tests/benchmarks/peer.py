@@ -30,12 +30,14 @@ SETTINGS = ((1, 16), (2, 4), (2, 8), (2, 16), (2, 32), (2, 64))
 BEST = (2, 16)
 #: Runs of ours on both cores, of which the fastest counts; to compile takes longer than a quick run has.
 OURS, QUICK_OURS = ("both_cores_compiled", "both_cores_asynchronous"), ("both_cores", "asynchronous")
-UNEQUAL_RUNS = 3  # of TRL at most: it waits for the longest, which is minutes a step
+UNEQUAL_RUNS = 1  # of TRL: it waits for the longest, which is minutes a step
+FEW_RUNS = 2  # to find a setting, or a limit, by
 LONGEST = 64  # tokens of a response of the one batch that both compute the loss of
 SAME = 1e-4  # of 1, or of the value: two float32 passes over one batch, summed in another order
 
 
 def vs_trl(session: Session) -> list[Measured]:
+    session = session.beside_peer()
     (threads, batch), theirs = _theirs(session)
     loss = session.part("same_loss")
     if any(abs(loss["ours"][name] - value) > SAME * max(abs(value), 1.0) for name, value in loss["trl"].items()):
@@ -79,7 +81,8 @@ def limit(session: Session) -> list[Measured]:
 def _theirs(session: Session) -> tuple[tuple[int, int], dict[str, Any]]:
     """TRL's setting, and its steps with it by phase."""
     setting = session.peer_setting or (BEST if session.quick else _best(session))
-    phases = [phase if phase["name"] == EQUAL else phase | {"runs": min(UNEQUAL_RUNS, session.runs)}
+    warm_up = int(EQUAL not in session.lengths)  # else it is warm
+    phases = [phase if phase["name"] == EQUAL else phase | {"runs": UNEQUAL_RUNS, "warm_up": warm_up}
               for phase in session.phases()]
     return setting, _trl(session, *setting, phases)
 
@@ -93,7 +96,7 @@ def _best(session: Session) -> tuple[int, int]:
 
 def _few(session: Session) -> list[dict[str, Any]]:
     """Steps of equal lengths, enough to find a setting by."""
-    return [dataclasses.asdict(Phase(EQUAL, equal(session.tokens), 1, min(2, session.runs)))]
+    return [dataclasses.asdict(Phase(EQUAL, equal(session.tokens), 1, min(FEW_RUNS, session.runs)))]
 
 
 def _trl(session: Session, threads: int, batch: int, phases: list[dict[str, Any]]) -> dict[str, Any]:

@@ -40,9 +40,9 @@ def publish(session: Session) -> list[Measured]:
 
 
 def stagings() -> list[str]:
-    """What weights.staging offers on CPU."""
+    """What weights.staging offers on CPU; auto is one of them."""
     (found,) = [f.metadata["choices"] for f in dataclasses.fields(WeightsConfig) if f.name == "staging"]
-    return [name for name in found if name != "device"]
+    return [name for name in found if name not in ("auto", "device")]
 
 
 def run(folder: Path, work: Path, *, steps: int, **more: Any) -> dict[str, list[float]]:

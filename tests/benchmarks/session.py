@@ -10,18 +10,24 @@ import dataclasses
 import json
 import shutil
 import statistics
+import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from flux_ray.driver.build import KEEP_MEMORY
+from tests.benchmarks.beside import Beside
 from tests.benchmarks.parts import run_part
 from tests.benchmarks.work import Phase, equal, log_normal
 
 EQUAL, UNEQUAL = "equal", "log_normal"
 LENGTHS = {EQUAL: equal, UNEQUAL: log_normal}
-FULL_TOKENS = 256  # of a response on average
+FULL_TOKENS = 256  # of a response on average, beside TRL
+RATIO_TOKENS = 64  # where ours is held against its own parts: what a step costs beside them shows more in a short one
+BESIDE_RUNS = 3  # of the shorter of two parts beside one another; the other has as many
+UNEQUAL_RUNS = 3
 #: vLLM compiles its model where it may and there is something to compile with; that takes a start some 20 s more.
 COMPILED = {"rollout.engine_args.enforce_eager": False} if shutil.which("g++") else {}
 #: Engines, ranks, staleness; where each actor stays (nowhere: the system decides).
@@ -38,14 +44,17 @@ RUNS: dict[str, dict[str, Any]] = {
 
 @dataclass
 class Session:
-    """`tokens`: of a response on average; `runs`: measured steps of each kind; `lengths`: which of the two phases;
+    """`tokens`: of a response on average, `ratio_tokens` in figures against ourselves; `runs`: measured steps of each
+    kind, `unequal_runs` of log-normal lengths where fewer do; `lengths`: which of the two phases;
     `peer_setting`: TRL's (threads, sequences of a forward pass), None: search; `deadline_s`: of one part."""
 
     folder: Path
     dtype: str
     quick: bool = False
     tokens: int = FULL_TOKENS
+    ratio_tokens: int = RATIO_TOKENS
     runs: int = 10
+    unequal_runs: int | None = None
     lengths: Sequence[str] = (EQUAL, UNEQUAL)
     peer_setting: tuple[int, int] | None = None
     deadline_s: float = 3600.0
@@ -53,7 +62,7 @@ class Session:
 
     @classmethod
     def short(cls, folder: Path, dtype: str) -> Session:
-        return cls(folder, dtype, quick=True, tokens=24, runs=1, deadline_s=300.0)
+        return cls(folder, dtype, quick=True, tokens=24, ratio_tokens=24, runs=1, deadline_s=300.0)
 
     def part(self, name: str, *, env: dict[str, str] | None = None, **asked: Any) -> Any:
         """What the part gave, or the RuntimeError that it ended with; the second time without running it again."""
@@ -69,13 +78,34 @@ class Session:
 
     def phases(self, *, warm_up: int = 1) -> list[dict[str, Any]]:
         """The steps of equal lengths, then those of log-normal ones, where both are asked for."""
-        return [dataclasses.asdict(Phase(name, LENGTHS[name](self.tokens), warm_up, self.runs))
+        runs = {EQUAL: self.runs, UNEQUAL: min(self.runs, self.unequal_runs or self.runs)}
+        return [dataclasses.asdict(Phase(name, LENGTHS[name](self.tokens), warm_up, runs[name]))
                 for name in self.lengths]
+
+    def of_ratios(self) -> Session:
+        """This one (what parts gave is of both) with the tokens of figures against ourselves."""
+        return dataclasses.replace(self, tokens=self.ratio_tokens)
+
+    def beside_peer(self) -> Session:
+        """This one with few steps of log-normal lengths, of which TRL takes minutes for one."""
+        return dataclasses.replace(self, unequal_runs=UNEQUAL_RUNS)
 
     def floors(self) -> dict[str, tuple[float, float]]:
         """Phase ► seconds of (bare generation, bare training), medians."""
         generation = self.part("vllm", phases=self.phases(), dtype=self.dtype)
         training = self.part("deepspeed", phases=self.phases(), dtype=self.dtype, env=KEEP_MEMORY)  # as our ranks have
+        return {name: (statistics.median(generation[name]), statistics.median(training[name])) for name in generation}
+
+    def floors_beside(self) -> dict[str, tuple[float, float]]:
+        """As `floors`, while the other part runs on the other core: they share caches and the way to memory."""
+        names = ("vllm", "deepspeed")
+        phases = dataclasses.replace(self, runs=min(self.runs, BESIDE_RUNS)).phases()
+        with tempfile.TemporaryDirectory(dir=self.folder) as folder, ThreadPoolExecutor(2) as side:
+            parts = [side.submit(run_part, name, self.folder, deadline_s=self.deadline_s, phases=phases,
+                                 dtype=self.dtype, env=KEEP_MEMORY if name == "deepspeed" else None,
+                                 beside=dataclasses.asdict(Beside(folder, name, other, core)))
+                     for core, (name, other) in enumerate((names, names[::-1]))]
+            generation, training = (part.result() for part in parts)
         return {name: (statistics.median(generation[name]), statistics.median(training[name])) for name in generation}
 
     def ours(self, run: str) -> dict[str, Any]:

@@ -25,7 +25,7 @@ def stages(session: Session, run: str, phase: str) -> dict[str, float]:
 
 
 def sync_ratio(session: Session) -> list[Measured]:
-    results = []
+    session, results = session.of_ratios(), []
     for phase, (generation_s, training_s) in session.floors().items():
         values = [step_s / (generation_s + training_s) for step_s in session.step_s("synchronous", phase)]
         results.append(Measured.of(
@@ -37,7 +37,9 @@ def sync_ratio(session: Session) -> list[Measured]:
 
 
 def async_ratio(session: Session) -> list[Measured]:
-    results = []
+    """Against each bare part alone; for orientation, against both while the other runs on the other core."""
+    session, results = session.of_ratios(), []
+    beside = {} if session.quick else session.floors_beside()
     for phase, floors in session.floors().items():
         steps_s = session.step_s("asynchronous", phase)
         results.append(Measured.of(
@@ -45,11 +47,16 @@ def async_ratio(session: Session) -> list[Measured]:
             goal="<= 1.12" if phase == EQUAL else None, generation_s=round(floors[0], 3),
             training_s=round(floors[1], 3), step_s=round(statistics.median(steps_s), 3),
             stages=stages(session, "asynchronous", phase)))
+        if phase in beside:
+            generation_s, training_s = beside[phase]
+            results.append(Measured.of(
+                f"async_ratio_beside{OF_PHASE[phase][0]}", [step_s / max(beside[phase]) for step_s in steps_s],
+                unit="x", generation_s=round(generation_s, 3), training_s=round(training_s, 3)))
     return results
 
 
 def async_gain(session: Session) -> list[Measured]:
-    results = []
+    session, results = session.of_ratios(), []
     for phase, floors in session.floors().items():
         ending, goal = OF_PHASE[phase]
         ideal = sum(floors) / max(floors)

@@ -67,9 +67,9 @@ def test_one_gpu_is_shared_and_reserved_once():
     (8, {"cluster.colocate": True, "rollout.tensor_parallel_size": 2}, "tensor_parallel_size=1, got 2"),
     (0, {"weights.backend": "nccl"}, "weights.backend=nccl can't work on CPU: use gloo"),
     (8, {"weights.backend": "ipc"}, "between GPUs: use nccl"),
-    (8, {"weights.staging": "host"}, "weights.staging=host: nccl offers none or device"),
-    (0, {"weights.staging": "device"}, "weights.staging=device: gloo offers none or host"),
-    (1, {"weights.staging": "device"}, "weights.staging=device: ipc offers none"),
+    (8, {"weights.staging": "host"}, "weights.staging=host: nccl offers auto, none or device"),
+    (0, {"weights.staging": "device"}, "weights.staging=device: gloo offers auto, none or host"),
+    (1, {"weights.staging": "device"}, "weights.staging=device: ipc offers auto or none"),
 ])
 def test_what_no_cluster_could_place_is_refused_by_name(gpus, options, words):
     with pytest.raises(UserError, match=words):

@@ -5,6 +5,7 @@ import pytest
 from flux_ray.cluster.plan import CRITIC, ENGINE, REFERENCE, REWARD, REWARD_MODEL, TRAINER, Plan
 from flux_ray.config import from_dict
 from flux_ray.driver.build import KEEP_MEMORY, _env
+from flux_ray.driver.roles import staged
 
 pytestmark = pytest.mark.unit
 ROLES = (ENGINE, REWARD, REFERENCE, TRAINER, CRITIC, REWARD_MODEL)
@@ -26,3 +27,10 @@ def test_on_gpus_nothing_of_the_kind(role):
 def test_the_users_own_variables_win():
     name, value = "MALLOC_ARENA_MAX", "4"
     assert _env(from_dict({f"cluster.env.{name}": value}), Plan("cpu", "gloo", ()), TRAINER)[name] == value
+
+
+@pytest.mark.parametrize(("staging", "staleness", "told"), [
+    ("auto", 0, False), ("auto", 1, None), ("none", 1, False), ("host", 0, True), ("host", 1, True),
+])
+def test_by_itself_an_update_is_staged_where_requests_run_meanwhile(staging, staleness, told):
+    assert staged(from_dict({"weights.staging": staging, "driver.max_staleness": staleness})) is told

@@ -162,15 +162,15 @@ async def test_the_end_token_belongs_to_the_response_and_a_cut_one_has_none(serv
     assert all(t.num_loss_tokens == served.config.rollout.max_tokens for t in cut)
 
 
-@pytest.mark.parametrize("staged", [False, True])
+@pytest.mark.parametrize("staged", [False, True, None])
 @pytest.mark.parametrize("shared", [False, True])
 async def test_every_update_reaches_the_tied_head(served, model, staged, shared, monkeypatch):
-    """Through memory of this machine, and through gloo alone, as between machines."""
+    """Through memory of this machine, and through gloo alone, as between machines; staged where it costs nothing."""
     if not shared:
         monkeypatch.setattr(gloo, "create_memory", lambda num_bytes: None)
     wire = Wire(served, model, staged=staged)
     await wire.connect()
-    assert wire.is_shared == shared
+    assert wire.is_shared == shared and served.engine._staged == (shared if staged is None else staged)
     for version in (1, 2, 3):
         perturb(model, version)
         await wire.publish(version)

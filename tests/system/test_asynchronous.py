@@ -22,7 +22,6 @@ def test_partial_rollouts_go_on_after_an_update_within_the_bound(toys, tmp_path)
     values = options(toys, toys.gpt2) | {
         "driver.max_staleness": 1, "driver.num_steps": NUM_STEPS, "rollout.split_groups": 2, "rollout.max_tokens": 48,
         "rollout.ignore_eos": True, "filter.reward": "task", "filter.oversample": 0.5, "train.num_ranks": 2,
-        "weights.staging": "host",
         "batch.max_tokens_per_micro_batch": 256,  # of about 1,800 a step: backward begins before the batch is whole
     }
     result = FluxTrainer(FluxConfig(algorithm="grpo", **values, run_dir=str(tmp_path / "run"))).fit(str(toys.data))
