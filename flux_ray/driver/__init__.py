@@ -131,6 +131,7 @@ def _plan(prepared: Prepared, *, gpus: int, trains: bool) -> Plan:
 async def _live(prepared: Prepared, recorder: Recorder, work: Work, own_cpus: float) -> None:
     """Connect, place, do the work; then, whatever happened, end every process of the run."""
     from flux_ray.cluster.on_ray import Cluster
+    from flux_ray.model import slow_dtype
 
     config, say = prepared.config, recorder.terminal.say
     cluster = Cluster(log_dir=recorder.folder.logs, plugins=list(config.plugins))
@@ -141,6 +142,9 @@ async def _live(prepared: Prepared, recorder: Recorder, work: Work, own_cpus: fl
         plan = _plan(prepared, gpus=cluster.num_gpus(), trains=work is _train)
         await cluster.place(plan, deadline_s=config.cluster.placement_deadline_s)
         say("starting " + ", ".join(f"{role.count} {role.name}" for role in plan.roles) + f" on {plan.device}")
+        slow = slow_dtype(config.model.dtype, plan.device)
+        if slow:
+            recorder.warn(slow)
         await _unless_one_dies(cluster, work(prepared, cluster, plan, recorder))
     finally:
         await cluster.close()

@@ -8,6 +8,7 @@ from flux_ray.model.load import (
     load_tokenizer,
     resolve_dtype,
     skeleton,
+    slow_dtype,
 )
 from flux_ray.model.lora import Adapter, adapt, check_targets
 from flux_ray.model.packed import PackedModel
@@ -18,5 +19,5 @@ from flux_ray.model.score import ScoreModel, last_token, padding_token
 __all__ = [
     "Adapter", "PackedModel", "PolicyModel", "ScoreModel", "adapt", "atomic_folder", "check_score_model",
     "check_targets", "context_length", "last_token", "load_policy", "load_score", "load_tokenizer", "padding_token",
-    "resolve_dtype", "save_model", "skeleton",
+    "resolve_dtype", "save_model", "skeleton", "slow_dtype",
 ]

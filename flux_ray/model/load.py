@@ -10,6 +10,7 @@ Never:  runs code that came with a model, or asks the network for what looks lik
 from __future__ import annotations
 
 import os
+import platform
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,15 @@ def resolve_dtype(name: str, device: str) -> torch.dtype:
     if name not in DTYPES:
         raise unknown("dtype", name, [*DTYPES, "auto"])
     return DTYPES[name]
+
+
+def slow_dtype(name: str, device: str) -> str | None:
+    """What to say of a type that this machine's processor has no instructions for; None where there is nothing."""
+    has_none = platform.machine() == "x86_64" and "AVX512" not in torch.backends.cpu.get_cpu_capability()
+    if device != "cpu" or resolve_dtype(name, device) != torch.bfloat16 or not has_none:
+        return None
+    return ("model.dtype=bfloat16 on a processor without AVX-512 or AMX: every product is emulated, and takes tens of "
+            "times as long as with model.dtype=float32")
 
 
 def resolve_layout(layout: str, attention: str, dtype: torch.dtype) -> tuple[str, str]:

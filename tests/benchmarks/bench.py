@@ -17,11 +17,17 @@ import traceback
 from pathlib import Path
 
 from flux_ray.errors import UserError
+from flux_ray.model import slow_dtype
 from tests.benchmarks.figures import FIGURES, Failed, Figure, Measured, as_json, chosen, table
 from tests.benchmarks.session import LENGTHS, Session
 from tests.benchmarks.work import SIZES, make_model
 
 DTYPES = ("bfloat16", "float32")
+
+
+def usual_dtype() -> str:
+    """bfloat16, but for a processor that emulates it: a step then takes half an hour."""
+    return DTYPES[slow_dtype(DTYPES[0], "cpu") is not None]
 
 
 def measure(figure: Figure, session: Session) -> list[Measured | Failed]:
@@ -42,7 +48,8 @@ def main() -> int:
     parser.add_argument("--runs", type=int, metavar="N", help="measured steps of each kind (10; with --quick 1)")
     parser.add_argument("--tokens", type=int, metavar="N",
                         help="of a response on average (beside TRL 256, else 64; with --quick 24)")
-    parser.add_argument("--dtype", choices=DTYPES, help="of weights and activations; bfloat16 where it isn't given")
+    parser.add_argument("--dtype", choices=DTYPES,
+                        help="of weights and activations; bfloat16 where the processor has it, else float32")
     parser.add_argument("--lengths", choices=tuple(LENGTHS), help="of responses: one of the two kinds alone")
     parser.add_argument("--trl", type=int, nargs=2, metavar=("THREADS", "BATCH"),
                         help="TRL's setting, where a search has found it before")
@@ -60,7 +67,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="flux-ray-bench-") as folder:
         for size in SIZES:
             make_model(Path(folder, size), size)
-        session = (Session.short if arguments.quick else Session)(Path(folder), arguments.dtype or DTYPES[0])
+        session = (Session.short if arguments.quick else Session)(Path(folder), arguments.dtype or usual_dtype())
         session.runs, session.tokens = arguments.runs or session.runs, arguments.tokens or session.tokens
         session.ratio_tokens = arguments.tokens or session.ratio_tokens
         session.lengths = (arguments.lengths,) if arguments.lengths else session.lengths

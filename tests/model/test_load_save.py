@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import platform
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from transformers import (
 )
 
 from flux_ray.errors import UserError
-from flux_ray.model import load, load_policy, load_tokenizer, resolve_dtype, save, save_model
+from flux_ray.model import load, load_policy, load_tokenizer, resolve_dtype, save, save_model, slow_dtype
 from tests.model.test_policy import ragged_samples
 from tests.tiny import tiny_model
 
@@ -128,6 +129,18 @@ def test_dtypes() -> None:
     assert resolve_dtype("auto", "cpu") == torch.float32
     assert resolve_dtype("auto", "cuda:0") == torch.bfloat16
     assert resolve_dtype("bfloat16", "cpu") == torch.bfloat16
+
+
+@pytest.mark.parametrize(("machine", "has", "name", "device", "is_slow"), [
+    ("x86_64", "AVX2", "bfloat16", "cpu", True), ("x86_64", "AVX512", "bfloat16", "cpu", False),
+    ("x86_64", "AVX2", "auto", "cpu", False), ("x86_64", "AVX2", "bfloat16", "cuda", False),
+    ("aarch64", "DEFAULT", "bfloat16", "cpu", False),
+])
+def test_a_type_that_the_processor_emulates_is_told(monkeypatch, machine, has, name, device, is_slow) -> None:
+    monkeypatch.setattr(platform, "machine", lambda: machine)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: has)
+    said = slow_dtype(name, device)
+    assert ("model.dtype=float32" in said) if is_slow else (said is None)
 
 
 @pytest.mark.parametrize("tied", [True, False])
