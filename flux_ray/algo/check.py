@@ -16,6 +16,7 @@ from flux_ray.algo.algorithms import Algorithm, resolve
 from flux_ray.algo.check_kinds import check_kind, ignored_by_rollouts
 from flux_ray.algo.estimators import ESTIMATOR_KNOBS, GAE_KNOBS, find_adv_estimator
 from flux_ray.algo.kinds import REINFORCEMENT, kind_of
+from flux_ray.algo.kl import MAX_ERROR
 from flux_ray.algo.losses import PolicyLoss, find_policy_loss
 from flux_ray.config import AlgoConfig, Config, CriticConfig, preset
 from flux_ray.errors import UserError
@@ -60,6 +61,10 @@ def _problems(config: Config, algorithm: Algorithm) -> Iterator[str]:
     if config.driver.streaming == "always" and (algorithm.needs_whole_batch or algorithm.needs_critic):
         yield (f"driver.streaming=always: {algorithm.name} needs the whole batch before its first gradient "
                "(whitening, a critic, or several updates per batch)")
+    num_sequences = config.batch.prompts_per_step * rollout.group_size
+    if algo.kl_target is not None and MAX_ERROR * num_sequences >= algo.kl_horizon:
+        yield (f"algo.kl_horizon={algo.kl_horizon:g} must be > {MAX_ERROR * num_sequences:g} for {num_sequences} "
+               "sequences a step: kl_coef could fall to 0 or below")
     if algo.off_policy == "none":
         return
     if algo.old_logprobs == "sampler":

@@ -261,7 +261,8 @@ def register_adv_estimator(
     """Decorator: adds `f(token_level_rewards, response_mask, **kw) -> (advantages, returns)`, all (batch, length).
 
     kw: index (group id per row), group_size, old_log_prob, reference_log_prob, values (None where absent), config,
-    reduce and what `algo.options` holds. needs_values: a critic is trained, on the returns.
+    reduce and what `algo.options` holds. needs_values: a critic is trained, on the returns. needs_whole_batch: the rows
+    are those of all ranks, of a whole step; else some whole groups of one rank. Never called without rows.
 
     Raises ValueError for a name that is taken.
     """

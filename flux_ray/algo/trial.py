@@ -10,9 +10,9 @@ from __future__ import annotations
 import torch
 
 from flux_ray.algo.advantages import compute_advantages
-from flux_ray.algo.algorithms import Algorithm, resolve
+from flux_ray.algo.algorithms import Algorithm, estimator_config, needs_old_logprobs, resolve
 from flux_ray.algo.estimators import find_adv_estimator
-from flux_ray.algo.kinds import REINFORCEMENT, kind_of
+from flux_ray.algo.kinds import REINFORCEMENT, kind_of, needs_reference
 from flux_ray.algo.losses import find_policy_loss
 from flux_ray.algo.objective import policy_objective
 from flux_ray.config import Config
@@ -59,8 +59,10 @@ def _advantages(config: Config, algorithm: Algorithm) -> torch.Tensor:
     needs_values = find_adv_estimator(algorithm.estimator).needs_values
     advantages, _ = compute_advantages(
         algorithm, token_level_rewards=made["rewards"], response_mask=made["mask"], index=made["index"],
-        config=config.algo, group_size=config.rollout.group_size, old_logprobs=made["old"],
-        reference_logprobs=made["reference"], values=made["values"] if needs_values else None)
+        config=estimator_config(config), group_size=config.rollout.group_size,
+        old_logprobs=made["old"] if needs_old_logprobs(config.algo) else None,
+        reference_logprobs=made["reference"] if needs_reference(config.algo) else None,
+        values=made["values"] if needs_values else None)
     return advantages
 
 

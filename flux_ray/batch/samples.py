@@ -24,6 +24,7 @@ class ResponseViews:
     """The padded views of N samples: row n runs from its first sampled token to its end. L is at least 1."""
 
     response_mask_NL: torch.Tensor        # bool: tokens in the loss (all False in rows that leave the loss)
+    sampled_mask_NL: torch.Tensor         # bool: tokens that were sampled, those of rows that leave the loss too
     token_level_rewards_NL: torch.Tensor  # float32: the score at the row's last sampled token; nan: nothing scored it
     index_N: torch.Tensor                 # int64: the prompt's uid, the same for the rows of one group
     starts: tuple[int, ...]               # position of each row's first column in its sample
@@ -66,15 +67,17 @@ def response_views(
     lengths = tuple(t.num_tokens for t in trajectories)
     longest = max((length - start for length, start in zip(lengths, starts, strict=True)), default=0)
     mask_NL = torch.zeros(len(trajectories), max(longest, 1), dtype=torch.bool)
+    sampled_NL = mask_NL.clone()
     rewards_NL = torch.zeros(mask_NL.shape, dtype=torch.float32)
     scores = [float(score) for group in scored for score in group.rewards]
     for n, (trajectory, start, score) in enumerate(zip(trajectories, starts, scores, strict=True)):
         loss_mask = trajectory.loss_mask[start:]
         last = int(np.flatnonzero(loss_mask)[-1]) if len(loss_mask) else 0
         rewards_NL[n, last] = score
-        mask_NL[n, : len(loss_mask)] = torch.from_numpy(loss_mask & kept_N[n])
+        sampled_NL[n, : len(loss_mask)] = torch.from_numpy(loss_mask)
+        mask_NL[n] = sampled_NL[n] & bool(kept_N[n])
     index_N = torch.tensor([g.prompt.uid for g in groups for _ in g.trajectories], dtype=torch.int64)
-    return ResponseViews(mask_NL, rewards_NL, index_N, starts, lengths)
+    return ResponseViews(mask_NL, sampled_NL, rewards_NL, index_N, starts, lengths)
 
 
 def make_samples(

@@ -61,8 +61,11 @@ class Loop:
         The first failure ends all.
         """
         await self._rooms.publish(self._version)  # even the first: what is wrong with the wire shows here
-        if not self._recorder.was_evaluated(self._version):  # at the start, or ended before it could be
+        before = self._recorder.evaluated(self._version)
+        if before is None:  # at the start, or ended before it could be
             await self._evaluate()
+        else:
+            self._stop_if_reached(before)
         async with asyncio.TaskGroup() as tasks:
             feeding = tasks.create_task(self._feed_prompts(tasks))
             await self._train_steps()
@@ -214,10 +217,13 @@ class Loop:
         if self._evaluation is None:
             return
         last = self._version == self._config.driver.num_steps
-        every, level = self._config.eval.every, self._config.eval.stop_at
+        every = self._config.eval.every
         if self._version == 0 or last or (every and self._version % every == 0):
             metrics = await self._evaluation.run(self._rooms, version=self._version, recorder=self._recorder)
-            reached = metrics.get("eval/task_mean", -math.inf)
-            if level is not None and reached >= level:
-                self._last_step = self._version
-                self._recorder.terminal.say(f"eval/task_mean {reached:.3f} has reached eval.stop_at={level:g}")
+            self._stop_if_reached(metrics)
+
+    def _stop_if_reached(self, evaluated: dict[str, float]) -> None:
+        level, reached = self._config.eval.stop_at, evaluated.get("eval/task_mean", -math.inf)
+        if level is not None and reached >= level:
+            self._last_step = self._version
+            self._recorder.terminal.say(f"eval/task_mean {reached:.3f} has reached eval.stop_at={level:g}")

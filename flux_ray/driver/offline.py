@@ -122,7 +122,7 @@ class OfflineLoop:
     async def run(self) -> None:
         if self._start.step == 0:
             await evaluate(self._work, version=0, recorder=self._recorder)
-        elif not self._recorder.was_evaluated(self._start.step):  # ended before it could be
+        elif self._recorder.evaluated(self._start.step) is None:  # ended before it could be
             await self._evaluate_if_due(self._start.step)
         for step in range(self._start.step, self._config.driver.num_steps):
             start_s = time.monotonic()

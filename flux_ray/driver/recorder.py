@@ -71,10 +71,10 @@ class Recorder:
         for callback in self._callbacks:
             callback.on_evaluation(version, dict(metrics))
 
-    def was_evaluated(self, version: int) -> bool:
-        """Whether the run has this evaluation already: itself, or the one that it resumes."""
+    def evaluated(self, version: int) -> dict[str, float] | None:
+        """What this run's evaluation at the version gave, or that of the one that it resumes; None: there was none."""
         folders = [self.folder, *([RunFolder(run_dir.run_of(self._resume))] if self._resume else [])]
-        return any(folder.was_evaluated(version) for folder in folders)
+        return next((found for folder in folders if (found := folder.evaluated(version)) is not None), None)
 
     def warn(self, text: str) -> None:
         self.terminal.say(f"warning: {text}", level=logging.WARNING)

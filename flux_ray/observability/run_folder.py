@@ -53,6 +53,8 @@ class RunFolder:
             file = self.path / name
             if resume_step is not None and file.exists():
                 _keep_steps(file, resume_step, inclusive=name == EVAL)
+        if (self.path / REFERENCE).exists():
+            _rewrite(self.path / REFERENCE, read_lines(self.path / REFERENCE))  # what broke off is not to be added to
 
     def append(self, name: str, record: dict[str, Any]) -> None:
         """One JSON object as one line; what JSON has no number for (nan, inf) becomes null."""
@@ -62,8 +64,12 @@ class RunFolder:
     def metrics(self, step: int, values: dict[str, float]) -> None:
         self.append(METRICS, {"step": step, **values})
 
-    def was_evaluated(self, version: int) -> bool:
-        return any(record["step"] == version for record in read_lines(self.path / EVAL))
+    def evaluated(self, version: int) -> dict[str, float] | None:
+        """What the evaluation at this version gave, if there was one."""
+        for record in read_lines(self.path / EVAL):
+            if record["step"] == version:
+                return {name: value for name, value in record.items() if isinstance(value, float)}
+        return None
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:
@@ -85,8 +91,12 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
 def _keep_steps(file: Path, step: int, *, inclusive: bool) -> None:
     """Keep what was known when `step` steps were done: metrics of steps before it, the evaluation at it."""
     kept = [record for record in read_lines(file) if record["step"] < step + (1 if inclusive else 0)]
+    _rewrite(file, kept)
+
+
+def _rewrite(file: Path, records: list[dict[str, Any]]) -> None:
     temporary = file.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
+    temporary.write_text("".join(json.dumps(record) + "\n" for record in records))
     os.replace(temporary, file)
 
 

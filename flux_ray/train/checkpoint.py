@@ -152,8 +152,7 @@ def _gathered_random_states(engine: Engine) -> dict[str, Tensor]:
     mine = {"cpu": torch.get_rng_state()}
     if engine.device.startswith("cuda"):
         mine["cuda"] = torch.cuda.get_rng_state(engine.device)
-    everyone: list[dict[str, Tensor]] = [{} for _ in range(engine.world_size)]
-    dist.all_gather_object(everyone, mine)
+    everyone, _ = engine.everyone(mine)
     return {f"{kind}.{rank}": state for rank, states in enumerate(everyone) for kind, state in states.items()}
 
 

@@ -62,10 +62,15 @@ class Engine:
         dist.all_reduce(largest, op=dist.ReduceOp.MAX)
         return int(largest)
 
+    def everyone(self, mine: dict[str, Any]) -> tuple[list[dict[str, Any]], int]:
+        """What every rank has, in their order, and the place of this one."""
+        parts: list[dict[str, Any]] = [{} for _ in range(self.world_size)]
+        dist.all_gather_object(parts, mine)
+        return parts, self.rank
+
     def merge(self, metrics: dict[str, Metric]) -> dict[str, Metric]:
         """Every rank's metrics, added up; the same on all of them."""
-        parts: list[dict[str, Metric]] = [{} for _ in range(self.world_size)]
-        dist.all_gather_object(parts, metrics)
+        parts, _ = self.everyone(metrics)
         return merge(parts)
 
     # -- forward and backward ------------------------------------------------------------------------------------

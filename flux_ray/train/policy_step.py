@@ -190,7 +190,8 @@ def _advantages(
     advantages_NL, returns_NL = algo.compute_advantages(
         algorithm, token_level_rewards=views.token_level_rewards_NL, response_mask=views.response_mask_NL,
         index=views.index_N, config=algo.estimator_config(config), group_size=config.rollout.group_size,
-        old_logprobs=old_NL, reference_logprobs=reference, values=values_NL, reduce=engine.sum,
+        old_logprobs=old_NL, reference_logprobs=reference, values=values_NL, sampled_mask=views.sampled_mask_NL,
+        reduce=engine.sum, everyone=engine.everyone,
     )
     measured = {}
     if config.algo.kl_coef:

@@ -113,7 +113,8 @@ class Trainer(Rank):
         self.version = version
         merged = self.engine.merge(metrics)
         paid = merged.get("actor/reward_kl")
-        if self.config.algo.kl_target is not None and isinstance(paid, Mean) and paid.weight:
+        moved = "train/grad_norm" in merged  # not while a critic learns alone: no coefficient would bring it nearer
+        if self.config.algo.kl_target is not None and moved and isinstance(paid, Mean) and paid.weight:
             self.kl_coef = adapted_coef(self.kl_coef, kl=paid.value, target=self.config.algo.kl_target,
                                         num_sequences=paid.weight, horizon=self.config.algo.kl_horizon)
         return StepReport(version, read(merged))

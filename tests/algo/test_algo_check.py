@@ -119,6 +119,8 @@ def test_which_log_probs_are_needed():
     ({"algo.off_policy_level": "sequence"}, "algo.off_policy_level=sequence is not read without algo.off_policy"),
     ({"algo.kl_target": 6.0}, "algo.kl_target=6.0 adapts the KL in the reward: it needs algo.kl_coef"),
     ({"algo.kl_coef": 0.1, "algo.beta": 0.0, "algo.kl_horizon": 9.0}, "algo.kl_horizon=9.0 adapts the KL in the "),
+    ({"algo.name": "rloo", "algo.beta": 0.0, "algo.kl_coef": 0.1, "algo.kl_target": 6.0, "algo.kl_horizon": 6.0,
+      "batch.prompts_per_step": 8, "rollout.group_size": 4}, "algo.kl_horizon=6 must be > 6.4 for 32 sequences a step"),
     ({"algo.icepop_high": 3.0, "algo.off_policy": "tis"}, "algo.icepop_high=3.0 is read with algo.off_policy=icepop"),
 ])
 def test_refused(values, message):

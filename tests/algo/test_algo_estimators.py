@@ -213,3 +213,18 @@ def test_what_a_registered_estimator_may_not_return(registry, result, message):
 def test_an_unknown_estimator():
     with pytest.raises(UserError, match="unknown advantage estimator 'gppo': did you mean 'grpo'"):
         algo.get_adv_estimator("gppo")
+
+
+def test_truncated_rows_that_leave_the_loss_pay_their_kl_too():
+    """Their score belongs to their group's statistics: it is lessened like that of the others."""
+    rewards, mask, index, old, reference = ragged(3)
+    masked = mask.copy()
+    masked[1] = masked[6] = False
+    given = {"kl_coef": 0.3, "old_logprobs": old, "reference_logprobs": reference}
+    whole, _ = ours("rloo", rewards, mask, index, **given)
+    got, _ = ours("rloo", rewards, masked, index, sampled_mask=mask, **given)
+    assert not got[[1, 6]].any()
+    others = [row for row in range(len(rewards)) if row not in (1, 6)]
+    torch.testing.assert_close(got[others], whole[others])
+    unpaid, _ = ours("rloo", rewards, masked, index, **given)
+    assert (unpaid[0] - whole[0]).abs().max() > 1e-3

@@ -57,3 +57,19 @@ def test_an_estimator_that_does_not():
     algo.register_adv_estimator("odd")(lambda token_level_rewards, response_mask, **kw: (token_level_rewards.sum(), 1))
     with pytest.raises(UserError, match=r"advantage estimator 'odd' gave tuple, wanted \(advantages, returns\)"):
         try_registered(from_dict({"algo.estimator": "odd"}))
+
+
+@pytest.mark.parametrize(("values", "there"), [
+    ({}, (False, True)), ({"algo.beta": 0.0, "algo.entropy_coef": 0.0}, (False, False)),
+    ({"algo.beta": 0.0, "algo.kl_coef": 0.1}, (True, True)), ({"algo.epochs": 2}, (True, True)),
+])
+def test_an_estimator_is_shown_the_log_probs_that_the_run_has(values, there):
+    seen = []
+
+    @algo.register_adv_estimator("looks")
+    def looks(token_level_rewards, response_mask, *, old_log_prob, reference_log_prob, **kw):
+        seen.append((old_log_prob is not None, reference_log_prob is not None))
+        return token_level_rewards * response_mask, token_level_rewards
+
+    try_registered(from_dict({"algo.estimator": "looks", **values}))
+    assert seen == [there]

@@ -356,8 +356,7 @@ class Noted:
 
     def sample(self, *_: Any) -> None: ...
 
-    def was_evaluated(self, version: int) -> bool:
-        return False
+    def evaluated(self, version: int) -> None: ...
 
     def warn_of(self, kind: str, text: str) -> None: ...
 

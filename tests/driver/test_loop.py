@@ -181,6 +181,14 @@ def test_a_resumed_run_makes_up_for_an_evaluation_that_it_was_ended_in(tmp_path)
         assert steps(folder) == made
 
 
+def test_a_resumed_run_that_had_reached_its_level_has_nothing_left_to_do(tmp_path):
+    """It was ended before its model was saved."""
+    given = {"driver.num_steps": 20, "eval.every": 2, "eval.stop_at": 0.8}
+    RunFolder(tmp_path).append(EVAL, {"step": 4, "eval/task_mean": 0.9, "answers": []})
+    assert run(tmp_path, lambda uid: [1, 0], done=4, **given).trained == []
+    assert len(run(tmp_path, lambda uid: [1, 0], done=4, **{**given, "eval.stop_at": 0.95}).trained) == 16
+
+
 def noting(done: list[int]):
     return as_callback(lambda step, metrics: done.append(step))
 

@@ -2,7 +2,7 @@ import pytest
 
 from flux_ray.config import Config
 from flux_ray.errors import UserError
-from flux_ray.observability.run_folder import EVAL, METRICS, RunFolder, read_lines
+from flux_ray.observability.run_folder import EVAL, METRICS, REFERENCE, RunFolder, read_lines
 
 pytestmark = pytest.mark.unit
 
@@ -29,3 +29,22 @@ def test_a_line_broken_elsewhere_is_named(tmp_path):
         RunFolder(tmp_path).create(Config(), resume_step=4)
     assert "\n" not in str(error.value)
     assert file.read_text().endswith('{"step": 3}\n')  # nothing is lost
+
+
+@pytest.mark.parametrize("resume_step", [None, 1])
+def test_nothing_is_added_to_a_torn_line_of_kept_log_probs(tmp_path, resume_step):
+    folder = RunFolder(tmp_path)
+    kept = [{"pair": "a", "chosen": -1.5, "rejected": -2.0}, {"pair": "b", "chosen": -0.1, "rejected": -3.0}]
+    folder.append(REFERENCE, kept[0])
+    with (tmp_path / REFERENCE).open("a") as file:
+        file.write('{"pair": "c", "cho')
+    folder.create(Config(), resume_step=resume_step)
+    folder.append(REFERENCE, kept[1])
+    assert read_lines(tmp_path / REFERENCE) == kept
+
+
+def test_what_an_evaluation_gave(tmp_path):
+    folder = RunFolder(tmp_path)
+    assert folder.evaluated(0) is None
+    folder.append(EVAL, {"step": 2, "eval/task_mean": 0.5, "eval/odd": float("nan"), "answers": [{"reward": 1.0}]})
+    assert folder.evaluated(2) == {"eval/task_mean": 0.5} and folder.evaluated(1) is None

@@ -103,13 +103,21 @@ def policy(rank: Rank) -> dict[str, Any]:
     return {"metrics": report.metrics, "warm_up": still.metrics, "moved": moved, "version": still.version}
 
 
-def policy_with_adapter(rank: Rank) -> list[dict[str, float]]:
-    """Two steps whose KL in the reward is to the policy without its adapter, of which no log-probs are given."""
+def policy_with_adapter(rank: Rank) -> dict[str, Any]:
+    """Two steps whose KL in the reward is to the policy without its adapter, of which no log-probs are given; how the
+    KL's weight is adapted in a third, with a critic's warm-up and after it."""
     trainer = rank.trainer(**PPO, algo__kl_coef=0.1, train__zero_stage=3, train__lora=LORA, train__learning_rate=1e-2)
     groups = groups_of(rank, FIRST)
     given = {"groups": groups, "scores": [scored(g) for g in groups], "reference_logprobs": None,
              "values": [old_values_of(g) for g in groups]}
-    return [trainer.train_step(**given, version=version).metrics for version in range(2)]
+    steps = [trainer.train_step(**given, version=version).metrics for version in range(2)]
+    coefs = []
+    for warmup_steps in (5, 0):
+        trainer.config = replace(trainer.config, critic=CriticConfig(warmup_steps=warmup_steps),
+                                 algo=replace(trainer.config.algo, kl_target=100.0, kl_horizon=100.0))
+        trainer.train_step(**given, version=2)
+        coefs.append(trainer.kl_coef)
+    return {"steps": steps, "coefs": coefs}
 
 
 def two_ranks(rank: Rank) -> dict[str, Any]:

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
+from flux_ray import register_adv_estimator
 from flux_ray.config import Config, from_dict
 from flux_ray.model.scoring import scoring_samples
 from flux_ray.records import StepReport
@@ -42,8 +43,29 @@ KINDS: dict[str, dict[str, Any]] = {
     "reinforce_pp": {"algo__name": "reinforce_pp", "algo__beta": 0.0, "algo__kl_coef": 0.05},
     "reinforce_pp_baseline": {"algo__name": "reinforce_pp_baseline", "algo__kl_estimator": "k2"},
     "cispo": {"algo__name": "cispo", "algo__off_policy": "icepop", "algo__clip_range_high": 4.0},
+    "own": {"algo__estimator": "over_the_batch", "algo__beta": 0.0},
+    "own_of_groups": {"algo__estimator": "over_groups", "algo__beta": 0.0},
 }
-STREAMED_KINDS = ("dapo", "gspo", "rloo")  # counted by tokens and by sequences, with old log-probs and without
+#: Counted by tokens and by sequences, with old log-probs and without.
+STREAMED_KINDS = ("dapo", "gspo", "rloo", "own_of_groups")
+
+
+@register_adv_estimator("over_the_batch")
+def over_the_batch(token_level_rewards, response_mask, *, reduce, **_):  # type: ignore[no-untyped-def]
+    """A user's, who thinks of no ranks: statistics over all rows that it is shown, which can't be none."""
+    scores = token_level_rewards.sum(-1)
+    assert torch.equal(reduce(scores), scores), "what is summed over ranks would be counted twice"
+    advantages = ((scores - scores.mean()) / scores.max())[:, None] * response_mask
+    return advantages, advantages
+
+
+@register_adv_estimator("over_groups", needs_groups=True, needs_whole_batch=False)
+def over_groups(token_level_rewards, response_mask, *, index, **_):  # type: ignore[no-untyped-def]
+    """A user's, which can't be shown no rows."""
+    scores = token_level_rewards.sum(-1)
+    medians = torch.stack([scores[index == group].median() for group in index])
+    advantages = (scores - medians)[:, None] * response_mask
+    return advantages, advantages
 
 
 class Rank:

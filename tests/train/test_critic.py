@@ -114,5 +114,10 @@ def test_an_adapters_gradient_is_the_same_sharded_and_recomputed(folder, two):
 
 
 def test_with_an_adapter_the_kl_in_the_reward_is_to_the_policy_without_it(two):
-    first, second = two["policy_with_adapter"]
+    first, second = two["policy_with_adapter"]["steps"]
     assert first["actor/reward_kl"] == 0.0 and second["actor/reward_kl"] != 0.0
+
+
+def test_the_weight_of_that_kl_is_not_adapted_while_a_critic_learns_alone(two):
+    during, after = two["policy_with_adapter"]["coefs"]
+    assert during == 0.1 and 0.0 < after < 0.1
