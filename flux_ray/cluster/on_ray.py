@@ -63,10 +63,13 @@ class RayGroup:
     async def result(self, reference: Any, *, index: int, what: str, deadline_s: float) -> Any:
         name = f"{self.role} {index}"
         try:
-            async with asyncio.timeout(deadline_s):  # asyncio.wait_for forgets that it was cancelled (Python 3.11)
+            async with asyncio.timeout(deadline_s) as limit:  # wait_for forgets that it was cancelled (Python 3.11)
                 return await reference
-        except TimeoutError:
-            raise self._late(index, what, deadline_s) from None
+        except TimeoutError as error:
+            if limit.expired():
+                raise self._late(index, what, deadline_s) from None
+            # Of what the actor did: Ray's error is one of its cause's type, too.
+            raise self._error(ActorError, index, f"{name}, {what}: TimeoutError: {error}") from error
         except CallFailed as error:
             if error.by_user:
                 raise UserError(error.text) from None
@@ -113,8 +116,19 @@ class RayGroup:
     async def call_watched(
         self, index: int, method: str, *args: Any, what: str, deadline_s: float, patience_s: float
     ) -> Any:
-        actor, reference = self._mail[index].actor, self.submit(index, method, *args)
-        loop = asyncio.get_running_loop()
+        reference = self.submit(index, method, *args)
+        try:
+            await self._watch(index, reference, what=what, deadline_s=deadline_s, patience_s=patience_s)
+            return await self.result(reference, index=index, what=what, deadline_s=deadline_s)
+        except asyncio.CancelledError:
+            self.cancel(reference)
+            raise
+
+    async def _watch(
+        self, index: int, reference: Reference, *, what: str, deadline_s: float, patience_s: float
+    ) -> None:
+        """Until there is a result; raises where the actor dies, gives no sign of life, or the deadline passes."""
+        actor, loop = self._mail[index].actor, asyncio.get_running_loop()
         end_s = loop.time() + deadline_s
         while not (await asyncio.wait({reference}, timeout=min(patience_s, end_s - loop.time())))[0]:
             if loop.time() >= end_s:
@@ -130,7 +144,6 @@ class RayGroup:
                 ray.kill(actor, no_restart=True)
                 why = f"the process did not answer for {patience_s:g} s and was ended"
                 raise self._error(ActorDied, index, f"{self.role} {index}, {what}: {why}") from None
-        return await self.result(reference, index=index, what=what, deadline_s=deadline_s)
 
     async def call_all(self, method: str, *args: Any, deadline_s: float, **kwargs: Any) -> list[Any]:
         calls = [self.call(i, method, *args, deadline_s=deadline_s, **kwargs) for i in range(self.size)]

@@ -43,6 +43,7 @@ class Loop:
     ) -> None:
         self._config, self._rooms, self._prompts = config, rooms, prompts
         self._evaluation, self._recorder = evaluation, recorder
+        self._probed = prompts.prompt(0)
         prompts_per_step, spares = config.batch.prompts_per_step, config.filter.oversample
         self._slots = Slots(prompts_per_step, config.driver.max_staleness, math.ceil(spares * prompts_per_step),
                             num_steps=config.driver.num_steps)
@@ -61,7 +62,7 @@ class Loop:
         The first failure ends all.
         """
         await self._rooms.publish(self._version)  # even the first: what is wrong with the wire shows here
-        before = self._recorder.evaluated(self._version)
+        before = self._recorder.evaluated(self._version) if self._version else None  # else of a run that never began
         if before is None:  # at the start, or ended before it could be
             await self._evaluate()
         else:
@@ -151,7 +152,7 @@ class Loop:
                 "train/step_s": train_s,
                 "weights/publish_s": publish_s,
             }
-            metrics |= self._drops.step_metrics() | await self._rooms.probe(self._prompts.prompt(0))
+            metrics |= self._drops.step_metrics() | await self._rooms.probe(self._probed)
             metrics["driver/step_s"] = now_s() - start_s
             await self._after_step(report.version, batch, metrics)
 

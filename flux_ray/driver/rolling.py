@@ -16,7 +16,7 @@ from flux_ray.cluster.group import ActorGroup, first_failure
 from flux_ray.config import Config
 from flux_ray.driver.clock import now_s
 from flux_ray.records import Prompt
-from flux_ray.rollout.dispatch import Dispatch, Lengths, Request, split
+from flux_ray.rollout.dispatch import QUEUED_SHARE, Dispatch, Lengths, Request, split
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,10 @@ class Rolling:
 
     def __init__(self, config: Config, engines: ActorGroup) -> None:
         self._config, self._engines = config, engines
-        self._dispatch = Dispatch(engines.size, room=config.rollout.max_num_seqs)
+        # What still waits in an engine when new weights come would find its prefix as the old ones computed it.
+        keeps = config.rollout.kv_after_update == "keep" and config.driver.max_staleness > 0
+        queued_share = 0.0 if keeps else QUEUED_SHARE
+        self._dispatch = Dispatch(engines.size, room=config.rollout.max_num_seqs, queued_share=queued_share)
 
     async def roll(self, prompt: Prompt, *, lengths: Lengths, born: int, temperature: float | None) -> Rolled:
         """Generate the prompt's group, in rollout.split_groups requests. `lengths` learns what it became."""

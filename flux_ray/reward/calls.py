@@ -83,7 +83,12 @@ class Caller:
             model = function.name if function.is_model else None
             return await self._within_deadline(asyncio.wrap_future(future), model=model)
         async with self._turn:
-            return await self._within_deadline(_in_thread(call))
+            running = asyncio.ensure_future(self._within_deadline(_in_thread(call)))
+            try:
+                return await asyncio.shield(running)
+            except asyncio.CancelledError:
+                await asyncio.wait({running})  # a thread can't be stopped: whoever is next waits for it all the same
+                raise
 
     async def _within_deadline(self, future: asyncio.Future[Outcome], *, model: str | None = None) -> Outcome:
         """A reward model answers in the order in which it was asked: as long as it answers, a call waits its turn."""

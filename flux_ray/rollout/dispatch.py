@@ -95,8 +95,8 @@ class Dispatch:
     Of the engines with room, the one with the fewest tokens outstanding; the lowest index among equals.
     """
 
-    def __init__(self, num_engines: int, *, room: int) -> None:
-        self._room = round((1 + QUEUED_SHARE) * room)
+    def __init__(self, num_engines: int, *, room: int, queued_share: float = QUEUED_SHARE) -> None:
+        self._room = round((1 + queued_share) * room)
         self._samples_E = np.zeros(num_engines, np.int64)
         self._tokens_E = np.zeros(num_engines, np.int64)
         self._waiting: list[tuple[tuple[float, ...], int, Request, asyncio.Future[int]]] = []

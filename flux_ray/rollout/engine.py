@@ -146,9 +146,11 @@ class RolloutEngine:
         """
         generate = _Generate(self, prompt, self._config.rollout.temperature if temperature is None else temperature)
         try:
-            async with asyncio.timeout(self._config.rollout.deadline_s):
+            async with asyncio.timeout(self._config.rollout.deadline_s) as limit:
                 trajectories = await self._rollout(prompt, generate)
         except TimeoutError:
+            if not limit.expired():  # the rollout function's own
+                raise
             raise TimeoutError(
                 f"engine {self._index}: prompt row {prompt.row + 1} (from 1) took longer than "
                 f"rollout.deadline_s={self._config.rollout.deadline_s:g} s"
@@ -234,9 +236,13 @@ class RolloutEngine:
     async def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
 
-        self._staged = init_info.get("staged", self._config.weights.staging == "device")
+        self._staged = self._config.weights.staging == "device"
         request = WeightTransferInitRequest(init_info=init_info)
         await self._answered(self._engine.init_weight_transfer_engine(request))
+
+    async def set_staged(self, staged: bool) -> None:
+        """What all members of a gloo wire have agreed on."""
+        self._staged = staged
 
     async def start_weight_update(self) -> None:
         """Requests wait from here on, unless the update is staged."""

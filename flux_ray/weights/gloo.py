@@ -79,7 +79,7 @@ class GlooInitInfo(WeightTransferInitInfo):
     rank_offset: int
     bucket_bytes: int
     timeout_s: float
-    staged: bool  # keep a whole update beside the running model, and load it when it has come
+    staged: bool | None  # keep a whole update beside the running model, and load it when it has come
     memory: str | None  # name of the memory that a whole update goes through, where this is the sender's machine
     memory_bytes: int
 
@@ -124,6 +124,8 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
             timeout_s=init_info.timeout_s,
         )
         self._wire = Wire(group, map_memory(init_info.memory, init_info.memory_bytes) if init_info.memory else None)
+        if init_info.staged is None:
+            init_info.staged = self._wire.shared
 
     def start_weight_update(self) -> None:
         assert self._info is not None, "init_transfer_engine comes first"
@@ -257,7 +259,7 @@ class GlooTrainerWeightTransferEngine(TrainerWeightTransferEngine[GlooTrainerIni
             rank_offset=1,
             bucket_bytes=info.bucket_bytes,
             timeout_s=info.timeout_s,
-            staged=memory is not None if info.staged is None else info.staged,
+            staged=info.staged,
             memory=name,
             memory_bytes=num_bytes,
         )
@@ -279,6 +281,12 @@ class GlooTrainerWeightTransferEngine(TrainerWeightTransferEngine[GlooTrainerIni
             if name is not None:
                 forget(name)
 
+    @property
+    def staged(self) -> bool:
+        """Whether an update comes in beside running requests: known once all have joined."""
+        assert self._wire is not None
+        return self._wire.shared if self._info.staged is None else self._info.staged
+
     def send_weights(self) -> None:
         assert self.source is not None
         meta = self.source.metadata()
@@ -292,6 +300,11 @@ class GlooTrainerWeightTransferEngine(TrainerWeightTransferEngine[GlooTrainerIni
             received = side.submit(self.client.update_weights, asdict(GlooUpdateInfo.of(meta)))
             self._send(meta, self.source)
             received.result()
+        except Exception:
+            cause = received.exception() if received.done() else None
+            if cause is not None:  # an engine gave up; that the send then found nobody is what came of it
+                raise cause from None
+            raise
         finally:
             side.shutdown(wait=False)  # after a failed send the workers still wait for us: don't wait for them
         self.client.finish_weight_update()

@@ -50,6 +50,9 @@ class EngineClient:
             payloads.append((info,))
         self._call("init_weight_transfer_engine", payloads)
 
+    def set_staged(self, staged: bool) -> None:
+        self._call("set_staged", [(staged,)] * len(self._workers))
+
     def start_weight_update(self) -> None:
         self._call("start_weight_update", [()] * len(self._workers))
 
@@ -119,6 +122,8 @@ class Publisher:
         info = self._init_info(address, port, world_size=1 + sum(workers_per_engine))
         self._client = EngineClient(call, workers_per_engine)
         self._engine = WeightTransferTrainerFactory.trainer_init(info, client=self._client, source=source)
+        if self._backend == "gloo":
+            self._client.set_staged(self._engine.staged)
 
     def _init_info(self, address: str, port: int, *, world_size: int) -> Any:
         if self._backend == "gloo":

@@ -65,6 +65,10 @@ class Store:
         os._exit(3)
 
 
+def gives_up() -> None:
+    raise TimeoutError("the hub did not answer")
+
+
 class CountingHost(Host):
     """Tells how many letters came, and how many values it holds."""
 
@@ -98,7 +102,7 @@ async def test_calls_and_values(ray, tmp_path, monkeypatch):
         await group.build(Store, [{}, {}], deadline_s=DEADLINE_S)
         await they_travel_together_and_in_order(group)
         await values_are_fetched_and_forgotten(group)
-        await a_failure_is_one_line(group)
+        await a_failure_is_one_line(group, ray.remote(gives_up))
         await a_call_is_cancelled_where_it_runs(group)
         await nothing_is_left_of_many_steps(group)
         await a_death_fails_all_that_wait(group)
@@ -145,7 +149,7 @@ async def values_are_fetched_and_forgotten(group):
     assert (await num_held(group, 0), await num_held(group, 1)) == (0, 0)
 
 
-async def a_failure_is_one_line(group):
+async def a_failure_is_one_line(group, never_reached):
     with pytest.raises(ActorError, match="store 0, breaks: KeyError: 'no such thing'") as failed:
         await group.call(0, "breaks", deadline_s=DEADLINE_S)
     assert "in breaks" in str(failed.value.__cause__), "the actor's own traceback"
@@ -153,6 +157,8 @@ async def a_failure_is_one_line(group):
         await group.call(0, "breaks_strangely", deadline_s=DEADLINE_S)
     with pytest.raises(UserError, match=r"^data.jsonl, row 3: no answer$"):
         await group.call(0, "refuses", deadline_s=DEADLINE_S)
+    with pytest.raises(ActorError, match=r"store 0, it: TimeoutError: .*the hub did not answer"):
+        await result(group, never_reached.options(num_cpus=0).remote())
     with pytest.raises(TimeoutError, match=r"store 0 did not finish waits within 0.2 s; its log: .*store-0.log"):
         await group.call(0, "waits", deadline_s=0.2)
 
@@ -168,6 +174,15 @@ async def a_call_is_cancelled_where_it_runs(group):
             break
         await asyncio.sleep(0.1)
     assert abandoned == 1
+    watched = asyncio.create_task(group.call_watched(0, "waits", what="it", deadline_s=DEADLINE_S, patience_s=5))
+    await asyncio.sleep(0)
+    await group.call(0, "num_abandoned", deadline_s=DEADLINE_S)
+    watched.cancel()
+    for _ in range(100):
+        if (abandoned := await group.call(0, "num_abandoned", deadline_s=DEADLINE_S)) == 2:
+            break
+        await asyncio.sleep(0.1)
+    assert abandoned == 2 and watched.cancelled()
     assert -1 not in await group.call(0, "note", 60, deadline_s=DEADLINE_S), "it was never sent"
 
 

@@ -189,6 +189,12 @@ def test_a_resumed_run_that_had_reached_its_level_has_nothing_left_to_do(tmp_pat
     assert len(run(tmp_path, lambda uid: [1, 0], done=4, **{**given, "eval.stop_at": 0.95}).trained) == 16
 
 
+def test_what_a_run_that_never_began_has_evaluated_is_not_this_ones(tmp_path):
+    RunFolder(tmp_path).append(EVAL, {"step": 0, "eval/task_mean": 1.0, "answers": []})
+    assert len(run(tmp_path, lambda uid: [1, 0], **{"eval.every": 2, "eval.stop_at": 0.8}).trained) == 3
+    assert [line["eval/task_mean"] for line in read_lines(tmp_path / EVAL)] == [1.0, 0.5, 0.5, 0.5]
+
+
 def noting(done: list[int]):
     return as_callback(lambda step, metrics: done.append(step))
 

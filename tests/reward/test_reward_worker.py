@@ -225,6 +225,27 @@ def test_functions_that_are_not_async_take_turns(tokenizer_path, tmp_path):
     assert [scored.rewards.tolist() for scored in asyncio.run(many())] == [[1]] * 5
 
 
+def test_a_cancelled_call_leaves_the_line_and_a_running_one_keeps_its_turn_to_its_end(tokenizer_path, tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "import time\nRUNNING, CALLED = [], []\ndef f(completions):\n    CALLED.append(completions[0])\n"
+        "    RUNNING.append(1)\n    time.sleep(0.3)\n    at_once = len(RUNNING)\n    RUNNING.pop()\n"
+        "    return [10 * len(CALLED) + at_once]\n"
+    )
+    config = Config(reward=RewardConfig(functions=[f"{tmp_path / 'mine.py'}:f"]))
+
+    async def three():
+        worker = RewardWorker(config, tokenizer_path=tokenizer_path)
+        first, second, third = (asyncio.create_task(worker.score(make_group([text]))) for text in "123")
+        await asyncio.sleep(0.1)  # into the first one's call
+        first.cancel()
+        second.cancel()
+        return await asyncio.gather(first, second, third, return_exceptions=True)
+
+    *cancelled, scored = asyncio.run(three())
+    assert all(isinstance(result, asyncio.CancelledError) for result in cancelled)
+    assert scored.rewards.tolist() == [21.0], "the second was never called, and the first ran alone to its end"
+
+
 def test_decode_gives_the_responses_without_special_tokens(tokenizer_path):
     worker = RewardWorker(Config(), tokenizer_path=tokenizer_path)
     assert worker.decode(make_group(["42", "7+", ""])) == ["42", "7+", ""]

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from flux_ray.config import from_dict
+from flux_ray.driver.rolling import Rolling
 from flux_ray.records import Prompt
 from flux_ray.rollout.dispatch import Dispatch, Lengths, Request, split
 
@@ -62,6 +65,26 @@ async def test_nobody_starts_on_a_full_engine_and_a_group_larger_than_an_engine_
     await asyncio.gather(*(one(n) for n in [3, 5] * 10))
     assert most <= 2 * 8
     await asyncio.wait_for(one(100), 5)
+
+
+@pytest.mark.parametrize(("values", "room"), [
+    ({}, 8), ({"driver.max_staleness": 1}, 8), ({"rollout.kv_after_update": "keep"}, 8),
+    ({"rollout.kv_after_update": "keep", "driver.max_staleness": 1}, 4),
+])
+async def test_where_kv_is_kept_over_updates_nothing_waits_in_an_engine(values, room):
+    config = from_dict({"rollout.max_num_seqs": 4, **values})
+    dispatch, running, most = Rolling(config, SimpleNamespace(size=1))._dispatch, 0, 0
+
+    async def one() -> None:
+        nonlocal running, most
+        async with dispatch.turn(request(num_samples=2)):
+            running += 2
+            most = max(most, running)
+            await asyncio.sleep(0.001)
+            running -= 2
+
+    await asyncio.gather(*(one() for _ in range(9)))
+    assert most == room
 
 
 async def test_who_is_cancelled_while_he_waits_or_runs_leaves_nothing_behind():

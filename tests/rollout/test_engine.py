@@ -163,14 +163,16 @@ async def test_the_end_token_belongs_to_the_response_and_a_cut_one_has_none(serv
 
 
 @pytest.mark.parametrize("staged", [False, True, None])
-@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("shared", [False, True, "elsewhere"])
 async def test_every_update_reaches_the_tied_head(served, model, staged, shared, monkeypatch):
     """Through memory of this machine, and through gloo alone, as between machines; staged where it costs nothing."""
-    if not shared:
-        monkeypatch.setattr(gloo, "create_memory", lambda num_bytes: None)
+    if shared != True:  # noqa: E712
+        memory = {False: lambda num_bytes: None, "elsewhere": lambda num_bytes: ("not-here", torch.empty(num_bytes))}
+        monkeypatch.setattr(gloo, "create_memory", memory[shared])
     wire = Wire(served, model, staged=staged)
     await wire.connect()
-    assert wire.is_shared == shared and served.engine._staged == (shared if staged is None else staged)
+    assert wire.is_shared == (shared is True), "an engine of another machine can't map it"
+    assert served.engine._staged == (wire.is_shared if staged is None else staged)
     for version in (1, 2, 3):
         perturb(model, version)
         await wire.publish(version)
@@ -269,3 +271,12 @@ async def test_a_call_that_vllm_holds_when_it_dies_fails_soon(served):
             await asyncio.wait_for(asked, timeout=20)
     finally:
         await engine.close()
+
+
+async def test_a_rollout_that_gives_up_by_itself_is_not_told_as_late(served, monkeypatch):
+    async def gives_up(prompt, generate):
+        raise TimeoutError("the tool did not answer")
+
+    monkeypatch.setattr(served.engine, "_rollout", gives_up)
+    with pytest.raises(TimeoutError, match=r"^the tool did not answer$"):
+        await served.engine.roll(prompt_of([5, 6, 7]))
