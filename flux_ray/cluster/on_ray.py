@@ -65,11 +65,6 @@ class RayGroup:
         try:
             async with asyncio.timeout(deadline_s) as limit:  # wait_for forgets that it was cancelled (Python 3.11)
                 return await reference
-        except TimeoutError as error:
-            if limit.expired():
-                raise self._late(index, what, deadline_s) from None
-            # Of what the actor did: Ray's error is one of its cause's type, too.
-            raise self._error(ActorError, index, f"{name}, {what}: TimeoutError: {error}") from error
         except CallFailed as error:
             if error.by_user:
                 raise UserError(error.text) from None
@@ -78,8 +73,11 @@ class RayGroup:
                 log_file = self._log_files[index].with_name(f"{role}-{culprit}.log")
                 raise ActorError(error.text, role=role, index=culprit, log_file=log_file) from error
             raise self._error(ActorError, index, f"{name}, {what}: {error.name}: {error.text}") from error
-        except ray.exceptions.RayTaskError as error:
-            cause = error.cause if isinstance(error.cause, BaseException) else error
+        except (TimeoutError, ray.exceptions.RayTaskError) as error:  # Ray's is of its cause's type too
+            if limit.expired():
+                raise self._late(index, what, deadline_s) from None
+            cause = getattr(error, "cause", None)
+            cause = cause if isinstance(cause, BaseException) else error
             if isinstance(cause, UserError):
                 raise cause from None
             raise self._error(ActorError, index, f"{name}, {what}: {type(cause).__name__}: {cause}") from cause
