@@ -25,7 +25,7 @@ from typing import Any
 import psutil
 
 from tests.benchmarks import inside
-from tests.benchmarks.beside import DEADLINE_S, Beside
+from tests.benchmarks.side_by_side import DEADLINE_S, Beside
 from tests.benchmarks.work import (
     CONTEXT,
     GROUP_SIZE,

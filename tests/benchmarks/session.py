@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from flux_ray.driver.build import KEEP_MEMORY
-from tests.benchmarks.beside import Beside
 from tests.benchmarks.parts import run_part
+from tests.benchmarks.side_by_side import Beside
 from tests.benchmarks.work import Phase, equal, log_normal
 
 EQUAL, UNEQUAL = "equal", "log_normal"
