@@ -82,7 +82,9 @@ def assert_same(mine: tuple[float, dict[str, Any]], loss: torch.Tensor, hf: torc
     gradients = torch.autograd.grad(loss, [p for _, p in named])
     assert mine[0] == pytest.approx(loss.item(), rel=1e-6, abs=1e-6)
     for (name, _), gradient in zip(named, gradients, strict=True):
-        torch.testing.assert_close(mine[1][name], gradient, rtol=1e-4, atol=1e-6)
+        # A sum in fp32 is as exact as its largest terms, and processors add in different orders.
+        scale = float(gradient.abs().max())
+        torch.testing.assert_close(mine[1][name], gradient, rtol=1e-4, atol=2e-6 * scale)
 
 
 @pytest.mark.parametrize("algorithm", ["dpo", "ipo"])
