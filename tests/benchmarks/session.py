@@ -26,8 +26,8 @@ EQUAL, UNEQUAL = "equal", "log_normal"
 LENGTHS = {EQUAL: equal, UNEQUAL: log_normal}
 FULL_TOKENS = 256  # of a response on average, beside TRL
 RATIO_TOKENS = 64  # where ours is held against its own parts: what a step costs beside them shows more in a short one
-BESIDE_RUNS = 3  # of the shorter of two parts beside one another; the other has as many
-UNEQUAL_RUNS = 3
+BESIDE_RUNS = 3  # measured steps of each of two parts beside one another
+UNEQUAL_RUNS = 3  # of ours, beside TRL
 #: vLLM compiles its model where it may and there is something to compile with; that takes a start some 20 s more.
 COMPILED = {"rollout.engine_args.enforce_eager": False} if shutil.which("g++") else {}
 #: Engines, ranks, staleness; where each actor stays (nowhere: the system decides).
