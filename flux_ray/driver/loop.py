@@ -62,11 +62,7 @@ class Loop:
         The first failure ends all.
         """
         await self._rooms.publish(self._version)  # even the first: what is wrong with the wire shows here
-        before = self._recorder.evaluated(self._version) if self._version else None  # else of a run that never began
-        if before is None:  # at the start, or ended before it could be
-            await self._evaluate()
-        else:
-            self._stop_if_reached(before)
+        await self._evaluate_first()
         async with asyncio.TaskGroup() as tasks:
             feeding = tasks.create_task(self._feed_prompts(tasks))
             await self._train_steps()
@@ -222,6 +218,14 @@ class Loop:
         if self._version == 0 or last or (every and self._version % every == 0):
             metrics = await self._evaluation.run(self._rooms, version=self._version, recorder=self._recorder)
             self._stop_if_reached(metrics)
+
+    async def _evaluate_first(self) -> None:
+        """Unless the run that is resumed has done it at this version: what it gave holds."""
+        before = self._recorder.evaluated(self._version) if self._version else None  # else of a run that never began
+        if before is None:
+            await self._evaluate()
+        else:
+            self._stop_if_reached(before)
 
     def _stop_if_reached(self, evaluated: dict[str, float]) -> None:
         level, reached = self._config.eval.stop_at, evaluated.get("eval/task_mean", -math.inf)
