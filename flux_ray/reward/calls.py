@@ -3,7 +3,8 @@
 Takes:  a RewardFunction and its arguments, as TRL's GRPOTrainer passes them.
 Gives:  one value a sample: a number, None, or a dict of these; RewardError names function, row, sample and cause.
 Knows:  a call is waited for `deadline_s` seconds from its turn on; Python can't end a thread: one that hangs stays.
-Keeps:  one daemon thread with an event loop for async functions, made at the first of them.
+Keeps:  a daemon thread with an event loop for async functions, another for reward models, made at the first of them;
+        one that an async function blocks for good is left, and a new one made.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from flux_ray.reward.registry import RewardFunction
 
 RAISED, TIMED_OUT, BAD_RESULT = "raised", "timed_out", "bad_result"
 
+ANSWER_S = 5.0  # for the loop of async functions to go round once, after a call of it was late
 MAX_SHOWN_CHARS = 60  # of a wrong value, in an error of one line
 
 Outcome = tuple[Any, BaseException | None]  # what a call gave, and None; or None, and what it raised
@@ -58,7 +60,7 @@ class Caller:
     def __init__(self, *, deadline_s: float) -> None:
         self._deadline_s = deadline_s
         self._turn = asyncio.Lock()
-        self._loop: asyncio.AbstractEventLoop | None = None
+        self._sides: dict[bool, _Side] = {}  # whether it is for reward models ► a loop beside this one
         self._answered: Counter[str | None] = Counter()  # calls of each reward model
 
     async def call(self, function: RewardFunction, arguments: Arguments, *, where: str) -> list[Any]:
@@ -79,9 +81,7 @@ class Caller:
         """What the call gave or raised; _Late where the deadline passed. It runs from the call's own turn on."""
         call = functools.partial(function.call, **accepted(function, arguments))
         if is_async(function.call):
-            future = asyncio.run_coroutine_threadsafe(_outcome_of(call), self._own_loop())
-            model = function.name if function.is_model else None
-            return await self._within_deadline(asyncio.wrap_future(future), model=model)
+            return await self._beside(call, model=function.name if function.is_model else None)
         async with self._turn:
             running = asyncio.ensure_future(self._within_deadline(_in_thread(call)))
             try:
@@ -89,6 +89,30 @@ class Caller:
             except asyncio.CancelledError:
                 await asyncio.wait({running})  # a thread can't be stopped: whoever is next waits for it all the same
                 raise
+
+    async def _beside(self, call: Callable[[], Any], *, model: str | None) -> Outcome:
+        """The outcome of an async function, on the loop beside.
+
+        Where a call blocks that for good, it is late by itself; those that have not begun there begin on a new one.
+        """
+        outcome: Outcome | None = None
+        while outcome is None:
+            side = self._side(for_models=model is not None)
+            future, begun = side.submit(call)
+            try:
+                if await side.begins(begun, look_every_s=self._deadline_s):
+                    outcome = await self._within_deadline(future, model=model)
+            finally:
+                future.cancel()  # of no effect on one that is done
+            if (outcome is None or isinstance(outcome[1], _Late)) and not (side.left or await side.answers()):
+                side.leave()
+        return outcome
+
+    def _side(self, *, for_models: bool) -> _Side:
+        side = self._sides.get(for_models)
+        if side is None or side.left:
+            side = self._sides[for_models] = _Side()
+        return side
 
     async def _within_deadline(self, future: asyncio.Future[Outcome], *, model: str | None = None) -> Outcome:
         """A reward model answers in the order in which it was asked: as long as it answers, a call waits its turn."""
@@ -99,7 +123,7 @@ class Caller:
                 await asyncio.wait({future}, timeout=self._deadline_s)
                 late = model is None or self._answered[model] == answered
         finally:
-            future.cancel()  # of no effect on one that is done
+            future.cancel()
         if future.cancelled():
             return None, _Late()
         self._answered[model] += 1
@@ -116,12 +140,67 @@ class Caller:
                 return f"sample {sample + 1} of {arguments.size}"
         return f"{arguments.size} samples together"
 
-    def _own_loop(self) -> asyncio.AbstractEventLoop:
-        """A loop in a thread of its own, so that an async function that blocks can't hold up the deadlines."""
-        if self._loop is None:
-            self._loop = asyncio.new_event_loop()
-            threading.Thread(target=self._loop.run_forever, name="async rewards", daemon=True).start()
-        return self._loop
+
+class _Side:
+    """An event loop in a thread of its own, so that an async function that blocks can't hold up the deadlines."""
+
+    def __init__(self) -> None:
+        self.left = False  # nothing new begins here
+        self._loop = asyncio.new_event_loop()
+        self._waiting: set[asyncio.Future[bool]] = set()  # of calls that have not begun
+        self._num_begun = 0
+        threading.Thread(target=self._loop.run_forever, name="async rewards", daemon=True).start()
+
+    def submit(self, call: Callable[[], Any]) -> tuple[asyncio.Future[Outcome], asyncio.Future[bool]]:
+        """The call's outcome, and whether it begins here: False once the loop is left."""
+        here = asyncio.get_running_loop()
+        begun: asyncio.Future[bool] = here.create_future()
+        outcome: asyncio.Future[Outcome] = here.create_future()
+        self._waiting.add(begun)
+        begun.add_done_callback(self._waiting.discard)
+
+        async def run() -> None:
+            if not begun.done():  # else it begins elsewhere
+                _tell(here, begun, True)
+                _tell(here, outcome, await _outcome_of(call))  # at once: the others' turns in this loop may be long
+
+        running = asyncio.run_coroutine_threadsafe(run(), self._loop)
+        outcome.add_done_callback(lambda _: running.cancel())  # of no effect on one that is done
+        return outcome, begun
+
+    async def begins(self, begun: asyncio.Future[bool], *, look_every_s: float) -> bool:
+        """Waits as long as others begin, or the loop answers; False where it does neither."""
+        while not begun.done():
+            before = self._num_begun
+            await asyncio.wait({begun}, timeout=look_every_s)
+            if not begun.done() and self._num_begun == before and not await self.answers():
+                return False
+        self._num_begun += begun.result()
+        return begun.result()
+
+    async def answers(self) -> bool:
+        """Whether the loop goes round."""
+        ping = asyncio.wrap_future(asyncio.run_coroutine_threadsafe(asyncio.sleep(0), self._loop))
+        done, _ = await asyncio.wait({ping}, timeout=ANSWER_S)
+        ping.cancel()
+        return bool(done)
+
+    def leave(self) -> None:
+        """Whoever has not begun here is told so; what has goes on once the loop is free again."""
+        self.left = True
+        for begun in list(self._waiting):
+            _settle(begun, False)
+
+
+def _settle(future: asyncio.Future[Any], result: Any) -> None:
+    if not future.done():
+        future.set_result(result)
+
+
+def _tell(loop: asyncio.AbstractEventLoop, future: asyncio.Future[Any], result: Any) -> None:
+    """Settle a future of another thread's loop."""
+    with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+        loop.call_soon_threadsafe(_settle, future, result)
 
 
 class _Late(Exception):
@@ -140,17 +219,12 @@ def _in_thread(call: Callable[[], Any]) -> asyncio.Future[Outcome]:
     loop = asyncio.get_running_loop()
     future: asyncio.Future[Outcome] = loop.create_future()
 
-    def settle(outcome: Outcome) -> None:
-        if not future.done():
-            future.set_result(outcome)
-
     def run() -> None:
         try:
             outcome: Outcome = (call(), None)
         except BaseException as error:
             outcome = (None, error)
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
-            loop.call_soon_threadsafe(settle, outcome)
+        _tell(loop, future, outcome)
 
     threading.Thread(target=run, name="reward", daemon=True).start()
     return future

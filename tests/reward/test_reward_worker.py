@@ -211,6 +211,27 @@ def test_a_late_call_does_not_hold_up_the_next_one(tokenizer_path, tmp_path):
     assert scored.rewards.tolist() == [1]
 
 
+def test_an_async_function_that_blocks_harms_no_other(tokenizer_path, tmp_path):
+    """Each call's time counts from its own beginning, though they share a loop; one that blocks it for good is late
+    alone, and those behind it and after it are answered by a loop of their own."""
+    (tmp_path / "mine.py").write_text(
+        "import time\nasync def f(completions):\n"
+        "    time.sleep({'1': 0.4, '2': 30}.get(completions[0], 0))\n    return [1.0]\n"
+    )
+    config = Config(reward=RewardConfig(functions=[f"{tmp_path}/mine.py:f"], deadline_s=1.0))
+    worker = RewardWorker(config, tokenizer_path=tokenizer_path)
+
+    async def all_of_them():
+        slow = await asyncio.gather(*(worker.score(make_group(["1"])) for _ in range(4)))  # 1.6 s together
+        groups = [make_group([text]) for text in ("2", "3", "3")]
+        behind = await asyncio.gather(*(worker.score(group) for group in groups), return_exceptions=True)
+        return slow, behind, await worker.score(make_group(["3"]))
+
+    slow, (late, *behind), after = asyncio.run(all_of_them())
+    assert [scored.rewards.tolist() for scored in (*slow, *behind, after)] == [[1]] * 7
+    assert isinstance(late, RewardError) and late.kind == TIMED_OUT
+
+
 def test_functions_that_are_not_async_take_turns(tokenizer_path, tmp_path):
     (tmp_path / "mine.py").write_text(
         "import time\nRUNNING = []\ndef f(completions):\n    RUNNING.append(1)\n    time.sleep(0.01)\n"
