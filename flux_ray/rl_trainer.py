@@ -72,12 +72,14 @@ def create_rl_trainer(
     if reward_model_name is not None:
         rewards = _with_model(config, rewards, reward_model_name)
     if backend != "ray":
-        from flux_ray.backends.trl_settings import check_trl
+        from flux_ray.backends.trl_settings import check_trl, check_unsloth
 
         if algo.needs_critic(config.algo) or reward_model_name is not None:
             what = f"no {algorithm}: it has no critic" if algo.needs_critic(config.algo) else "no reward models"
             raise UserError(f"backend={backend} has {what}; use backend=ray (ours, the default)")
         check_trl(config)
+        if backend == "unsloth":
+            check_unsloth(config)
     return RLTrainer(config, backend=backend, rewards=rewards)
 
 

@@ -41,6 +41,7 @@ def test_ppo_with_a_reward_model():
 @pytest.mark.parametrize(("given", "message"), [
     ({"algorithm": "ppo", "backend": "trl"}, "backend=trl has no ppo: it has no critic; use backend=ray"),
     ({"algorithm": "ppo", "backend": "unsloth", "reward_model_name": "r"}, "backend=unsloth has no ppo"),
+    ({"algorithm": "gspo", "backend": "unsloth"}, "backend=unsloth has no gspo"),
     ({"backend": "trl", "reward_model_name": "r"}, "backend=trl has no reward models"),
     ({"backend": "trl", "reward.functions": ["model:r"]}, "reward.functions has model:r: our reward models"),
     ({"reward_model_name": "r", "reward.functions": ["model:other"]}, "'r' and reward.functions' 'model:other'"),

@@ -18,7 +18,7 @@ import numpy as np
 
 from flux_ray import run_dir
 from flux_ray.backends.trl_pairs import make_pair_trainer
-from flux_ray.backends.trl_settings import check_trl, trainer_arguments
+from flux_ray.backends.trl_settings import check_trl, opening, trainer_arguments
 from flux_ray.config import Config
 from flux_ray.data import PairSource, PromptSource
 from flux_ray.driver import TrainingResult
@@ -71,6 +71,7 @@ def train(config: Config, *, callbacks: Sequence[Callback] = (), load_model: Loa
         try:
             trainer = _trainer(config, prepared, recorder, load_model)
             trainer.train()
+            trainer.model.to(resolve_dtype(config.model.dtype, _device(config)))  # as it would be served
             trainer.save_model(str(folder.model))
         finally:
             recorder.close()
@@ -105,11 +106,9 @@ def make_trainer(
     device = _device(config)
     kind, arguments = ((trl.RLOOTrainer, trl.RLOOConfig) if config.algo.name == "rloo"
                        else (trl.GRPOTrainer, trl.GRPOConfig))
-    settings = trainer_arguments(config, longest_prompt=prompts.longest_prompt, on_cpu=device == "cpu")
-    dtype = str(resolve_dtype(config.model.dtype, device)).removeprefix("torch.")
+    settings = trainer_arguments(config, longest_prompt=prompts.longest_prompt, device=device)
     if load_model is None:
-        attention = "sdpa" if config.model.attention == "auto" else config.model.attention
-        settings["model_init_kwargs"] = {"dtype": dtype, "attn_implementation": attention}
+        settings["model_init_kwargs"] = opening(config)
     functions = resolve_functions(config, prompts.columns)
     weights = [function.weight for function in functions]
     rewards = [as_trl(function, config) for function in functions]
@@ -119,20 +118,25 @@ def make_trainer(
         model=config.model.path if load_model is None else load_model(config, device),
         args=arguments(output_dir=str(Path(str(config.run_dir), "trl")), reward_weights=weights, **settings),
         reward_funcs=rewards,
-        train_dataset=Dataset.from_list(rows(prompts)),
+        train_dataset=Dataset.from_list(rows(prompts, config.driver.num_steps * config.batch.prompts_per_step)),
         processing_class=load_tokenizer(config.model.tokenizer or str(config.model.path)),
         callbacks=[_recording(recorder, updates_per_step=config.algo.epochs * config.algo.mini_batches)],
     )
 
 
-def rows(prompts: PromptSource) -> list[dict[str, Any]]:
-    """The rows of the first epoch, in its order: prompt as TRL takes it, and the columns for the rewards."""
-    drawn = [prompts.prompt(uid) for uid in range(prompts.num_rows)]
+def rows(prompts: PromptSource, number: int) -> list[dict[str, Any]]:
+    """The prompts that a run of ours draws, in its order: prompt as TRL takes it, and the columns for the rewards.
+
+    All of the run, for TRL leaves out what is over at the end of an epoch, be it all there is.
+    """
+    drawn = [prompts.prompt(uid) for uid in range(number)]
     return [{**{k: v for k, v in p.columns.items() if k not in RESERVED}, "prompt": p.text} for p in drawn]
 
 
 def as_trl(function: RewardFunction, config: Config) -> Callable[..., list[float | None]]:
     """The function as TRL calls one: under its name and with its options, deadline and answer column."""
+    caller = Caller(deadline_s=config.reward.deadline_s)
+
     def reward(prompts: list[Any], completions: list[Any], **given: Any) -> list[float | None]:
         size = len(completions)
         columns = {name: value for name, value in given.items() if name not in GIVEN}
@@ -142,7 +146,6 @@ def as_trl(function: RewardFunction, config: Config) -> Callable[..., list[float
         ids = [list(map(int, one)) for one in given["completion_ids"]]
         per_sample = {**columns, "prompts": prompts, "completions": completions, "completion_ids": ids}
         common = {name: value for name, value in given.items() if name in GIVEN - {"completion_ids"}}
-        caller = Caller(deadline_s=config.reward.deadline_s)
         call = caller.call(function, Arguments(size, per_sample, common), where="a batch of prompts")
         values = [value_of(value) for value in asyncio.run(call)]
         return [None if np.isnan(value) else value for value in values]

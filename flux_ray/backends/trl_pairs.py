@@ -11,11 +11,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from flux_ray.backends.trl_settings import PAIR_LOSSES, optimizer_arguments
+from flux_ray.backends.trl_settings import PAIR_LOSSES, opening, optimizer_arguments
 from flux_ray.config import Config
 from flux_ray.data import PairSource
 from flux_ray.driver.recorder import Recorder
-from flux_ray.model import load_tokenizer, resolve_dtype
+from flux_ray.model import load_tokenizer
 
 #: TRL's metric ► ours; what isn't here goes by trl/NAME.
 METRICS = {
@@ -34,15 +34,12 @@ def make_pair_trainer(config: Config, pairs: PairSource, *, recorder: Recorder, 
         def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:
             return dataset
 
-    dtype = str(resolve_dtype(config.model.dtype, device)).removeprefix("torch.")
-    attention = "sdpa" if config.model.attention == "auto" else config.model.attention
-    opening = {"dtype": dtype, "attn_implementation": attention}
-    settings = pair_arguments(config, longest=pairs.longest, on_cpu=device == "cpu")
+    settings = pair_arguments(config, longest=pairs.longest, device=device)
     if isinstance(model, str):
-        settings["model_init_kwargs"] = opening
+        settings["model_init_kwargs"] = opening(config)
     return OnOurTokens(
         model=model,
-        ref_model=_reference(config.reference.path, opening),
+        ref_model=_reference(config.reference.path, opening(config)),
         args=trl.DPOConfig(output_dir=str(Path(str(config.run_dir), "trl")), **settings),
         train_dataset=Dataset.from_list(rows(pairs)),
         processing_class=load_tokenizer(config.model.tokenizer or str(config.model.path)),
@@ -62,14 +59,14 @@ def rows(pairs: PairSource) -> list[dict[str, list[int]]]:
     ]
 
 
-def pair_arguments(config: Config, *, longest: int, on_cpu: bool) -> dict[str, Any]:
+def pair_arguments(config: Config, *, longest: int, device: str) -> dict[str, Any]:
     """Keyword arguments of DPOConfig."""
     update = config.batch.prompts_per_step
     budget = max(config.batch.max_tokens_per_micro_batch // (2 * longest), 1)
     most = min(max((config.batch.micro_batch_size or 2 * update) // 2, 1), budget)
     size = max(size for size in range(1, most + 1) if update % size == 0)
     return {
-        **optimizer_arguments(config, on_cpu=on_cpu),
+        **optimizer_arguments(config, device=device),
         "per_device_train_batch_size": size,
         "gradient_accumulation_steps": update // size,
         "max_steps": config.driver.num_steps,
@@ -80,13 +77,13 @@ def pair_arguments(config: Config, *, longest: int, on_cpu: bool) -> dict[str, A
     }
 
 
-def _reference(path: str | None, opening: dict[str, Any]) -> Any | None:
+def _reference(path: str | None, arguments: dict[str, Any]) -> Any | None:
     """The reference where it isn't the policy's own start, which TRL opens by itself."""
     if path is None:
         return None
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(path, trust_remote_code=False, **opening)
+    return AutoModelForCausalLM.from_pretrained(path, trust_remote_code=False, **arguments)
 
 
 def _recording(recorder: Recorder) -> Any:

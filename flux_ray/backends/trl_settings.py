@@ -1,7 +1,8 @@
 """A Config in TRL's words, or one line why TRL can't run it.
 
 Takes:  a Config; the longest prompt, for the size of a micro-batch.
-Gives:  `check_trl`: the Config that TRL can run, with warnings; `trainer_arguments`: of GRPOConfig, or of RLOOConfig.
+Gives:  `check_trl`: the Config that TRL can run, with warnings; `check_unsloth`; `opening`, of the policy;
+        `trainer_arguments`, of GRPOConfig or RLOOConfig.
 Knows:  which of our options TRL 1.16 has, what it calls them, and where its defaults would mean another objective.
 Never:  imports trl.
 """
@@ -12,9 +13,12 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
+import torch
+
 from flux_ray import algo
 from flux_ray.config import Config, preset
 from flux_ray.errors import UserError, unknown
+from flux_ray.model import resolve_dtype
 from flux_ray.names import reward_model_path
 
 #: algorithm ► what makes it one in GRPOConfig; rloo has a trainer of its own
@@ -26,6 +30,8 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
 }
 #: objective on pairs ► loss_type of DPOConfig
 PAIR_LOSSES = {"dpo": "sigmoid", "ipo": "ipo"}
+#: those of both that run on a model which Unsloth opened
+ON_UNSLOTH = ("dpo", "grpo", "grpo_vectorized", "dr_grpo", "dapo")
 LOSS_TYPES = {"sequence_mean": "grpo", "sequence": "grpo", "token_mean": "dapo", "constant_length": "dr_grpo"}
 SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
 
@@ -50,6 +56,11 @@ ONLY: dict[str, tuple[Any, str]] = {
     "resume": (None, "it starts anew"),
     "model.layout": ("auto", "it pads"),
     "train.deepspeed": ({}, "it runs in one process"),
+    "train.num_ranks": (1, "it runs in one process"),
+    "train.zero_stage": (0, "it runs in one process"),
+    "rollout.num_engines": (1, "it generates in its own process"),
+    "rollout.tensor_parallel_size": (1, "it generates in its own process"),
+    "rollout.engine_args": ({}, "it generates with transformers"),
     "train.lora.rank": (0, "adapters are trained on Ray alone"),
 }
 
@@ -69,6 +80,12 @@ def check_trl(config: Config) -> tuple[Config, list[str]]:
     return config, warnings
 
 
+def check_unsloth(config: Config) -> None:
+    """UserError for an algorithm that Unsloth hasn't, beside what `check_trl` refuses."""
+    if config.algo.name not in ON_UNSLOTH:
+        raise UserError(f"backend=unsloth has no {config.algo.name} (it has {', '.join(ON_UNSLOTH)})")
+
+
 def _problems(config: Config) -> Iterator[str]:
     name = config.algo.name
     if name not in {**ALGORITHMS, **PAIR_LOSSES}:
@@ -82,6 +99,8 @@ def _problems(config: Config) -> Iterator[str]:
     if name in PAIR_LOSSES:
         yield from _pair_problems(config)
         return
+    if config.reference.path is not None and (config.algo.beta or config.algo.kl_coef):
+        yield f"reference.path={config.reference.path} isn't there: its reference is the policy as it starts"
     for reference in config.reward.functions:
         if reward_model_path(reference) is not None:
             yield f"reward.functions has {reference}: our reward models are served on Ray alone"
@@ -117,14 +136,14 @@ def micro_batch_size(config: Config, *, longest_prompt: int) -> int:
     return max(size for size in range(1, most + 1) if update % size == 0)
 
 
-def trainer_arguments(config: Config, *, longest_prompt: int, on_cpu: bool) -> dict[str, Any]:
+def trainer_arguments(config: Config, *, longest_prompt: int, device: str) -> dict[str, Any]:
     """Keyword arguments of GRPOConfig (rloo: RLOOConfig) for a config that `check_trl` gave."""
     algorithm, rollout = config.algo, config.rollout
     size = micro_batch_size(config, longest_prompt=longest_prompt)
     update = config.batch.prompts_per_step * rollout.group_size // algorithm.mini_batches
     high = algorithm.clip_range if algorithm.clip_range_high is None else algorithm.clip_range_high
     common = {
-        **optimizer_arguments(config, on_cpu=on_cpu),
+        **optimizer_arguments(config, device=device),
         "per_device_train_batch_size": size,
         "gradient_accumulation_steps": update // size,
         "steps_per_generation": update // size * algorithm.mini_batches,
@@ -155,7 +174,16 @@ def trainer_arguments(config: Config, *, longest_prompt: int, on_cpu: bool) -> d
     }
 
 
-def optimizer_arguments(config: Config, *, on_cpu: bool) -> dict[str, Any]:
+def opening(config: Config) -> dict[str, Any]:
+    """Keyword arguments with which TRL opens the policy: its weights in fp32, whatever it computes in.
+
+    In bf16 an update at a usual learning rate is less than the last bit of most weights, which would never move.
+    """
+    attention = "sdpa" if config.model.attention == "auto" else config.model.attention
+    return {"dtype": "float32", "attn_implementation": attention}
+
+
+def optimizer_arguments(config: Config, *, device: str) -> dict[str, Any]:
     """Keyword arguments that all of TRL's trainers have."""
     train = config.train
     return {
@@ -164,5 +192,6 @@ def optimizer_arguments(config: Config, *, on_cpu: bool) -> dict[str, Any]:
         "adam_beta1": train.adam_betas[0], "adam_beta2": train.adam_betas[1], "adam_epsilon": train.adam_eps,
         "weight_decay": train.weight_decay, "max_grad_norm": train.max_grad_norm,
         "gradient_checkpointing": train.gradient_checkpointing, "disable_dropout": True,
-        "seed": config.seed, "bf16": False, "use_cpu": on_cpu, "save_strategy": "no", "report_to": "none",
+        "seed": config.seed, "bf16": resolve_dtype(config.model.dtype, device) == torch.bfloat16,
+        "use_cpu": device == "cpu", "save_strategy": "no", "report_to": "none",
     }

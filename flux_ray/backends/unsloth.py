@@ -12,22 +12,19 @@ from collections.abc import Sequence
 from typing import Any
 
 from flux_ray.backends import trl
+from flux_ray.backends.trl_settings import check_unsloth
 from flux_ray.config import Config
 from flux_ray.driver import TrainingResult
 from flux_ray.errors import UserError
 from flux_ray.model import context_length
 from flux_ray.observability.callbacks import Callback
 
-#: Algorithms of the TRL backend that it runs.
-ALGORITHMS = ("dpo", "grpo", "grpo_vectorized", "dr_grpo", "dapo")
-
 
 def train(config: Config, *, callbacks: Sequence[Callback] = ()) -> TrainingResult:
     """Train as the config says. UserError: no GPU, no unsloth, or an algorithm that it hasn't."""
     import torch
 
-    if config.algo.name not in ALGORITHMS:
-        raise UserError(f"backend=unsloth has no {config.algo.name} (it has {', '.join(ALGORITHMS)})")
+    check_unsloth(config)
     if not torch.cuda.is_available():
         raise UserError("backend=unsloth needs a GPU, and there is none here: use backend=ray or backend=trl")
     trl.require("unsloth", backend="unsloth", install="pip install --no-deps unsloth unsloth_zoo, over 'flux-ray[trl]'")

@@ -130,6 +130,23 @@ def test_their_advantages_are_ours_but_for_the_constant(algorithm):
     torch.testing.assert_close(ours.view(2, 4) * factor, theirs, rtol=1e-6, atol=1e-7)
 
 
+def test_a_step_takes_more_prompts_than_there_are(model, data, tmp_path):
+    """As ours: the next epoch's follow. By itself TRL would train on nothing, and say nothing."""
+    config = config_of(model, data, "grpo", tmp_path / "run", prompts_per_step=8)
+    assert len(backend.train(config).history) == 2
+
+
+def test_bf16_keeps_fp32_weights_while_it_trains(model, data, tmp_path):
+    """In bf16 an update would be less than the last bit of most weights. What is saved is bf16 again."""
+    from safetensors.torch import load_file
+
+    config = config_of(model, data, "grpo", tmp_path, **{"model.dtype": "bfloat16"})
+    trainer = trainer_of(config, tmp_path)
+    assert {p.dtype for p in trainer.model.parameters()} == {torch.float32} and trainer.args.bf16
+    result = backend.train(config_of(model, data, "grpo", tmp_path / "run", **{"model.dtype": "bfloat16"}))
+    assert {t.dtype for t in load_file(result.model_path / "model.safetensors").values()} == {torch.bfloat16}
+
+
 @pytest.mark.parametrize("algorithm", ["grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo"])
 def test_a_short_training(model, data, tmp_path, algorithm):
     config = config_of(model, data, algorithm, tmp_path / "run", **{"reward.functions": ["numeric", "length"]})

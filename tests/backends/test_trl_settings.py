@@ -9,7 +9,7 @@ import pytest
 from flux_ray import FluxConfig
 from flux_ray.backends import unsloth
 from flux_ray.backends.trl import require
-from flux_ray.backends.trl_settings import ALGORITHMS, check_trl, micro_batch_size, trainer_arguments
+from flux_ray.backends.trl_settings import ALGORITHMS, check_trl, micro_batch_size, opening, trainer_arguments
 from flux_ray.errors import UserError
 
 pytestmark = pytest.mark.unit
@@ -19,7 +19,7 @@ READY = {"model_path": "m", "data.train": "d.jsonl"}
 
 def arguments(algorithm: str, **options):
     config, _ = check_trl(FluxConfig(algorithm=algorithm, **READY, **options))
-    return trainer_arguments(config, longest_prompt=16, on_cpu=True)
+    return trainer_arguments(config, longest_prompt=16, device="cpu")
 
 
 @pytest.mark.parametrize(("algorithm", "expected"), [
@@ -64,6 +64,11 @@ def test_a_micro_batch_keeps_to_the_token_budget(budget, size):
     ("grpo", {"filter.reward": "task"}, "filter.reward=task isn't there: it has no dynamic sampling"),
     ("grpo", {"estimator": "rloo"}, "algo.estimator=rloo isn't there"),
     ("grpo", {"max_staleness": 1}, "driver.max_staleness=1 isn't there: it is synchronous"),
+    ("grpo", {"num_ranks": 2}, "train.num_ranks=2 isn't there: it runs in one process"),
+    ("grpo", {"zero_stage": 3}, "train.zero_stage=3 isn't there"),
+    ("grpo", {"num_engines": 2}, "rollout.num_engines=2 isn't there"),
+    ("grpo", {"rollout.engine_args": {"enforce_eager": True}}, "rollout.engine_args="),
+    ("grpo", {"reference.path": "other"}, "reference.path=other isn't there"),
     ("gspo", {"aggregation": "token_mean"}, "algo.aggregation=token_mean isn't there for gspo"),
     ("rloo", {"entropy_coef": 0.1}, "algo.entropy_coef=0.1 isn't there for rloo"),
     ("grpo", {"train.lora.rank": 8}, "train.lora.rank=8 isn't there: adapters are trained on Ray alone"),
@@ -74,11 +79,26 @@ def test_what_it_has_not_is_refused_by_name(algorithm, options, message):
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(("dtype", "device", "mixed"), [
+    ("auto", "cpu", False), ("auto", "cuda", True), ("bfloat16", "cpu", True), ("float32", "cuda", False),
+])
+def test_weights_are_fp32_whatever_it_computes_in(dtype, device, mixed):
+    """Of weights in bf16 most would never move: an update is less than their last bit."""
+    config = FluxConfig(**READY, **{"model.dtype": dtype})
+    assert opening(config)["dtype"] == "float32"
+    assert trainer_arguments(config, longest_prompt=16, device=device)["bf16"] is mixed
+
+
 def test_what_differs_by_its_nature_is_said():
     config, said = check_trl(FluxConfig(algorithm="dapo", **READY))
     assert config.filter.reward is None and "no dynamic sampling" in said[0]
     _, said = check_trl(FluxConfig(algorithm="grpo", **READY))
     assert len(said) == 1 and "entropy" in said[0]
+
+
+def test_a_reference_that_is_not_asked_is_not_refused():
+    check_trl(FluxConfig(algorithm="dapo", **READY, **{"reference.path": "other"}))
+    check_trl(FluxConfig(algorithm="dpo", **READY, **{"reference.path": "other"}))
 
 
 def test_a_package_that_is_not_there():
