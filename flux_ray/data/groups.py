@@ -58,7 +58,8 @@ class GroupSource:
                 read[number] = _read(row, config.data, tokenizer)
             except BadCell as error:
                 bad.add(number, error)
-        samples = iter(encode_pairs(tokenizer, [pair for pairs, _ in read.values() for pair in pairs]))
+        each = [pair for pairs, _ in read.values() for pair in pairs]
+        samples = iter(encode_pairs(tokenizer, each, model_path=config.model.path))
         self._groups: list[OfflineGroup] = []
         for number, (pairs, rewards_G) in read.items():
             mine = [next(samples) for _ in pairs]

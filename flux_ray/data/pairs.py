@@ -59,7 +59,8 @@ class PairSource:
             except BadCell as error:
                 texts.pop(number, None)
                 bad.add(number, error)
-        samples = iter(encode_pairs(tokenizer, [pair for both in texts.values() for pair in both]))
+        each = [pair for both in texts.values() for pair in both]
+        samples = iter(encode_pairs(tokenizer, each, model_path=config.model.path))
         self._pairs: list[PreferencePair] = []
         for number in texts:
             try:

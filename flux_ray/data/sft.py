@@ -22,6 +22,7 @@ from flux_ray.data.order import EpochOrder
 from flux_ray.data.preferences import CHOSEN, REJECTED
 from flux_ray.data.rows import BadCell, BadRows, Row, Rows, load_rows
 from flux_ray.errors import UserError
+from flux_ray.model.stops import stop_token_ids
 from flux_ray.records import Sample
 
 MESSAGES_COLUMN, TEXT_COLUMN = "messages", "text"
@@ -45,7 +46,8 @@ class SftSource:
             except BadCell as error:
                 bad.add(number, error)
         self._samples = []
-        for number, sample in zip(pairs, encode_pairs(tokenizer, list(pairs.values())), strict=True):
+        encoded = encode_pairs(tokenizer, list(pairs.values()), model_path=config.model.path)
+        for number, sample in zip(pairs, encoded, strict=True):
             if sample.num_tokens > context_length:
                 bad.add(number, BadCell(f"{sample.num_tokens} tokens, more than the context of {context_length}"))
             else:
@@ -115,8 +117,12 @@ def as_pair(prompt: Text, completion: str, tokenizer: Any) -> Pair:
     return Pair(before, after[len(before) :], is_chat=True)
 
 
-def encode_pairs(tokenizer: Any, pairs: list[Pair]) -> list[Sample]:
-    """Samples of the pairs: prompt and completion encoded each by itself, as in a rollout, then the end token."""
+def encode_pairs(tokenizer: Any, pairs: list[Pair], *, model_path: str | None) -> list[Sample]:
+    """Samples of the pairs: prompt and completion encoded each by itself, as in a rollout, then the end token.
+
+    A chat ends where a rollout of this model does: at the first token that ends a response.
+    """
+    stops = stop_token_ids(model_path, tokenizer)
     end = tokenizer.eos_token_id
     assert end is not None, "a policy ends its responses with an end token"
     plain = iter(encode(tokenizer, [pair.prompt for pair in pairs if not pair.is_chat], special=True))
@@ -125,7 +131,7 @@ def encode_pairs(tokenizer: Any, pairs: list[Pair]) -> list[Sample]:
     samples = []
     for pair, completion in zip(pairs, completions, strict=True):
         prompt = next(chats if pair.is_chat else plain)
-        ends = np.flatnonzero(completion == end)
+        ends = np.flatnonzero(np.isin(completion, stops))
         if pair.is_chat and len(ends):
             completion = completion[: ends[0] + 1]
         elif not len(completion) or completion[-1] != end:

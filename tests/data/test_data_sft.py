@@ -1,9 +1,10 @@
 import copy
+import json
 
 import numpy as np
 import pytest
 
-from flux_ray.config import Config, DataConfig
+from flux_ray.config import Config, DataConfig, ModelConfig
 from flux_ray.data.sft import SftSource
 from flux_ray.errors import UserError
 
@@ -45,6 +46,19 @@ def test_messages_are_learned_at_the_last_turn_up_to_its_end_token(chat_tokenize
     (sample,) = make(chat_tokenizer, [{"messages": messages}], system_prompt="Add.").batch(0, 1)
     before = "[system]Add.<eos>\n[user]1+1<eos>\n[assistant]2<eos>\n[user]2+2<eos>\n[assistant]"
     assert parts(chat_tokenizer, sample) == (before, "4<eos>")
+
+
+def test_a_chat_ends_where_a_rollout_of_the_model_does(chat_tokenizer, tmp_path):
+    """A template that ends a turn with a token of its own, before the tokenizer's: engines stop at the former."""
+    end_of_turn = chat_tokenizer.convert_tokens_to_ids("\n")
+    ends = [chat_tokenizer.eos_token_id, end_of_turn]
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+    chat_tokenizer = copy.deepcopy(chat_tokenizer)
+    chat_tokenizer.chat_template = chat_tokenizer.chat_template.replace("<eos>\n", "\n<eos>")
+    config = Config(model=ModelConfig(path=str(tmp_path)))
+    rows = [{"messages": [{"role": "user", "content": "2+2"}, {"role": "assistant", "content": "4"}]}]
+    (sample,) = SftSource.from_config(config, chat_tokenizer, context_length=64, rows=rows).batch(0, 1)
+    assert parts(chat_tokenizer, sample)[1] == "4\n"
 
 
 @pytest.mark.parametrize("completion", ["4", [{"role": "assistant", "content": "4"}]])
