@@ -1,7 +1,7 @@
 """What an engine would be refused for, told before it starts.
 
 Takes:  the options of the rollouts; what a model's config says of its shape.
-Gives:  `check_engine_args`, `check_kv_cache`: a UserError that names the option.
+Gives:  `check_engine_args`, `check_kv_cache`: a UserError that names the option; `check_installed`.
 Knows:  which of vLLM's options are ours to set, and what a sequence takes of the KV cache.
 Never:  imports vLLM: that takes seconds, prints on the terminal and sets this process's environment.
 """
@@ -11,12 +11,15 @@ from __future__ import annotations
 import ast
 import difflib
 import functools
+import importlib.metadata
 import importlib.util
+import socket
 from pathlib import Path
 
 from flux_ray.config import RolloutConfig
 from flux_ray.errors import UserError
 
+ENTRY_POINT = "flux_ray_gloo"  # as pyproject.toml names it
 #: Options of vLLM that decide whether engine and trainer agree, or that have a knob of ours: not to be set twice.
 OWN_ENGINE_ARGS = {
     "model": "model.path",
@@ -47,6 +50,13 @@ def check_engine_args(config: RolloutConfig) -> None:
             near = difflib.get_close_matches(key, sorted(known - OWN_ENGINE_ARGS.keys()), n=1)
             hint = f": did you mean 'rollout.engine_args.{near[0]}'?" if near else ""
             raise UserError(f"unknown option 'rollout.engine_args.{key}'{hint or ': vLLM has no such engine argument'}")
+
+
+def check_installed(entry_point: str = ENTRY_POINT) -> None:
+    """UserError where flux_ray is on the path but not installed: vLLM's processes would not find the wire."""
+    if not importlib.metadata.entry_points(group="vllm.general_plugins", name=entry_point):
+        raise UserError(f"flux_ray isn't installed on {socket.gethostname()}, only on its path (as --working-dir puts "
+                        "it): vLLM finds the weight transfer by an entry point. Install it there (pip, or our image)")
 
 
 @functools.cache
@@ -81,5 +91,6 @@ def check_kv_cache(model_path: str, *, context: int, dtype_bytes: int, kv_cache_
     if needed_gib > kv_cache_gib:
         raise UserError(
             f"rollout.kv_cache_gib={kv_cache_gib:g} is less than one sequence takes: {needed_gib:.2f} GiB for "
-            f"{context} tokens (rollout.max_model_len, else the longest prompt and rollout.max_tokens)"
+            f"{context} tokens: those of rollout.max_model_len; where that isn't given, of the longest prompt and "
+            "rollout.max_tokens, or the model's whole context for a rollout.function of your own"
         )

@@ -11,13 +11,10 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import json
-import os
 from collections import Counter
 from collections.abc import Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -26,7 +23,7 @@ from flux_ray.config import Config
 from flux_ray.errors import UserError
 from flux_ray.lifetime import PLUGIN
 from flux_ray.records import FINISH_LENGTH, FINISH_STOP, Completion, Prompt, RolloutGroup
-from flux_ray.rollout.check import check_engine_args
+from flux_ray.rollout.check import ENTRY_POINT, check_engine_args, check_installed
 from flux_ray.rollout.functions import get_rollout, one_turn
 
 PROBE_SAMPLES, PROBE_TOKENS = 4, 4  # enough to show weights that differ; few steps, for the trainer waits for them
@@ -39,7 +36,7 @@ T = TypeVar("T")
 
 def engine_env(device: str, *, tensor_parallel_size: int) -> dict[str, str]:
     """Environment of the engine's process, set before vLLM is imported there."""
-    env = {"VLLM_NO_USAGE_STATS": "1", "TOKENIZERS_PARALLELISM": "false", "VLLM_PLUGINS": f"flux_ray_gloo,{PLUGIN}"}
+    env = {"VLLM_NO_USAGE_STATS": "1", "TOKENIZERS_PARALLELISM": "false", "VLLM_PLUGINS": f"{ENTRY_POINT},{PLUGIN}"}
     if device == "cpu":
         # Two OpenMP pools on one core are twenty times slower than one: each process computes with one thread, unbound.
         env |= {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
@@ -86,6 +83,9 @@ class RolloutEngine:
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
+        from flux_ray.model.stops import stop_token_ids
+
+        check_installed()
         self._engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**self._engine_args()))
         self._tokenizer = self._engine.get_tokenizer()
         await self._engine.update_weight_version(str(self._version))
@@ -110,7 +110,7 @@ class RolloutEngine:
             # Raw log-probs (vLLM's default) ignore the temperature: the trainer's are those of the distribution
             # sampled.
             "logprobs_mode": "processed_logprobs",
-            # Otherwise a model's own top_p or top_k would enter in silence.
+            # Otherwise a model's own top_p or top_k would enter in silence (its further end tokens come by themselves).
             "generation_config": "vllm",
             "weight_transfer_config": WeightTransferConfig(backend=self._transfer),
             "enable_prefix_caching": True,
@@ -318,8 +318,9 @@ class _Generate:
     async def __call__(
         self, token_ids: Sequence[int] | np.ndarray, *, n: int = 1, sample: int = 0, max_tokens: int | None = None
     ) -> list[Completion]:
-        seed = self._prompt.seed + sample + self._turns[sample] * TURN_SEED_STRIDE
-        self._turns[sample] += 1
+        turn = max(self._turns[i] for i in range(sample, sample + n))  # vLLM draws the i-th of n with seed + i
+        self._turns.update({i: turn + 1 - self._turns[i] for i in range(sample, sample + n)})
+        seed = self._prompt.seed + sample + turn * TURN_SEED_STRIDE
         room = self._engine.room_for(len(token_ids), prompt_length=len(self._prompt.token_ids))
         room = room if max_tokens is None else min(room, max_tokens)
         if room < 1:  # the response is full: an empty, truncated turn
@@ -340,22 +341,3 @@ def completion_of(output: Any) -> Completion:
     assert len(logprobs) == len(token_ids), (len(logprobs), len(token_ids))
     reason = FINISH_LENGTH if output.finish_reason == "length" else FINISH_STOP
     return Completion(token_ids, logprobs, versions, reason)
-
-
-def stop_token_ids(model_path: str | None, tokenizer: Any) -> list[int]:
-    """Every token that ends a response: the tokenizer's, and those that the model's generation config names.
-
-    `generation_config="vllm"` keeps a model's sampling defaults out, and its further end tokens with them (a chat
-    model's end of turn, say): without these a response would never end.
-    """
-    ids = {tokenizer.eos_token_id}
-    file = Path(str(model_path)) / "generation_config.json"
-    if file.is_file():
-        eos = json.loads(file.read_text()).get("eos_token_id")
-        ids |= set(eos if isinstance(eos, list) else [eos])
-    elif not os.path.isdir(str(model_path)):
-        from transformers import GenerationConfig
-
-        eos = GenerationConfig.from_pretrained(model_path).eos_token_id
-        ids |= set(eos if isinstance(eos, list) else [eos])
-    return sorted(i for i in ids if i is not None)

@@ -110,6 +110,11 @@ def register_rollout(name: str) -> Callable[[Rollout], Rollout]:
     return register
 
 
+def list_rollouts() -> list[str]:
+    """Names for `rollout.function`, ours and what plugins registered."""
+    return sorted(_ROLLOUTS)
+
+
 def get_rollout(name: str) -> Rollout:
     """The rollout of that name, or `path/to/file.py:function`. UserError: an unknown name, a file without it."""
     if ":" in name:

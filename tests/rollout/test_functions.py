@@ -68,3 +68,33 @@ def test_a_name_is_taken_once():
     assert register_rollout("made for this test")(mine) is mine is get_rollout("made for this test")
     with pytest.raises(ValueError, match="registered already"):
         register_rollout("made for this test")(other)
+
+
+def test_every_call_of_a_rollout_draws_afresh():
+    """A turn that is drawn for the whole group counts as one of each sample: their next has other seeds."""
+    from flux_ray.rollout.engine import _Generate
+
+    seeds: list[int] = []
+
+    class Engine:
+        tokenizer = None
+
+        def room_for(self, num_tokens, *, prompt_length):
+            return 8
+
+        async def generate(self, token_ids, *, n, seed, temperature, max_tokens):
+            seeds.extend(range(seed, seed + n))  # as vLLM gives them to the samples of one request
+            return []
+
+    prompt = Prompt(0, 0, "a", np.array([5], np.int32), {}, 4, 100)
+
+    async def rollout():
+        generate = _Generate(Engine(), prompt, 1.0)
+        await generate(prompt.token_ids, n=4)
+        for sample in range(4):
+            await generate(prompt.token_ids, sample=sample)
+        await generate(prompt.token_ids, n=2, sample=1)
+        await generate(prompt.token_ids, n=2, sample=2)
+
+    asyncio.run(rollout())
+    assert len(seeds) == len(set(seeds)) == 12 and seeds[:4] == [100, 101, 102, 103]
