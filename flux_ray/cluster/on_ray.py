@@ -294,9 +294,9 @@ class Cluster:
         return address or (from_environment if "://" not in from_environment else "") or None
 
     def connect(
-        self, address: str | None, *, cpus: float, object_store_bytes: int | None = LOCAL_OBJECT_STORE_BYTES
+        self, address: str | None, *, cpus: float, gpus: int = 0, object_store_bytes: int = LOCAL_OBJECT_STORE_BYTES,
     ) -> None:
-        """Join the cluster at `address`, or start one with that many CPUs declared."""
+        """Join the cluster at `address`, or start one with that many CPUs and GPUs, whatever Ray itself would count."""
         address = self.wanted_address(address)
         options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "ignore_reinit_error": True}
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -306,7 +306,9 @@ class Cluster:
             else:
                 self._owned = not ray.is_initialized()
                 ray.init(
+                    address="local",  # without it Ray looks for a cluster itself: RAY_ADDRESS, or what runs here
                     num_cpus=max(1, round(cpus + 0.5)),
+                    num_gpus=gpus,
                     include_dashboard=False,
                     object_store_memory=object_store_bytes,
                     **options,

@@ -154,7 +154,7 @@ def _check_shared(config: Config, counts: dict[str, int], host: str) -> None:
             "engines that share GPUs with the trainer must have rollout.tensor_parallel_size=1, "
             f"got {config.rollout.tensor_parallel_size}"
         )
-    if counts[TRAINER] != counts[ENGINE] or counts.get(REFERENCE, 0) > counts[ENGINE]:
+    if counts.get(TRAINER, counts[ENGINE]) != counts[ENGINE] or counts.get(REFERENCE, 0) > counts[ENGINE]:
         raise UserError(
             "where GPUs are shared, train.num_ranks must equal rollout.num_engines and reference.num_actors must "
             f"not exceed it, got {counts[TRAINER]} ranks, {counts[ENGINE]} engines, "

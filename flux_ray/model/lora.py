@@ -110,7 +110,7 @@ def adapt(hf: nn.Module, lora: LoraConfig, *, seed: int, train_head: bool) -> Ad
     modules = dict(hf.named_modules())
     transposed = any(isinstance(modules[name], Conv1D) for name in names)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed seeds GPUs too, which each rank has done its way
         peft.inject_adapter_in_model(_peft_config(lora, names, transposed=transposed), hf, adapter_name=NAME)
     for head in _heads(hf):
         head.requires_grad_(train_head)

@@ -46,8 +46,11 @@ class Engine:
             betas=(train.adam_betas[0], train.adam_betas[1]), eps=train.adam_eps,
             weight_decay=train.weight_decay, fused=True,
         )
+        settings = setup.deepspeed_config(config, dtype)
+        if self.zero_stage == 3:
+            _shard(model, deepspeed, settings, dtype=dtype, device=device)
         self.deepspeed, *_ = deepspeed.initialize(  # type: ignore[attr-defined]
-            model=model, optimizer=optimizer, config=setup.deepspeed_config(config, dtype))
+            model=model, optimizer=optimizer, config=settings)
 
     # -- collectives ---------------------------------------------------------------------------------------------
 
@@ -179,6 +182,16 @@ class Engine:
         if not math.isfinite(norm) or norm < 0:  # ZeRO says -1 for a norm that overflowed
             raise FloatingPointError(
                 f"training update {self.num_updates}: the gradient's norm on rank {self.rank} is not finite ({norm})")
+
+
+def _shard(model: PackedModel, deepspeed: Any, settings: dict[str, Any], *, dtype: torch.dtype, device: str) -> None:
+    """Each rank's share of every parameter goes to its device, one parameter after the other.
+
+    `deepspeed.initialize` would move the whole model there first, and one larger than a GPU could not be trained.
+    """
+    deepspeed.zero.Init(module=model, dtype=dtype, config_dict_or_path=settings)
+    for buffer in model.buffers():
+        buffer.data = buffer.data.to(device)
 
 
 def _given(output: Any) -> tuple[Any, ...]:

@@ -122,6 +122,9 @@ def deepspeed_config(config: Config, dtype: torch.dtype) -> dict[str, Any]:
         # Without ZeRO the norm is taken (and clipped) by us: DeepSpeed keeps none there.
         "gradient_clipping": config.train.max_grad_norm if stage else 0.0,
         "zero_allow_untested_optimizer": True,
+        # Where its state is offloaded DeepSpeed asks for an AdamW of its own, built by a compiler at the first start;
+        # torch's runs on the CPU as well. Can be set again.
+        "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 2**31,  # never: metrics are the driver's to print
     }
     if dtype == torch.bfloat16:

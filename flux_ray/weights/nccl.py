@@ -30,14 +30,16 @@ def free_bytes(device: torch.device) -> int:
 
 
 class StagedNCCLWeightTransferEngine(NCCLWeightTransferEngine):
-    """As vLLM's, at the price of a second copy of this worker's weights on its GPU. No GPU has run it yet."""
+    """As vLLM's, at the price of a whole copy of the model on each worker's GPU: a worker takes its shard of what it is
+    sent when it loads it. No GPU has run it yet."""
 
     _arriving: Future[list[Pairs]] | None = None
 
     def start_weight_update(self) -> None:
-        """Nothing yet: the model goes on as it is. RuntimeError where its GPU has no room for a second copy: once
-        the broadcasts have begun, the sender would wait for one that nobody receives."""
-        needed, free = sum(p.nbytes for p in self.model.parameters()), free_bytes(self.device)
+        """Nothing yet: the model goes on as it is. RuntimeError where its GPU has no room for the update: once the
+        broadcasts have begun, the sender would wait for one that nobody receives."""
+        workers = self.parallel_config.tensor_parallel_size
+        needed, free = workers * sum(p.nbytes for p in self.model.parameters()), free_bytes(self.device)
         if needed > free:
             raise RuntimeError(f"weights.staging=device needs {needed / GIB:.1f} GiB on each engine's GPU beside the "
                                f"model, {free / GIB:.1f} GiB are free: lower "

@@ -93,6 +93,12 @@ def test_a_critic_is_as_large_as_the_training_group_and_each_reward_model_has_it
     assert [role.name for role in alone.roles] == ["engine", "reward_model", "reward"]
 
 
+def test_an_evaluation_shares_the_gpu_with_reward_models_alone():
+    got = plan(gpus=1, trains=False, **MODELS)
+    assert {role.name: role.inside for role in got.roles} == {"engine": None, "reward_model": "engine", "reward": None}
+    assert got.total["GPU"] == 1.0
+
+
 def test_on_gpus_of_their_own():
     got = plan(gpus=8, reference=True, critic=True, **{"train.num_ranks": 2}, **MODELS)
     assert got.total["GPU"] == 1 + 2 + 2 + 1 + 4 and got.weights_backend == "nccl"

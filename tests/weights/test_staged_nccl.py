@@ -39,7 +39,7 @@ def worker(monkeypatch):
     monkeypatch.setattr(torch.accelerator, "synchronize", lambda: None)
     monkeypatch.setattr(nccl, "free_bytes", lambda device: held.free)
     held.free = 10**9
-    of_vllm = SimpleNamespace(parallel_config=None, model_config=None)
+    of_vllm = SimpleNamespace(parallel_config=SimpleNamespace(tensor_parallel_size=1), model_config=None)
     held.end = nccl.StagedNCCLWeightTransferEngine(None, of_vllm, torch.device("cpu"), Model(1024, 1024))
     held.end.model_update_group, held.calls = "group", calls
     return held
@@ -64,6 +64,9 @@ def test_a_gpu_without_room_for_a_second_copy_is_told_before_anything_is_sent(wo
         worker.end.start_weight_update()
     worker.free = 5 * 2**20
     worker.end.start_weight_update()
+    worker.end.parallel_config.tensor_parallel_size = 2  # each worker receives both shards
+    with pytest.raises(RuntimeError, match="needs"):
+        worker.end.start_weight_update()
 
 
 def test_a_broadcast_that_failed_is_told_at_the_end(worker):
