@@ -21,7 +21,7 @@ from tests.benchmarks.work import PROMPT_TOKENS, Phase, options
 
 #: Of a step: few enough that the trainer is done before the engines are, enough that engines mostly have one that runs.
 PROMPTS, SAMPLES, TOKENS, STALENESS = 2, 2, 64, 2
-WARM_UP, FEWEST = 3, 5  # steps
+WARM_UP, FEWEST, QUICK = 3, 5, 4  # steps
 AFTER_UPDATE = ("recompute", "keep")  # of rollout.kv_after_update: what runs prefills again, or goes on with its KV
 
 
@@ -29,7 +29,7 @@ def publish(session: Session) -> list[Measured]:
     results = []
     for staging in stagings()[-1 if session.quick else 0:]:
         for kv in AFTER_UPDATE[: 1 if session.quick else None]:
-            gave = session.part("publish", steps=WARM_UP + max(FEWEST, 2 * session.runs),
+            gave = session.part("publish", steps=WARM_UP + (QUICK if session.quick else max(FEWEST, 2 * session.runs)),
                                 **{"weights.staging": staging, "rollout.kv_after_update": kv})
             about = {"staging": staging, "kv_after_update": kv, "megabytes": 240, "engines": 2, "dtype": "float32"}
             ending = f"_{staging}" + "_keep" * (kv == "keep")
