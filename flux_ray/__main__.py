@@ -44,7 +44,8 @@ flux-ray train [overrides]
   flux-ray train algo=dr_grpo experiment=mine --config-dir my_conf train.learning_rate=1e-6
   flux-ray train --multirun seed=0,1,2 model.path=PATH data.train=FILE.jsonl
 
-Overrides are Hydra's: key=value, +key=value, ~key, group=choice. Also --cfg job (print the whole config and stop),
+Overrides are Hydra's: key=value, +key=value, ~key, group=choice. resume=RUN goes on with that run's options and those
+named beside it (with a group=choice among them all are named anew). Also --cfg job (print the whole config and stop),
 --config-dir DIR (your own folder of groups, e.g. DIR/experiment/mine.yaml), --multirun, --info, --hydra-help.
 """
 
@@ -146,7 +147,7 @@ def compose(overrides: list[str], *, then: Callable[[Config], None]) -> None:
 
     ConfigStore.instance().store(name="defaults_in_config_py", node=configs.schema())
     application = hydra.main(version_base="1.3", config_path=str(configs.CONF.resolve()), config_name="config")(task)
-    with _command_line([_by_our_names(o) for o in overrides]):
+    with _command_line(_by_our_names(overrides)):
         try:
             _refuse_disagreement(overrides)
             application()
@@ -196,15 +197,27 @@ def _groups() -> dict[str, list[str]]:
     return {folder.name: sorted(file.stem for file in folder.glob("*.yaml")) for folder in folders}
 
 
-def _by_our_names(override: str) -> str:
+def _by_our_names(overrides: list[str]) -> list[str]:
+    """Each by our name for it. `algo.name=dapo` is `algo=dapo`, whose preset comes with it as in Python, but where the
+    group is chosen as well."""
+    named = [_by_our_name(override) for override in overrides]
+    if any(override.startswith("algo=") for override in named):
+        return named
+    prefix, presets = "algo.name=", set(_groups()["algo"])
+    return [override.replace(prefix, "algo=", 1)
+            if override.startswith(prefix) and set(override.removeprefix(prefix).split(",")) <= presets else override
+            for override in named]
+
+
+def _by_our_name(override: str) -> str:
     """`epsilon=.3` ► `algo.clip_range=.3`, `algo=drgrpo` ► `algo=dr_grpo`; what isn't an alias stays as it is."""
     match = OVERRIDE.fullmatch(override)
     if not match or override.startswith("-") or "/" in match["key"]:
         return override
     sign, key, value = match["sign"], match["key"], match["value"] or ""
     if key in ("algo", "algorithm", "algo.name"):
-        name = value.removeprefix("=")
-        key, value = ("algo" if key == "algorithm" else key), "=" + names.ALGORITHM_ALIASES.get(name, name)
+        several = [names.ALGORITHM_ALIASES.get(name, name) for name in value.removeprefix("=").split(",")]
+        key, value = ("algo" if key == "algorithm" else key), "=" + ",".join(several)
     elif "." in key and not key.startswith("hydra."):
         key = names.canonical(key, options=_keys())
     elif key not in _groups():
@@ -217,7 +230,7 @@ def _refuse_disagreement(overrides: list[str]) -> None:
     """Two names of one option with different values; the same name twice is Hydra's matter: the last one wins."""
     said: dict[str, tuple[str, str]] = {}
     for override in overrides:
-        match, ours = OVERRIDE.fullmatch(override), OVERRIDE.fullmatch(_by_our_names(override))
+        match, ours = OVERRIDE.fullmatch(override), OVERRIDE.fullmatch(_by_our_name(override))
         if override.startswith("-") or not match or not ours or match["value"] is None:
             continue
         name, value = said.setdefault(ours["key"], (match["key"], match["value"]))

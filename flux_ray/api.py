@@ -8,13 +8,13 @@ Never:  runs a loop of its own.
 
 from __future__ import annotations
 
-import ast
 import asyncio
 import dataclasses
 import functools
 import inspect
 import json
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
@@ -25,12 +25,14 @@ from flux_ray import names, run_dir
 from flux_ray.config import Config
 from flux_ray.errors import UserError
 from flux_ray.observability.callbacks import Callback, Metrics, as_callback
+from flux_ray.plugins import refuse_while_importing
 
 if TYPE_CHECKING:
     from flux_ray.driver import TrainingResult
 
 Result = TypeVar("Result")
 IN_MEMORY = "rows in memory"   # what data.train is until they have a file
+INTERRUPT_DEADLINE_S, LOOK_EVERY_S = 60.0, 0.2   # for a run in a thread to end its processes; between two looks at it
 
 Rows = Sequence[str] | Sequence[Mapping[str, Any]]
 Reward = str | Callable[..., Any]
@@ -44,12 +46,17 @@ def FluxConfig(**options: Any) -> Config:
     >>> config.algo.clip_range, config.rollout.group_size, config.driver.num_steps, config.train.num_ranks
     (0.3, 8, 50, 2)
 
-    Raises UserError: an unknown option (with the nearest), a wrong type, two names of one option that disagree.
+    With `resume` what isn't given is as the run that goes on had it. Raises UserError: an unknown option (with the
+    nearest), a wrong type, two names of one option that disagree, no run to go on with.
     """
     keys = [key for key, _ in configs.options()]
     flat = names.flatten(options, options=keys)
-    preset = names.flatten(configs.preset(flat.get("algo.name", "grpo")), options=keys)
-    return configs.from_dict({**preset, **flat})
+    before = names.flatten(run_dir.saved_config(flat["resume"]), options=keys) if flat.get("resume") else {}
+    algorithm = flat.get("algo.name", before.get("algo.name", "grpo"))
+    if algorithm == before.get("algo.name"):
+        return configs.from_dict({**before, **flat})
+    before = {key: value for key, value in before.items() if not key.startswith("algo.")}
+    return configs.from_dict({**before, **names.flatten(configs.preset(algorithm), options=keys), **flat})
 
 
 class FluxTrainer:
@@ -122,7 +129,11 @@ class FluxTrainer:
         if source is None:
             raise UserError("evaluate: no prompts given, and eval.data names none")
         run = self._result.run_dir if self._result else self.config.run_dir
-        config = FluxTrainer(dataclasses.replace(self.config, resume=None)).prepare(source, eval_prompts=source, **{
+        # Of training alone, and `fit` may have been told what makes them fit together.
+        nothing_to_train = dataclasses.replace(
+            self.config, resume=None, eval=dataclasses.replace(self.config.eval, stop_at=None),
+            critic=dataclasses.replace(self.config.critic, warmup_steps=0))
+        config = FluxTrainer(nothing_to_train).prepare(source, eval_prompts=source, **{
             "model.path": str(self._result.model_path) if self._result else None,
             "reference.path": self._reference_path() if self._result else None,
             "run_dir": str(Path(run, "evaluation")) if run else None,
@@ -149,6 +160,7 @@ class FluxTrainer:
 
         `changes`: options by their dotted names; None changes nothing.
         """
+        refuse_while_importing()
         sources = {"data.train": _source(prompts), "eval.data": _source(eval_prompts)}
         given = {key: value for key, value in {**changes, **sources}.items() if value is not None}
         config = configs.validate(configs.from_dict({**_flat(self.config), **given}))
@@ -173,14 +185,18 @@ def _files_of_registered(config: Config) -> list[str]:
     from flux_ray.algo.losses import POLICY_LOSSES
     from flux_ray.reward import get_reward, list_rewards
     from flux_ray.reward.rules import RULES
+    from flux_ray.rollout.functions import get_rollout, list_rollouts, single_turn
 
     named = {config.algo.name, config.algo.estimator, config.algo.policy_loss}
     functions: list[Callable[..., Any]] = []
     functions += [entry.function for name, entry in ESTIMATORS.items() if name in named and not entry.ours]
     functions += [entry.function for name, entry in POLICY_LOSSES.items() if name in named and not entry.ours]
     functions += [get_reward(name) for name in config.reward.functions if name in list_rewards() and name not in RULES]
+    rollout = get_rollout(config.rollout.function) if config.rollout.function in list_rollouts() else single_turn
+    functions += [rollout] if rollout is not single_turn else []
     loaded = {str(Path(path).expanduser().resolve()) for path in config.plugins}
-    files = {str(Path(function.__code__.co_filename).resolve()) for function in functions if name_of(function)}
+    files = {str(Path(inspect.unwrap(function).__code__.co_filename).resolve())
+             for function in functions if name_of(function)}
     return sorted(files - loaded)
 
 
@@ -230,16 +246,31 @@ def outside_loop(function: Callable[[Config], Result], config: Config) -> Result
         except BaseException as error:   # raised again in the caller's thread
             outcome.set_exception(error)
 
-    threading.Thread(target=target, name="flux_ray-run").start()
-    return outcome.result()
+    thread = threading.Thread(target=target, name="flux_ray-run")
+    thread.start()
+    try:
+        return outcome.result()
+    except KeyboardInterrupt:   # of this thread (a notebook's Stop), or the run's own, which has ended then
+        _end_run_in(thread)
+        raise
+
+
+def _end_run_in(thread: threading.Thread) -> None:
+    """The run in that thread ends as by Ctrl-C: what it started is gone when this returns."""
+    from flux_ray import driver
+
+    ends_s = time.monotonic() + INTERRUPT_DEADLINE_S
+    while thread.is_alive() and time.monotonic() < ends_s:
+        driver.interrupt(thread)   # of no effect before it has begun, and the second time
+        thread.join(LOOK_EVERY_S)
 
 
 def name_of(function: Callable[..., Any]) -> str:
     """`path/to/file.py:function` (or `package.module:function`): the name by which another process can import it.
 
-    Raises UserError for what has none (a lambda, a nested or a notebook's function, a method), and for a function in a
-    script that would train again when it is imported.
+    Raises UserError for what has none (a lambda, a nested or a notebook's function, a method).
     """
+    function = inspect.unwrap(function)  # a decorator's wrapper is of the decorator's file
     name = getattr(function, "__qualname__", "")
     shown = name or repr(function)
     try:
@@ -252,15 +283,4 @@ def name_of(function: Callable[..., Any]) -> str:
     module = inspect.getmodule(function)
     if module is not None and module.__name__ != "__main__" and module.__package__:
         return f"{module.__name__}:{name}"   # of a package: its file alone may import its neighbours
-    if _fits_when_imported(Path(file)):
-        raise UserError(f"function {shown}: every process imports {file}, which would call fit() again. Put the "
-                        "calls under `if __name__ == \"__main__\":`, or the function into a file of its own")
     return f"{Path(file).resolve()}:{name}"
-
-
-def _fits_when_imported(file: Path) -> bool:
-    """Whether the file calls something.fit(...) outside functions, classes and `if` blocks."""
-    statements = [node for node in ast.parse(file.read_text(encoding="utf-8")).body
-                  if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.If))]
-    calls = [node.func for statement in statements for node in ast.walk(statement) if isinstance(node, ast.Call)]
-    return any(isinstance(call, ast.Attribute) and call.attr == "fit" for call in calls)

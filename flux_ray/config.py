@@ -39,7 +39,8 @@ def group(cls: type) -> Any:
 
 @dataclass(frozen=True)
 class DataConfig:
-    train: str | None = knob(None, "prompts to train on: a .jsonl, .json, .csv or .parquet file, or a hub data set")
+    train: str | None = knob(None, "prompts to train on: a .jsonl, .json, .csv or .parquet file, or a hub data set "
+                             "(NAME or NAME:SUBSET)")
     split: str = knob("train", "split of a hub data set to train on")
     prompt_column: str = knob("prompt", "column that holds the prompt: a text, or a list of chat messages")
     completion_column: str = knob("completion", "column that holds the completion to learn (algo=sft)")

@@ -2,7 +2,7 @@
 
 Takes:  the paths of `plugins`, and names of the form path/to/file.py:function or package.module:function.
 Gives:  `load_plugins`, `load_function`: each file is imported once in a process; what it registers is then known there.
-        `same_function`: whether a registration is the same once more.
+        `same_function`: whether a registration is the same once more; `refuse_while_importing`.
 Never:  imports anything of the project's rooms: a plugin imports what it registers with.
 """
 
@@ -11,14 +11,19 @@ from __future__ import annotations
 import hashlib
 import importlib
 import importlib.util
+import inspect
 import sys
 import traceback
 from collections.abc import Callable, Iterable
+from contextvars import ContextVar
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from flux_ray.errors import UserError, unknown
+
+#: The file that is being imported, if any.
+_importing: ContextVar[Path | None] = ContextVar("importing", default=None)
 
 
 def import_file(path: str, *, option: str) -> ModuleType:
@@ -37,13 +42,26 @@ def import_file(path: str, *, option: str) -> ModuleType:
     sys.modules[name] = module
     if str(file.parent) not in sys.path:
         sys.path.append(str(file.parent))  # it may import the files beside it, as when it is run as a script
+    outer = _importing.set(file)
     try:
         spec.loader.exec_module(module)
     except Exception as error:
         del sys.modules[name]
+        if isinstance(error, UserError):
+            raise
         where = f"{file}{_line_in(file, error)}"
         raise UserError(f"{option}: importing {where} failed: {type(error).__name__}: {error}") from error
+    finally:
+        _importing.reset(outer)
     return module
+
+
+def refuse_while_importing() -> None:
+    """UserError where a user's file trains as it is imported: within a run, and in each of its processes."""
+    file = _importing.get()
+    if file is not None:
+        raise UserError(f"every process of a run imports {file}, which would train (or evaluate) again: put the calls "
+                        "under `if __name__ == \"__main__\":`, or the functions into a file of their own")
 
 
 def _line_in(file: Path, error: Exception) -> str:
@@ -62,7 +80,7 @@ def load_plugins(paths: Iterable[str]) -> None:
 
 def same_function(one: Callable[..., Any], other: Callable[..., Any]) -> bool:
     """Whether both are one function of one file, by two imports: a script's, say, that is imported as a plugin too."""
-    codes = [getattr(function, "__code__", None) for function in (one, other)]
+    codes = [getattr(inspect.unwrap(function), "__code__", None) for function in (one, other)]
     if one.__module__ == other.__module__ or None in codes:
         return False
     return len({(str(Path(code.co_filename).resolve()), code.co_qualname) for code in codes if code}) == 1

@@ -1,7 +1,7 @@
 """The folder of a run.
 
 Takes:  a Config, with or without run_dir.
-Gives:  the Config with an absolute run_dir that exists; a default one belongs to this run alone.
+Gives:  the Config with an absolute run_dir that exists, a default one belonging to this run alone; `check_seen`.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import itertools
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from omegaconf import OmegaConf
 
 from flux_ray.config import Config
 from flux_ray.errors import UserError
+
+CONFIG = "config.yaml"  # the first file of a run, which the driver writes
 
 
 def claim(config: Config) -> Config:
@@ -43,11 +46,21 @@ def run_of(resume: str) -> Path:
 
 def saved_config(resume: str) -> dict[str, Any]:
     """The options of the run to resume, as it saved them. UserError where there is no such run."""
-    file = run_of(resume) / "config.yaml"
+    file = run_of(resume) / CONFIG
     if not file.is_file():
         raise UserError(f"resume={resume}: there is no {file}, so no run to go on with")
     values = OmegaConf.to_container(OmegaConf.load(file))
     return {**values, "run_dir": str(run_of(resume))}  # type: ignore[dict-item]  # where it lies now
+
+
+def check_seen(run_dir: str) -> None:
+    """UserError where this process, maybe on another machine than the driver, doesn't see the run's folder.
+
+    It would write checkpoints and the model where nobody looks for them.
+    """
+    if not Path(run_dir, CONFIG).is_file():
+        raise UserError(f"run_dir={run_dir}: machine {socket.gethostname()}, where a rank trains, doesn't see what the "
+                        "driver wrote there: name a folder that all machines share")
 
 
 def _new() -> Path:

@@ -1,5 +1,6 @@
 # Sourced by the other scripts. `flux_setup EXTRAS` (e.g. cpu,test) makes .venv with the project in it, or does nothing
-# where that has been done; then activates it. Python >= 3.11 is all it needs. PYTHON names the interpreter to use.
+# where that has been done; then activates it. Where .venv has the GPU builds, cpu means gpu: the two exclude one another.
+# Python >= 3.11 is all it needs. PYTHON names the interpreter to use.
 # The log of an installation is .venv/install.log.
 
 REPO="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
@@ -14,6 +15,7 @@ UV_VERSION_RANGE="uv>=0.8"
 
 flux_setup() {
     local extras="$1" started=$SECONDS stamp
+    case "$(cat "$VENV/.installed" 2>/dev/null)" in gpu*) extras="${extras/cpu/gpu}" ;; esac
     cd "$REPO" || return 1
     unset PYTHONDONTWRITEBYTECODE   # without bytecode on disk every process compiles vLLM and transformers anew
     stamp="$(_flux_stamp "$extras")"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import signal
 import sys
 import threading
 from types import ModuleType
@@ -56,6 +57,21 @@ def test_an_algorithm_brings_its_preset_and_the_user_wins():
     assert FluxConfig(algorithm="dapo").algo.clip_range_high == 0.28
     assert FluxConfig(algorithm="dapo", algorithm_config={"epsilon_high": 0.5}).algo.clip_range_high == 0.5
     assert FluxConfig(algorithm="sft").train.learning_rate == 2e-5
+
+
+def test_a_run_that_goes_on_keeps_its_options_but_those_named(tmp_path):
+    from flux_ray.observability.run_folder import RunFolder
+
+    before = FluxConfig(model_path="m", algorithm="dapo", epsilon_high=0.4, group_size=8, run_dir="elsewhere")
+    RunFolder(tmp_path / "run").create(before, resume_step=None)
+    config = FluxConfig(resume="run", num_steps=9)
+    assert (config.model.path, config.algo.name, config.algo.clip_range_high) == ("m", "dapo", 0.4)
+    assert (config.rollout.group_size, config.driver.num_steps) == (8, 9)
+    assert config.run_dir == str(tmp_path / "run")
+    assert FluxConfig(resume="run", algorithm="dapo").algo.clip_range_high == 0.4
+    assert FluxConfig(resume="run", algorithm="grpo").algo.clip_range_high is None   # another one, with its preset
+    with pytest.raises(UserError, match="resume=nowhere"):
+        FluxConfig(resume="nowhere")
 
 
 @pytest.mark.parametrize("options, message", [
@@ -119,6 +135,18 @@ def test_fit_refuses_before_it_starts(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_evaluation_needs_nothing_that_training_alone_needs(monkeypatch):
+    """eval.stop_at and a critic's warm-up may fit what `fit` was given, and not the config alone."""
+    from flux_ray import driver
+
+    seen: list[Config] = []
+    monkeypatch.setattr(driver, "evaluate", lambda config, callbacks: seen.append(config) or {})
+    trained = trainer(algorithm="ppo", **{"eval.stop_at": 0.8, "critic.warmup_steps": 300})
+    trained.evaluate("test.jsonl")
+    assert (seen[0].eval.stop_at, seen[0].critic.warmup_steps, seen[0].eval.data) == (None, 0, "test.jsonl")
+    assert trained.config.eval.stop_at == 0.8
+
+
 def runs_a_loop(config: Config) -> str:
     """As the driver does: a loop of its own, which no thread may start inside another."""
     async def run() -> str:
@@ -168,14 +196,52 @@ def test_a_function_of_a_package():
     assert name_of(exact_match) == "flux_ray.reward.rules:exact_match"
 
 
-def test_a_script_that_would_train_again(tmp_path):
-    module = module_of(tmp_path / "script_a.py", REWARD + "if False:\n    trainer.fit('d')\n")
-    assert name_of(module.good).endswith("script_a.py:good")
-    path = tmp_path / "script_b.py"
-    module = module_of(path, REWARD)
-    path.write_text(REWARD + "result = trainer.fit('d')\n")
-    with pytest.raises(UserError, match="__main__"):
-        name_of(module.good)
+@pytest.mark.parametrize("call", ["fit('d')", "evaluate('d')"])
+def test_a_script_that_would_train_again(tmp_path, call):
+    """Found where it is imported, be the call in a function of the script's; under `if __name__` it is none."""
+    from flux_ray.plugins import load_function
+
+    script = REWARD + "from flux_ray import FluxConfig, FluxTrainer\n"
+    run = f"    FluxTrainer(FluxConfig(model_path='m'), rewards=[good]).{call}\n"
+    (tmp_path / "script_a.py").write_text(f"{script}if __name__ == '__main__':\n{run}")
+    assert load_function(f"{tmp_path / 'script_a.py'}:good", option="reward.functions")([], [0]) == [1.0]
+    (tmp_path / "script_b.py").write_text(f"{script}def main():\n{run}main()\n")
+    with pytest.raises(UserError, match=r"every process of a run imports .*script_b\.py.*__main__"):
+        load_function(f"{tmp_path / 'script_b.py'}:good", option="reward.functions")
+
+
+def test_a_decorated_function_is_of_its_own_file(tmp_path):
+    module = module_of(tmp_path / "decorated.py", "import torch\n@torch.no_grad()\n" + REWARD)
+    assert name_of(module.good) == f"{tmp_path / 'decorated.py'}:good"
+
+
+def test_stop_in_a_notebook_ends_the_run(tmp_path):
+    """Ctrl-C's exception in the thread that waits: the run in the other one ends first, and what it ends it with."""
+    from flux_ray import driver
+
+    events: list[str] = []
+
+    async def live() -> None:
+        driver._interruptible()
+        try:
+            threading.Timer(0.2, signal.raise_signal, [signal.SIGINT]).start()
+            await asyncio.sleep(30)
+        finally:
+            await asyncio.sleep(0.1)
+            events.append("closed")
+
+    async def cell() -> None:
+        try:
+            outside_loop(lambda config: asyncio.run(live()), Config())
+        except KeyboardInterrupt:
+            events.append("interrupted")
+
+    loop = asyncio.new_event_loop()   # asyncio.run would make a cancellation of the signal; a notebook's loop doesn't
+    try:
+        loop.run_until_complete(cell())
+    finally:
+        loop.close()
+    assert events == ["closed", "interrupted"]
 
 
 def nested():
@@ -198,7 +264,7 @@ def test_a_notebook_s_function():
 
 
 REGISTERED = """
-from flux_ray import register_adv_estimator, register_policy_loss, register_reward
+from flux_ray import register_adv_estimator, register_policy_loss, register_reward, register_rollout
 
 @register_adv_estimator("from_python")
 def estimator(token_level_rewards, response_mask, **kw):
@@ -211,6 +277,10 @@ def loss(old_log_prob, log_prob, advantages, response_mask, **kw):
 @register_reward("from_python_as_well")
 def reward(prompts, completions, **columns):
     return [1.0 for _ in completions]
+
+@register_rollout("from_python_and_this")
+async def rollout(prompt, generate):
+    return []
 """
 
 
@@ -220,8 +290,9 @@ def registries():
     from flux_ray.algo.estimators import ESTIMATORS
     from flux_ray.algo.losses import POLICY_LOSSES
     from flux_ray.reward import registry
+    from flux_ray.rollout import functions
 
-    tables = (ESTIMATORS, POLICY_LOSSES, registry._registered)
+    tables = (ESTIMATORS, POLICY_LOSSES, registry._registered, functions._ROLLOUTS)
     before = [dict(table) for table in tables]
     yield
     for table, kept in zip(tables, before, strict=True):
@@ -236,7 +307,8 @@ def test_what_a_script_registers_reaches_other_processes_as_a_plugin(tmp_path, r
     module = module_of(tmp_path / "my_script.py", REGISTERED)
     file = str(tmp_path / "my_script.py")
     assert trainer().prepare("d.jsonl").plugins == []
-    for options in ({"algo.estimator": "from_python"}, {"algorithm": "from_python_too"}):
+    for options in ({"algo.estimator": "from_python"}, {"algorithm": "from_python_too"},
+                    {"rollout.function": "from_python_and_this"}):
         assert trainer(**options).prepare("d.jsonl").plugins == [file]
     named = trainer(**{"reward.functions": ["from_python_as_well", "numeric"]}, plugins=["other.py"])
     assert named.prepare("d.jsonl").plugins == ["other.py", file]

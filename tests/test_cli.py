@@ -75,6 +75,16 @@ def test_names_people_bring():
     assert (config.algo.clip_range, config.algo.beta) == (0.3, 0.5)
 
 
+def test_an_algorithm_by_its_option_brings_its_preset():
+    (config,) = composed(*READY, "algo.name=dapo")
+    assert (config.algo.name, config.algo.clip_range_high) == ("dapo", 0.28)
+    for arguments in (["algo.name=of_a_plugin"], ["algo=dapo", "algo.name=of_a_plugin"]):
+        (config,) = composed(*READY, *arguments)
+        assert config.algo.name == "of_a_plugin"
+    (config,) = composed(*READY, "algo=dapo", "algo.name=grpo")   # the group was chosen: the name alone
+    assert (config.algo.name, config.algo.clip_range_high) == ("grpo", 0.28)
+
+
 def test_the_last_of_one_name_wins_but_two_names_may_not_disagree(capsys):
     (config,) = composed(*READY, "rollout.group_size=2", "rollout.group_size=6")
     assert config.rollout.group_size == 6

@@ -13,6 +13,7 @@ import gzip
 import io
 import json
 import logging
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -255,11 +256,18 @@ def _read_hub(name: str, split: str, max_rows: int | None) -> list[Row]:
 
         data = datasets.load_dataset(repository, subset or None, split=split)
     except Exception as error:  # the hub's client raises a dozen kinds: whichever it is, the user named the data set
+        subsets = f"; name one as {repository}:SUBSET: {subset_names(error)}" if subset_names(error) else ""
         raise UserError(
             f"{name}: neither a file here nor a data set that the hub gives for split {split!r}: "
-            f"{type(error).__name__}: {first_line(error)}"
+            f"{type(error).__name__}: {first_line(error)}{subsets}"
         ) from error
     return [dict(row) for row in islice(data, max_rows)]
+
+
+def subset_names(error: Exception) -> str:
+    """The list of a data set's subsets, where the library asks for one of them."""
+    found = re.search(r"available configs: (\[.*?\])", str(error))
+    return found[1] if found else ""
 
 
 def first_line(error: Exception) -> str:

@@ -1,7 +1,7 @@
 """Runs a Config: `run(config) -> TrainingResult`, `evaluate(config) -> metrics`.
 
 Takes:  a Config, from the command line or from Python; callbacks.
-Gives:  a run folder with a trained model in it, or with an evaluation.
+Gives:  a run folder with a trained model in it, or with an evaluation; `interrupt`, for a run in another thread.
 Knows:  the life of a run: check, connect, place, build, loop, save; the first failure is what the user is told.
 Never:  leaves a process behind, however the run ends; prints what a library prints.
 """
@@ -9,6 +9,7 @@ Never:  leaves a process behind, however the run ends; prints what a library pri
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import gc
 import os
 import signal
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 
 #: What is done on live actors: (prepared, cluster, plan, recorder).
 Work = Callable[["Prepared", "Cluster", "Plan", "Recorder"], Coroutine[Any, Any, None]]
+
+_running: dict[int, Callable[[], object]] = {}  # thread ► what cancels the run in it
 
 DEATH_SHOWS_S = 3.0  # Ray tells of an actor's death 1 to 2 s later; what it broke may fail at once
 
@@ -79,6 +82,7 @@ def _whole_life(config: Config, work: Work, callbacks: Sequence[Callback]) -> Re
     prepared = prepare(config)
     own_cpus = _own_cpus(prepared, trains=work is _train)
     config = run_dir.claim(prepared.config)
+    prepared = dataclasses.replace(prepared, config=config)
     assert config.run_dir is not None
     folder = RunFolder(config.run_dir)
     folder.create(config, resume_step=prepared.start.step if prepared.checkpoint else None)
@@ -134,10 +138,11 @@ async def _live(prepared: Prepared, recorder: Recorder, work: Work, own_cpus: fl
     from flux_ray.model import slow_dtype
 
     config, say = prepared.config, recorder.terminal.say
+    _interruptible()
     cluster = Cluster(log_dir=recorder.folder.logs, plugins=list(config.plugins))
     _end_on_sigterm()
     try:
-        cluster.connect(config.cluster.address, cpus=own_cpus)
+        cluster.connect(config.cluster.address, cpus=own_cpus, gpus=_visible_gpus(config))
         _end_on_sigterm()  # again: connecting puts a handler of Ray's own in its place
         plan = _plan(prepared, gpus=cluster.num_gpus(), trains=work is _train)
         await cluster.place(plan, deadline_s=config.cluster.placement_deadline_s)
@@ -239,6 +244,22 @@ def _end_on_sigterm() -> None:
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
 
 
+def _interruptible() -> None:
+    """From now on `interrupt` ends the run in this thread."""
+    task, loop = asyncio.current_task(), asyncio.get_running_loop()
+    assert task is not None
+    _running[threading.get_ident()] = lambda: loop.call_soon_threadsafe(task.cancel)
+    task.add_done_callback(lambda _: _running.pop(threading.get_ident(), None))
+
+
+def interrupt(thread: threading.Thread) -> None:
+    """End the run in that thread as Ctrl-C ends one in the main thread; nothing where there is none, or a second time:
+    it is ending its processes then."""
+    cancel = _running.pop(thread.ident or 0, None)
+    if cancel is not None:
+        cancel()
+
+
 def _told(error: BaseException, log: Path) -> BaseException:
     """The first cause of a failure as the user is told it."""
     import logging
@@ -257,4 +278,4 @@ def _told(error: BaseException, log: Path) -> BaseException:
     return RunFailed(f"{text if known else f'{type(error).__name__}: {text}'} (log: {log})")
 
 
-__all__ = ["TrainingResult", "evaluate", "run"]
+__all__ = ["TrainingResult", "evaluate", "interrupt", "run"]

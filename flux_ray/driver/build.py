@@ -49,8 +49,8 @@ async def policy_rooms(prepared: Prepared, cluster: Cluster, plan: Plan) -> Poli
     config = prepared.config
     groups = {role.name: _spawn(config, cluster, plan, role) for role in plan.roles}
     async with asyncio.TaskGroup() as tasks:
+        await _engines_first(prepared, plan, groups[ENGINE], tasks)
         tasks.create_task(_build_sender(prepared, plan, groups[TRAINER]))
-        tasks.create_task(_build_engines(prepared, plan, groups[ENGINE]))
         tasks.create_task(_build_rewards(config, plan, groups))
         if REFERENCE in groups:
             tasks.create_task(_build_reference(config, plan, groups[REFERENCE]))
@@ -85,7 +85,7 @@ async def sampling_rooms(prepared: Prepared, cluster: Cluster, plan: Plan) -> Sa
     config = prepared.config
     groups = {role.name: _spawn(config, cluster, plan, role) for role in plan.roles}
     async with asyncio.TaskGroup() as tasks:
-        tasks.create_task(_build_engines(prepared, plan, groups[ENGINE]))
+        await _engines_first(prepared, plan, groups[ENGINE], tasks)
         tasks.create_task(_build_rewards(config, plan, groups))
     return SamplingRooms(config, engines=groups[ENGINE], rewards=groups[REWARD])
 
@@ -125,6 +125,16 @@ async def _build_ranks(prepared: Prepared, plan: Plan, ranks: RayGroup, cls: typ
 async def _build_sender(prepared: Prepared, plan: Plan, trainer: RayGroup) -> None:
     await _build_trainer(prepared, plan, trainer)
     await trainer.call_all("prepare_wire", deadline_s=prepared.config.cluster.start_deadline_s)
+
+
+async def _engines_first(prepared: Prepared, plan: Plan, engines: RayGroup, tasks: asyncio.TaskGroup) -> None:
+    """Engines start beside the others; on shared GPUs before them.
+
+    vLLM takes what leaves a GPU while it starts for its own, and lessens its KV cache by that.
+    """
+    building = tasks.create_task(_build_engines(prepared, plan, engines))
+    if plan.shares_gpus:
+        await building
 
 
 async def _build_engines(prepared: Prepared, plan: Plan, engines: RayGroup) -> None:
@@ -211,7 +221,7 @@ async def _connect(config: Config, plan: Plan, trainer: RayGroup, engines: RayGr
         address=address,
         port=port,
         wire_dtype=_dtype_name(config.model.dtype, plan.device),
-        deadline_s=deadline_s,
+        deadline_s=2 * deadline_s,  # rank 0 waits that long for each engine, and names the one that doesn't come
     )
 
 

@@ -42,7 +42,11 @@ class Evaluation:
         metrics |= {"eval/prompts": float(len(groups)), "eval/failed": failed, "eval/s": time.monotonic() - start_s}
         answers = []
         for uid, rolled, scored in answered[:NUM_ANSWERS]:
-            texts = await rooms.texts(rolled, beside=self._prompts.num_rows)
+            try:
+                texts = await rooms.texts(rolled, beside=self._prompts.num_rows)
+            except ActorError as error:  # its worker died of what others asked of it
+                refuse_unless_droppable(error, self._config)
+                continue
             answers.append(
                 {"prompt": self._prompts.prompt(uid).text, "completion": texts[0], "reward": scored.rewards[0]}
             )

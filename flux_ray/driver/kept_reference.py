@@ -16,6 +16,7 @@ from flux_ray.observability.run_folder import REFERENCE, RunFolder, read_lines
 from flux_ray.records import PreferencePair
 
 Sums = tuple[float, float]
+ASKED_AT_ONCE = 256  # pairs, of a large evaluation
 DIGEST_BYTES = 16  # two pairs of one hash among 10^12: less likely than 10^-14
 
 
@@ -36,8 +37,10 @@ class KeptReference:
         """(chosen, rejected) of each pair: log-probs of the responses, sums over their tokens."""
         digests = [_digest(self._path, pair) for pair in pairs]
         missing = {digest: pair for digest, pair in zip(digests, pairs, strict=True) if digest not in self._known}
-        if missing:
-            for digest, sums in zip(missing, await self._ask(list(missing.values())), strict=True):
+        asked = list(missing)
+        for start in range(0, len(asked), ASKED_AT_ONCE):  # what has come is kept, however the rest ends
+            some = asked[start : start + ASKED_AT_ONCE]
+            for digest, sums in zip(some, await self._ask([missing[digest] for digest in some]), strict=True):
                 self._known[digest] = sums
                 self._folder.append(REFERENCE, {"pair": digest, "chosen": sums[0], "rejected": sums[1]})
         return [self._known[digest] for digest in digests]

@@ -17,14 +17,20 @@ def reward_metrics(groups: list[ScoredGroup], prefix: str) -> dict[str, float]:
     """Mean and standard deviation (ddof 0) of the rewards over samples, their mean without shaping (task_mean), and
     the mean of each part; unscored samples left out.
     """
+    means = {name: _given([group.parts[name] for group in groups if name in group.parts])
+             for name in sorted({name for group in groups for name in group.parts})}
+    means["task_mean"] = _given([group.task_rewards for group in groups])  # whatever a part is called
+    metrics = {f"{prefix}/{name}": float(values.mean()) for name, values in means.items() if len(values)}
     rewards = _given([group.rewards for group in groups])
-    metrics = {}
     if len(rewards):
-        metrics = {f"{prefix}/mean": float(rewards.mean()), f"{prefix}/std": float(rewards.std())}
-    means = {"task_mean": _given([group.task_rewards for group in groups])}
-    for name in sorted({name for group in groups for name in group.parts}):
-        means[name] = _given([group.parts[name] for group in groups if name in group.parts])
-    return metrics | {f"{prefix}/{name}": float(values.mean()) for name, values in means.items() if len(values)}
+        metrics |= {f"{prefix}/mean": float(rewards.mean()), f"{prefix}/std": float(rewards.std())}
+    return metrics
+
+
+def _all_alike(rewards_G: np.ndarray) -> bool:
+    """Whether a group teaches nothing: those of its samples that have a reward have the same."""
+    given = rewards_G[~np.isnan(rewards_G)]
+    return not len(given) or bool(np.ptp(given) == 0)
 
 
 def _given(values: list[np.ndarray]) -> np.ndarray:
@@ -53,7 +59,7 @@ def batch_metrics(batch: list[ReadyGroup], *, version: int) -> dict[str, float]:
     seconds = max(r.end_s for r in rolled) - min(r.start_s for r in rolled)
     tokens = sum(r.num_tokens for r in rolled)
     staleness = [version - group.oldest_version for group in groups if group.oldest_version >= 0]
-    same = [group for group in groups if len(group.rewards) and np.ptp(group.rewards) == 0]
+    same = [group for group in groups if _all_alike(group.rewards)]
     return (
         reward_metrics(groups, "reward")
         | length_metrics(groups, "rollout")

@@ -8,6 +8,7 @@ Never:  decides anything.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,6 +21,8 @@ from flux_ray.driver.rooms import TrainingRooms
 from flux_ray.records import PreferencePair, Sample, StepReport
 from flux_ray.rollout.routing import Router
 
+CHUNKS_AT_ONCE = 2  # of an actor: one that it works on, one that waits there
+
 
 class OfflineRooms(TrainingRooms):
     """Training ranks and reference actors (or none)."""
@@ -28,6 +31,8 @@ class OfflineRooms(TrainingRooms):
         super().__init__(config, trainer)
         self._reference = reference
         self._router = Router(reference.size) if reference else None
+        # A deadline counts from when a chunk is sent: it is sent once an actor is about to be free for it.
+        self._turns = asyncio.Semaphore(CHUNKS_AT_ONCE * (reference.size if reference else 1))
 
     async def sft_step(self, samples: list[Sample]) -> StepReport:
         return await self.step("sft_step", self._sft_calls(samples))
@@ -69,9 +74,10 @@ class OfflineRooms(TrainingRooms):
 
     async def _ask(self, pairs: list[PreferencePair]) -> list[Sums]:
         assert self._reference is not None and self._router is not None
-        with self._router.route(sum(pair.num_tokens for pair in pairs)) as actor:
-            deadline_s = self._config.reference.deadline_s
-            return await self._reference.call(actor, "pair_reference", pairs, deadline_s=deadline_s)
+        async with self._turns:
+            with self._router.route(sum(pair.num_tokens for pair in pairs)) as actor:
+                deadline_s = self._config.reference.deadline_s
+                return await self._reference.call(actor, "pair_reference", pairs, deadline_s=deadline_s)
 
     async def group_step(self, groups: list[OfflineGroup], *, version: int) -> StepReport:
         """The policy's step on given groups; the reference's log-probs go from its actors to the ranks."""

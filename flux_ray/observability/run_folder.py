@@ -18,6 +18,7 @@ from omegaconf import OmegaConf
 
 from flux_ray.config import Config, to_dict
 from flux_ray.errors import UserError
+from flux_ray.run_dir import run_of
 
 CONFIG, METRICS, SAMPLES, EVAL, LOG = "config.yaml", "metrics.jsonl", "samples.jsonl", "eval.jsonl", "run.log"
 REFERENCE = "reference.jsonl"  # the reference's log-probs of preference pairs
@@ -42,8 +43,13 @@ class RunFolder:
         return self.path / "model"
 
     def create(self, config: Config, *, resume_step: int | None) -> None:
-        """Make the folder and write the config. UserError for a folder that holds another run already."""
-        if resume_step is None and (self.path / METRICS).exists():
+        """Make the folder and write the config. UserError for a folder that holds another run already.
+
+        A run that goes on from another one's checkpoint is another run: only one that goes on in its own folder may
+        find it in use.
+        """
+        goes_on = resume_step is not None and config.resume and run_of(config.resume).resolve() == self.path
+        if not goes_on and (self.path / METRICS).exists():
             raise UserError(
                 f"run_dir={self.path} holds a run already: choose another folder, or go on with resume={self.path}"
             )

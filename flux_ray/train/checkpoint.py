@@ -9,7 +9,7 @@ Never:  pickles; leaves a half-written folder; holds more than one gathered para
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,7 @@ def load(engine: Engine, folder: str | Path) -> tuple[int, float]:
     engine.num_updates = state["num_updates"]
     _prepare_moments(engine)
     stored = _stored_tensors(folder)
+    _refuse_unknown(stored, engine, folder)
     for name, parameter in gather.parameters(engine.model):
         parts = {}
         for kind in ("master", *MOMENTS):
@@ -80,6 +81,15 @@ def load(engine: Engine, folder: str | Path) -> tuple[int, float]:
     _set_random_states(engine, load_file(folder / RANDOM))
     dist.barrier()
     return int(state["version"]), float(state["kl_coef"])
+
+
+def _refuse_unknown(stored: Iterable[str], engine: Engine, folder: Path) -> None:
+    """UserError for a trained weight that would be left behind: fewer layers have an adapter now, say."""
+    known = {f"master.{name}" for name, _ in gather.parameters(engine.model)}
+    left = sorted(key for key in stored if key.startswith("master.") and key not in known)
+    if left:
+        raise UserError(f"checkpoint {str(folder)!r} is of another model: it has {left[0]}"
+                        f"{f' and {len(left) - 1} more' if len(left) > 1 else ''}, which nothing here takes")
 
 
 def _lora_alpha(engine: Engine) -> float | None:

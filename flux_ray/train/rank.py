@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from flux_ray import run_dir
 from flux_ray.config import Config
 from flux_ray.errors import UserError
 from flux_ray.model import (
@@ -41,6 +42,8 @@ class Rank:
         """`place`: world_size, master_address and master_port, as `setup.join` takes them."""
         if config.model.path is None:
             raise UserError("model.path: no model given")
+        if config.run_dir is not None:
+            run_dir.check_seen(config.run_dir)
         deepspeed = setup.join(config, rank=rank, device=device, **place)
         torch.manual_seed(config.seed + rank)
         self.config = config

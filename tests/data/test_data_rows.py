@@ -100,6 +100,19 @@ def test_a_folder_and_a_hub_name_that_cannot_be_had_are_refused_in_one_line(tmp_
     assert "\n" not in str(error.value)
 
 
+def test_a_data_set_with_subsets_names_them(monkeypatch):
+    import datasets
+
+    def asks(*_, **__):
+        raise ValueError("Config name is missing.\nPlease pick one among the available configs: ['main', 'socratic']\n"
+                         "Example of usage:\n\t`load_dataset('a/b', 'main')`")
+
+    monkeypatch.setattr(datasets, "load_dataset", asks)
+    with pytest.raises(UserError, match=r"name one as a/b:SUBSET: \['main', 'socratic'\]") as error:
+        load("a/b")
+    assert "\n" not in str(error.value)
+
+
 def test_rows_with_other_keys_get_none_for_what_they_lack(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"prompt": "a"}\n\n{"prompt": "b", "answer": "1"}\n')

@@ -14,7 +14,7 @@ import pytest
 from flux_ray.config import Config, from_dict
 from flux_ray.data import GroupSource, PairSource, SftSource
 from flux_ray.data.rows import load_rows
-from flux_ray.driver import offline
+from flux_ray.driver import kept_reference, offline
 from flux_ray.driver.kept_reference import KeptReference
 from flux_ray.driver.offline_data import OfflineData
 from flux_ray.driver.offline_rooms import OfflineRooms
@@ -148,6 +148,25 @@ def test_given_groups(tmp_path):
     assert all(len(given[2]) == 3 for _, given in ranks[1].calls) and len(reference.asked) == 6 * STEPS
     lines = read_lines(tmp_path / METRICS)
     assert lines[0]["reward/mean"] == 0.5 and lines[0]["actor/loss"] == 0.5
+
+
+def test_log_probs_that_have_come_are_kept_though_the_rest_fails(tmp_path, monkeypatch):
+    monkeypatch.setattr(kept_reference, "ASKED_AT_ONCE", 3)
+    some = pairs(16, 8)
+    asked: list[int] = []
+
+    async def ask(given):
+        asked.append(len(given))
+        if len(asked) == 2:
+            raise RuntimeError("the reference died")
+        return [(-1.0, -2.0)] * len(given)
+
+    def kept() -> KeptReference:
+        return KeptReference(RunFolder(tmp_path), path="m", ask=ask)
+
+    with pytest.raises(RuntimeError, match="the reference died"):
+        asyncio.run(kept().of(some))
+    assert asyncio.run(kept().of(some)) == [(-1.0, -2.0)] * 8 and asked == [3, 3, 3, 2]
 
 
 def test_kept_log_probs_are_of_one_reference_and_one_pair(tmp_path):

@@ -155,6 +155,17 @@ def test_set_up_names_the_library_that_no_package_brings(tmp_path):
     assert check("gpu,test").returncode == 0
 
 
+def test_an_environment_with_the_gpu_builds_stays_one(tmp_path):
+    """What a script asks for is what is installed already: nothing is, and the stamp stays."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "activate").write_text("")
+    stamp = "REPO=$PWD; . launch/setup.sh; VENV=" + str(tmp_path) + "; LOG=$VENV/log; "
+    script = stamp + 'printf %s "$(_flux_stamp gpu,test)" > $VENV/.installed; flux_setup cpu,test; cat $VENV/.installed'
+    done = subprocess.run(["bash", "-c", script], cwd=REPO, timeout=60, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.startswith("gpu,test "), (done.stdout, done.stderr)
+    assert not (tmp_path / "log").exists()
+
+
 def test_set_up_shows_why_an_installation_failed(tmp_path):
     """A project that can't be built: the phase's name, the end of the log, a failing exit code, and no stamp."""
     (tmp_path / "launch").mkdir()

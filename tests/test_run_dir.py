@@ -1,0 +1,24 @@
+"""The folder of a run: whoever writes into it must see it."""
+
+from __future__ import annotations
+
+import pytest
+
+from flux_ray import run_dir
+from flux_ray.errors import UserError
+from flux_ray.rollout.check import check_installed
+
+pytestmark = pytest.mark.unit
+
+
+def test_a_machine_that_does_not_see_the_folder_is_named(tmp_path):
+    with pytest.raises(UserError, match="doesn't see what the driver wrote there: name a folder"):
+        run_dir.check_seen(str(tmp_path))
+    (tmp_path / "config.yaml").write_text("seed: 0\n")
+    run_dir.check_seen(str(tmp_path))
+
+
+def test_on_the_path_alone_is_not_installed():
+    check_installed()
+    with pytest.raises(UserError, match="isn't installed on"):
+        check_installed("no_such_entry_point")
