@@ -268,6 +268,8 @@ def refusal(rank: Rank, stage: int) -> str:
 def two_ranks(rank: Rank) -> dict[str, Any]:
     stages: dict[str, dict[str, Any]] = {
         f"zero_{s}": {"train__zero_stage": s, "batch__micro_batch_size": 3} for s in range(4)}
+    stages["offloaded"] = {"train__zero_stage": 2, "train__deepspeed": {
+        "zero_optimization": {"offload_optimizer": {"device": "cpu"}}}}
     idle = {f"idle_{s}": {"train__zero_stage": s} for s in (0, 3)}
     result: dict[str, Any] = {
         **gradients(rank, stages),

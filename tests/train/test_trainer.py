@@ -47,7 +47,7 @@ def tensors(folder: Path, name: str) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("name", [
-    "micro_1", "micro_8", "checkpointing", "zero_0", "zero_1", "zero_2", "zero_3", "idle_0", "idle_3",
+    "micro_1", "micro_8", "checkpointing", "zero_0", "zero_1", "zero_2", "zero_3", "idle_0", "idle_3", "offloaded",
     "zero_3_checkpointing", "reversed",
 ])
 def test_equal_gradients(folder: Path, two: dict, one: dict, name: str) -> None:
