@@ -47,7 +47,7 @@ def main() -> int:
     parser.add_argument("--only", metavar="NAME,NAME", help=f"some of: {', '.join(FIGURES)}")
     parser.add_argument("--runs", type=int, metavar="N", help="measured steps of each kind (10; with --quick 1)")
     parser.add_argument("--tokens", type=int, metavar="N",
-                        help="of a response on average (beside TRL 256, else 64; with --quick 24)")
+                        help="of a response on average (beside TRL 256, else 64; with --quick 16)")
     parser.add_argument("--dtype", choices=DTYPES,
                         help="of weights and activations; bfloat16 where the processor has it, else float32")
     parser.add_argument("--lengths", choices=tuple(LENGTHS), help="of responses: one of the two kinds alone")

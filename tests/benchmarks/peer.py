@@ -28,8 +28,8 @@ GOALS = {EQUAL: ("vs_trl", ">= 1.8"), UNEQUAL: ("vs_trl_sigma_0.8", ">= 2.5")}
 #: (threads, sequences of a forward pass): what is tried, and what was found best and is taken where time is short.
 SETTINGS = ((1, 16), (2, 4), (2, 8), (2, 16), (2, 32), (2, 64))
 BEST = (2, 16)
-#: Runs of ours on both cores, of which the fastest counts; to compile takes longer than a quick run has.
-OURS, QUICK_OURS = ("both_cores_compiled", "both_cores_asynchronous"), ("both_cores", "asynchronous")
+#: Runs of ours on both cores, of which the fastest counts; quick takes one that it has measured already.
+OURS, QUICK_OURS = ("both_cores_compiled", "both_cores_asynchronous"), ("asynchronous",)
 UNEQUAL_RUNS = 1  # of TRL: it waits for the longest, which is minutes a step
 FEW_RUNS = 2  # to find a setting, or a limit, by
 LONGEST = 64  # tokens of a response of the one batch that both compute the loss of

@@ -62,7 +62,7 @@ class Session:
 
     @classmethod
     def short(cls, folder: Path, dtype: str) -> Session:
-        return cls(folder, dtype, quick=True, tokens=24, ratio_tokens=16, runs=1, deadline_s=300.0)
+        return cls(folder, dtype, quick=True, tokens=16, ratio_tokens=16, runs=1, deadline_s=300.0)
 
     def part(self, name: str, *, env: dict[str, str] | None = None, **asked: Any) -> Any:
         """What the part gave, or the RuntimeError that it ended with; the second time without running it again."""
