@@ -18,9 +18,9 @@ from omegaconf import OmegaConf
 
 from flux_ray.config import Config, to_dict
 from flux_ray.errors import UserError
-from flux_ray.run_dir import run_of
+from flux_ray.run_dir import CONFIG, run_of
 
-CONFIG, METRICS, SAMPLES, EVAL, LOG = "config.yaml", "metrics.jsonl", "samples.jsonl", "eval.jsonl", "run.log"
+METRICS, SAMPLES, EVAL, LOG = "metrics.jsonl", "samples.jsonl", "eval.jsonl", "run.log"
 REFERENCE = "reference.jsonl"  # the reference's log-probs of preference pairs
 
 
