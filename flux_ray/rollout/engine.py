@@ -110,8 +110,8 @@ class RolloutEngine:
             # Raw log-probs (vLLM's default) ignore the temperature: the trainer's are those of the distribution
             # sampled.
             "logprobs_mode": "processed_logprobs",
-            # Otherwise a model's own top_p or top_k would enter in silence. It keeps its further end tokens out as well:
-            # each request names them (stop_token_ids), or a chat's response would never end.
+            # Otherwise a model's own top_p or top_k would enter in silence. It keeps its further end tokens out too, so
+            # that each request names them (stop_token_ids), or a chat's response would never end.
             "generation_config": "vllm",
             "weight_transfer_config": WeightTransferConfig(backend=self._transfer),
             "enable_prefix_caching": True,
