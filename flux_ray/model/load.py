@@ -18,11 +18,10 @@ import torch
 import transformers
 from torch import nn
 from transformers.core_model_loading import revert_weight_conversion
-from transformers.utils import is_flash_attn_2_available
 from transformers.utils import logging as hf_logging
 
 from flux_ray.errors import UserError, unknown
-from flux_ray.model import norm
+from flux_ray.model import norm, varlen
 from flux_ray.model.attention import CAUSAL_BLOCKS
 from flux_ray.model.packed import LAYOUTS
 from flux_ray.model.policy import PolicyModel
@@ -30,6 +29,8 @@ from flux_ray.model.score import HEAD, ScoreModel
 
 NUM_PROBE_TOKENS = 8  # enough that a factor or a cap on the logits shows, too few to cost anything
 LOGIT_FACTORS = ("logit_scale", "logits_scaling", "lm_head_multiplier")  # as configs call them; some divide by theirs
+#: Attention that keeps the sequences of one row apart by their borders: torch's, or that of a package of its own.
+VARLEN_KERNELS = (varlen.TORCH_VARLEN, "flash_attention_2", "flash_attention_3")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -53,18 +54,20 @@ def slow_dtype(name: str, device: str) -> str | None:
 
 def resolve_layout(layout: str, attention: str, dtype: torch.dtype) -> tuple[str, str]:
     """(layout, transformers' attention implementation) for what config says; UserError where the two don't fit."""
-    flash = is_flash_attn_2_available() and torch.cuda.is_available() and dtype != torch.float32
+    missing = varlen.why_not(dtype)
     if layout == "auto":
-        layout = "varlen" if flash and attention in ("auto", "flash_attention_2") else "padded"
+        layout = "varlen" if missing is None and attention in ("auto", *VARLEN_KERNELS) else "padded"
     if layout not in LAYOUTS:
         raise unknown("model.layout", layout, [*LAYOUTS, "auto"])
     if attention == "auto":
         padded = "sdpa" if torch.cuda.is_available() else CAUSAL_BLOCKS
-        attention = "flash_attention_2" if layout == "varlen" else padded
-    if layout == "varlen" and (not flash or not attention.startswith("flash")):
-        raise UserError(f"model.layout=varlen needs a GPU with flash attention, model.dtype=bfloat16 and "
-                        f"model.attention=flash_attention_2, got model.attention={attention}, {dtype} and flash "
-                        f"attention {'found' if is_flash_attn_2_available() else 'not found'} here")
+        attention = varlen.TORCH_VARLEN if layout == "varlen" else padded
+    if layout == "varlen" and (missing is not None or attention not in VARLEN_KERNELS):
+        raise UserError(f"model.layout=varlen needs an NVIDIA GPU from Ampere on, model.dtype=bfloat16 and "
+                        f"model.attention={' or '.join(VARLEN_KERNELS)}, got model.attention={attention}"
+                        f"{f' and {missing}' if missing else ''}")
+    if layout != "varlen" and attention == varlen.TORCH_VARLEN:
+        raise UserError(f"model.attention={attention} is for model.layout=varlen, got model.layout={layout}")
     return layout, attention
 
 
@@ -243,17 +246,22 @@ def _check_score_head(hf: Any, path: str | Path) -> None:
 
 
 def _layout_for(hf: Any, layout: str, attention: str, dtype: torch.dtype) -> tuple[str, str]:
-    """As resolve_layout; where sequences in one row would see one another, auto is padded, and a choice a UserError.
+    """As resolve_layout; where sequences in one row would see one another, or the model has what the kernels can't do,
+    auto is padded, and a choice a UserError.
 
     A hybrid model's convolutions and recurrences carry their state over the border, whatever attention does.
     """
     resolved = resolve_layout(layout, attention, dtype)
-    if resolved[0] == "padded" or _keeps_sequences_apart(hf):
+    if resolved[0] == "padded":
+        return resolved
+    unable = varlen.why_not_this(hf.config.get_text_config()) if resolved[1] == varlen.TORCH_VARLEN else None
+    if unable is None and _keeps_sequences_apart(hf):
         return resolved
     if layout != "auto":
-        raise UserError(f"model.layout={layout}: {hf.config.model_type} has layers that carry their state from one "
-                        "sequence of a row into the next: use model.layout=padded")
-    return resolve_layout("padded", attention, dtype)
+        has = f"{unable}, which model.attention={varlen.TORCH_VARLEN} can't do" if unable else (
+            "layers that carry their state from one sequence of a row into the next")
+        raise UserError(f"model.layout={layout}: {hf.config.model_type} has {has}: use model.layout=padded")
+    return resolve_layout("padded", "auto" if unable else attention, dtype)
 
 
 def _keeps_sequences_apart(hf: Any) -> bool:

@@ -2,7 +2,7 @@
 
 Takes:  a micro-batch on the flat token axis S.
 Gives:  the hidden states of its tokens, and where each token's lies among them.
-Knows:  three layouts: padded rows, one row with a block-diagonal mask, one row for flash attention.
+Knows:  three layouts: padded rows, one row with a block-diagonal mask, one row with the sequences' borders.
 Never:  makes a head's output: those who have a head do.
 """
 
@@ -53,7 +53,7 @@ class PackedModel(nn.Module):
         """Hidden states of all sequences in one row; attention stays within each of them."""
         lengths_B = micro_batch.lengths_B
         extra: dict[str, Any] = {}
-        if self.layout == "varlen":  # flash attention: written, not yet run on a GPU
+        if self.layout == "varlen":
             bounds = nn.functional.pad(lengths_B.cumsum(0), (1, 0)).to(tokens_S.device, torch.int32)
             longest = int(lengths_B.max())
             extra = {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}
