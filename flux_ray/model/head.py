@@ -2,13 +2,16 @@
 
 Takes:  hidden states, the rows to predict from, the tokens to predict, a temperature.
 Gives:  log p and entropy per predicted token, in fp32, differentiable; in place of nn.Linear (`put_in_place`).
-Knows:  chunks: at most two fp32 blocks of chunk x vocabulary are alive at once, in forward and in backward.
+Knows:  chunks: at most two fp32 blocks of chunk x vocabulary are alive at once, in forward and in backward; on a GPU
+        what is done with a chunk's logits is compiled: it reads and writes them once, not ten times.
 Keeps:  of a forward only hidden states, logsumexp and entropy; backward makes each chunk's logits again.
 Never:  gathers a weight: it runs as the head module's own forward, so ZeRO-3's hooks bring the weight both times.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,10 +28,76 @@ class Chunking:
     with_entropy: bool
 
 
-def _logits(rows_CH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, scale: float) -> Tensor:
-    """fp32 logits of one chunk; the product itself is in the weights' type, as an engine does it."""
-    logits_CV = nn.functional.linear(rows_CH, weight_VH, bias_V).float()
-    return logits_CV.mul_(scale) if scale != 1.0 else logits_CV
+def _product(rows_CH: Tensor, weight_VH: Tensor, bias_V: Tensor | None) -> Tensor:
+    """Logits of one chunk in the weights' type, as an engine makes them; all that follows is fp32."""
+    return nn.functional.linear(rows_CH, weight_VH, bias_V)
+
+
+def measured(logits_CV: Tensor, targets_C: Tensor, scale: float, with_entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """(log-probs, logsumexp, entropy) of a chunk, (C,) fp32 each. Takes the logits for itself."""
+    logits_CV = logits_CV.float()
+    logits_CV = logits_CV.mul_(scale) if scale != 1.0 else logits_CV
+    normalizer_C = torch.logsumexp(logits_CV, dim=-1)
+    logprobs_C = logits_CV.gather(1, targets_C[:, None])[:, 0] - normalizer_C
+    if not with_entropy:
+        return logprobs_C, normalizer_C, torch.zeros_like(normalizer_C)
+    logits_CV -= normalizer_C[:, None]
+    return logprobs_C, normalizer_C, -logits_CV.exp().mul_(logits_CV).sum(-1)
+
+
+def differentiated(
+    logits_CV: Tensor, targets_C: Tensor, normalizer_C: Tensor, entropy_C: Tensor, grad_logprobs_C: Tensor,
+    grad_entropy_C: Tensor | None, scale: float,
+) -> Tensor:
+    """Gradient by the product of a chunk (C, V), in its type; grad_entropy_C: None where the entropy is only measured.
+    Takes the logits for itself."""
+    dtype, logits_CV = logits_CV.dtype, logits_CV.float()
+    logits_CV = logits_CV.mul_(scale) if scale != 1.0 else logits_CV
+    grad_CV = logits_CV.sub_(normalizer_C[:, None])
+    probs_CV = grad_CV.exp()
+    if grad_entropy_C is not None:
+        grad_CV.add_(entropy_C[:, None]).mul_(probs_CV).mul_(-grad_entropy_C[:, None])
+    else:
+        grad_CV.zero_()
+    grad_CV.sub_(probs_CV.mul_(grad_logprobs_C[:, None]))
+    del probs_CV
+    grad_CV.scatter_add_(1, targets_C[:, None], grad_logprobs_C[:, None])
+    return grad_CV.mul_(scale).to(dtype)
+
+
+def fused_measured(
+    logits_CV: Tensor, targets_C: Tensor, scale: float, with_entropy: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `measured`, written so that a compiler makes one pass of it: H = logsumexp(z) - sum(p * z)."""
+    scaled_CV = logits_CV.float() * scale
+    normalizer_C = torch.logsumexp(scaled_CV, dim=-1)
+    target_C = logits_CV.gather(1, targets_C[:, None])[:, 0].float() * scale
+    if not with_entropy:
+        return target_C - normalizer_C, normalizer_C, torch.zeros_like(normalizer_C)
+    centred_CV = scaled_CV - normalizer_C[:, None]
+    return target_C - normalizer_C, normalizer_C, -(centred_CV.exp() * centred_CV).sum(-1)
+
+
+def fused_differentiated(
+    logits_CV: Tensor, targets_C: Tensor, normalizer_C: Tensor, entropy_C: Tensor, grad_logprobs_C: Tensor,
+    grad_entropy_C: Tensor | None, scale: float,
+) -> Tensor:
+    """As `differentiated`, in one pass and without a scatter."""
+    centred_CV = logits_CV.float() * scale - normalizer_C[:, None]
+    probs_CV = centred_CV.exp()
+    is_target_CV = torch.arange(logits_CV.shape[1], device=logits_CV.device) == targets_C[:, None]
+    grad_CV = (is_target_CV.float() - probs_CV) * grad_logprobs_C[:, None]
+    if grad_entropy_C is not None:
+        grad_CV = grad_CV - probs_CV * (centred_CV + entropy_C[:, None]) * grad_entropy_C[:, None]
+    return (grad_CV * scale).to(logits_CV.dtype)
+
+
+@functools.cache
+def _passes(device_type: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """(measured, differentiated) for a kind of device."""
+    if device_type != "cuda":
+        return measured, differentiated
+    return torch.compile(fused_measured), torch.compile(fused_differentiated)
 
 
 class _ChunkedLogprobs(torch.autograd.Function):
@@ -44,21 +113,13 @@ class _ChunkedLogprobs(torch.autograd.Function):
         how: Chunking,
     ) -> Tensor:
         result_2N = torch.zeros(2, len(rows_N), dtype=torch.float32, device=hidden_RH.device)
-        logprobs_N, entropy_N = result_2N
-        normalizer_N = torch.empty_like(logprobs_N)
+        normalizer_N = torch.empty_like(result_2N[0])
+        measure, _ = _passes(hidden_RH.device.type)
         for start in range(0, len(rows_N), how.chunk_tokens):
             chunk = slice(start, start + how.chunk_tokens)
-            logits_CV = _logits(hidden_RH[rows_N[chunk]], weight_VH, bias_V, how.scale)
-            normalizer_C = torch.logsumexp(logits_CV, dim=-1)
-            normalizer_N[chunk] = normalizer_C
-            logprobs_N[chunk] = logits_CV.gather(1, targets_N[chunk, None])[:, 0] - normalizer_C
-            if how.with_entropy:
-                logits_CV -= normalizer_C[:, None]
-                probs_CV = logits_CV.exp()
-                entropy_N[chunk] = -probs_CV.mul_(logits_CV).sum(-1)
-                del probs_CV
-            del logits_CV  # before the next chunk's are made
-        ctx.save_for_backward(hidden_RH, weight_VH, bias_V, rows_N, targets_N, normalizer_N, entropy_N.clone())
+            result_2N[0, chunk], normalizer_N[chunk], result_2N[1, chunk] = measure(
+                _product(hidden_RH[rows_N[chunk]], weight_VH, bias_V), targets_N[chunk], how.scale, how.with_entropy)
+        ctx.save_for_backward(hidden_RH, weight_VH, bias_V, rows_N, targets_N, normalizer_N, result_2N[1].clone())
         ctx.how = how
         return result_2N
 
@@ -68,29 +129,23 @@ class _ChunkedLogprobs(torch.autograd.Function):
         through_entropy = bool(grad_entropy_N.any())  # not where the entropy is only measured
         hidden_RH, weight_VH, bias_V, rows_N, targets_N, normalizer_N, entropy_N = ctx.saved_tensors
         how: Chunking = ctx.how
+        _, differentiate = _passes(hidden_RH.device.type)
         grad_hidden_RH = torch.zeros_like(hidden_RH)
         grad_weight_VH = torch.zeros_like(weight_VH) if ctx.needs_input_grad[1] else None
         grad_bias_V = torch.zeros_like(bias_V) if bias_V is not None else None
         for start in range(0, len(rows_N), how.chunk_tokens):
             chunk = slice(start, start + how.chunk_tokens)
             rows_CH = hidden_RH[rows_N[chunk]]
-            grad_CV = _logits(rows_CH, weight_VH, bias_V, how.scale).sub_(normalizer_N[chunk, None])
-            probs_CV = grad_CV.exp()
-            if through_entropy:
-                grad_CV.add_(entropy_N[chunk, None]).mul_(probs_CV).mul_(-grad_entropy_N[chunk, None])
-            else:
-                grad_CV.zero_()
-            grad_CV.sub_(probs_CV.mul_(grad_logprobs_N[chunk, None]))
-            del probs_CV
-            grad_CV.scatter_add_(1, targets_N[chunk, None], grad_logprobs_N[chunk, None])
-            grad_CV = grad_CV.mul_(how.scale).to(weight_VH.dtype)
+            grad_CV = differentiate(
+                _product(rows_CH, weight_VH, bias_V), targets_N[chunk], normalizer_N[chunk], entropy_N[chunk],
+                grad_logprobs_N[chunk], grad_entropy_N[chunk] if through_entropy else None, how.scale)
             # A row is the predecessor of one target only, so a plain write would do; index_add needs no such promise.
             grad_hidden_RH.index_add_(0, rows_N[chunk], grad_CV @ weight_VH)
             if grad_weight_VH is not None:
                 grad_weight_VH.addmm_(grad_CV.t(), rows_CH)
             if grad_bias_V is not None:
                 grad_bias_V += grad_CV.sum(0)
-            del grad_CV, rows_CH
+            del grad_CV, rows_CH  # before the next chunk's are made
         return grad_hidden_RH, grad_weight_VH, grad_bias_V, None, None, None
 
 

@@ -60,7 +60,8 @@ def run(folder: Path, work: Path, *, steps: int, **more: Any) -> dict[str, list[
         "plugins": [inside.__file__], "rollout.function": f"{inside.__file__}:watched", "rollout.num_engines": 2,
         "rollout.group_size": SAMPLES, "batch.prompts_per_step": PROMPTS, "driver.max_staleness": STALENESS} | more))
     updated = [json.loads(line)["at_s"] for line in (work / "trainer-0.jsonl").read_text().splitlines()]
-    engines = [[json.loads(line) for line in (work / f"engine-{i}.jsonl").read_text().splitlines()] for i in range(2)]
+    engines = [[json.loads(line) for line in (work / f"engine-{i}.jsonl").read_text().splitlines()]
+               for i in range(more.get("rollout.num_engines", 2))]
     served, stalled = [], []
     for version in range(WARM_UP, steps):
         firsts = [first_token_s(requests, version) for requests in engines]
