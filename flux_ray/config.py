@@ -65,8 +65,8 @@ class ModelConfig:
     tokenizer: str | None = knob(None, "the tokenizer, where it isn't beside the model")
     dtype: str = knob("auto", "type of weights and activations; auto: bfloat16 on GPUs, float32 on CPU",
                       choices=("auto", "float32", "bfloat16"))
-    attention: str = knob("auto", "transformers' attention implementation; auto: torch_varlen (torch's flash kernels) for "
-                          "varlen, else sdpa on GPUs, causal_blocks (ours, for CPUs) elsewhere")
+    attention: str = knob("auto", "transformers' attention implementation; auto: torch_varlen (torch's flash kernels) "
+                          "for varlen, else sdpa on GPUs, causal_blocks (ours, for CPUs) elsewhere")
     layout: str = knob("auto", "how a micro-batch lies in memory: padded rows, one row with a block-diagonal mask, "
                        "or varlen (one row, GPUs from Ampere on, bf16); auto: varlen where it can be, else padded",
                        choices=("auto", "padded", "block_diagonal", "varlen"))

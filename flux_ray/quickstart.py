@@ -14,6 +14,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from flux_ray.__main__ import main as flux_ray_command
 from flux_ray.observability.run_folder import EVAL, read_lines
 from flux_ray.toy.addition import make_addition
@@ -29,6 +31,8 @@ def quickstart(folder: Path, *, seed: int, overrides: list[str]) -> int:
     print(f"making two-digit addition and a model with random weights in {folder}", flush=True)
     toy = make_addition(folder / "toy", seed=seed)
     data = [f"data.train={toy / 'train.jsonl'}", f"seed={seed}"]
+    if torch.cuda.device_count() == 1:  # which everything shares: of each kind of actor there is one
+        data.append("train.num_ranks=1")
     warm_up = ["experiment=addition_sft", f"model.path={toy / 'model'}", f"run_dir={folder / 'warm-up'}", *data]
     grpo = [
         "experiment=addition",

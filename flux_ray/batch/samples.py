@@ -74,7 +74,7 @@ def response_views(
         loss_mask = trajectory.loss_mask[start:]
         last = int(np.flatnonzero(loss_mask)[-1]) if len(loss_mask) else 0
         rewards_NL[n, last] = score
-        sampled_NL[n, : len(loss_mask)] = torch.from_numpy(loss_mask)
+        sampled_NL[n, : len(loss_mask)] = torch.tensor(loss_mask)  # a copy: what came by Ray can't be written to
         mask_NL[n] = sampled_NL[n] & bool(kept_N[n])
     index_N = torch.tensor([g.prompt.uid for g in groups for _ in g.trajectories], dtype=torch.int64)
     return ResponseViews(mask_NL, sampled_NL, rewards_NL, index_N, starts, lengths)

@@ -11,6 +11,8 @@ Never:  gathers a weight: it runs as the head module's own forward, so ZeRO-3's 
 from __future__ import annotations
 
 import functools
+import os
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -33,7 +35,7 @@ def _product(rows_CH: Tensor, weight_VH: Tensor, bias_V: Tensor | None) -> Tenso
     return nn.functional.linear(rows_CH, weight_VH, bias_V)
 
 
-def measured(logits_CV: Tensor, targets_C: Tensor, scale: float, with_entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
+def measure(logits_CV: Tensor, targets_C: Tensor, scale: float, with_entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
     """(log-probs, logsumexp, entropy) of a chunk, (C,) fp32 each. Takes the logits for itself."""
     logits_CV = logits_CV.float()
     logits_CV = logits_CV.mul_(scale) if scale != 1.0 else logits_CV
@@ -45,12 +47,15 @@ def measured(logits_CV: Tensor, targets_C: Tensor, scale: float, with_entropy: b
     return logprobs_C, normalizer_C, -logits_CV.exp().mul_(logits_CV).sum(-1)
 
 
-def differentiated(
-    logits_CV: Tensor, targets_C: Tensor, normalizer_C: Tensor, entropy_C: Tensor, grad_logprobs_C: Tensor,
-    grad_entropy_C: Tensor | None, scale: float,
+def differentiate(
+    logits_CV: Tensor, targets_C: Tensor, measured: tuple[Tensor, Tensor], grads: tuple[Tensor, Tensor | None],
+    scale: float,
 ) -> Tensor:
-    """Gradient by the product of a chunk (C, V), in its type; grad_entropy_C: None where the entropy is only measured.
-    Takes the logits for itself."""
+    """Gradient by the product of a chunk (C, V), in its type. Takes the logits for itself.
+
+    measured: logsumexp and entropy; grads: by log-probs and by entropy, None where that is only measured; (C,) each.
+    """
+    (normalizer_C, entropy_C), (grad_logprobs_C, grad_entropy_C) = measured, grads
     dtype, logits_CV = logits_CV.dtype, logits_CV.float()
     logits_CV = logits_CV.mul_(scale) if scale != 1.0 else logits_CV
     grad_CV = logits_CV.sub_(normalizer_C[:, None])
@@ -65,10 +70,10 @@ def differentiated(
     return grad_CV.mul_(scale).to(dtype)
 
 
-def fused_measured(
+def fused_measure(
     logits_CV: Tensor, targets_C: Tensor, scale: float, with_entropy: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `measured`, written so that a compiler makes one pass of it: H = logsumexp(z) - sum(p * z)."""
+    """As `measure`, written so that a compiler makes one pass of it: H = logsumexp(z) - sum(p * z)."""
     scaled_CV = logits_CV.float() * scale
     normalizer_C = torch.logsumexp(scaled_CV, dim=-1)
     target_C = logits_CV.gather(1, targets_C[:, None])[:, 0].float() * scale
@@ -78,11 +83,12 @@ def fused_measured(
     return target_C - normalizer_C, normalizer_C, -(centred_CV.exp() * centred_CV).sum(-1)
 
 
-def fused_differentiated(
-    logits_CV: Tensor, targets_C: Tensor, normalizer_C: Tensor, entropy_C: Tensor, grad_logprobs_C: Tensor,
-    grad_entropy_C: Tensor | None, scale: float,
+def fused_differentiate(
+    logits_CV: Tensor, targets_C: Tensor, measured: tuple[Tensor, Tensor], grads: tuple[Tensor, Tensor | None],
+    scale: float,
 ) -> Tensor:
-    """As `differentiated`, in one pass and without a scatter."""
+    """As `differentiate`, in one pass and without a scatter."""
+    (normalizer_C, entropy_C), (grad_logprobs_C, grad_entropy_C) = measured, grads
     centred_CV = logits_CV.float() * scale - normalizer_C[:, None]
     probs_CV = centred_CV.exp()
     is_target_CV = torch.arange(logits_CV.shape[1], device=logits_CV.device) == targets_C[:, None]
@@ -92,12 +98,18 @@ def fused_differentiated(
     return (grad_CV * scale).to(logits_CV.dtype)
 
 
+def _passes(chunk: Tensor) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """(measure, differentiate) for a chunk's rows. A single one isn't compiled: the compiler would make it a program of
+    its own, as it does for the first size and then for all others."""
+    return _compiled() if chunk.is_cuda and len(chunk) > 1 else (measure, differentiate)
+
+
 @functools.cache
-def _passes(device_type: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """(measured, differentiated) for a kind of device."""
-    if device_type != "cuda":
-        return measured, differentiated
-    return torch.compile(fused_measured), torch.compile(fused_differentiated)
+def _compiled() -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """(measure, differentiate) in one pass each, where there is what Triton compiles with."""
+    if not any(shutil.which(name) for name in (os.environ.get("CC"), "gcc", "clang") if name):
+        return measure, differentiate
+    return torch.compile(fused_measure), torch.compile(fused_differentiate)
 
 
 class _ChunkedLogprobs(torch.autograd.Function):
@@ -114,10 +126,10 @@ class _ChunkedLogprobs(torch.autograd.Function):
     ) -> Tensor:
         result_2N = torch.zeros(2, len(rows_N), dtype=torch.float32, device=hidden_RH.device)
         normalizer_N = torch.empty_like(result_2N[0])
-        measure, _ = _passes(hidden_RH.device.type)
         for start in range(0, len(rows_N), how.chunk_tokens):
             chunk = slice(start, start + how.chunk_tokens)
-            result_2N[0, chunk], normalizer_N[chunk], result_2N[1, chunk] = measure(
+            measured, _ = _passes(rows_N[chunk])
+            result_2N[0, chunk], normalizer_N[chunk], result_2N[1, chunk] = measured(
                 _product(hidden_RH[rows_N[chunk]], weight_VH, bias_V), targets_N[chunk], how.scale, how.with_entropy)
         ctx.save_for_backward(hidden_RH, weight_VH, bias_V, rows_N, targets_N, normalizer_N, result_2N[1].clone())
         ctx.how = how
@@ -129,16 +141,16 @@ class _ChunkedLogprobs(torch.autograd.Function):
         through_entropy = bool(grad_entropy_N.any())  # not where the entropy is only measured
         hidden_RH, weight_VH, bias_V, rows_N, targets_N, normalizer_N, entropy_N = ctx.saved_tensors
         how: Chunking = ctx.how
-        _, differentiate = _passes(hidden_RH.device.type)
         grad_hidden_RH = torch.zeros_like(hidden_RH)
         grad_weight_VH = torch.zeros_like(weight_VH) if ctx.needs_input_grad[1] else None
         grad_bias_V = torch.zeros_like(bias_V) if bias_V is not None else None
         for start in range(0, len(rows_N), how.chunk_tokens):
             chunk = slice(start, start + how.chunk_tokens)
             rows_CH = hidden_RH[rows_N[chunk]]
-            grad_CV = differentiate(
-                _product(rows_CH, weight_VH, bias_V), targets_N[chunk], normalizer_N[chunk], entropy_N[chunk],
-                grad_logprobs_N[chunk], grad_entropy_N[chunk] if through_entropy else None, how.scale)
+            _, differentiated = _passes(rows_CH)
+            grad_CV = differentiated(
+                _product(rows_CH, weight_VH, bias_V), targets_N[chunk], (normalizer_N[chunk], entropy_N[chunk]),
+                (grad_logprobs_N[chunk], grad_entropy_N[chunk] if through_entropy else None), how.scale)
             # A row is the predecessor of one target only, so a plain write would do; index_add needs no such promise.
             grad_hidden_RH.index_add_(0, rows_N[chunk], grad_CV @ weight_VH)
             if grad_weight_VH is not None:

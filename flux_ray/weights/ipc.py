@@ -3,7 +3,7 @@
 Takes:  what torch gives of a tensor on a GPU, for another process to open it there (reduce_tensor).
 Gives:  `plain`, for the sender's end; PlainIPCWeightTransferEngine, the worker's, registered by gloo.register.
 Knows:  the places in torch's arguments: 0 class, 1 size, 4 class of the storage, 5 type; bytes and numbers elsewhere.
-Never:  makes a class of a name that it doesn't expect. No GPU has run it yet.
+Never:  makes a class of a name that it doesn't expect.
 """
 
 from __future__ import annotations

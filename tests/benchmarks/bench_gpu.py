@@ -39,6 +39,9 @@ DEVICE = "cuda:0"
 ROUNDS, WARM_UP, STEPS = 5, 2, 3
 
 
+HeadPass = Callable[[Tensor, Tensor, Tensor], None]  # hidden states, weight, targets
+
+
 def tell(name: str, **values: Any) -> None:
     rounded = {k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in values.items()}
     print(json.dumps({"name": name, **rounded}), flush=True)
@@ -75,7 +78,7 @@ def whole_logits(hidden: Tensor, weight: Tensor, targets: Tensor) -> None:
     log_p.gather(1, targets[:, None]).sum().backward()
 
 
-def ours(compiled: bool, trains_entropy: bool) -> Callable[[Tensor, Tensor, Tensor], None]:
+def ours(compiled: bool, trains_entropy: bool) -> HeadPass:
     def run(hidden: Tensor, weight: Tensor, targets: Tensor) -> None:
         rows = torch.arange(len(hidden), device=hidden.device)
         how = head_room.Chunking(1.0, 1024, True)
@@ -90,14 +93,14 @@ def ours(compiled: bool, trains_entropy: bool) -> Callable[[Tensor, Tensor, Tens
 def plain_passes() -> Iterator[None]:
     """Without the compiler."""
     passes = head_room._passes
-    head_room._passes = lambda _: (head_room.measured, head_room.differentiated)  # type: ignore[assignment]
+    head_room._passes = lambda _: (head_room.measure, head_room.differentiate)  # type: ignore[assignment]
     try:
         yield
     finally:
         head_room._passes = passes
 
 
-def fused_library() -> Callable[[Tensor, Tensor, Tensor], None] | None:
+def fused_library() -> HeadPass | None:
     """liger-kernel's cross-entropy of a linear layer: log-probs alone, no entropy."""
     try:
         from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
@@ -121,9 +124,9 @@ def head() -> None:
             if kind is None:
                 continue
 
-            def step(kind: Callable[[Tensor, Tensor, Tensor], None] = kind) -> None:
-                hidden.grad = weight.grad = None
-                kind(hidden, weight, targets)
+            def step(kind: HeadPass = kind, inputs: tuple[Tensor, ...] = (hidden, weight, targets)) -> None:
+                inputs[0].grad = inputs[1].grad = None
+                kind(*inputs)
 
             gc.collect()
             torch.cuda.empty_cache()
@@ -281,7 +284,8 @@ def publish(deadline_s: float = 300.0, steps: int = 10) -> None:
         torch.cuda.empty_cache()
         for backend in ("ipc", "gloo"):
             gave = run_part(
-                "publish", folder, deadline_s=deadline_s, steps=steps, **{
+                "publish", folder, deadline_s=deadline_s, steps=steps,
+                env={"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}, **{  # 0 is for CPUs
                     "cluster.device": "cuda", "cluster.colocate": True, "rollout.num_engines": 1,
                     "model.path": str(folder / "large"), "model.dtype": "bfloat16", "weights.backend": backend,
                     "rollout.engine_args": {"enforce_eager": True}})

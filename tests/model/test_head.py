@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 
@@ -21,8 +23,8 @@ def chunk() -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("scale", [1.0, 1.7])
 def test_both_ways_give_the_same_numbers(scale: float, with_entropy: bool) -> None:
     logits, targets = chunk()
-    one = head.measured(logits.clone(), targets, scale, with_entropy)
-    other = head.fused_measured(logits.clone(), targets, scale, with_entropy)
+    one = head.measure(logits.clone(), targets, scale, with_entropy)
+    other = head.fused_measure(logits.clone(), targets, scale, with_entropy)
     for a, b in zip(one, other, strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
     assert bool(one[2].any()) == with_entropy
@@ -41,8 +43,8 @@ def test_both_ways_give_the_gradient_of_the_formula(trains_entropy: bool) -> Non
         loss = loss + (entropy * entropy_weights).sum()
     (wanted,) = torch.autograd.grad(loss, z)
     normalizer = torch.logsumexp(logits * scale, -1)
-    for way in (head.differentiated, head.fused_differentiated):
-        got = way(logits.clone(), targets, normalizer, entropy.detach().float(), weights, entropy_weights, scale)
+    for way in (head.differentiate, head.fused_differentiate):
+        got = way(logits.clone(), targets, (normalizer, entropy.detach().float()), (weights, entropy_weights), scale)
         torch.testing.assert_close(got.double(), wanted, atol=1e-5, rtol=1e-5)
 
 
@@ -60,10 +62,33 @@ def test_compiled_on_a_gpu_it_gives_what_it_gives_on_a_cpu(dtype: torch.dtype) -
         linear.load_state_dict(plain.state_dict())
         linear.to(device)
         made = head.put_in_place(linear, logit_scale=2.0, chunk_tokens=32)
-        inputs = hidden.to(device).requires_grad_()
+        inputs = hidden.detach().to(device).requires_grad_()
         logprobs, entropy = made(inputs, rows.to(device), targets.to(device), 0.7, True)
         (logprobs.sum() + 0.1 * entropy.sum()).backward()
         results.append([t.detach().double().cpu() for t in (logprobs, entropy, inputs.grad, made.weight.grad,
                                                             made.bias.grad)])
     for cpu, gpu in zip(*results, strict=True):
         assert (cpu - gpu).norm() < (1e-4 if dtype == torch.float32 else 2e-2) * cpu.norm()
+
+
+def test_where_it_is_compiled_sizes_change_and_nothing_else_does(monkeypatch) -> None:
+    """What GPUs run, through the compiler that processors have: a first size, others, one row, the entropy trained."""
+    if shutil.which("g++") is None:
+        pytest.skip("no compiler here")
+    compiled = (torch.compile(head.fused_measure), torch.compile(head.fused_differentiate))
+    torch.manual_seed(0)
+    linear = head.put_in_place(torch.nn.Linear(16, 100), logit_scale=2.0, chunk_tokens=8)
+    results = []
+    for passes in (lambda rows: compiled if len(rows) > 1 else (head.measure, head.differentiate),
+                   lambda rows: (head.measure, head.differentiate)):
+        monkeypatch.setattr(head, "_passes", passes)
+        torch.manual_seed(1)
+        results.append([])
+        for num_rows in (20, 17, 13):
+            for entropy_coef in (0.1, 0.0):
+                hidden = torch.randn(num_rows + 1, 16, requires_grad=True)
+                logprobs, entropy = linear(hidden, torch.arange(num_rows), torch.randint(100, (num_rows,)), 0.7, True)
+                weight_grad, = torch.autograd.grad(logprobs.sum() + entropy_coef * entropy.sum(), linear.weight)
+                results[-1] += [logprobs.detach(), entropy.detach(), weight_grad]
+    for got, wanted in zip(*results, strict=True):
+        torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-4)

@@ -41,7 +41,8 @@ def by_the_formula(
         back = torch.arange(stop - start)[:, None] - torch.arange(stop - start)
         seen = (back >= 0) & ((back <= window_size[0]) if window_size[0] >= 0 else True)
         scores = q @ k.repeat_interleave(shared, 0).transpose(1, 2) * (scale or query.shape[-1] ** -0.5)
-        outputs.append((scores.masked_fill(~seen, -torch.inf).softmax(-1) @ v.repeat_interleave(shared, 0)).transpose(0, 1))
+        probs = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+        outputs.append((probs @ v.repeat_interleave(shared, 0)).transpose(0, 1))
     return torch.cat(outputs)
 
 
