@@ -31,7 +31,7 @@ def quickstart(folder: Path, *, seed: int, overrides: list[str]) -> int:
     print(f"making two-digit addition and a model with random weights in {folder}", flush=True)
     toy = make_addition(folder / "toy", seed=seed)
     data = [f"data.train={toy / 'train.jsonl'}", f"seed={seed}"]
-    if torch.cuda.device_count() == 1:  # which everything shares: of each kind of actor there is one
+    if torch.cuda.device_count() in (1, 2):  # shared by all, or one for the engine and one for a rank
         data.append("train.num_ranks=1")
     warm_up = ["experiment=addition_sft", f"model.path={toy / 'model'}", f"run_dir={folder / 'warm-up'}", *data]
     grpo = [

@@ -19,6 +19,7 @@ from flux_ray import algo
 from flux_ray.config import Config, preset
 from flux_ray.errors import UserError, unknown
 from flux_ray.model import resolve_dtype
+from flux_ray.model.varlen import TORCH_VARLEN
 from flux_ray.names import reward_model_path
 
 #: algorithm ► what makes it one in GRPOConfig; rloo has a trainer of its own
@@ -96,6 +97,8 @@ def _problems(config: Config) -> Iterator[str]:
             given = getattr(given, part)
         if given != value:
             yield f"{key}={given} isn't there: {why}"
+    if config.model.attention == TORCH_VARLEN:
+        yield f"model.attention={TORCH_VARLEN} isn't there: it pads"
     if name in PAIR_LOSSES:
         yield from _pair_problems(config)
         return

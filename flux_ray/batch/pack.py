@@ -14,17 +14,20 @@ from collections.abc import Sequence
 from flux_ray.batch.micro_batch import MicroBatch, make_micro_batch
 from flux_ray.records import Sample
 
-MICRO_BATCH_TOKENS = 48  # padding that one more micro-batch is worth: its own cost is that of few tokens
+#: Padding that one more micro-batch is worth. A processor pays few tokens for it; a GPU waits for the thousands of
+#: calls that a forward and a backward are, whatever they compute (docs/benchmarks.md).
+MICRO_BATCH_TOKENS = {"cpu": 48, "cuda": 2048}
 
 
 def pack(
     samples: Sequence[Sample], *, max_tokens: int, max_samples: int | None = None, padded: bool, unit: int = 1,
+    device: str = "cpu",
 ) -> list[MicroBatch]:
     """Micro-batches of at most `max_tokens` tokens and `max_samples` sequences; a longer unit is alone in one.
 
     unit: so many consecutive samples stay side by side in one micro-batch (2 for pairs), be there room or not.
     padded: the budget counts rows times the longest row; samples are taken by length, and a micro-batch ends early
-    where that saves more padding than another one costs.
+    where that saves more padding than another one costs on the `device`.
     Otherwise: first-fit decreasing over the plain sum of tokens.
     """
     assert max_tokens > 0 and (max_samples is None or max_samples > 0), (max_tokens, max_samples)
@@ -34,13 +37,18 @@ def pack(
     costs = [unit * max(each) if padded else sum(each) for each in lengths]
     order = sorted(range(len(units)), key=lambda k: (-costs[k], k))
     room = len(units) if max_samples is None else max(max_samples // unit, 1)
-    plan = _rows(costs, order, max_tokens, room) if padded else _first_fit(costs, order, max_tokens, room)
+    if padded:
+        plan = _rows(costs, order, max_tokens, room, each=MICRO_BATCH_TOKENS["cuda" if "cuda" in device else "cpu"])
+    else:
+        plan = _first_fit(costs, order, max_tokens, room)
     ids_of = [[i for k in chosen for i in units[k]] for chosen in plan]
     return [make_micro_batch([samples[i] for i in ids], sample_ids=ids) for ids in ids_of]
 
 
-def _rows(lengths: Sequence[int], order: Sequence[int], max_tokens: int, max_samples: int) -> list[list[int]]:
-    """Longest first, cut where the fewest tokens are forwarded: padding, and what a micro-batch costs by itself.
+def _rows(
+    lengths: Sequence[int], order: Sequence[int], max_tokens: int, max_samples: int, *, each: int,
+) -> list[list[int]]:
+    """Longest first, cut where the fewest tokens are forwarded: padding, and what each micro-batch costs by itself.
 
     The least over all cuts: the best way to the first b samples ends with some run a to b, after the best way to a.
     """
@@ -49,7 +57,7 @@ def _rows(lengths: Sequence[int], order: Sequence[int], max_tokens: int, max_sam
     for a, longest in enumerate(sorted_lengths):
         rows = max(min(max_tokens // longest, max_samples, len(order) - a), 1)
         for b in range(a + 1, a + rows + 1):
-            cost = least[a] + MICRO_BATCH_TOKENS + (b - a) * longest
+            cost = least[a] + each + (b - a) * longest
             if cost < least[b]:
                 least[b], begins[b] = cost, a
     plan, end = [], len(order)

@@ -3,7 +3,7 @@
 Takes:  hidden states, the rows to predict from, the tokens to predict, a temperature.
 Gives:  log p and entropy per predicted token, in fp32, differentiable; in place of nn.Linear (`put_in_place`).
 Knows:  chunks: at most two fp32 blocks of chunk x vocabulary are alive at once, in forward and in backward; on a GPU
-        what is done with a chunk's logits is compiled: it reads and writes them once, not ten times.
+        what is done with a chunk's logits is compiled: it goes over them two or three times, not ten.
 Keeps:  of a forward only hidden states, logsumexp and entropy; backward makes each chunk's logits again.
 Never:  gathers a weight: it runs as the head module's own forward, so ZeRO-3's hooks bring the weight both times.
 """
@@ -13,8 +13,10 @@ from __future__ import annotations
 import functools
 import os
 import shutil
+import sysconfig
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -73,7 +75,7 @@ def differentiate(
 def fused_measure(
     logits_CV: Tensor, targets_C: Tensor, scale: float, with_entropy: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `measure`, written so that a compiler makes one pass of it: H = logsumexp(z) - sum(p * z)."""
+    """As `measure`, without a block of its own for a compiler to write."""
     scaled_CV = logits_CV.float() * scale
     normalizer_C = torch.logsumexp(scaled_CV, dim=-1)
     target_C = logits_CV.gather(1, targets_C[:, None])[:, 0].float() * scale
@@ -87,7 +89,7 @@ def fused_differentiate(
     logits_CV: Tensor, targets_C: Tensor, measured: tuple[Tensor, Tensor], grads: tuple[Tensor, Tensor | None],
     scale: float,
 ) -> Tensor:
-    """As `differentiate`, in one pass and without a scatter."""
+    """As `differentiate`: a compiler reads each logit once and writes its gradient once."""
     (normalizer_C, entropy_C), (grad_logprobs_C, grad_entropy_C) = measured, grads
     centred_CV = logits_CV.float() * scale - normalizer_C[:, None]
     probs_CV = centred_CV.exp()
@@ -106,8 +108,10 @@ def _passes(chunk: Tensor) -> tuple[Callable[..., Any], Callable[..., Any]]:
 
 @functools.cache
 def _compiled() -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """(measure, differentiate) in one pass each, where there is what Triton compiles with."""
-    if not any(shutil.which(name) for name in (os.environ.get("CC"), "gcc", "clang") if name):
+    """(measure, differentiate) in few passes over the logits, where there is what Triton builds its launchers with."""
+    compilers = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
+    headers = Path(sysconfig.get_paths()["include"], "Python.h")
+    if not headers.exists() or not any(shutil.which(name) for name in compilers):
         return measure, differentiate
     return torch.compile(fused_measure), torch.compile(fused_differentiate)
 

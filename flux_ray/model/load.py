@@ -246,36 +246,51 @@ def _check_score_head(hf: Any, path: str | Path) -> None:
 
 
 def _layout_for(hf: Any, layout: str, attention: str, dtype: torch.dtype) -> tuple[str, str]:
-    """As resolve_layout; where sequences in one row would see one another, or the model has what the kernels can't do,
-    auto is padded, and a choice a UserError.
-
-    A hybrid model's convolutions and recurrences carry their state over the border, whatever attention does.
+    """As resolve_layout; where sequences in one row would see one another, or the model asks for what the kernels can't
+    do, auto is padded, and a choice a UserError.
     """
     resolved = resolve_layout(layout, attention, dtype)
-    if resolved[0] == "padded":
+    unable = None if resolved[0] == "padded" else _why_not_in_one_row(hf, resolved[1])
+    if unable is None:
         return resolved
-    unable = varlen.why_not_this(hf.config.get_text_config()) if resolved[1] == varlen.TORCH_VARLEN else None
-    if unable is None and _keeps_sequences_apart(hf):
-        return resolved
-    if layout != "auto":
-        has = f"{unable}, which model.attention={varlen.TORCH_VARLEN} can't do" if unable else (
-            "layers that carry their state from one sequence of a row into the next")
-        raise UserError(f"model.layout={layout}: {hf.config.model_type} has {has}: use model.layout=padded")
-    return resolve_layout("padded", "auto" if unable else attention, dtype)
+    if layout != "auto" or attention != "auto":
+        chosen = f"model.layout={layout}" if layout != "auto" else f"model.attention={attention}"
+        raise UserError(f"{chosen}: {hf.config.model_type} has {unable}: use model.layout=padded")
+    return resolve_layout("padded", attention, dtype)
 
 
-def _keeps_sequences_apart(hf: Any) -> bool:
-    """Whether a sequence's hidden states are the same alone and behind another one in a row."""
-    ids = torch.arange(2 * NUM_PROBE_TOKENS)[None] % hf.config.get_text_config().vocab_size
+def _why_not_in_one_row(hf: Any, attention: str) -> str | None:
+    """What the model has that keeps its sequences from being in one row; None where they are the same as alone.
+
+    Tried on a few tokens: a hybrid model's convolutions and recurrences carry their state over the border, whatever
+    attention does; others give attention more than torch's kernels take.
+    """
+    config = hf.config.get_text_config()
+    if attention == varlen.TORCH_VARLEN and getattr(config, varlen.CHUNKED, None):
+        return "attention in chunks"
+    ids = torch.arange(2 * NUM_PROBE_TOKENS)[None] % config.vocab_size
     positions = torch.arange(2 * NUM_PROBE_TOKENS)[None] % NUM_PROBE_TOKENS
-    was_training = hf.training
+    was_training, before = hf.training, hf.config._attn_implementation
     hf.eval()
-    with torch.no_grad():
-        both = hf.base_model(input_ids=ids, position_ids=positions, use_cache=False)[0].float()
-        alone = hf.base_model(input_ids=ids[:, NUM_PROBE_TOKENS:], use_cache=False)[0].float()
-    hf.train(was_training)
+    try:
+        with torch.no_grad():
+            alone = hf.base_model(input_ids=ids[:, NUM_PROBE_TOKENS:], use_cache=False)[0].float()
+            borders = {}
+            if attention == varlen.TORCH_VARLEN:  # the others can't run on a CPU
+                hf.set_attn_implementation(attention)
+                borders = varlen.borders_of(torch.tensor([NUM_PROBE_TOKENS] * 2), ids.device)
+            both = hf.base_model(input_ids=ids, position_ids=positions, use_cache=False, **borders)[0].float()
+    except NotImplementedError as error:
+        return str(error)
+    except ValueError as error:  # as transformers refuses an attention
+        return str(error).splitlines()[0]
+    finally:
+        hf.set_attn_implementation(before)
+        hf.train(was_training)
     tolerance = 1e-4 if hf.dtype == torch.float32 else 3e-2  # relative to the largest hidden number
-    return bool((both[:, NUM_PROBE_TOKENS:] - alone).abs().max() <= tolerance * alone.abs().max())
+    if (both[:, NUM_PROBE_TOKENS:] - alone).abs().max() <= tolerance * alone.abs().max():
+        return None
+    return "layers that carry their state from one sequence of a row into the next"
 
 
 def context_length(path: str | Path) -> int:

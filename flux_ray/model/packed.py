@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from flux_ray.model.lora import Adapter
+from flux_ray.model.varlen import borders_of
 
 LAYOUTS = ("padded", "block_diagonal", "varlen")
 
@@ -54,9 +55,7 @@ class PackedModel(nn.Module):
         lengths_B = micro_batch.lengths_B
         extra: dict[str, Any] = {}
         if self.layout == "varlen":
-            bounds = nn.functional.pad(lengths_B.cumsum(0), (1, 0)).to(tokens_S.device, torch.int32)
-            longest = int(lengths_B.max())
-            extra = {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}
+            extra = borders_of(lengths_B, tokens_S.device)
         # Without a mask, transformers reads the borders from position ids that start again, sliding windows included.
         positions_1S = micro_batch.position_ids_S[None]
         hidden_1SH = self._run(tokens_S[None], position_ids=positions_1S, **extra)

@@ -46,7 +46,7 @@ class Reference:
         """Log-probs of each caller's samples, in forwards of at most max_tokens_per_forward tokens (with padding)."""
         samples = [sample for of_one in callers for sample in of_one]
         micro_batches = pack(samples, max_tokens=self.max_tokens_per_forward, max_samples=None,
-                             padded=self.policy.layout == "padded")
+                             padded=self.policy.layout == "padded", device=self.device)
         values = [
             self.policy(m.to(self.device), temperature=self.temperature, with_entropy=False)[0] for m in micro_batches
         ]

@@ -74,7 +74,7 @@ class RewardModel:
         """Scores of each caller's samples, in forwards of at most max_tokens_per_forward tokens (with padding)."""
         samples = [sample for of_one in callers for sample in of_one]
         micro_batches = pack(samples, max_tokens=self._max_tokens, max_samples=None,
-                             padded=self.model.layout == "padded")
+                             padded=self.model.layout == "padded", device=self._device)
         scores = [self.model(m.to(self._device), at="last") for m in micro_batches]
         rows = iter(per_sample(scores, micro_batches, len(samples)))
         return [[float(next(rows)[-1]) for _ in of_one] for of_one in callers]

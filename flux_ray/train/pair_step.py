@@ -103,6 +103,7 @@ def _packed(engine: Engine, config: Config, share: PairShare) -> list[MicroBatch
     return pack(
         pair_samples(share.pairs, scored_at=scored_at), max_tokens=config.batch.max_tokens_per_micro_batch,
         max_samples=config.batch.micro_batch_size, padded=engine.model.layout == "padded", unit=PAIR,
+        device=engine.device,
     )
 
 

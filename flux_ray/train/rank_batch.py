@@ -69,7 +69,7 @@ def _part(batch: RankBatch, groups: slice) -> RankBatch:
 def packed(engine: Engine, config: Config, samples: Sequence[Sample]) -> list[MicroBatch]:
     """Micro-batches of the configured budget, for the model's layout."""
     return pack(samples, max_tokens=config.batch.max_tokens_per_micro_batch, max_samples=config.batch.micro_batch_size,
-                padded=engine.model.layout == "padded")
+                padded=engine.model.layout == "padded", device=engine.device)
 
 
 def flat(per_sample_values: Sequence[np.ndarray], micro_batch: MicroBatch) -> Tensor:

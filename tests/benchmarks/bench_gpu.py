@@ -236,8 +236,8 @@ def train(peak: float) -> None:
 
 
 def step_flops(lengths: Sequence[int]) -> float:
-    """Forward and backward: 6 a weight and token, and 6 a layer, hidden number and pair of tokens that causality leaves
-    (Chowdhery et al. 2022, PaLM, appendix B, halved). What is done twice doesn't count."""
+    """Forward and backward: 6 a weight and token, and 12 a layer, hidden number and pair of tokens, of which causality
+    leaves half (Chowdhery et al. 2022, PaLM, appendix B). What is done twice doesn't count."""
     head_dim = HIDDEN // HEADS
     attention = 2 * HIDDEN * HIDDEN + 2 * HIDDEN * KV_HEADS * head_dim
     weights = LAYERS * (attention + 3 * HIDDEN * INTERMEDIATE) + HIDDEN * VOCAB

@@ -29,10 +29,10 @@ from tests.benchmarks.side_by_side import DEADLINE_S, Beside
 from tests.benchmarks.work import (
     CONTEXT,
     GROUP_SIZE,
-    KV_GIB,
     PROMPT_TOKENS,
     VOCAB,
     Phase,
+    kv_gib,
     make_data,
     micro_batches,
     options,
@@ -151,7 +151,7 @@ async def _bare_vllm(folder: Path, phases: Sequence[Phase], dtype: str, enforce_
 
     longest = max(max(phase.lengths) for phase in phases)
     engine = AsyncLLM.from_engine_args(AsyncEngineArgs(
-        model=str(folder / "29M"), dtype=dtype, enforce_eager=enforce_eager, kv_cache_memory_bytes=int(KV_GIB * 2**30),
+        model=str(folder / "29M"), dtype=dtype, enforce_eager=enforce_eager, kv_cache_memory_bytes=int(kv_gib(phases) * 2**30),
         max_model_len=min(CONTEXT, PROMPT_TOKENS + longest), distributed_executor_backend="uni",
         disable_log_stats=True, enable_chunked_prefill=False, max_num_batched_tokens=8192))
 

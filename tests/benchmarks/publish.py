@@ -21,7 +21,7 @@ from tests.benchmarks.work import PROMPT_TOKENS, Phase, options
 
 #: Of a step: few enough that the trainer is done before the engines are, enough that engines mostly have one that runs.
 PROMPTS, SAMPLES, TOKENS, STALENESS = 2, 2, 64, 2
-WARM_UP, FEWEST, QUICK = 3, 5, 4  # steps
+WARM_UP, FEWEST, QUICK = 3, 5, 3  # steps
 AFTER_UPDATE = ("recompute", "keep")  # of rollout.kv_after_update: what runs prefills again, or goes on with its KV
 
 

@@ -40,6 +40,10 @@ RUNS: dict[str, dict[str, Any]] = {
     "both_cores_asynchronous": {"rollout.num_engines": 1, "train.num_ranks": 2, "driver.max_staleness": 2,
                                 "rollout.kv_after_update": "keep", **COMPILED},
 }
+#: Runs of ours that bare parts are measured around, one after the other.
+AROUND = ("synchronous", "asynchronous")
+Seconds = dict[str, list[float]]  # of a part's steps, by phase
+Floors = dict[str, tuple[float, float]]  # phase ► (generation, training)
 
 
 @dataclass
@@ -64,9 +68,9 @@ class Session:
     def short(cls, folder: Path, dtype: str) -> Session:
         return cls(folder, dtype, quick=True, tokens=16, ratio_tokens=16, runs=1, deadline_s=300.0)
 
-    def part(self, name: str, *, env: dict[str, str] | None = None, **asked: Any) -> Any:
-        """What the part gave, or the RuntimeError that it ended with; the second time without running it again."""
-        key = json.dumps([name, env, asked], sort_keys=True)
+    def part(self, name: str, *, env: dict[str, str] | None = None, again: int = 0, **asked: Any) -> Any:
+        """What the part gave, or the RuntimeError that it ended with; it runs once, and once more for each `again`."""
+        key = json.dumps([name, env, again, asked], sort_keys=True)
         if key not in self._gave:
             try:
                 self._gave[key] = run_part(name, self.folder, deadline_s=self.deadline_s, env=env, **asked)
@@ -90,13 +94,24 @@ class Session:
         """This one with few steps of log-normal lengths, of which TRL takes minutes for one."""
         return dataclasses.replace(self, unequal_runs=UNEQUAL_RUNS)
 
-    def floors(self) -> dict[str, tuple[float, float]]:
-        """Phase ► seconds of (bare generation, bare training), medians."""
-        generation = self.part("vllm", phases=self.phases(), dtype=self.dtype)
-        training = self.part("deepspeed", phases=self.phases(), dtype=self.dtype, env=KEEP_MEMORY)  # as our ranks have
-        return {name: (statistics.median(generation[name]), statistics.median(training[name])) for name in generation}
+    def floors(self, around: str = AROUND[0]) -> Floors:
+        """Phase ► seconds of (bare generation, bare training), medians of what was measured before and after that run
+        of ours: what the machine does meanwhile concerns both. Where it is quick, once for all.
+        """
+        if self.quick:
+            return _medians(self._bare(0, self.runs))
+        runs, rounds = -(-self.runs // 2), AROUND.index(around)
+        for i, run in enumerate(AROUND[: rounds + 1]):  # in the order of time, whatever is asked for first
+            self._bare(i, runs)
+            self.ours(run)
+        return _medians(self._bare(rounds, runs), self._bare(rounds + 1, runs))
 
-    def floors_beside(self) -> dict[str, tuple[float, float]]:
+    def _bare(self, again: int, runs: int) -> tuple[Seconds, Seconds]:
+        """Seconds by phase of (generation, training)."""
+        asked = {"phases": dataclasses.replace(self, runs=runs).phases(), "dtype": self.dtype, "again": again}
+        return self.part("vllm", **asked), self.part("deepspeed", env=KEEP_MEMORY, **asked)  # as our ranks have it
+
+    def floors_beside(self) -> Floors:
         """As `floors`, while the other part runs on the other core: they share caches and the way to memory."""
         names = ("vllm", "deepspeed")
         phases = dataclasses.replace(self, runs=min(self.runs, BESIDE_RUNS)).phases()
@@ -106,15 +121,21 @@ class Session:
                                  beside=dataclasses.asdict(Beside(folder, name, other, core)))
                      for core, (name, other) in enumerate((names, names[::-1]))]
             generation, training = (part.result() for part in parts)
-        return {name: (statistics.median(generation[name]), statistics.median(training[name])) for name in generation}
+        return _medians((generation, training))
 
     def ours(self, run: str) -> dict[str, Any]:
         """Phase ► metrics of the measured steps, notes of the ranks."""
         asked = {"cores": {}, **RUNS[run]}
         # What starts before the other lengths do is still of the old ones: it passes within the bound.
-        warm_up = 1 + 2 * bool(asked.get("driver.max_staleness"))
+        warm_up = 1 + (1 if self.quick else 2) * bool(asked.get("driver.max_staleness"))
         return self.part("ours", phases=self.phases(warm_up=warm_up), dtype=self.dtype, **asked)
 
     def step_s(self, run: str, phase: str) -> list[float]:
         """Seconds of each measured step."""
         return [step["driver/step_s"] for step in self.ours(run)[phase]["steps"]]
+
+
+def _medians(*rounds: tuple[Seconds, Seconds]) -> Floors:
+    names = rounds[0][0]
+    return {name: (statistics.median([s for generation, _ in rounds for s in generation[name]]),
+                   statistics.median([s for _, training in rounds for s in training[name]])) for name in names}

@@ -20,7 +20,7 @@ NUM_SEQUENCES = NUM_PROMPTS * GROUP_SIZE
 SIGMA = 0.8
 CONTEXT = 2048
 MICRO_BATCH_TOKENS = 4608  # 16 sequences of 16 + 256 tokens a micro-batch, with us and bare
-KV_GIB = 2.0  # room for two batches in flight, in fp32
+KV_GIB, KV_TOKENS = 2.0, 272  # room for two batches in flight, in fp32, of sequences of so many tokens on average
 VOCAB = 4096
 #: Name ► hidden size, layers of a model: 29M parameters, 61M (245 MB in fp32), and one for what doesn't depend on it.
 SIZES = {"29M": (512, 8), "60M": (640, 11), "small": (128, 2)}
@@ -60,6 +60,12 @@ class Phase:
     @property
     def groups(self) -> list[list[int]]:
         return [self.lengths[i : i + GROUP_SIZE] for i in range(0, NUM_SEQUENCES, GROUP_SIZE)]
+
+
+def kv_gib(phases: Sequence[Phase]) -> float:
+    """Room for two batches in flight of the longest phase. Not more: a processor takes seconds for each GiB."""
+    most = max(sum(phase.lengths) / len(phase.lengths) for phase in phases)
+    return max(0.25, KV_GIB * (PROMPT_TOKENS + most) / KV_TOKENS)
 
 
 def micro_batches(lengths: Sequence[int]) -> list[list[int]]:
@@ -113,6 +119,6 @@ def options(folder: Path, *, dtype: str, phases: Sequence[Phase]) -> dict[str, A
         "algo.beta": 0.0, "algo.entropy_coef": 0.0, "batch.prompts_per_step": NUM_PROMPTS,
         "batch.max_tokens_per_micro_batch": MICRO_BATCH_TOKENS, "rollout.group_size": GROUP_SIZE,
         "rollout.max_tokens": longest, "rollout.max_model_len": PROMPT_TOKENS + longest, "rollout.ignore_eos": True,
-        "rollout.kv_cache_gib": KV_GIB, "driver.num_steps": sum(phase.steps for phase in phases),
+        "rollout.kv_cache_gib": kv_gib(phases), "driver.num_steps": sum(phase.steps for phase in phases),
         "observability.samples_per_step": 0, "observability.progress": False, "cluster.device": "cpu",
     }

@@ -1,6 +1,6 @@
 """Sequences in one row, apart by their borders: the same log-probs and gradients as in rows of their own.
 
-The kernels need a GPU; elsewhere the formula stands in for them, by torch's own description of their arguments.
+The kernels need a GPU; elsewhere the formula stands in for them, as where a model is tried at its loading.
 """
 
 from __future__ import annotations
@@ -11,11 +11,20 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, Gemma2Config, MistralConfig, PreTrainedConfig, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    DogeConfig,
+    Gemma2Config,
+    Llama4TextConfig,
+    MiniCPM3Config,
+    MistralConfig,
+    PreTrainedConfig,
+    Qwen3Config,
+)
 
 from flux_ray.batch import MicroBatch, make_micro_batch
 from flux_ray.errors import UserError
-from flux_ray.model import load_policy, varlen
+from flux_ray.model import load, load_policy, varlen
 from flux_ray.model.load import resolve_layout
 from flux_ray.records import Sample
 
@@ -26,24 +35,6 @@ SIZES = dict(vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_la
              bos_token_id=None, initializer_range=0.15)
 MODELS = [Qwen3Config(**SIZES), MistralConfig(**SIZES, sliding_window=16)]
 LENGTHS = (140, 3, 57, 200)
-
-
-def by_the_formula(
-    query: Tensor, key: Tensor, value: Tensor, cu_seq_q: Tensor, cu_seq_k: Tensor, max_q: int, max_k: int, *,
-    scale: float | None, window_size: tuple[int, int], enable_gqa: bool,
-) -> Tensor:
-    """torch.nn.attention.varlen.varlen_attn as it is documented, sequence after sequence."""
-    assert torch.equal(cu_seq_q, cu_seq_k) and cu_seq_q.dtype == torch.int32 and window_size[1] == 0
-    assert max_q == max_k == int(cu_seq_q.diff().max()) and enable_gqa == (query.shape[1] != key.shape[1])
-    shared, outputs = query.shape[1] // key.shape[1], []
-    for start, stop in zip(cu_seq_q[:-1].tolist(), cu_seq_q[1:].tolist(), strict=True):
-        q, k, v = (t[start:stop].transpose(0, 1) for t in (query, key, value))
-        back = torch.arange(stop - start)[:, None] - torch.arange(stop - start)
-        seen = (back >= 0) & ((back <= window_size[0]) if window_size[0] >= 0 else True)
-        scores = q @ k.repeat_interleave(shared, 0).transpose(1, 2) * (scale or query.shape[-1] ** -0.5)
-        probs = scores.masked_fill(~seen, -torch.inf).softmax(-1)
-        outputs.append((probs @ v.repeat_interleave(shared, 0)).transpose(0, 1))
-    return torch.cat(outputs)
 
 
 def saved(config: PreTrainedConfig, folder: Path) -> Path:
@@ -78,7 +69,6 @@ def test_borders_window_and_scale_are_those_of_padded_rows(tmp_path, monkeypatch
     saved(config, tmp_path)
     wanted = results(tmp_path, "padded", torch.float32, "cpu")
     monkeypatch.setattr(varlen, "why_not", lambda dtype: None)
-    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", by_the_formula)
     assert off_by(results(tmp_path, "varlen", torch.float32, "cpu"), wanted) < 1e-5
 
 
@@ -98,14 +88,37 @@ def test_auto_is_varlen_on_a_gpu_in_bf16() -> None:
     assert resolve_layout("auto", "auto", torch.float32) == ("padded", "sdpa")
 
 
-def test_a_model_that_the_kernels_cant_do_is_padded_and_a_choice_refused(tmp_path, monkeypatch) -> None:
-    config = Gemma2Config(**SIZES, attn_logit_softcapping=50.0, final_logit_softcapping=None)
-    saved(config, tmp_path)
+#: What the kernels can't do ► a model that has it.
+UNABLE = {
+    "a cap on its attention's scores": Gemma2Config(**SIZES, attn_logit_softcapping=50.0, final_logit_softcapping=None),
+    "heads of 20 and values of 20": Qwen3Config(**SIZES | {"head_dim": 20}),
+    "heads of 48 and values of 32": MiniCPM3Config(
+        **{k: v for k, v in SIZES.items() if k != "head_dim"} | {"num_key_value_heads": 4}, q_lora_rank=16,
+        kv_lora_rank=16, qk_nope_head_dim=32, qk_rope_head_dim=16, v_head_dim=32),
+    "a mask of its own": DogeConfig(**SIZES),
+    "attention in chunks": Llama4TextConfig(**SIZES, num_local_experts=1, intermediate_size_mlp=128,
+                                            attention_chunk_size=64, moe_layers=[]),
+}
+
+
+@pytest.mark.parametrize("unable", UNABLE)
+def test_a_model_that_the_kernels_cant_do_is_padded_and_a_choice_refused(tmp_path, monkeypatch, unable: str) -> None:
+    hf = AutoModelForCausalLM.from_config(UNABLE[unable], dtype=torch.bfloat16, attn_implementation="sdpa")
     monkeypatch.setattr(varlen, "why_not", lambda dtype: None)
-    assert load_policy(tmp_path, dtype=torch.bfloat16, chunk_tokens=64).layout == "padded"
-    with pytest.raises(UserError, match="layout=varlen: gemma2 has a cap on its attention's scores"):
-        load_policy(tmp_path, dtype=torch.bfloat16, layout="varlen", chunk_tokens=64)
-    assert varlen.why_not_this(Qwen3Config(**SIZES | {"head_dim": 20})) == "heads of 20"
+    assert load._layout_for(hf, "auto", "auto", torch.bfloat16)[0] == "padded"
+    assert hf.config._attn_implementation == "sdpa"
+    for layout, attention, named in (("varlen", "auto", "model.layout=varlen"),
+                                     ("auto", varlen.TORCH_VARLEN, "model.attention=torch_varlen")):
+        with pytest.raises(UserError) as told:
+            load._layout_for(hf, layout, attention, torch.bfloat16)
+        assert str(told.value).startswith(f"{named}: {hf.config.model_type} has {unable}: use model.layout=padded")
+
+
+@pytest.mark.parametrize("config", MODELS, ids=lambda config: config.model_type)
+def test_a_model_that_they_can_do_is_packed(tmp_path, monkeypatch, config: PreTrainedConfig) -> None:
+    monkeypatch.setattr(varlen, "why_not", lambda dtype: None)
+    policy = load_policy(saved(config, tmp_path), dtype=torch.bfloat16, chunk_tokens=64)
+    assert (policy.layout, policy.hf.config._attn_implementation) == ("varlen", varlen.TORCH_VARLEN)
 
 
 def test_it_is_refused_where_rows_are_padded() -> None:
@@ -113,8 +126,8 @@ def test_it_is_refused_where_rows_are_padded() -> None:
         resolve_layout("padded", varlen.TORCH_VARLEN, torch.bfloat16)
 
 
-@pytest.mark.parametrize("more", [{"softcap": 1.0}, {"s_aux": torch.zeros(2)}, {"dropout": 0.1}])
+@pytest.mark.parametrize("more", [{"softcap": 1.0}, {"s_aux": torch.zeros(2)}, {"dropout": 0.1}, {}])
 def test_what_the_kernels_dont_have_is_never_left_out_in_silence(more: dict[str, object]) -> None:
     tensor = torch.zeros(1, 2, 4, 32)
-    with pytest.raises(NotImplementedError, match=next(iter(more))):
+    with pytest.raises(NotImplementedError):
         varlen.torch_varlen(torch.nn.Module(), tensor, tensor, tensor, None, **more)

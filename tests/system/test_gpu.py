@@ -18,7 +18,7 @@ MAX_GAP = 0.25  # nats of a single token in bf16: random weights, log-probs of u
 @pytest.mark.parametrize(("backend", "staleness"), [("ipc", 0), ("ipc", 1), ("gloo", 0)])
 def test_engine_and_trainer_share_a_gpu(toys, tmp_path, backend: str, staleness: int) -> None:
     config = FluxConfig(algorithm="grpo", run_dir=str(tmp_path / "run"), **{
-        "model.path": str(toys.tied), "cluster.device": "cuda", "weights.backend": backend,
+        "model.path": str(toys.tied), "cluster.device": "cuda", "cluster.colocate": True, "weights.backend": backend,
         "rollout.max_tokens": 16, "rollout.engine_args": {"enforce_eager": True}, "batch.prompts_per_step": 8,
         "algo.beta": 0.01, "train.learning_rate": 3e-3, "train.warmup_steps": 0, "driver.max_staleness": staleness,
         "reward.functions": [f"{toys.rewards}:digits"], "driver.num_steps": NUM_STEPS})
