@@ -151,7 +151,8 @@ async def _bare_vllm(folder: Path, phases: Sequence[Phase], dtype: str, enforce_
 
     longest = max(max(phase.lengths) for phase in phases)
     engine = AsyncLLM.from_engine_args(AsyncEngineArgs(
-        model=str(folder / "29M"), dtype=dtype, enforce_eager=enforce_eager, kv_cache_memory_bytes=int(kv_gib(phases) * 2**30),
+        model=str(folder / "29M"), dtype=dtype, enforce_eager=enforce_eager,
+        kv_cache_memory_bytes=int(kv_gib(phases) * 2**30),
         max_model_len=min(CONTEXT, PROMPT_TOKENS + longest), distributed_executor_backend="uni",
         disable_log_stats=True, enable_chunked_prefill=False, max_num_batched_tokens=8192))
 

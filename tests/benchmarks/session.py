@@ -40,8 +40,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "both_cores_asynchronous": {"rollout.num_engines": 1, "train.num_ranks": 2, "driver.max_staleness": 2,
                                 "rollout.kv_after_update": "keep", **COMPILED},
 }
-#: Runs of ours that bare parts are measured around, one after the other.
-AROUND = ("synchronous", "asynchronous")
+BARE = ("vllm", "deepspeed")  # parts: generation, training
 Seconds = dict[str, list[float]]  # of a part's steps, by phase
 Floors = dict[str, tuple[float, float]]  # phase ► (generation, training)
 
@@ -63,6 +62,7 @@ class Session:
     peer_setting: tuple[int, int] | None = None
     deadline_s: float = 3600.0
     _gave: dict[str, Any] = field(default_factory=dict)
+    _around: dict[str, Floors] = field(default_factory=dict)  # a run of ours ► the bare parts around it
 
     @classmethod
     def short(cls, folder: Path, dtype: str) -> Session:
@@ -94,32 +94,38 @@ class Session:
         """This one with few steps of log-normal lengths, of which TRL takes minutes for one."""
         return dataclasses.replace(self, unequal_runs=UNEQUAL_RUNS)
 
-    def floors(self, around: str = AROUND[0]) -> Floors:
+    def floors(self, around: str = "synchronous") -> Floors:
         """Phase ► seconds of (bare generation, bare training), medians of what was measured before and after that run
-        of ours: what the machine does meanwhile concerns both. Where it is quick, once for all.
+        of ours, half the steps each: what the machine does meanwhile concerns both. Where it is quick, once for all.
         """
         if self.quick:
             return _medians(self._bare(0, self.runs))
-        runs, rounds = -(-self.runs // 2), AROUND.index(around)
-        for i, run in enumerate(AROUND[: rounds + 1]):  # in the order of time, whatever is asked for first
-            self._bare(i, runs)
-            self.ours(run)
-        return _medians(self._bare(rounds, runs), self._bare(rounds + 1, runs))
+        if around not in self._around:
+            runs = -(-self.runs // 2)
+            before = self._bare(self._number_of_last_bare(), runs)
+            self.ours(around)
+            self._around[around] = _medians(before, self._bare(len(self._gave), runs))
+        return self._around[around]
+
+    def _number_of_last_bare(self) -> int:
+        """Of what was measured last, where that was the bare parts; else a new one."""
+        parts = [json.loads(key) for key in self._gave]
+        return parts[-1][2] if parts and parts[-1][0] == BARE[-1] and parts[-1][2] else len(parts)
 
     def _bare(self, again: int, runs: int) -> tuple[Seconds, Seconds]:
         """Seconds by phase of (generation, training)."""
         asked = {"phases": dataclasses.replace(self, runs=runs).phases(), "dtype": self.dtype, "again": again}
-        return self.part("vllm", **asked), self.part("deepspeed", env=KEEP_MEMORY, **asked)  # as our ranks have it
+        generation, training = BARE
+        return self.part(generation, **asked), self.part(training, env=KEEP_MEMORY, **asked)  # as our ranks have it
 
     def floors_beside(self) -> Floors:
         """As `floors`, while the other part runs on the other core: they share caches and the way to memory."""
-        names = ("vllm", "deepspeed")
         phases = dataclasses.replace(self, runs=min(self.runs, BESIDE_RUNS)).phases()
         with tempfile.TemporaryDirectory(dir=self.folder) as folder, ThreadPoolExecutor(2) as side:
             parts = [side.submit(run_part, name, self.folder, deadline_s=self.deadline_s, phases=phases,
                                  dtype=self.dtype, env=KEEP_MEMORY if name == "deepspeed" else None,
                                  beside=dataclasses.asdict(Beside(folder, name, other, core)))
-                     for core, (name, other) in enumerate((names, names[::-1]))]
+                     for core, (name, other) in enumerate((BARE, BARE[::-1]))]
             generation, training = (part.result() for part in parts)
         return _medians((generation, training))
 

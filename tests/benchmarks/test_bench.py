@@ -71,6 +71,21 @@ def test_a_session_may_have_one_kind_of_lengths(tmp_path):
     assert session.phases()[0]["lengths"] == log_normal(8)
 
 
+def test_bare_parts_are_measured_before_and_after_each_run_of_ours(tmp_path, monkeypatch):
+    ran = []
+
+    def part(name, folder, *, deadline_s, env=None, **asked):
+        ran.append(name)
+        return {EQUAL: [float(len(ran))], UNEQUAL: [float(len(ran))]}
+
+    monkeypatch.setattr("tests.benchmarks.session.run_part", part)
+    session = Session(tmp_path, "float32", runs=2)
+    assert session.of_ratios().floors("synchronous")[EQUAL] == ((1 + 4) / 2, (2 + 5) / 2)
+    assert session.of_ratios().floors("asynchronous")[EQUAL] == ((4 + 7) / 2, (5 + 8) / 2)
+    assert session.of_ratios().floors("synchronous")[EQUAL] == ((1 + 4) / 2, (2 + 5) / 2)
+    assert ran == ["vllm", "deepspeed", "ours", "vllm", "deepspeed", "ours", "vllm", "deepspeed"]
+
+
 @pytest.mark.parametrize(("arguments", "said"), [
     (("--lengths", "long"), "invalid choice: 'long'"), (("--trl", "2"), "expected 2 arguments"),
     (("--trl", "2", "0"), "--trl [2, 0]: at least 1"), (("--runs", "0"), "--runs 0: at least 1"),
