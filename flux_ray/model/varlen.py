@@ -21,7 +21,8 @@ LEAST_CAPABILITY = (8, 0)  # Ampere
 MOST_HEAD_DIM, HEAD_DIM_STEP = 256, 8
 #: What a model asks of attention beyond what the kernels have: argument ► in words.
 UNABLE = {"softcap": "a cap on its attention's scores", "s_aux": "attention sinks",
-          "position_bias": "a bias on its attention's scores"}
+          "position_bias": "a bias on its attention's scores", "indices": "sparse attention",
+          "block_indices": "sparse attention"}
 CHUNKED = "attention_chunk_size"  # of a model's config: transformers says it in the mask alone, which is none here
 
 
@@ -54,7 +55,8 @@ def torch_varlen(
     asked = [words for name, words in UNABLE.items() if more.get(name) is not None]
     asked += ["dropout"] * bool(more.get("dropout"))
     asked += ["a mask of its own"] * (attention_mask is not None)
-    asked += ["no borders of sequences"] * ("cu_seq_lens_q" not in more)
+    asked += ["attention to later tokens"] * (more.get("is_causal") is False)
+    asked += ["attention that isn't told where sequences begin"] * ("cu_seq_lens_q" not in more)
     head_dim = query.shape[-1]
     if head_dim > MOST_HEAD_DIM or head_dim % HEAD_DIM_STEP or value.shape[-1] != head_dim:
         asked.append(f"heads of {head_dim} and values of {value.shape[-1]}")

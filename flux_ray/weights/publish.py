@@ -12,7 +12,11 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
+import torch
+
 from flux_ray import ports
+from flux_ray.weights.sender import GlooSender
+from flux_ray.weights.source import TrainerSource
 
 #: Calls a method on every engine, with one tuple of arguments for each, under a deadline; gives their results.
 CallEngines = Callable[[str, list[tuple[Any, ...]]], list[Any]]
@@ -88,14 +92,13 @@ class Publisher:
 
     @property
     def _joins(self) -> bool:
-        """Whether this rank has an end of the wire; only those pay for importing vLLM."""
+        """Whether this rank has an end of the wire."""
         return self._rank == 0 or self._backend == "ipc"
 
     def prepare(self) -> None:
-        """Import what `connect` needs: several seconds, well spent while the engines load."""
-        if self._joins:
-            import flux_ray.weights.gloo
-            import flux_ray.weights.source  # noqa: F401
+        """Import what `connect` needs: vLLM for its own senders, seconds that are well spent while the engines load."""
+        if self._joins and self._backend != "gloo":
+            import vllm.distributed.weight_transfer.factory  # noqa: F401
 
     def connect(
         self, call: CallEngines, *, workers_per_engine: Sequence[int], address: str, port: int, wire_dtype: str
@@ -106,32 +109,28 @@ class Publisher:
         """
         if not self._joins:
             return
-        import torch
-        from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
-
-        from flux_ray.weights.gloo import register
-        from flux_ray.weights.source import TrainerSource
-
-        register()
         if self._engine is not None:
             self._engine.shutdown()
         source = TrainerSource(self._weights, bucket_bytes=self._bucket_bytes, dtype=getattr(torch, wire_dtype))
         held = ports.taken(port)
         if held is not None:
-            held.close()  # vLLM listens by itself
-        info = self._init_info(address, port, world_size=1 + sum(workers_per_engine))
+            held.close()  # the sender listens by itself
         self._client = EngineClient(call, workers_per_engine)
-        self._engine = WeightTransferTrainerFactory.trainer_init(info, client=self._client, source=source)
+        world_size = 1 + sum(workers_per_engine)
         if self._backend == "gloo":
+            self._engine = GlooSender(
+                client=self._client, source=source, world_size=world_size, bucket_bytes=self._bucket_bytes,
+                timeout_s=self._deadline_s, staged=self._staged)
+            self._engine.connect(address)
             self._client.set_staged(self._engine.staged)
+        else:
+            from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
+
+            info = self._init_info(address, port, world_size=world_size)
+            self._engine = WeightTransferTrainerFactory.trainer_init(info, client=self._client, source=source)
 
     def _init_info(self, address: str, port: int, *, world_size: int) -> Any:
-        if self._backend == "gloo":
-            from flux_ray.weights.gloo import GlooTrainerInitInfo
-
-            return GlooTrainerInitInfo(
-                address, world_size, self._bucket_bytes, self._deadline_s, staged=self._staged, rank=self._rank
-            )
+        """What vLLM's own sender is told."""
         if self._backend == "nccl":
             from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 

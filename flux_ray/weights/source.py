@@ -1,7 +1,7 @@
-"""The trainer's weights in the shape vLLM's framework asks for.
+"""The trainer's weights in the shape that senders ask for, vLLM's and ours.
 
 Takes:  a training rank's metadata and tensors.
-Gives:  a WeightSource: the same names and shapes, in the type that the engines hold.
+Gives:  what vLLM calls a WeightSource: the same names and shapes, in the type that the engines hold.
 """
 
 from __future__ import annotations
@@ -10,21 +10,22 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
-from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
+
+from flux_ray.weights.buckets import Param
 
 if TYPE_CHECKING:
     from flux_ray.weights.publish import Weights
 
 
-class TrainerSource(WeightSource):
+class TrainerSource:
     def __init__(self, weights: Weights, *, bucket_bytes: int, dtype: torch.dtype) -> None:
         self._weights = weights
         self._bucket_bytes = bucket_bytes
         self._dtype = dtype
 
-    def metadata(self) -> list[ParamMeta]:
+    def metadata(self) -> list[Param]:
         return [
-            ParamMeta(name, self._wire(dtype), tuple(shape)) for name, dtype, shape in self._weights.weight_metadata()
+            Param(name, self._wire(dtype), tuple(shape)) for name, dtype, shape in self._weights.weight_metadata()
         ]
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:

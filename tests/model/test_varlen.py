@@ -20,6 +20,7 @@ from transformers import (
     MistralConfig,
     PreTrainedConfig,
     Qwen3Config,
+    StableLmConfig,
 )
 
 from flux_ray.batch import MicroBatch, make_micro_batch
@@ -96,6 +97,8 @@ UNABLE = {
         **{k: v for k, v in SIZES.items() if k != "head_dim"} | {"num_key_value_heads": 4}, q_lora_rank=16,
         kv_lora_rank=16, qk_nope_head_dim=32, qk_rope_head_dim=16, v_head_dim=32),
     "a mask of its own": DogeConfig(**SIZES),
+    "attention that isn't told where sequences begin": StableLmConfig(
+        **{k: v for k, v in SIZES.items() if k != "head_dim"}),
     "attention in chunks": Llama4TextConfig(**SIZES, num_local_experts=1, intermediate_size_mlp=128,
                                             attention_chunk_size=64, moe_layers=[]),
 }
@@ -105,13 +108,15 @@ UNABLE = {
 def test_a_model_that_the_kernels_cant_do_is_padded_and_a_choice_refused(tmp_path, monkeypatch, unable: str) -> None:
     hf = AutoModelForCausalLM.from_config(UNABLE[unable], dtype=torch.bfloat16, attn_implementation="sdpa")
     monkeypatch.setattr(varlen, "why_not", lambda dtype: None)
-    assert load._layout_for(hf, "auto", "auto", torch.bfloat16)[0] == "padded"
+    with pytest.warns(match=f"{hf.config.model_type} has {unable}"):
+        assert load._layout_for(hf, "auto", "auto", torch.bfloat16)[0] == "padded"
     assert hf.config._attn_implementation == "sdpa"
     for layout, attention, named in (("varlen", "auto", "model.layout=varlen"),
                                      ("auto", varlen.TORCH_VARLEN, "model.attention=torch_varlen")):
         with pytest.raises(UserError) as told:
             load._layout_for(hf, layout, attention, torch.bfloat16)
-        assert str(told.value).startswith(f"{named}: {hf.config.model_type} has {unable}: use model.layout=padded")
+        assert str(told.value) == (f"{named}: {hf.config.model_type} has {unable}: leave model.layout and "
+                                   "model.attention at auto")
 
 
 @pytest.mark.parametrize("config", MODELS, ids=lambda config: config.model_type)
@@ -126,7 +131,9 @@ def test_it_is_refused_where_rows_are_padded() -> None:
         resolve_layout("padded", varlen.TORCH_VARLEN, torch.bfloat16)
 
 
-@pytest.mark.parametrize("more", [{"softcap": 1.0}, {"s_aux": torch.zeros(2)}, {"dropout": 0.1}, {}])
+@pytest.mark.parametrize("more", [
+    {"softcap": 1.0}, {"s_aux": torch.zeros(2)}, {"dropout": 0.1}, {"is_causal": False}, {"indices": torch.ones(2)}, {},
+])
 def test_what_the_kernels_dont_have_is_never_left_out_in_silence(more: dict[str, object]) -> None:
     tensor = torch.zeros(1, 2, 4, 32)
     with pytest.raises(NotImplementedError):

@@ -1,0 +1,92 @@
+"""What both ends of a gloo transfer must agree on. No vLLM: the trainer's end has none of it to import.
+
+Takes:  parameters in the order of the wire: name, type on the wire, whole shape.
+Gives:  `buckets`, which cuts them; `unpack`; Invitation and Announcement, what an engine's worker is told.
+Knows:  both sides cut the same buckets from the same metadata, so only tensors travel over the wire (wire.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from flux_ray.weights.wire import padded
+
+
+@dataclass(frozen=True)
+class Param:
+    """A parameter as it travels: named as in a checkpoint. What vLLM calls ParamMeta."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        return self.dtype.itemsize * torch.Size(self.shape).numel()
+
+    @property
+    def room(self) -> int:
+        """Bytes that it has in a bucket: whatever follows it begins where any type may."""
+        return padded(self.num_bytes)
+
+
+def buckets(params: Sequence[Param], bucket_bytes: int) -> Iterator[list[Param]]:
+    """Cut the parameters, in order, into runs of at most `bucket_bytes` (a larger parameter is a bucket by itself)."""
+    run: list[Param] = []
+    size = 0
+    for param in params:
+        if run and size + param.room > bucket_bytes:
+            yield run
+            run, size = [], 0
+        run.append(param)
+        size += param.room
+    if run:
+        yield run
+
+
+def size_of(run: Sequence[Param]) -> int:
+    """Bytes of one bucket."""
+    return sum(param.room for param in run)
+
+
+def unpack(bucket: torch.Tensor, run: Sequence[Param]) -> list[tuple[str, torch.Tensor]]:
+    """Views of the bytes of one bucket, by name."""
+    pieces = bucket.split([param.room for param in run])
+    return [(param.name, piece[: param.num_bytes].view(param.dtype).view(param.shape))
+            for param, piece in zip(run, pieces, strict=True)]
+
+
+@dataclass
+class Invitation:
+    """What a worker needs to join; `rank_offset` is the rank of its engine's first worker."""
+
+    master_address: str
+    master_port: int
+    world_size: int
+    rank_offset: int
+    bucket_bytes: int
+    timeout_s: float
+    staged: bool | None  # keep a whole update beside the running model, and load it when it has come
+    memory: str | None  # name of the memory that a whole update goes through, where this is the sender's machine
+    memory_bytes: int
+
+
+@dataclass
+class Announcement:
+    """What one round sends: names, dtypes and full shapes, in the order of the wire."""
+
+    names: list[str]
+    dtype_names: list[str]
+    shapes: list[list[int]]
+
+    @classmethod
+    def of(cls, params: Sequence[Param]) -> Announcement:
+        return cls([p.name for p in params], [str(p.dtype).removeprefix("torch.") for p in params],
+                   [list(p.shape) for p in params])
+
+    def params(self) -> list[Param]:
+        rows = zip(self.names, self.dtype_names, self.shapes, strict=True)
+        return [Param(name, getattr(torch, dtype), tuple(shape)) for name, dtype, shape in rows]

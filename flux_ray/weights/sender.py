@@ -1,0 +1,118 @@
+"""The trainer's end of the gloo transfer, on rank 0: it packs what is gathered and sends it to every engine worker.
+
+Takes:  the trainer's weights (source.py), a way to call the engines (vLLM's VLLMWeightSyncClient protocol).
+Gives:  GlooSender: one connection, `send_weights` for each version, in the order of calls that vLLM's senders have.
+Knows:  bucket k + 1 is packed while bucket k is on its way.
+Never:  imports vLLM: that would cost each start seconds and the trainer's process its memory. Waits without a deadline:
+        the store and each broadcast have one; rank 0 or a dead engine is then named by the error.
+"""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from flux_ray.weights.buckets import Announcement, Invitation, Param, buckets, size_of, unpack
+from flux_ray.weights.source import TrainerSource
+from flux_ray.weights.wire import SENDER_RANK, Wire, create_memory, forget, join_group, padded
+
+
+class GlooSender:
+    def __init__(
+        self, *, client: Any, source: TrainerSource, world_size: int, bucket_bytes: int, timeout_s: float,
+        staged: bool | None = False,
+    ) -> None:
+        """`world_size`: with all engine workers; `staged` None: where shared memory holds the update anyway."""
+        self._client, self._source = client, source
+        self._world_size, self._bucket_bytes, self._timeout_s = world_size, bucket_bytes, timeout_s
+        self._staged = staged
+        self._store: Any = None
+        self._wire: Wire | None = None
+
+    def connect(self, address: str) -> None:
+        """Meet all engine workers: they find this end at `address`."""
+        timeout = datetime.timedelta(seconds=self._timeout_s)
+        self._store = dist.TCPStore(
+            address, 0, self._world_size, is_master=True, timeout=timeout, wait_for_workers=False
+        )
+        num_bytes = sum(padded(size_of(run)) for run in buckets(self._source.metadata(), self._bucket_bytes))
+        name, memory = create_memory(num_bytes) or (None, None)
+        worker = Invitation(
+            address,
+            self._store.port,
+            self._world_size,
+            rank_offset=1,
+            bucket_bytes=self._bucket_bytes,
+            timeout_s=self._timeout_s,
+            staged=self._staged,
+            memory=name,
+            memory_bytes=num_bytes,
+        )
+        # The workers wait in their own join for us: ask them from a side thread while we join.
+        try:
+            with ThreadPoolExecutor(1) as side:
+                joined = side.submit(self._client.init_weight_transfer_engine, asdict(worker))
+                group = join_group(
+                    address,
+                    self._store.port,
+                    rank=SENDER_RANK,
+                    world_size=self._world_size,
+                    timeout_s=self._timeout_s,
+                    store=self._store,
+                )
+                self._wire = Wire(group, memory)
+                joined.result()
+        finally:
+            if name is not None:
+                forget(name)
+
+    @property
+    def staged(self) -> bool:
+        """Whether an update comes in beside running requests: known once all have joined."""
+        assert self._wire is not None
+        return self._wire.shared if self._staged is None else self._staged
+
+    def send_weights(self) -> None:
+        params = self._source.metadata()
+        self._client.start_weight_update()
+        side = ThreadPoolExecutor(1)
+        try:
+            received = side.submit(self._client.update_weights, asdict(Announcement.of(params)))
+            self._send(params, self._source)
+            received.result()
+        except Exception:
+            cause = received.exception() if received.done() else None
+            if cause is not None:  # an engine gave up; that the send then found nobody is what came of it
+                raise cause from None
+            raise
+        finally:
+            side.shutdown(wait=False)  # after a failed send the workers still wait for us: don't wait for them
+        self._client.finish_weight_update()
+
+    def _send(self, params: Sequence[Param], source: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Pack bucket k + 1 while bucket k is on its way."""
+        assert self._wire is not None
+        self._wire.rewind()
+        tensors = iter(source)
+        sending: tuple[Any, torch.Tensor] | None = None
+        for run in buckets(params, self._bucket_bytes):
+            place = self._wire.place(size_of(run))
+            for (_, there), param in zip(unpack(place, run), run, strict=True):
+                name, tensor = next(tensors)
+                assert name == param.name, f"the source gave {name} where its metadata says {param.name}"
+                there.copy_(tensor)
+            if sending is not None:
+                sending[0].wait()
+            sending = (self._wire.broadcast(place), place)
+        if sending is not None:
+            sending[0].wait()
+        assert next(tensors, None) is None, "the source gave more than its metadata says"
+
+    def shutdown(self) -> None:
+        self._wire = self._store = None
