@@ -220,12 +220,14 @@ def test_stop_in_a_notebook_ends_the_run(tmp_path):
     from flux_ray import driver
 
     events: list[str] = []
+    waits = threading.get_ident()
 
     async def live() -> None:
         driver._interruptible()
         try:
-            threading.Timer(0.2, signal.raise_signal, [signal.SIGINT]).start()
-            await asyncio.sleep(30)
+            # To the thread that waits, as the kernel does: raise_signal is for the thread that calls it.
+            threading.Timer(0.2, signal.pthread_kill, [waits, signal.SIGINT]).start()
+            await asyncio.sleep(3600)
         finally:
             await asyncio.sleep(0.1)
             events.append("closed")
