@@ -13,7 +13,7 @@ from flux_ray.records import FINISH_LENGTH, FINISH_STOP, Prompt
 from flux_ray.rollout.dispatch import split
 from flux_ray.rollout.engine import CPU_BATCHED_TOKENS, PROBE_SAMPLES, RolloutEngine
 from flux_ray.rollout.functions import Turns
-from flux_ray.weights import gloo
+from flux_ray.weights import sender
 from flux_ray.weights.publish import Publisher
 from tests.rollout.conftest import TEMPERATURE
 from tests.tiny import EOS_ID
@@ -168,7 +168,7 @@ async def test_every_update_reaches_the_tied_head(served, model, staged, shared,
     """Through memory of this machine, and through gloo alone, as between machines; staged where it costs nothing."""
     if shared != True:  # noqa: E712
         memory = {False: lambda num_bytes: None, "elsewhere": lambda num_bytes: ("not-here", torch.empty(num_bytes))}
-        monkeypatch.setattr(gloo, "create_memory", memory[shared])
+        monkeypatch.setattr(sender, "create_memory", memory[shared])
     wire = Wire(served, model, staged=staged)
     await wire.connect()
     assert wire.is_shared == (shared is True), "an engine of another machine can't map it"
