@@ -227,7 +227,7 @@ def test_stop_in_a_notebook_ends_the_run(tmp_path):
         try:
             # To the thread that waits, as the kernel does: raise_signal is for the thread that calls it.
             threading.Timer(0.2, signal.pthread_kill, [waits, signal.SIGINT]).start()
-            await asyncio.sleep(3600)
+            await asyncio.sleep(60)
         finally:
             await asyncio.sleep(0.1)
             events.append("closed")
@@ -239,9 +239,11 @@ def test_stop_in_a_notebook_ends_the_run(tmp_path):
             events.append("interrupted")
 
     loop = asyncio.new_event_loop()   # asyncio.run would make a cancellation of the signal; a notebook's loop doesn't
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)   # a shell's background job is started without
     try:
         loop.run_until_complete(cell())
     finally:
+        signal.signal(signal.SIGINT, before)
         loop.close()
     assert events == ["closed", "interrupted"]
 
