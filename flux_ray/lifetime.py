@@ -31,6 +31,12 @@ def end_with_parent() -> None:
 
 def register() -> None:
     """Called in each of vLLM's processes; of use in those that vLLM itself started for an engine of ours."""
-    asked_for = PLUGIN in os.environ.get("VLLM_PLUGINS", "").split(",")
-    if asked_for and multiprocessing.parent_process() is not None:
-        end_with_parent()
+    starter = multiprocessing.parent_process()  # who asked for it: what forked it may be another process
+    if starter is None or PLUGIN not in os.environ.get("VLLM_PLUGINS", "").split(","):
+        return
+
+    def watch() -> None:
+        starter.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, name="end with parent", daemon=True).start()

@@ -236,7 +236,7 @@ def _env(config: Config, plan: Plan, role: str) -> dict[str, str]:
         env |= {"OMP_NUM_THREADS": str(threads), "CUDA_VISIBLE_DEVICES": ""}
         env |= KEEP_MEMORY if role in FORWARDING else {}
     if role in (ENGINE, TRAINER):  # rank 0 of the trainer imports vLLM as well
-        env = engine_env(plan.device, tensor_parallel_size=config.rollout.tensor_parallel_size) | env
+        env = engine_env(plan.device, config.rollout) | env
     return env | config.cluster.env
 
 

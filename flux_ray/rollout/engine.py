@@ -19,11 +19,12 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from flux_ray.config import Config
+from flux_ray.config import Config, RolloutConfig
 from flux_ray.errors import UserError
 from flux_ray.lifetime import PLUGIN
 from flux_ray.records import FINISH_LENGTH, FINISH_STOP, Completion, Prompt, RolloutGroup
 from flux_ray.rollout.check import ENTRY_POINT, check_engine_args, check_installed
+from flux_ray.rollout.forking import fork_engine_core
 from flux_ray.rollout.functions import get_rollout, one_turn
 
 PROBE_SAMPLES, PROBE_TOKENS = 4, 4  # enough to show weights that differ; few steps, for the trainer waits for them
@@ -34,13 +35,16 @@ TURN_SEED_STRIDE = 1_000_003  # the seeds of a trajectory's later turns lie this
 T = TypeVar("T")
 
 
-def engine_env(device: str, *, tensor_parallel_size: int) -> dict[str, str]:
+def engine_env(device: str, rollout: RolloutConfig) -> dict[str, str]:
     """Environment of the engine's process, set before vLLM is imported there."""
     env = {"VLLM_NO_USAGE_STATS": "1", "TOKENIZERS_PARALLELISM": "false", "VLLM_PLUGINS": f"{ENTRY_POINT},{PLUGIN}"}
     if device == "cpu":
         # Two OpenMP pools on one core are twenty times slower than one: each process computes with one thread, unbound.
         env |= {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-        if tensor_parallel_size == 1:
+        if rollout.engine_args.get("enforce_eager", True):
+            # vLLM would have a compiler write a line of its sampling at the first request, and again in mid-run.
+            env["TORCH_COMPILE_DISABLE"] = "1"
+        if rollout.tensor_parallel_size == 1:
             # Lets the engine core compute itself: a process fewer to start and to hold vLLM. Its OpenMP is set above.
             env["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     return env
@@ -80,6 +84,8 @@ class RolloutEngine:
 
     async def start(self) -> dict[str, Any]:
         """Load the model. Gives the context length in tokens."""
+        if self._device == "cpu":
+            fork_engine_core()
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -291,7 +297,8 @@ class RolloutEngine:
     async def close(self) -> None:
         """End vLLM's processes."""
         if self._engine is not None:
-            self._engine.shutdown()
+            # A CPU's process has nothing to give back; asked to end, it takes itself apart for seconds.
+            self._engine.shutdown(timeout=0.0 if self._device == "cpu" else None)
             self._engine = None
 
 

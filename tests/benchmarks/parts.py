@@ -144,6 +144,11 @@ async def _measured(step: Callable[[str, Phase], Awaitable[float]], phases: Sequ
 
 async def _bare_vllm(folder: Path, phases: Sequence[Phase], dtype: str, enforce_eager: bool,
                      other: Beside | None) -> dict[str, list[float]]:
+    from flux_ray.rollout.forking import fork_engine_core
+
+    if enforce_eager:
+        os.environ["TORCH_COMPILE_DISABLE"] = "1"  # as our engines
+    fork_engine_core()
     from vllm import SamplingParams
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.sampling_params import RequestOutputKind
@@ -174,7 +179,7 @@ async def _bare_vllm(folder: Path, phases: Sequence[Phase], dtype: str, enforce_
         return time.perf_counter() - start
 
     seconds = await _measured(step, phases, other)
-    engine.shutdown()
+    engine.shutdown(timeout=0.0)
     return seconds
 
 
@@ -227,6 +232,7 @@ def main() -> None:
     part = getattr(importlib.import_module(f"tests.benchmarks.{module}"), function)
     gave = part(folder, work, **json.loads((work / "asked.json").read_text()))
     (work / "gave.json").write_text(json.dumps(gave))
+    os._exit(0)  # else Python takes a second or two to take apart what was imported; `run_part` ends what is left
 
 
 if __name__ == "__main__":

@@ -16,9 +16,9 @@ TEMPERATURE = 0.7  # not 1: raw and processed log-probs differ
 async def served(tmp_path_factory):
     """The engine and where its model lies. Tied embeddings: the case in which an update can miss the LM head."""
     path = tiny_model(tmp_path_factory.mktemp("engine") / "model", tied=True)
-    os.environ.update(engine_env("cpu", tensor_parallel_size=1))
     config = from_dict({"model.path": str(path), "rollout.temperature": TEMPERATURE, "rollout.max_tokens": 48,
                         "rollout.max_num_seqs": 64, "driver.max_staleness": 1, "weights.deadline_s": 60.0})
+    os.environ.update(engine_env("cpu", config.rollout))
     engine = RolloutEngine(config, index=0, device="cpu", dtype="float32", weights_backend="gloo")
     await engine.start()
     try:

@@ -1,0 +1,43 @@
+"""How vLLM's engine core starts on CPU. That a whole engine does is tests/rollout/test_engine.py's."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from flux_ray.rollout import forking
+
+pytestmark = pytest.mark.unit
+
+
+def write_environment(file: str) -> None:
+    Path(file).write_text(json.dumps(dict(os.environ)))
+
+
+def test_the_environment_is_that_of_the_moment_and_not_of_the_process_that_forks(tmp_path, monkeypatch):
+    context = forking._Forking()
+    monkeypatch.setenv("SAID_BEFORE", "1")
+    first = context.Process(target=write_environment, name="first", kwargs={"file": str(tmp_path / "first")})
+    first.start()
+    first.join(30)
+    monkeypatch.setenv("SAID_LATER", "2")
+    monkeypatch.delenv("SAID_BEFORE")
+    second = context.Process(target=write_environment, name="second", kwargs={"file": str(tmp_path / "second")})
+    second.start()
+    second.join(30)
+    assert first.exitcode == second.exitcode == 0
+    assert json.loads((tmp_path / "first").read_text())["SAID_BEFORE"] == "1"
+    environment = json.loads((tmp_path / "second").read_text())
+    assert environment["SAID_LATER"] == "2" and "SAID_BEFORE" not in environment
+
+
+def test_what_the_linker_would_have_to_load_first_is_told_from_what_is_loaded_anyway(monkeypatch):
+    monkeypatch.delenv("LD_PRELOAD", raising=False)
+    nothing = forking._preloads()
+    monkeypatch.setenv("LD_PRELOAD", "/x/torch/lib/libgomp.so.1")
+    assert forking._preloads() == nothing == set()
+    monkeypatch.setenv("LD_PRELOAD", "/x/libtcmalloc.so:/x/torch/lib/libgomp.so.1")
+    assert forking._preloads() == {"/x/libtcmalloc.so"}
