@@ -242,8 +242,9 @@ class WeightsConfig:
                         choices=("auto", "nccl", "ipc", "gloo"))
     staging: str = knob("auto", "none: engines stop while new weights come in, one bucket at a time; host (gloo), "
                         "device (nccl): the whole update comes into main memory, or the GPU, beside running requests, "
-                        "and they stop to load it; auto: host where it costs no memory (gloo, through shared memory) "
-                        "and requests run meanwhile (driver.max_staleness), else none",
+                        "is made ready there as far as the model allows, and they stop to put it in place; auto: host "
+                        "where it comes through shared memory (gloo) and requests run meanwhile "
+                        "(driver.max_staleness), else none",
                         choices=("auto", "none", "host", "device"))
     bucket_mib: int = knob(64, "size of one packed bucket, in MiB", least=1)
     deadline_s: float = knob(120.0, "longest time of each phase of an update (connect, start, send, finish)", above=0)

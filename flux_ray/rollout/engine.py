@@ -262,6 +262,11 @@ class RolloutEngine:
 
         await self._answered(self._engine.update_weights(WeightTransferUpdateRequest(update_info=update_info)))
 
+    async def make_ready(self, num_buckets: int) -> None:
+        """Of a staged update that has come, one bucket after the other; between two of them running requests go on."""
+        for _ in range(num_buckets):
+            await self.update_weights({})
+
     async def finish_weight_update(self, version: int) -> str:
         """Serve `version` from now on. Gives the label that the engine core holds, for the attestation."""
         if self._staged:

@@ -8,7 +8,7 @@ Knows:  both sides cut the same buckets from the same metadata, so only tensors 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -76,11 +76,14 @@ class Invitation:
 
 @dataclass
 class Announcement:
-    """What one round sends: names, dtypes and full shapes, in the order of the wire."""
+    """What one round sends: names, dtypes and full shapes, in the order of the wire.
 
-    names: list[str]
-    dtype_names: list[str]
-    shapes: list[list[int]]
+    Without any it asks for one more bucket of those that were sent to be made ready.
+    """
+
+    names: list[str] = field(default_factory=list)
+    dtype_names: list[str] = field(default_factory=list)
+    shapes: list[list[int]] = field(default_factory=list)
 
     @classmethod
     def of(cls, params: Sequence[Param]) -> Announcement:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TypeAlias
 
 import torch
 from vllm.distributed.weight_transfer.base import (
@@ -23,12 +23,13 @@ from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
 from flux_ray.weights.background import in_background
 from flux_ray.weights.buckets import Announcement, Invitation, Param, buckets, size_of, unpack
+from flux_ray.weights.twin import TiedHead, Twin, can_have_twin, tied_heads
 from flux_ray.weights.wire import Wire, join_group, map_memory
 
 BACKEND = "gloo"
 NCCL_STAGED = "nccl_device"  # rollout engines ask for it where weights.staging=device
 IPC_PLAIN = "ipc_plain"  # rollout engines ask for it in the place of ipc
-Bucket = tuple[list[Param], torch.Tensor]  # parameters in their order, and the bytes of them all
+Bucket: TypeAlias = tuple[list[Param], torch.Tensor]  # parameters in their order, and the bytes of them all
 
 
 def register() -> None:
@@ -53,7 +54,10 @@ class GlooUpdateInfo(Announcement, WeightTransferUpdateInfo):
 
 
 class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo]):
-    """The engine worker's end: joins the group, receives buckets, loads them through vLLM's layerwise reload."""
+    """The engine worker's end: joins the group, receives buckets, loads them through vLLM's layerwise reload.
+
+    Staged: into a twin of the model, where it can have one.
+    """
 
     init_info_cls = GlooInitInfo
     update_info_cls = GlooUpdateInfo
@@ -61,10 +65,13 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
     _wire: Wire | None = None
     _arriving: Future[list[Bucket]] | None = None  # staged: what comes in beside the forward passes
     _tied: Sequence[TiedHead] = ()
+    _has_twin = False  # the model can be loaded beside itself
+    _twin: Twin | None = None
+    _left: Sequence[Bucket] = ()  # for it to load
 
     def init_transfer_engine(self, init_info: GlooInitInfo) -> None:
         self._info = init_info
-        self._tied = tied_heads(self.model)
+        self._tied, self._has_twin = tied_heads(self.model), can_have_twin(self.model)
         group = join_group(
             init_info.master_address,
             init_info.master_port,
@@ -82,16 +89,35 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
             self._start_load()
 
     def receive_weights(self, update_info: GlooUpdateInfo) -> None:
-        """Load each bucket as it comes; staged: return at once, while they come in on a thread of their own."""
+        """Load each bucket as it comes; staged: return at once, while they come in on a thread of their own. Then each
+        call without names makes one of them ready, between two forward passes of a model that goes on."""
         assert self._info is not None, "init_transfer_engine comes first"
+        if not update_info.names:
+            return self._make_ready()
         if not self._info.staged:
             return self._load(self._received(update_info))
+        self._twin = None
         self._arriving = in_background(lambda: list(self._received(update_info)))
 
+    def _make_ready(self) -> None:
+        assert self._arriving is not None, "an update comes first"
+        if not self._has_twin:
+            return
+        if self._twin is None:
+            self._twin, self._left = Twin(self.model, self._tied), self._arriving.result()
+        (run, place), *self._left = self._left
+        self._twin.load(unpack(place, run))
+        if not self._left:
+            self._twin.finish()
+
     def finish_weight_update(self) -> None:
-        """The engine is paused. Waits for what is staged; each broadcast of it has its deadline."""
+        """The engine is paused. What could not be made ready before is loaded now."""
         from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
 
+        if self._twin is not None:
+            self._twin.put_in_place(self.model_config.dtype)
+            self._twin = self._arriving = None
+            return
         if self._arriving is not None:
             arrived = self._arriving.result()
             self._arriving = None
@@ -124,28 +150,3 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
 
     def shutdown(self) -> None:
         self._wire = None
-
-
-class TiedHead(NamedTuple):
-    """An LM head and the embedding whose weight it has.
-
-    On CPU vLLM packs the head's weight into a buffer of its own at load. A reload replaces the embedding that it was
-    packed from and leaves the packed copy old, which no checksum of parameters can see: tie again and pack again.
-    """
-
-    head: Any
-    embedding: torch.nn.Module
-
-    def renew(self) -> None:
-        self.head.weight = self.embedding.weight
-        self.head.quant_method.process_weights_after_loading(self.head)
-
-
-def tied_heads(model: torch.nn.Module) -> list[TiedHead]:
-    """Whatever a model calls them: heads that have one weight with another module."""
-    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
-
-    modules = [module for module in model.modules() if isinstance(getattr(module, "weight", None), torch.Tensor)]
-    heads = [module for module in modules if isinstance(module, ParallelLMHead)]
-    others = {id(module.weight): module for module in modules if not isinstance(module, ParallelLMHead)}
-    return [TiedHead(head, others[id(head.weight)]) for head in heads if id(head.weight) in others]

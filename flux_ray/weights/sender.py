@@ -86,6 +86,8 @@ class GlooSender:
             received = side.submit(self._client.update_weights, asdict(Announcement.of(params)))
             self._send(params, self._source)
             received.result()
+            if self.staged:
+                self._client.make_ready(sum(1 for _ in buckets(params, self._bucket_bytes)))
         except Exception:
             cause = received.exception() if received.done() else None
             if cause is not None:  # an engine gave up; that the send then found nobody is what came of it

@@ -21,6 +21,7 @@ from flux_ray.rollout.functions import Generate, one_turn
 
 CORES, NOTES = "BENCH_CORES", "BENCH_NOTES"
 SEED = 0  # of every measured run
+KEPT = 8  # tokens of a watched response that are trained on
 
 
 def actor() -> str:
@@ -52,13 +53,21 @@ async def forced(prompt: Prompt, generate: Generate) -> list[Trajectory]:
 
 
 async def watched(prompt: Prompt, generate: Generate) -> list[Trajectory]:
-    """As `forced`; the first sample is streamed, and each of its tokens noted with time and version."""
+    """As `forced`; the first sample is streamed, and each of its tokens noted with time and version.
+
+    Only the first few tokens are trained on: the trainer is done while engines generate, and updates find requests that
+    run, as many each time.
+    """
     lengths = lengths_of(prompt)
     first, rest = await asyncio.gather(
         _streamed(generate._engine, prompt, lengths[0]),  # type: ignore[attr-defined]
         asyncio.gather(*(generate(prompt.token_ids, sample=i, max_tokens=length)
                          for i, length in enumerate(lengths) if i)))
-    return [one_turn(prompt, completion) for completion in (first, *(one for (one,) in rest))]
+    return [one_turn(prompt, _begun(completion)) for completion in (first, *(one for (one,) in rest))]
+
+
+def _begun(completion: Completion) -> Completion:
+    return Completion(completion.token_ids[:KEPT], completion.logprobs[:KEPT], completion.versions[:KEPT], "length")
 
 
 async def _streamed(engine: Any, prompt: Prompt, length: int) -> Completion:

@@ -19,8 +19,8 @@ from tests.benchmarks.figures import Measured
 from tests.benchmarks.session import Session
 from tests.benchmarks.work import PROMPT_TOKENS, Phase, options
 
-#: Of a step: few enough that the trainer is done before the engines are, enough that engines mostly have one that runs.
-PROMPTS, SAMPLES, TOKENS, STALENESS = 2, 2, 64, 2
+#: Of a step: each engine has one prompt, and generates the next step's when an update comes.
+PROMPTS, SAMPLES, TOKENS, STALENESS = 2, 2, 96, 1
 WARM_UP, FEWEST, QUICK = 3, 5, 3  # steps
 AFTER_UPDATE = ("recompute", "keep")  # of rollout.kv_after_update: what runs prefills again, or goes on with its KV
 

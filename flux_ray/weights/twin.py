@@ -1,0 +1,169 @@
+"""New weights of a running model on CPU, made ready beside its forward passes and put in place between two of them.
+
+Takes:  a vLLM model whose layers hold plain weights; tensors by their names in a checkpoint.
+Gives:  `Twin` and `can_have_twin`; `tied_heads`.
+Knows:  most of a load is what vLLM does with a layer's weights before it computes with them: on CPU it packs them for
+        oneDNN. Its reload does that to whatever modules it is given, here to ones that the forward passes don't use.
+Never:  touches the running model before `put_in_place`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from types import MethodType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+OWN = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")  # of a twin; it shares all else at first
+
+
+class TiedHead(NamedTuple):
+    """An LM head and the embedding whose weight it has.
+
+    On CPU vLLM packs the head's weight into a buffer of its own at load. A reload replaces the embedding that it was
+    packed from and leaves the packed copy old, which no checksum of parameters can see: tie again and pack again.
+    """
+
+    head: Any
+    embedding: nn.Module
+
+    def renew(self) -> None:
+        self.head.weight = self.embedding.weight
+        self.head.quant_method.process_weights_after_loading(self.head)
+
+
+def tied_heads(model: nn.Module) -> list[TiedHead]:
+    """Whatever a model calls them: heads that have one weight with another module."""
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+    modules = [module for module in model.modules() if isinstance(getattr(module, "weight", None), Tensor)]
+    heads = [module for module in modules if isinstance(module, ParallelLMHead)]
+    others = {id(module.weight): module for module in modules if not isinstance(module, ParallelLMHead)}
+    return [TiedHead(head, others[id(head.weight)]) for head in heads if id(head.weight) in others]
+
+
+def can_have_twin(model: nn.Module) -> bool:
+    """Whether each layer's weights are made ready by what stands in the layer alone: not of experts, not quantized."""
+    from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+    from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
+
+    plain = (type(None), UnquantizedLinearMethod, UnquantizedEmbeddingMethod)
+    return all(type(getattr(module, "quant_method", None)) in plain for module in model.modules())
+
+
+class Twin:
+    """One update: `load` all tensors, `finish`, both beside the running model; then `put_in_place`, where it stands."""
+
+    def __init__(self, model: nn.Module, tied: Iterable[TiedHead]) -> None:
+        from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
+        from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+
+        self._twins: dict[nn.Module, nn.Module] = {}
+        self._tied = list(tied)
+        self._model = self._twin_of(model)
+        for layer, twin in self._twins.items():
+            known, info = get_layerwise_info(layer), get_layerwise_info(twin)
+            parameters, buffers = known.restore_metadata
+            info.restore_metadata = _for_twin(parameters, layer, twin), _for_twin(buffers, layer, twin)
+            info.restore_device = known.restore_device
+            for name, parameter in twin._parameters.items():
+                if parameter is not None and name not in parameters:  # one that vLLM loads in place, such as a bias
+                    twin._parameters[name] = _copied(parameter)
+        initialize_layerwise_reload(self._model)
+        for twin in self._twins.values():
+            get_layerwise_info(twin).kernel_tensors = None  # the running model's: they are not to be written into
+
+    def _twin_of(self, module: nn.Module) -> nn.Module:
+        """A module of the same class and settings; a module that stands in two places stands there in the twin too."""
+        if module not in self._twins:
+            twin = self._twins[module] = object.__new__(type(module))
+            twin.__dict__.update(module.__dict__)
+            twin.__dict__.update({name: type(module.__dict__[name])(module.__dict__[name]) for name in OWN})
+            for name, child in module._modules.items():
+                twin._modules[name] = None if child is None else self._twin_of(child)
+        return self._twins[module]
+
+    @torch.no_grad()
+    def load(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        from vllm.model_executor.model_loader.mtp_validation import disable_mtp_completeness_check
+
+        with disable_mtp_completeness_check():  # a bucket is never the whole model
+            self._model.load_weights(tensors)  # type: ignore[operator]
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """What waits for tensors that no checkpoint has (padding), and heads that have their embedding's weight."""
+        from vllm.model_executor.model_loader.reload.layerwise import _layerwise_process, get_layerwise_info
+
+        ready = set()
+        for layer, twin in self._twins.items():
+            info = get_layerwise_info(twin)
+            if info.can_load() and info.load_numel > 0:
+                _layerwise_process(twin, info)
+            if not info.can_load():
+                ready.add(layer)
+        for head, embedding in self._tied:
+            TiedHead(self._twins[head], self._twins[embedding]).renew()
+        self._ready = [layer for layer in self._twins if layer in ready.union(tied.head for tied in self._tied)]
+
+    @torch.no_grad()
+    def put_in_place(self, dtype: torch.dtype) -> None:
+        """The running model must not run. `dtype`: its own."""
+        from vllm.model_executor.layers.attention import is_deferred_attention_layer
+
+        seen: set[int] = set()
+        for layer in self._ready:
+            twin = self._twins[layer]
+            for name, tensor in _loaded(layer):
+                if id(tensor) not in seen:
+                    tensor.data.copy_(getattr(twin, name))
+                    seen.add(id(tensor))
+            layer.__dict__.update({name: value for name, value in twin.__dict__.items()
+                                   if name not in OWN and value is not layer.__dict__.get(name)})
+        for layer in self._twins:
+            if is_deferred_attention_layer(layer):  # some derive from their projections what they compute with
+                layer.process_weights_after_loading(dtype)  # type: ignore[operator]
+        self._forget()
+
+    def _forget(self) -> None:
+        """What vLLM knows of a twin knows the twin: neither would ever go, nor the weights of the update before."""
+        from vllm.model_executor.model_loader.reload.layerwise import LAYERWISE_INFO
+
+        for twin in self._twins.values():
+            LAYERWISE_INFO.pop(twin, None)
+            twin.__dict__.clear()
+
+
+def _loaded(layer: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters, and the buffers that a checkpoint has."""
+    for name, parameter in layer._parameters.items():
+        if parameter is not None:
+            yield name, parameter
+    for name, buffer in layer._buffers.items():
+        if buffer is not None and name not in layer._non_persistent_buffers_set:
+            yield name, buffer
+
+
+def _for_twin(described: dict[str, Tensor], layer: nn.Module, twin: nn.Module) -> dict[str, Tensor]:
+    """What vLLM knows of the layer's tensors before it has packed them, with loaders of the twin's."""
+    from vllm.model_executor.model_loader.reload.layerwise import _get_original_loader
+    from vllm.model_executor.model_loader.reload.meta import to_meta_tensor
+
+    copies = {name: to_meta_tensor(tensor) for name, tensor in described.items()}
+    for copy in copies.values():
+        if hasattr(copy, "weight_loader"):  # which an earlier reload may have wrapped
+            copy.weight_loader = _get_original_loader(copy)  # type: ignore[attr-defined]
+        for key, value in copy.__dict__.items():
+            if isinstance(value, MethodType) and value.__self__ is layer:
+                copy.__dict__[key] = MethodType(value.__func__, twin)
+    return copies
+
+
+def _copied(parameter: nn.Parameter) -> nn.Parameter:
+    """With memory of its own; class and attributes (such as its loader) are the parameter's."""
+    copy = parameter.detach().clone()
+    copy.__class__ = parameter.__class__
+    copy.__dict__ = dict(parameter.__dict__)
+    return copy  # type: ignore[return-value]
