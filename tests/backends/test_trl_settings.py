@@ -69,6 +69,7 @@ def test_a_micro_batch_keeps_to_the_token_budget(budget, size):
     ("grpo", {"num_engines": 2}, "rollout.num_engines=2 isn't there"),
     ("grpo", {"rollout.engine_args": {"enforce_eager": True}}, "rollout.engine_args="),
     ("grpo", {"reference.path": "other"}, "reference.path=other isn't there"),
+    ("grpo", {"attention": "torch_varlen"}, "model.attention=torch_varlen isn't there: it pads"),
     ("gspo", {"aggregation": "token_mean"}, "algo.aggregation=token_mean isn't there for gspo"),
     ("rloo", {"entropy_coef": 0.1}, "algo.entropy_coef=0.1 isn't there for rloo"),
     ("grpo", {"train.lora.rank": 8}, "train.lora.rank=8 isn't there: adapters are trained on Ray alone"),

@@ -31,7 +31,7 @@ SHORT, LONG = 64, 4096  # tokens
 BYTES_OF_TCP = re.compile(r"bytes_(?:sent|received):(\d+)")
 HELD_S = {10: 0.05, 100: 0.3, 1000: 2.0}  # until all have been sent
 WARM_UP, STEPS = 3, {10: 1000, 100: 20, 1000: 10}
-QUICK_STEPS = {10: 100, 1000: 2}
+QUICK_WARM_UP, QUICK_STEPS = 1, {10: 100, 1000: 2}
 STEPS_LONG, QUICK_LONG = 40, 20
 LOOK_EVERY = 10  # steps: to look at the sockets starts a process, which is CPU time of the driver's
 MEMORY_WARM_UP = 50  # steps in which the driver grows to what it needs
@@ -41,11 +41,12 @@ CALLS, CALL_ROUNDS, CALL_EVERY_S, CALL_BYTES = 50, 10, 0.01, 400
 
 def _run(session: Session, groups: int, tokens: int = SHORT) -> list[dict[str, float]]:
     """The measured steps of a run with so many groups in flight."""
-    steps = (QUICK_STEPS if session.quick else STEPS)[groups]
+    steps, warm_up = (QUICK_STEPS, QUICK_WARM_UP) if session.quick else (STEPS, WARM_UP)
+    num_steps = steps[groups]
     if tokens != SHORT:
-        steps = QUICK_LONG if session.quick else STEPS_LONG
-    gave = session.part("driver", groups=groups, steps=WARM_UP + steps, tokens=tokens, hold_s=HELD_S[groups])
-    return gave[WARM_UP:]
+        num_steps = QUICK_LONG if session.quick else STEPS_LONG
+    gave = session.part("driver", groups=groups, steps=warm_up + num_steps, tokens=tokens, hold_s=HELD_S[groups])
+    return gave[warm_up:]
 
 
 def cpu(session: Session) -> list[Measured]:

@@ -21,7 +21,7 @@ from tests.benchmarks.work import PROMPT_TOKENS, Phase, options
 
 #: Of a step: each engine has one prompt, and generates the next step's when an update comes.
 PROMPTS, SAMPLES, TOKENS, STALENESS = 2, 2, 96, 1
-WARM_UP, FEWEST, QUICK = 3, 5, 3  # steps
+WARM_UP, FEWEST, QUICK = 2, 5, 3  # steps
 AFTER_UPDATE = ("recompute", "keep")  # of rollout.kv_after_update: what runs prefills again, or goes on with its KV
 
 

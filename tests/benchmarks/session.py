@@ -81,10 +81,12 @@ class Session:
         return self._gave[key]
 
     def phases(self, *, warm_up: int = 1) -> list[dict[str, Any]]:
-        """The steps of equal lengths, then those of log-normal ones, where both are asked for."""
+        """The steps of equal lengths, then those of log-normal ones, where both are asked for (quick: on what the first
+        ones have warmed up)."""
         runs = {EQUAL: self.runs, UNEQUAL: min(self.runs, self.unequal_runs or self.runs)}
-        return [dataclasses.asdict(Phase(name, LENGTHS[name](self.tokens), warm_up, runs[name]))
-                for name in self.lengths]
+        warm_ups = [warm_up, 0 if self.quick else warm_up]
+        return [dataclasses.asdict(Phase(name, LENGTHS[name](self.tokens), warm_ups[i], runs[name]))
+                for i, name in enumerate(self.lengths)]
 
     def of_ratios(self) -> Session:
         """This one (what parts gave is of both) with the tokens of figures against ourselves."""
@@ -134,7 +136,7 @@ class Session:
         """Phase ► metrics of the measured steps, notes of the ranks."""
         asked = {"cores": {}, **RUNS[run]}
         # What starts before the other lengths do is still of the old ones: it passes within the bound.
-        warm_up = 1 + (1 if self.quick else 2) * bool(asked.get("driver.max_staleness"))
+        warm_up = 1 if self.quick else 1 + 2 * bool(asked.get("driver.max_staleness"))
         return self.part("ours", phases=self.phases(warm_up=warm_up), dtype=self.dtype, **asked)
 
     def step_s(self, run: str, phase: str) -> list[float]:

@@ -81,14 +81,15 @@ def async_gain(session: Session) -> list[Measured]:
 
 
 def padding(session: Session) -> list[Measured]:
-    """Of two ranks, so that what keeps them in step counts too: tokens forwarded for nothing / tokens forwarded.
+    """Of two ranks, so that what keeps them in step counts too: tokens forwarded for nothing / tokens forwarded. One
+    engine, for which it changes nothing.
 
     Whole lengths, be it quick or not: short ones are padded more. The model's size changes nothing.
     """
     lengths = log_normal(FULL_TOKENS)
     phase = dataclasses.asdict(Phase(UNEQUAL, lengths, warm_up=0, runs=session.runs))
     more = RUNS["both_cores"] | {"model.path": str(session.folder / "small"), "cores": {},
-                                "rollout.kv_cache_gib": 0.25}
+                                "rollout.num_engines": 1, "rollout.kv_cache_gib": 0.25}
     ranks = session.part("ours", phases=[phase], dtype=session.dtype, **more)[UNEQUAL]["ranks"]
     shares = []
     for of_step in zip(*ranks, strict=True):

@@ -66,6 +66,8 @@ def test_a_session_may_have_one_kind_of_lengths(tmp_path):
     session = Session(tmp_path, "bfloat16", tokens=8, runs=4)
     assert [(phase["name"], phase["warm_up"], phase["runs"]) for phase in session.phases(warm_up=3)] == [
         (EQUAL, 3, 4), (UNEQUAL, 3, 4)]
+    short = Session.short(tmp_path, "bfloat16")
+    assert [phase["warm_up"] for phase in short.phases()] == [1, 0]
     session.lengths = (UNEQUAL,)
     assert [phase["name"] for phase in session.phases()] == [UNEQUAL]
     assert session.phases()[0]["lengths"] == log_normal(8)
