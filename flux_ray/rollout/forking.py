@@ -9,6 +9,7 @@ Never:  lets the engine core have another environment than vLLM made for it.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
 from importlib import import_module
@@ -22,7 +23,11 @@ PRELOAD = "flux_ray.rollout.preload"
 def fork_engine_core() -> None:
     """From now on a process imports vLLM, and so does this one; the engine cores of this one are forked from that."""
     forkserver.set_forkserver_preload([PRELOAD])
-    forkserver.ensure_running()
+    try:
+        forkserver.ensure_running()
+    except OSError as error:  # such as a folder for temporary files whose path is too long for a socket
+        logging.getLogger(__name__).warning("vLLM starts its engine core by itself, which takes longer: %s", error)
+        return
     import_module(PRELOAD)
     import vllm.v1.engine.utils as engine_utils
 

@@ -41,3 +41,13 @@ def test_what_the_linker_would_have_to_load_first_is_told_from_what_is_loaded_an
     assert forking._preloads() == nothing == set()
     monkeypatch.setenv("LD_PRELOAD", "/x/libtcmalloc.so:/x/torch/lib/libgomp.so.1")
     assert forking._preloads() == {"/x/libtcmalloc.so"}
+
+
+def test_where_nothing_can_be_forked_vllm_starts_its_core_by_itself(monkeypatch, caplog):
+    def fails():
+        raise OSError("AF_UNIX path too long")
+
+    monkeypatch.setattr(forking.forkserver, "ensure_running", fails)
+    monkeypatch.setattr(forking, "import_module", lambda name: pytest.fail("nothing to import"))
+    forking.fork_engine_core()
+    assert "AF_UNIX path too long" in caplog.text
