@@ -247,7 +247,8 @@ class WeightsConfig:
                         "(driver.max_staleness), else none",
                         choices=("auto", "none", "host", "device"))
     bucket_mib: int = knob(64, "size of one packed bucket, in MiB", least=1)
-    deadline_s: float = knob(120.0, "longest time of each phase of an update (connect, start, send, finish)", above=0)
+    deadline_s: float = knob(120.0, "longest time of each phase of an update (connect, start, send, make ready, "
+                             "finish)", above=0)
 
 
 @dataclass(frozen=True)

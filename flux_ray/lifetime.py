@@ -35,8 +35,13 @@ def register() -> None:
     if starter is None or PLUGIN not in os.environ.get("VLLM_PLUGINS", "").split(","):
         return
 
+    import psutil
+
+    process = psutil.Process(starter.pid)  # knows another one of the same number by its start
+
     def watch() -> None:
-        starter.join()
+        while process.is_running():
+            time.sleep(LOOK_EVERY_S)
         os._exit(1)
 
     threading.Thread(target=watch, name="end with parent", daemon=True).start()

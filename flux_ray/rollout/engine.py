@@ -44,6 +44,8 @@ def engine_env(device: str, rollout: RolloutConfig) -> dict[str, str]:
         if rollout.engine_args.get("enforce_eager", True):
             # vLLM would have a compiler write a line of its sampling at the first request, and again in mid-run.
             env["TORCH_COMPILE_DISABLE"] = "1"
+        else:  # as vLLM sets them: too late for a process that has imported the compiler
+            env |= {"TORCHINDUCTOR_COMPILE_THREADS": "1", "TORCHINDUCTOR_CPP_DYNAMIC_THREADS": "1"}
         if rollout.tensor_parallel_size == 1:
             # Lets the engine core compute itself: a process fewer to start and to hold vLLM. Its OpenMP is set above.
             env["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
@@ -262,9 +264,9 @@ class RolloutEngine:
 
         await self._answered(self._engine.update_weights(WeightTransferUpdateRequest(update_info=update_info)))
 
-    async def make_ready(self, num_buckets: int) -> None:
-        """Of a staged update that has come, one bucket after the other; between two of them running requests go on."""
-        for _ in range(num_buckets):
+    async def make_ready(self, num_rounds: int) -> None:
+        """Of a staged update that has come, one part after the other; between two of them running requests go on."""
+        for _ in range(num_rounds):
             await self.update_weights({})
 
     async def finish_weight_update(self, version: int) -> str:
@@ -302,8 +304,9 @@ class RolloutEngine:
     async def close(self) -> None:
         """End vLLM's processes."""
         if self._engine is not None:
-            # A CPU's process has nothing to give back; asked to end, it takes itself apart for seconds.
-            self._engine.shutdown(timeout=0.0 if self._device == "cpu" else None)
+            # A single process on CPU has nothing to give back; asked to end, it takes itself apart for seconds.
+            alone = self._device == "cpu" and self._config.rollout.tensor_parallel_size == 1
+            self._engine.shutdown(timeout=0.0 if alone else None)
             self._engine = None
 
 

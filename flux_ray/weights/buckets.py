@@ -14,6 +14,8 @@ import torch
 
 from flux_ray.weights.wire import padded
 
+MOST_ROUNDS = 8  # in which a staged update is made ready: each waits for a forward pass, whatever the model's size
+
 
 @dataclass(frozen=True)
 class Param:
@@ -47,6 +49,15 @@ def buckets(params: Sequence[Param], bucket_bytes: int) -> Iterator[list[Param]]
         yield run
 
 
+def num_rounds(num_buckets: int) -> int:
+    """In how many parts so many buckets are made ready.
+
+    >>> num_rounds(4), num_rounds(240)
+    (4, 8)
+    """
+    return min(num_buckets, MOST_ROUNDS)
+
+
 def size_of(run: Sequence[Param]) -> int:
     """Bytes of one bucket."""
     return sum(param.room for param in run)
@@ -78,7 +89,7 @@ class Invitation:
 class Announcement:
     """What one round sends: names, dtypes and full shapes, in the order of the wire.
 
-    Without any it asks for one more bucket of those that were sent to be made ready.
+    Without any it asks for the next of `num_rounds` parts of what was sent to be made ready.
     """
 
     names: list[str] = field(default_factory=list)

@@ -22,7 +22,7 @@ from vllm.distributed.weight_transfer.base import (
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
 from flux_ray.weights.background import in_background
-from flux_ray.weights.buckets import Announcement, Invitation, Param, buckets, size_of, unpack
+from flux_ray.weights.buckets import Announcement, Invitation, Param, buckets, num_rounds, size_of, unpack
 from flux_ray.weights.twin import TiedHead, Twin, can_have_twin, tied_heads
 from flux_ray.weights.wire import Wire, join_group, map_memory
 
@@ -68,9 +68,11 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
     _has_twin = False  # the model can be loaded beside itself
     _twin: Twin | None = None
     _left: Sequence[Bucket] = ()  # for it to load
+    _each_round = 0  # so many of them
 
     def init_transfer_engine(self, init_info: GlooInitInfo) -> None:
         self._info = init_info
+        self._forget_staged()
         self._tied, self._has_twin = tied_heads(self.model), can_have_twin(self.model)
         group = join_group(
             init_info.master_address,
@@ -85,18 +87,24 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
 
     def start_weight_update(self) -> None:
         assert self._info is not None, "init_transfer_engine comes first"
+        self._forget_staged()
         if not self._info.staged:
             self._start_load()
 
+    def _forget_staged(self) -> None:
+        """What is left of an update that failed half-way."""
+        if self._twin is not None:
+            self._twin.forget()
+        self._twin, self._arriving, self._left = None, None, ()
+
     def receive_weights(self, update_info: GlooUpdateInfo) -> None:
         """Load each bucket as it comes; staged: return at once, while they come in on a thread of their own. Then each
-        call without names makes one of them ready, between two forward passes of a model that goes on."""
+        call without names makes a part of them ready, between two forward passes of a model that goes on."""
         assert self._info is not None, "init_transfer_engine comes first"
         if not update_info.names:
             return self._make_ready()
         if not self._info.staged:
             return self._load(self._received(update_info))
-        self._twin = None
         self._arriving = in_background(lambda: list(self._received(update_info)))
 
     def _make_ready(self) -> None:
@@ -105,9 +113,11 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
             return
         if self._twin is None:
             self._twin, self._left = Twin(self.model, self._tied), self._arriving.result()
-        (run, place), *self._left = self._left
-        self._twin.load(unpack(place, run))
-        if not self._left:
+            self._each_round = -(-len(self._left) // num_rounds(len(self._left)))
+        part, self._left = self._left[: self._each_round], self._left[self._each_round :]
+        for run, place in part:
+            self._twin.load(unpack(place, run))
+        if part and not self._left:
             self._twin.finish()
 
     def finish_weight_update(self) -> None:
@@ -115,6 +125,7 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
         from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
 
         if self._twin is not None:
+            assert not self._left, "all of it is made ready before the engine is paused"
             self._twin.put_in_place(self.model_config.dtype)
             self._twin = self._arriving = None
             return

@@ -67,8 +67,8 @@ class EngineClient:
             update_info = {**update_info, "ipc_handles": plain(update_info["ipc_handles"])}
         self._call("update_weights", [(update_info,)] * len(self._workers))
 
-    def make_ready(self, num_buckets: int) -> None:
-        self._call("make_ready", [(num_buckets,)] * len(self._workers))
+    def make_ready(self, num_rounds: int) -> None:
+        self._call("make_ready", [(num_rounds,)] * len(self._workers))
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
         # vLLM's senders know no version.

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from flux_ray.weights.buckets import Announcement, Invitation, Param, buckets, size_of, unpack
+from flux_ray.weights.buckets import Announcement, Invitation, Param, buckets, num_rounds, size_of, unpack
 from flux_ray.weights.source import TrainerSource
 from flux_ray.weights.wire import SENDER_RANK, Wire, create_memory, forget, join_group, padded
 
@@ -87,7 +87,7 @@ class GlooSender:
             self._send(params, self._source)
             received.result()
             if self.staged:
-                self._client.make_ready(sum(1 for _ in buckets(params, self._bucket_bytes)))
+                self._client.make_ready(num_rounds(sum(1 for _ in buckets(params, self._bucket_bytes))))
         except Exception:
             cause = received.exception() if received.done() else None
             if cause is not None:  # an engine gave up; that the send then found nobody is what came of it

@@ -71,6 +71,9 @@ class Twin:
             for name, parameter in twin._parameters.items():
                 if parameter is not None and name not in parameters:  # one that vLLM loads in place, such as a bias
                     twin._parameters[name] = _copied(parameter)
+            for name, buffer in twin._buffers.items():
+                if buffer is not None and name not in buffers and name not in twin._non_persistent_buffers_set:
+                    twin._buffers[name] = buffer.clone()
         initialize_layerwise_reload(self._model)
         for twin in self._twins.values():
             get_layerwise_info(twin).kernel_tensors = None  # the running model's: they are not to be written into
@@ -125,9 +128,9 @@ class Twin:
         for layer in self._twins:
             if is_deferred_attention_layer(layer):  # some derive from their projections what they compute with
                 layer.process_weights_after_loading(dtype)  # type: ignore[operator]
-        self._forget()
+        self.forget()
 
-    def _forget(self) -> None:
+    def forget(self) -> None:
         """What vLLM knows of a twin knows the twin: neither would ever go, nor the weights of the update before."""
         from vllm.model_executor.model_loader.reload.layerwise import LAYERWISE_INFO
 
