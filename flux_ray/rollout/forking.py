@@ -9,6 +9,7 @@ Never:  lets the engine core have another environment than vLLM made for it.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from collections.abc import Callable
@@ -52,6 +53,10 @@ class _Forking(ForkServerContext):
 
 
 def _in_environment(environment: dict[str, str], target: Callable[..., None], **kwargs: Any) -> None:
+    with contextlib.suppress(ImportError):
+        import setproctitle  # vLLM names its processes by it: it finds their name by the environment's place in memory
+
+        setproctitle.getproctitle()
     for name in os.environ.keys() - environment.keys():
         del os.environ[name]
     os.environ.update({name: value for name, value in environment.items() if os.environ.get(name) != value})

@@ -34,6 +34,28 @@ def test_the_environment_is_that_of_the_moment_and_not_of_the_process_that_forks
     assert environment["SAID_LATER"] == "2" and "SAID_BEFORE" not in environment
 
 
+def take_name(file: str) -> None:
+    import setproctitle
+
+    setproctitle.setproctitle("VLLM::EngineCore")
+    Path(file).write_text(Path("/proc/self/cmdline").read_text())
+
+
+def test_it_can_be_named_whatever_has_become_of_the_environment(tmp_path, monkeypatch):
+    """vLLM names its processes, and a user looks for them by that."""
+    context = forking._Forking()
+    write = context.Process(target=write_environment, name="first", kwargs={"file": str(tmp_path / "first")})
+    write.start()  # the process that forks is there from now on, with the environment of now
+    write.join(30)
+    for name in [*os.environ]:
+        monkeypatch.setenv(name, os.environ[name] + " ")
+    monkeypatch.setenv("ONE_MORE", "x" * 500)
+    named = context.Process(target=take_name, name="named", kwargs={"file": str(tmp_path / "named")})
+    named.start()
+    named.join(30)
+    assert "VLLM::EngineCore" in (tmp_path / "named").read_text()
+
+
 def test_what_the_linker_would_have_to_load_first_is_told_from_what_is_loaded_anyway(monkeypatch):
     monkeypatch.delenv("LD_PRELOAD", raising=False)
     nothing = forking._preloads()
