@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import threading
 import time
+from collections.abc import Callable
 
 LOOK_EVERY_S = 1.0  # a parent's death shows that late: runs promise to be gone within 15 s
 PLUGIN = "flux_ray_lifetime"  # as pyproject.toml names the entry point
@@ -20,13 +21,7 @@ PLUGIN = "flux_ray_lifetime"  # as pyproject.toml names the entry point
 def end_with_parent() -> None:
     """From now on this process ends, at once and without cleaning up, when its parent has."""
     parent = os.getppid()
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(LOOK_EVERY_S)
-        os._exit(1)
-
-    threading.Thread(target=watch, name="end with parent", daemon=True).start()
+    _end_unless(lambda: os.getppid() == parent)
 
 
 def register() -> None:
@@ -37,10 +32,16 @@ def register() -> None:
 
     import psutil
 
-    process = psutil.Process(starter.pid)  # knows another one of the same number by its start
+    try:
+        process = psutil.Process(starter.pid)  # knows another one of the same number by its start
+    except psutil.NoSuchProcess:
+        os._exit(1)
+    _end_unless(process.is_running)
 
+
+def _end_unless(lives: Callable[[], bool]) -> None:
     def watch() -> None:
-        while process.is_running():
+        while lives():
             time.sleep(LOOK_EVERY_S)
         os._exit(1)
 

@@ -235,7 +235,7 @@ def _env(config: Config, plan: Plan, role: str) -> dict[str, str]:
         threads = config.train.num_threads if role in (TRAINER, CRITIC) else 1
         env |= {"OMP_NUM_THREADS": str(threads), "CUDA_VISIBLE_DEVICES": ""}
         env |= KEEP_MEMORY if role in FORWARDING else {}
-    if role in (ENGINE, TRAINER):  # rank 0 of the trainer imports vLLM as well
+    if role == ENGINE or (role == TRAINER and plan.weights_backend != "gloo"):  # rank 0 takes vLLM's own senders
         env = engine_env(plan.device, config.rollout) | env
     return env | config.cluster.env
 

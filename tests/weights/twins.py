@@ -1,6 +1,6 @@
-"""vLLM's own models, each updated through a twin and by vLLM's reload: `python -m tests.weights.twins FOLDER`.
+"""vLLM's own models, each updated through a twin and by a reload: `python -m tests.weights.twins FOLDER MODEL ...`.
 
-Takes:  a folder for the models.
+Takes:  a folder for the models, and some of those that `make` knows.
 Gives:  a line of JSON a model: whether it can have a twin, what it then says beside what it says after a reload, and
         how many layers of twins vLLM knows of at the end.
 """
