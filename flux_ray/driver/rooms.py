@@ -24,7 +24,7 @@ from flux_ray.records import Prompt, ScoredGroup, StepReport
 from flux_ray.rollout.dispatch import Lengths
 from flux_ray.rollout.routing import Router
 
-PUBLISH_PHASES = 4  # start, send, make ready, finish
+PUBLISH_PHASES = 3  # start, send, finish; gloo's first two are one
 
 
 @dataclass(frozen=True)

@@ -256,34 +256,48 @@ class RolloutEngine:
     async def start_weight_update(self) -> None:
         """Requests wait from here on, unless the update is staged."""
         if not self._staged:
-            await self._pause()
+            await self._answered(self._pause())
         await self._answered(self._engine.start_weight_update())
 
     async def update_weights(self, update_info: Any) -> None:
-        from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
+        await self._answered(self._receive(update_info))
 
-        await self._answered(self._engine.update_weights(WeightTransferUpdateRequest(update_info=update_info)))
-
-    async def make_ready(self, num_rounds: int) -> None:
-        """Of a staged update that has come, one part after the other; between two of them running requests go on."""
-        for _ in range(num_rounds):
-            await self.update_weights({})
+    async def begin_weight_update(self, update_info: Any) -> None:
+        """start_weight_update and update_weights in one."""
+        if not self._staged:
+            await self._answered(self._pause())
+        await self._answered(_in_a_row(self._engine.start_weight_update(), self._receive(update_info)))
 
     async def finish_weight_update(self, version: int) -> str:
         """Serve `version` from now on. Gives the label that the engine core holds, for the attestation."""
         if self._staged:
-            await self._pause()
-        await self._answered(self._engine.finish_weight_update(str(version)))
+            await self._answered(self._pause())
+        await self._answered(self._engine.finish_weight_update())
         self._version = version
-        await self._answered(self._engine.resume_generation())
+        _, label, _ = await self._answered(_in_a_row(
+            self._engine.update_weight_version(str(version)), self._engine.get_weight_version(),
+            self._engine.resume_generation()))
         self._serving.set()
-        return str(await self._answered(self._engine.get_weight_version()))
+        return str(label)
+
+    async def finish_staged_update(self, num_rounds: int, version: int) -> str:
+        """As finish_weight_update, of an update that has come and is first made ready, in so many parts: between two of
+        them running requests go on."""
+        for _ in range(num_rounds):
+            await self.update_weights({})
+        return await self.finish_weight_update(version)
+
+    async def _receive(self, update_info: Any) -> None:
+        from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
+
+        await self._engine.update_weights(WeightTransferUpdateRequest(update_info=update_info))
 
     async def _pause(self) -> None:
         """Freeze running requests; with kv_after_update=recompute they prefill again, under the new weights."""
         self._serving.clear()
         clear = self._config.rollout.kv_after_update == "recompute"
-        await self._answered(self._engine.pause_generation(mode="keep", clear_cache=clear))
+        # pause_generation is this, and 20 ms of sleep.
+        await self._engine.engine_core.pause_scheduler_async(mode="keep", clear_cache=clear)
 
     async def _answered(self, call: Coroutine[Any, Any, T]) -> T:
         """What vLLM's own process answers; RuntimeError soon after that process has died.
@@ -308,6 +322,11 @@ class RolloutEngine:
             alone = self._device == "cpu" and self._config.rollout.tensor_parallel_size == 1
             self._engine.shutdown(timeout=0.0 if alone else None)
             self._engine = None
+
+
+async def _in_a_row(*calls: Coroutine[Any, Any, Any]) -> list[Any]:
+    """Sent in this order, and none waits for the answer to one before: vLLM's process computes nothing in between."""
+    return await asyncio.gather(*calls)
 
 
 @contextmanager

@@ -14,7 +14,8 @@ import torch
 
 from flux_ray.weights.wire import padded
 
-MOST_ROUNDS = 8  # in which a staged update is made ready: each waits for a forward pass, whatever the model's size
+BUCKETS_A_ROUND = 2  # of a staged update that is made ready: fewer keep running requests waiting for less than a forward
+MOST_ROUNDS = 8  # each waits for a forward pass, whatever the model's size
 
 
 @dataclass(frozen=True)
@@ -52,10 +53,10 @@ def buckets(params: Sequence[Param], bucket_bytes: int) -> Iterator[list[Param]]
 def num_rounds(num_buckets: int) -> int:
     """In how many parts so many buckets are made ready.
 
-    >>> num_rounds(4), num_rounds(240)
-    (4, 8)
+    >>> num_rounds(1), num_rounds(4), num_rounds(240)
+    (1, 2, 8)
     """
-    return min(num_buckets, MOST_ROUNDS)
+    return min(-(-num_buckets // BUCKETS_A_ROUND), MOST_ROUNDS)
 
 
 def size_of(run: Sequence[Param]) -> int:

@@ -95,7 +95,7 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
         """What is left of an update that failed half-way."""
         if self._twin is not None:
             self._twin.forget()
-        self._twin, self._arriving, self._left = None, None, ()
+        self._twin, self._arriving, self._left, self._each_round = None, None, (), 0
 
     def receive_weights(self, update_info: GlooUpdateInfo) -> None:
         """Load each bucket as it comes; staged: return at once, while they come in on a thread of their own. Then each
@@ -106,13 +106,15 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
         if not self._info.staged:
             return self._load(self._received(update_info))
         self._arriving = in_background(lambda: list(self._received(update_info)))
+        if self._has_twin:
+            self._twin = Twin(self.model, self._tied)  # now, while the trainer still packs
 
     def _make_ready(self) -> None:
         assert self._arriving is not None, "an update comes first"
-        if not self._has_twin:
-            return
         if self._twin is None:
-            self._twin, self._left = Twin(self.model, self._tied), self._arriving.result()
+            return
+        if not self._each_round:
+            self._left = self._arriving.result()
             self._each_round = -(-len(self._left) // num_rounds(len(self._left)))
         part, self._left = self._left[: self._each_round], self._left[self._each_round :]
         for run, place in part:
@@ -127,8 +129,7 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
         if self._twin is not None:
             assert not self._left, "all of it is made ready before the engine is paused"
             self._twin.put_in_place(self.model_config.dtype)
-            self._twin = self._arriving = None
-            return
+            return self._forget_staged()
         if self._arriving is not None:
             arrived = self._arriving.result()
             self._arriving = None

@@ -67,12 +67,17 @@ class EngineClient:
             update_info = {**update_info, "ipc_handles": plain(update_info["ipc_handles"])}
         self._call("update_weights", [(update_info,)] * len(self._workers))
 
-    def make_ready(self, num_rounds: int) -> None:
-        self._call("make_ready", [(num_rounds,)] * len(self._workers))
+    def begin_weight_update(self, update_info: dict[str, Any]) -> None:
+        """start_weight_update and update_weights, for which an engine that computes is interrupted once."""
+        self._call("begin_weight_update", [(update_info,)] * len(self._workers))
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
         # vLLM's senders know no version.
         self.served = self._call("finish_weight_update", [(self.version,)] * len(self._workers))
+
+    def finish_staged_update(self, num_rounds: int) -> None:
+        """finish_weight_update of what each engine makes ready first, in so many parts, beside its requests."""
+        self.served = self._call("finish_staged_update", [(num_rounds, self.version)] * len(self._workers))
 
 
 class Publisher:

@@ -1,7 +1,7 @@
 """The trainer's end of the gloo transfer, on rank 0: it packs what is gathered and sends it to every engine worker.
 
-Takes:  the trainer's weights (source.py), a way to call the engines (vLLM's VLLMWeightSyncClient protocol).
-Gives:  GlooSender: one connection, `send_weights` for each version, in the order of calls that vLLM's senders have.
+Takes:  the trainer's weights (source.py), a way to call the engines (publish.EngineClient).
+Gives:  GlooSender: one connection, `send_weights` for each version.
 Knows:  bucket k + 1 is packed while bucket k is on its way.
 Never:  imports vLLM: that would cost each start seconds and the trainer's process its memory. Waits without a deadline:
         the store and each broadcast have one; rank 0 or a dead engine is then named by the error.
@@ -10,8 +10,9 @@ Never:  imports vLLM: that would cost each start seconds and the trainer's proce
 from __future__ import annotations
 
 import datetime
+from collections import deque
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import asdict
 from typing import Any
 
@@ -21,6 +22,8 @@ import torch.distributed as dist
 from flux_ray.weights.buckets import Announcement, Invitation, Param, buckets, num_rounds, size_of, unpack
 from flux_ray.weights.source import TrainerSource
 from flux_ray.weights.wire import SENDER_RANK, Wire, create_memory, forget, join_group, padded
+
+CAUSE_WAIT_S = 2.0  # for what an engine says of a send that failed: Ray tells of a dead one later than its socket does
 
 
 class GlooSender:
@@ -80,40 +83,41 @@ class GlooSender:
 
     def send_weights(self) -> None:
         params = self._source.metadata()
-        self._client.start_weight_update()
         side = ThreadPoolExecutor(1)
         try:
-            received = side.submit(self._client.update_weights, asdict(Announcement.of(params)))
+            received = side.submit(self._client.begin_weight_update, asdict(Announcement.of(params)))
             self._send(params, self._source)
             received.result()
-            if self.staged:
-                self._client.make_ready(num_rounds(sum(1 for _ in buckets(params, self._bucket_bytes))))
         except Exception:
+            wait([received], timeout=CAUSE_WAIT_S)
             cause = received.exception() if received.done() else None
             if cause is not None:  # an engine gave up; that the send then found nobody is what came of it
                 raise cause from None
             raise
         finally:
             side.shutdown(wait=False)  # after a failed send the workers still wait for us: don't wait for them
-        self._client.finish_weight_update()
+        if self.staged:
+            self._client.finish_staged_update(num_rounds(sum(1 for _ in buckets(params, self._bucket_bytes))))
+        else:
+            self._client.finish_weight_update()
 
     def _send(self, params: Sequence[Param], source: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Pack bucket k + 1 while bucket k is on its way."""
+        """Pack bucket k + 1 while bucket k is on its way; all of them where there is memory for all of them anyway."""
         assert self._wire is not None
         self._wire.rewind()
         tensors = iter(source)
-        sending: tuple[Any, torch.Tensor] | None = None
+        sending: deque[tuple[Any, torch.Tensor]] = deque()
         for run in buckets(params, self._bucket_bytes):
             place = self._wire.place(size_of(run))
             for (_, there), param in zip(unpack(place, run), run, strict=True):
                 name, tensor = next(tensors)
                 assert name == param.name, f"the source gave {name} where its metadata says {param.name}"
                 there.copy_(tensor)
-            if sending is not None:
-                sending[0].wait()
-            sending = (self._wire.broadcast(place), place)
-        if sending is not None:
-            sending[0].wait()
+            if sending and not self._wire.shared:
+                sending.popleft()[0].wait()
+            sending.append((self._wire.broadcast(place), place))
+        for work, _ in sending:
+            work.wait()
         assert next(tensors, None) is None, "the source gave more than its metadata says"
 
     def shutdown(self) -> None:
