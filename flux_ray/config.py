@@ -131,8 +131,9 @@ class FilterConfig:
                               "task (all rewards but shaping), or a function's name; none: keep every group")
     max_batches: int = knob(10, "batches of prompts that one step may draw, dropped groups of any cause included, "
                             "before the run stops", least=1)
-    oversample: float = knob(0.0, "spare prompts in flight, as a share of batch.prompts_per_step: they take the place "
-                             "of dropped groups without a second round; what the batch had no need of starts again",
+    oversample: float = knob(0.0, "spare prompts in flight for each group that may yet be dropped: they take its place "
+                             "without a second round; what the batch had no need of starts again. With max_staleness "
+                             "> 0 groups of the next batches stand in, and there are none",
                              least=0)
 
 
@@ -247,8 +248,8 @@ class WeightsConfig:
                         "(driver.max_staleness), else none",
                         choices=("auto", "none", "host", "device"))
     bucket_mib: int = knob(64, "size of one packed bucket, in MiB", least=1)
-    deadline_s: float = knob(120.0, "longest time of each phase of an update (connect, start, send, make ready, "
-                             "finish)", above=0)
+    deadline_s: float = knob(120.0, "longest time of each phase of an update (connect, send, then make ready and "
+                             "finish), in seconds", above=0)
 
 
 @dataclass(frozen=True)

@@ -54,6 +54,20 @@ def _problems(config: Config) -> Iterator[str]:
                f"{kind.data} and has none")
     if config.eval.stop_at is not None:
         yield f"eval.stop_at={config.eval.stop_at} looks at rewards: algo={algo.name} has none"
+    for setting in _of_rollouts(config):
+        yield f"{setting}: algo={algo.name} learns from {kind.data}, nothing is rolled out"
+
+
+def _of_rollouts(config: Config) -> Iterator[str]:
+    """Settings of how rollouts are drawn and trained on, where they were changed."""
+    if config.driver.max_staleness:
+        yield f"driver.max_staleness={config.driver.max_staleness}"
+    if config.driver.streaming == "always":
+        yield "driver.streaming=always"
+    if config.filter.oversample:
+        yield f"filter.oversample={config.filter.oversample:g}"
+    if config.rollout.split_groups > 1:
+        yield f"rollout.split_groups={config.rollout.split_groups}"
 
 
 def check_offline(config: Config, *, sizes: Collection[int]) -> list[str]:
@@ -81,10 +95,8 @@ def _offline_problems(config: Config, sizes: Collection[int]) -> Iterator[str]:
         yield f"reward.functions={config.reward.functions} beside rewards that are given: leave one of them out"
     if config.reward.combine != "sum":
         yield f"reward.combine={config.reward.combine}: there is one reward"
-    if config.driver.max_staleness:
-        yield f"driver.max_staleness={config.driver.max_staleness}: nothing is rolled out"
-    if config.driver.streaming == "always":
-        yield "driver.streaming=always: nothing is rolled out"
+    for setting in _of_rollouts(config):
+        yield f"{setting}: nothing is rolled out"
     if config.filter.reward not in (None, "task"):
         yield f"filter.reward={config.filter.reward}: there is one reward, task"
     if config.eval.data:

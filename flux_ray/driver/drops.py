@@ -9,6 +9,7 @@ Never:  lets a run draw prompts without end: beyond filter.max_batches it stops 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 
 from flux_ray.algo import filters
 from flux_ray.cluster.group import ActorError
@@ -17,6 +18,7 @@ from flux_ray.config import Config
 REWARD_FAILED = "reward_failed"  # a function raised or timed out, and reward.on_failure=drop
 CAUSES = (*filters.CAUSES, REWARD_FAILED)
 KEPT = "trained"  # the fate of a group that passes: this step's batch, or a later one's
+SURPLUS = "surplus"  # of one that passed and was over-sampled: the batch was full without it
 
 
 def refuse_unless_droppable(error: ActorError, config: Config) -> None:
@@ -54,19 +56,25 @@ class Drops:
     def kept(self, *, num_tokens: int, num_samples: int) -> None:
         self._count(KEPT, num_tokens, num_samples)
 
-    def surplus(self, count: int) -> None:
-        """Over-sampled prompts that the full batch made superfluous; they start again, so that none is lost."""
+    def surplus(self, count: int, finished: Sequence[tuple[int, int]] = ()) -> None:
+        """Over-sampled prompts that the full batch made superfluous; they start again, so that none is lost. Of those
+        that were kept already: tokens and samples."""
         self._surplus += count
+        for num_tokens, num_samples in finished:
+            self._groups[KEPT] -= 1
+            self._tokens[KEPT] -= num_tokens
+            self._samples[KEPT] -= num_samples
+            self._count(SURPLUS, num_tokens, num_samples)
 
     def dropped(self, cause: str, *, num_tokens: int, num_samples: int) -> None:
         """RuntimeError where the step would draw more than filter.max_batches batches of prompts."""
         assert cause in CAUSES, cause
         self._count(cause, num_tokens, num_samples)
         self.total += 1
-        count = self._groups.total() - self._groups[KEPT]
+        count = self._groups.total() - self._accepted
         # With max_staleness > 0 groups of several batches run at once: those that are kept for later ones count too.
         if count > (self._max_batches - 1) * max(self._batch, self._groups[KEPT]):
-            causes = ", ".join(f"{cause} {n}" for cause, n in self._groups.items() if cause != KEPT)
+            causes = ", ".join(f"{cause} {n}" for cause, n in self._groups.items() if cause in CAUSES)
             raise RuntimeError(
                 f"{count} of {self._groups.total()} groups drawn since the last step were dropped ({causes}): "
                 f"acceptance rate {self.acceptance_rate:.1%}; filter.max_batches={self._max_batches} of {self._batch} "
@@ -74,9 +82,13 @@ class Drops:
             )
 
     @property
+    def _accepted(self) -> int:
+        return self._groups[KEPT] + self._groups[SURPLUS]
+
+    @property
     def acceptance_rate(self) -> float:
         drawn = self._groups.total()
-        return self._groups[KEPT] / drawn if drawn else 1.0
+        return self._accepted / drawn if drawn else 1.0
 
     def step_metrics(self) -> dict[str, float]:
         """What happened since the last step; the counting starts again.
@@ -88,7 +100,7 @@ class Drops:
         metrics = {f"filter/dropped_{cause}": float(self._groups[cause]) for cause in CAUSES}
         metrics |= {f"filter/rate_{cause}": self._groups[cause] / drawn for cause in CAUSES}
         metrics |= {"filter/acceptance_rate": self.acceptance_rate, "driver/groups_dropped": float(self.total)}
-        metrics |= {"filter/surplus": float(self._surplus)}
+        metrics |= {"filter/surplus": float(self._surplus), "filter/surplus_accepted": float(self._groups[SURPLUS])}
         metrics |= {f"filter/length_{fate}": self._tokens[fate] / n for fate, n in self._samples.items() if n}
         if samples := self._samples.total():
             metrics["filter/length_issued"] = self._tokens.total() / samples

@@ -44,8 +44,7 @@ class Loop:
         self._config, self._rooms, self._prompts = config, rooms, prompts
         self._evaluation, self._recorder = evaluation, recorder
         self._probed = prompts.prompt(0)
-        prompts_per_step, spares = config.batch.prompts_per_step, config.filter.oversample
-        self._slots = Slots(prompts_per_step, config.driver.max_staleness, math.ceil(spares * prompts_per_step),
+        self._slots = Slots(config.batch.prompts_per_step, config.driver.max_staleness, config.filter.oversample,
                             num_steps=config.driver.num_steps)
         self._version = start.step
         self._unfinished = list(start.unfinished)  # of the run that is resumed, or surplus: they start first
@@ -170,7 +169,8 @@ class Loop:
         async with self._changed:
             while (taken := self._slots.take(version=self._version, at_least=self._rooms.part_tokens)) is None:
                 await self._changed.wait()
-        self._drops.surplus(len(taken.surplus))
+        self._drops.surplus(len(taken.surplus), [(group.rolled.num_tokens, group.scored.group_size)
+                                                 for group in taken.unused])
         self._unfinished = [*taken.surplus, *self._unfinished]
         for uid in taken.surplus:
             if uid in self._groups:

@@ -22,16 +22,19 @@ class Taken:
     groups: list[Any]  # in the order in which their prompts started
     complete: bool  # the step has all its groups
     surplus: list[int]  # over-sampled prompts that can't be trained on in time any more: to stop, and to start again
+    unused: list[Any]  # groups of those, where they are finished
 
 
 @dataclass
 class Slots:
-    """The slots of one run: (max_staleness + 1) x prompts_per_step, and up to `extra` spares.
+    """The slots of one run: (max_staleness + 1) x prompts_per_step, and spares.
 
     A version trains on `prompts_per_step` groups, so the group that stands i-th among those waiting is trained on at
-    version + i // prompts_per_step. Those that are in time there are the core. What was over-sampled (`extra`) stands
-    behind it and is spare: it moves up when a group of the core is dropped, and is surplus once its time has passed.
-    With max_staleness=0 a batch is thereby the first accepted groups in the order of the prompts, whatever `extra` is.
+    version + i // prompts_per_step. Those that are in time there are the core. What was over-sampled stands behind it and
+    is spare: it moves up when a group of the core is dropped, and is surplus once the batch is full. There are
+    `oversample` spares for each group that may yet be dropped. A batch is thereby the first accepted groups in the order
+    of the prompts, whatever `oversample` is. With max_staleness > 0 there are none: groups of the next batches, in
+    flight anyway, stand in, and a spare beyond them could only pass the bound or be thrown away.
 
     >>> slots = Slots(prompts_per_step=2, max_staleness=0)
     >>> slots.reserve(0, version=0); slots.reserve(1, version=0); slots.has_room(version=0)
@@ -39,14 +42,14 @@ class Slots:
     >>> slots.ready(1, "group of 1"); slots.take(version=0) is None
     True
     >>> slots.ready(0, "group of 0"); slots.take(version=0)
-    Taken(groups=['group of 0', 'group of 1'], complete=True, surplus=[])
+    Taken(groups=['group of 0', 'group of 1'], complete=True, surplus=[], unused=[])
     >>> slots.release(); slots.has_room(version=1)
     True
     """
 
     prompts_per_step: int
     max_staleness: int
-    extra: int = 0
+    oversample: float = 0.0
     num_steps: float = math.inf  # of the run: after the last one nothing is trained on
     _born: dict[int, int] = field(default_factory=dict)  # uid ► version when its prompt started, oldest first
     _ready: dict[int, Any] = field(default_factory=dict)  # uid ► its finished group
@@ -63,16 +66,16 @@ class Slots:
     def has_room(self, *, version: int) -> bool:
         """Whether a prompt may start at this version: in the core, or as a spare for what runs there."""
         left = self.num_steps - version
-        if left <= 0 or len(self._born) >= left * self.prompts_per_step + self.extra:
+        if left <= 0:
             return False
-        if self._in_time(version, len(self._born), version):
+        if len(self._born) < left * self.prompts_per_step and self._in_time(version, len(self._born), version):
             return True
-        if not self.extra:
+        if self.max_staleness or not self.oversample:
             return False
         core, spare = self._sorted(version)
         running = sum(uid not in self._ready for uid in core)
-        place = len(self._taken) + len(core)
-        return self._in_time(version, place, version) or len(spare) < min(self.extra, running)
+        waiting = sum(uid not in self._refused for uid in spare)
+        return waiting < math.ceil(self.oversample * running)
 
     def reserve(self, uid: int, *, version: int) -> None:
         assert self.has_room(version=version), "no slot is free"
@@ -115,14 +118,14 @@ class Slots:
         complete = len(chosen) == needed
         self._taken |= set(chosen)
         surplus = [uid for uid in spare if not self._in_time(self._born[uid], 0, version + 1)] if complete else []
-        groups = [self._ready[uid] for uid in chosen]
+        groups, unused = ([self._ready[uid] for uid in uids if uid in self._ready] for uids in (chosen, surplus))
         for uid in (*chosen, *surplus):
             self._ready.pop(uid, None)
             self._sizes.pop(uid, None)
         for uid in surplus:
             del self._born[uid]
         self._refused -= set(surplus)
-        return Taken(groups, complete, surplus)
+        return Taken(groups, complete, surplus, unused)
 
     def _chosen(self, core: list[int], needed: int, version: int) -> list[int]:
         """The first `needed` of the core that are ready and that those before them, if any, can wait for."""

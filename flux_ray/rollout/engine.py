@@ -272,13 +272,12 @@ class RolloutEngine:
         """Serve `version` from now on. Gives the label that the engine core holds, for the attestation."""
         if self._staged:
             await self._answered(self._pause())
-        await self._answered(self._engine.finish_weight_update())
+        await self._answered(self._engine.finish_weight_update(str(version)))
         self._version = version
-        _, label, _ = await self._answered(_in_a_row(
-            self._engine.update_weight_version(str(version)), self._engine.get_weight_version(),
-            self._engine.resume_generation()))
+        label = str(await self._answered(self._engine.get_weight_version()))  # later it would wait for a forward pass
+        await self._answered(self._engine.resume_generation())
         self._serving.set()
-        return str(label)
+        return label
 
     async def finish_staged_update(self, num_rounds: int, version: int) -> str:
         """As finish_weight_update, of an update that has come and is first made ready, in so many parts: between two of
@@ -324,9 +323,9 @@ class RolloutEngine:
             self._engine = None
 
 
-async def _in_a_row(*calls: Coroutine[Any, Any, Any]) -> list[Any]:
-    """Sent in this order, and none waits for the answer to one before: vLLM's process computes nothing in between."""
-    return await asyncio.gather(*calls)
+async def _in_a_row(*calls: Coroutine[Any, Any, Any]) -> None:
+    """Sent in this order, and none waits for the answer to one before: they wait for one forward pass together."""
+    await asyncio.gather(*calls)
 
 
 @contextmanager
@@ -370,9 +369,10 @@ def completion_of(output: Any) -> Completion:
     flat = output.logprobs
     # Position i holds the sampled token first.
     logprobs = np.asarray([flat.logprobs[i] for i in flat.start_indices], np.float32)
-    versions = np.empty(len(token_ids), np.int32)
+    versions = np.full(len(token_ids), -1, np.int32)
     for span in output.weight_versions or ():
         versions[span.start : span.end] = int(span.version)
+    assert (versions >= 0).all(), f"vLLM names no version of some tokens: {output.weight_versions}"
     assert len(logprobs) == len(token_ids), (len(logprobs), len(token_ids))
     reason = FINISH_LENGTH if output.finish_reason == "length" else FINISH_STOP
     return Completion(token_ids, logprobs, versions, reason)

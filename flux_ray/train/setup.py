@@ -128,7 +128,9 @@ def deepspeed_config(config: Config, dtype: torch.dtype) -> dict[str, Any]:
         "steps_per_print": 2**31,  # never: metrics are the driver's to print
     }
     if dtype == torch.bfloat16:
-        ours |= {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+        # Summed over micro-batches and over ranks in fp32: which rank had which groups is not to show in the gradient.
+        ours |= {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"},
+                 "communication_data_type": "fp32"}
     return _merged(ours, config.train.deepspeed)
 
 

@@ -73,7 +73,9 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
     def init_transfer_engine(self, init_info: GlooInitInfo) -> None:
         self._info = init_info
         self._forget_staged()
-        self._tied, self._has_twin = tied_heads(self.model), can_have_twin(self.model)
+        self._tied = tied_heads(self.model)
+        # A GPU loads in no time, and has no room for its weights twice.
+        self._has_twin = self.device.type == "cpu" and can_have_twin(self.model)
         group = join_group(
             init_info.master_address,
             init_info.master_port,
@@ -127,7 +129,7 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
         from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
 
         if self._twin is not None:
-            assert not self._left, "all of it is made ready before the engine is paused"
+            assert self._each_round and not self._left, "all of it is made ready before the engine is paused"
             self._twin.put_in_place(self.model_config.dtype)
             return self._forget_staged()
         if self._arriving is not None:

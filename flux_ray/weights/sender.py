@@ -12,7 +12,7 @@ from __future__ import annotations
 import datetime
 from collections import deque
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict
 from typing import Any
 
@@ -24,6 +24,7 @@ from flux_ray.weights.source import TrainerSource
 from flux_ray.weights.wire import SENDER_RANK, Wire, create_memory, forget, join_group, padded
 
 CAUSE_WAIT_S = 2.0  # for what an engine says of a send that failed: Ray tells of a dead one later than its socket does
+LOOK_EVERY_S = 0.002  # whether a bucket has been taken, while no engine has said anything
 
 
 class GlooSender:
@@ -84,9 +85,9 @@ class GlooSender:
     def send_weights(self) -> None:
         params = self._source.metadata()
         side = ThreadPoolExecutor(1)
+        received = side.submit(self._client.begin_weight_update, asdict(Announcement.of(params)))
         try:
-            received = side.submit(self._client.begin_weight_update, asdict(Announcement.of(params)))
-            self._send(params, self._source)
+            self._send(params, self._source, received)
             received.result()
         except Exception:
             wait([received], timeout=CAUSE_WAIT_S)
@@ -101,7 +102,9 @@ class GlooSender:
         else:
             self._client.finish_weight_update()
 
-    def _send(self, params: Sequence[Param], source: Iterable[tuple[str, torch.Tensor]]) -> None:
+    def _send(
+        self, params: Sequence[Param], source: Iterable[tuple[str, torch.Tensor]], received: Future[None]
+    ) -> None:
         """Pack bucket k + 1 while bucket k is on its way; all of them where there is memory for all of them anyway."""
         assert self._wire is not None
         self._wire.rewind()
@@ -114,11 +117,21 @@ class GlooSender:
                 assert name == param.name, f"the source gave {name} where its metadata says {param.name}"
                 there.copy_(tensor)
             if sending and not self._wire.shared:
-                sending.popleft()[0].wait()
+                _taken(sending.popleft()[0], received)
             sending.append((self._wire.broadcast(place), place))
         for work, _ in sending:
-            work.wait()
+            _taken(work, received)
         assert next(tensors, None) is None, "the source gave more than its metadata says"
 
     def shutdown(self) -> None:
         self._wire = self._store = None
+
+
+def _taken(work: Any, received: Future[None]) -> None:
+    """Waits until a bucket is with all workers; no longer where an engine has said that it can't take it."""
+    while not work.is_completed():
+        wait([received], timeout=LOOK_EVERY_S)
+        if received.done():
+            received.result()
+            break
+    work.wait()

@@ -104,6 +104,12 @@ def test_which_log_probs_are_needed():
      "reward.overlong_tokens=8 must be <= rollout.max_tokens=4"),
     ({"reward.functions": ["my.py:overlong"], "reward.overlong_penalty": 1.0}, "give it another name"),
     ({"algo.name": "sft", "eval.stop_at": 0.8}, "eval.stop_at=0.8 looks at rewards: algo=sft has none"),
+    ({"algo.name": "sft", "driver.max_staleness": 1}, "driver.max_staleness=1: algo=sft learns from examples, nothing"),
+    ({**preset("dpo"), "driver.streaming": "always"}, "driver.streaming=always: algo=dpo learns from pairs, nothing"),
+    ({"algo.name": "sft", "filter.oversample": 0.5}, "filter.oversample=0.5: algo=sft learns from examples, nothing is"),
+    ({"algo.name": "sft", "rollout.split_groups": 2}, "rollout.split_groups=2: algo=sft learns from examples, nothing"),
+    ({"algo.name": "reinforce_pp", "driver.streaming": "always"}, "driver.streaming=always: reinforce_pp needs the whole"),
+    ({"algo.mini_batches": 2, "driver.streaming": "always"}, "driver.streaming=always: grpo needs the whole batch"),
     ({"algo.name": "sft", "algo.clip_range": 0.3}, "algo.clip_range=0.3 is not read by sft: leave it out"),
     ({**preset("dpo"), "algo.label_smoothing": 0.2}, "algo.label_smoothing=0.2 is not read by dpo"),
     ({**preset("dpo"), "algo.epochs": 2}, "algo.epochs=2 is not read by dpo"),
@@ -137,6 +143,8 @@ def test_refused(values, message):
     ({**preset("gspo"), "algo.aggregation": "token_mean"}, "algo.aggregation=token_mean with gspo"),
     ({"algo.clip_range": 0.3}, "the clip of grpo can't bind: there is one update per batch"),
     ({"driver.max_staleness": 2}, "driver.max_staleness=2 with algo.old_logprobs=trainer"),
+    ({"driver.max_staleness": 1, "algo.off_policy": "tis", "filter.reward": "task", "filter.oversample": 0.5},
+     "filter.oversample=0.5 with driver.max_staleness=1: no spares are drawn"),
 ])
 def test_legal_but_odd(values, message):
     warnings = check(from_dict(values))
@@ -183,6 +191,8 @@ def test_knobs_that_a_loss_reads_are_options():
     ({"algo.off_policy": "tis"}, {4}, "algo.off_policy=tis: nobody recorded"),
     ({"reward.functions": ["numeric"]}, {4}, "reward.functions=['numeric'] beside rewards that are given"),
     ({"driver.max_staleness": 1}, {4}, "driver.max_staleness=1: nothing is rolled out"),
+    ({"driver.streaming": "always"}, {4}, "driver.streaming=always: nothing is rolled out"),
+    ({"filter.oversample": 0.5}, {4}, "filter.oversample=0.5: nothing is rolled out"),
     ({"filter.reward": "numeric"}, {4}, "filter.reward=numeric: there is one reward"),
     ({"eval.data": "e.jsonl"}, {4}, "eval.data=e.jsonl needs engines"),
 ])

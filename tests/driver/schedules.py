@@ -111,5 +111,5 @@ def _check(schedule: RandomSchedule, world: World, loop: Loop) -> None:
     assert drawn == waiting | set(trained) | (dropped - waiting), "no prompt is lost"
     version = config.driver.num_steps
     assert all(born + bound >= version for born in loop._slots._born.values()), "nobody starves"
-    if not config.filter.oversample:
+    if bound or not config.filter.oversample:
         assert sum(metrics["filter/surplus"] for metrics in world.metrics) == 0, "nothing is thrown away for the bound"

@@ -1,10 +1,12 @@
 """What the actors of each role are told by their environment."""
 
+import math
+
 import pytest
 
 from flux_ray.cluster.plan import CRITIC, ENGINE, REFERENCE, REWARD, REWARD_MODEL, TRAINER, Plan
 from flux_ray.config import from_dict
-from flux_ray.driver.build import KEEP_MEMORY, _env
+from flux_ray.driver.build import KEEP_MEMORY, _env, part_tokens
 from flux_ray.driver.roles import staged
 
 pytestmark = pytest.mark.unit
@@ -34,3 +36,16 @@ def test_the_users_own_variables_win():
 ])
 def test_by_itself_an_update_is_staged_where_requests_run_meanwhile(staging, staleness, told):
     assert staged(from_dict({"weights.staging": staging, "driver.max_staleness": staleness})) is told
+
+
+@pytest.mark.parametrize(("values", "device", "waits"), [
+    ({}, "cpu", True), ({"driver.max_staleness": 1}, "cpu", False), ({"driver.streaming": "always"}, "cpu", False),
+    ({}, "cuda", False), ({"driver.streaming": "never"}, "cuda", True),
+    ({"driver.streaming": "never", "driver.max_staleness": 1}, "cpu", True),
+    ({"algo.name": "reinforce_pp"}, "cuda", True), ({"algo.name": "ppo"}, "cuda", True),
+    ({"algo.mini_batches": 2}, "cuda", True), ({"algo.name": "rloo"}, "cuda", False),
+])
+def test_backward_begins_before_the_batch_is_whole_where_that_may_gain_something(values, device, waits):
+    """A micro-batch for each rank, at least; what needs all rows of the step waits for all, wherever it runs."""
+    config = from_dict({"train.num_ranks": 2, "batch.max_tokens_per_micro_batch": 500, **values})
+    assert part_tokens(config, Plan(device, "gloo" if device == "cpu" else "nccl", ())) == (math.inf if waits else 1000)

@@ -30,6 +30,7 @@ def test_counts_are_those_of_the_step_and_the_total_goes_on():
         "filter/rate_same_reward": 0.5, "filter/rate_unscored": 0.0, "filter/rate_reward_failed": 0.25,
         "filter/length_same_reward": 2.0, "filter/length_reward_failed": 5.0, "filter/length_trained": 11.0,
         "filter/length_issued": 5.0, "filter/acceptance_rate": 0.25, "filter/surplus": 3.0,
+        "filter/surplus_accepted": 0.0,
         "driver/groups_dropped": 8.0,
     }
     after = counted.step_metrics()
@@ -62,3 +63,15 @@ def test_the_limit_is_a_steps_and_surplus_is_no_part_of_it():
         counted.surplus(100)
         counted.step_metrics()
     assert counted.total == 20
+
+
+def test_what_was_accepted_and_is_superfluous_is_not_told_as_trained_on():
+    counted = drops(total=0)
+    drop(counted, "same_reward", num_tokens=4)
+    for num_tokens in (40, 80):
+        counted.kept(num_tokens=num_tokens, num_samples=4)
+    counted.surplus(2, [(80, 4)])
+    metrics = counted.step_metrics()
+    assert (metrics["filter/surplus"], metrics["filter/surplus_accepted"]) == (2.0, 1.0)
+    assert (metrics["filter/length_trained"], metrics["filter/length_surplus"]) == (10.0, 20.0)
+    assert metrics["filter/acceptance_rate"] == 2 / 3, "a filter let both through"

@@ -85,7 +85,18 @@ def test_what_is_superfluous_is_stopped_where_it_runs(tmp_path):
                                                                      "filter.oversample": 0.5})
     assert parts.trained == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
     assert parts.abandoned[:2] == [4, 5]
-    assert read_lines(tmp_path / METRICS)[0]["filter/surplus"] == 2
+    line = read_lines(tmp_path / METRICS)[0]
+    assert (line["filter/surplus"], line["filter/surplus_accepted"]) == (2, 0)
+
+
+def test_what_is_accepted_and_superfluous_is_counted_by_itself(tmp_path):
+    """Spares that are done before the batch is: not trained on in this step, and not counted as if they were."""
+    parts = run(tmp_path, lambda uid: [1, 0], seconds_of=lambda prompt: 0.3 * (prompt.uid == 3),
+                **{"filter.reward": "task", "filter.oversample": 1.0})
+    assert parts.trained == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
+    line = read_lines(tmp_path / METRICS)[0]
+    assert line["filter/surplus_accepted"] >= 1 and line["filter/acceptance_rate"] == 1
+    assert line["filter/length_surplus"] == line["filter/length_trained"] == 1
 
 
 @pytest.mark.parametrize("num_engines", [1, 3])

@@ -52,6 +52,22 @@ def test_over_sampling_and_splitting_change_no_synchronous_batch(clock):
         assert batches[0] == batches[1]
 
 
+@pytest.mark.parametrize("refused", [2, 10])
+def test_spares_fill_the_batch_without_another_round(clock, refused):
+    """Of `refused` prompts all but one are dropped, after 1 s: a batch takes a round of 1 s for each time that prompts are
+    drawn in their place, or one round with enough spares."""
+    costs, seconds = Costs(token_s=0.01, sequence_s=0.0), []
+    for oversample in (0.0, 2.0 * refused):
+        config = RandomSchedule.plain(prompts_per_step=8, group_size=2, num_steps=6, oversample=oversample,
+                                      max_num_seqs=1000)
+        world = World(costs, length_of=lambda uid, i: 100, prompt_tokens=0, num_rows=10**9,
+                      fate_of=lambda uid: "same" if uid % refused else "kept")
+        simulate(config, world, clock=clock)
+        seconds.append(world.step_end_s[-1] / 6)
+        assert world.batches[0] == [refused * i for i in range(8)]
+    assert seconds[0] > 1.9 and seconds[1] == pytest.approx(1.0)
+
+
 def test_a_deadlock_is_seen(clock):
     async def waits() -> None:
         await asyncio.Event().wait()

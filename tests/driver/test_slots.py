@@ -48,9 +48,9 @@ def test_in_flight_are_the_prompts_that_a_resume_must_start_again():
     assert slots.in_flight == [5, 7]
 
 
-@pytest.mark.parametrize(("max_staleness", "extra"), [(0, 0), (2, 0), (2, 3)])
-def test_no_prompt_starts_that_no_step_is_left_for(max_staleness, extra):
-    slots = Slots(prompts_per_step=2, max_staleness=max_staleness, extra=extra, num_steps=3)
+@pytest.mark.parametrize(("max_staleness", "oversample"), [(0, 0.0), (2, 0.0), (0, 1.5)])
+def test_no_prompt_starts_that_no_step_is_left_for(max_staleness, oversample):
+    slots = Slots(prompts_per_step=2, max_staleness=max_staleness, oversample=oversample, num_steps=3)
     started = trained = 0
     for version in range(3):
         while slots.has_room(version=version):
@@ -59,7 +59,7 @@ def test_no_prompt_starts_that_no_step_is_left_for(max_staleness, extra):
             started += 1
         trained += len(slots.take(version=version).groups)
         slots.release()
-    assert trained == 6 <= started <= 6 + extra
+    assert trained == started == 6, "none is left over that was started for nothing"
     assert not slots.has_room(version=3)
 
 
@@ -90,7 +90,7 @@ def test_a_prompt_that_starts_in_a_step_can_be_trained_on_in_time():
 
 
 def test_spares_take_the_place_of_dropped_groups_and_the_rest_start_again():
-    slots = Slots(prompts_per_step=3, max_staleness=0, extra=2)
+    slots = Slots(prompts_per_step=3, max_staleness=0, oversample=0.6)
     start(slots, 0, 1, 2, 3, 4)
     assert not slots.has_room(version=0)
     for uid in (0, 4):
@@ -101,17 +101,18 @@ def test_spares_take_the_place_of_dropped_groups_and_the_rest_start_again():
     assert slots.take(version=0) is None, "2 comes before 4, whoever is faster"
     slots.ready(2, 2)
     taken = slots.take(version=0)
-    assert (taken.groups, taken.surplus) == ([0, 2, 3], [4])
+    assert (taken.groups, taken.surplus, taken.unused) == ([0, 2, 3], [4], [4])
     assert not slots.has_room(version=0), "no spare without anybody to stand in for"
     slots.release()
     assert slots.in_flight == []
 
 
 def test_a_refused_spare_counts_only_when_its_turn_comes():
-    slots = Slots(prompts_per_step=2, max_staleness=0, extra=2)
+    slots = Slots(prompts_per_step=2, max_staleness=0, oversample=1.0)
     start(slots, 0, 1, 2, 3)
     slots.drop(2, version=0)
     assert slots.in_flight == [0, 1, 2, 3]
+    assert slots.has_room(version=0), "it stands in for nobody: another spare may start"
     slots.drop(1, version=0)
     assert slots.in_flight == [0, 3], "its turn came, and went"
     slots.ready(0, 0)
@@ -119,21 +120,40 @@ def test_a_refused_spare_counts_only_when_its_turn_comes():
     assert slots.take(version=0).groups == [0, 3]
 
 
-def test_there_are_no_more_spares_than_groups_that_may_yet_be_dropped():
-    slots = Slots(prompts_per_step=3, max_staleness=0, extra=3)
+@pytest.mark.parametrize(("oversample", "spares"), [(0.0, 0), (0.4, 1), (1.0, 1), (2.5, 3)])
+def test_spares_are_drawn_for_groups_that_may_yet_be_dropped(oversample, spares):
+    slots = Slots(prompts_per_step=3, max_staleness=0, oversample=oversample)
     start(slots, 0, 1, 2)
-    slots.ready(0, 0)
-    slots.ready(1, 1)
-    start(slots, 3)
+    for uid in (0, 1):
+        slots.ready(uid, uid)
+    for uid in range(3, 3 + spares):
+        start(slots, uid)
     assert not slots.has_room(version=0)
+    slots.ready(2, 2)
+    taken = slots.take(version=0)
+    assert (taken.surplus, taken.unused) == ([*range(3, 3 + spares)], []), "none of them was finished"
 
 
-@pytest.mark.parametrize("extra", [0, 2, 6])
+@pytest.mark.parametrize("max_staleness", [1, 2, 4])
+def test_asynchronous_runs_draw_no_spare_that_could_only_be_thrown_away(max_staleness):
+    slots = Slots(prompts_per_step=2, max_staleness=max_staleness, oversample=3.0)
+    started = 0
+    for version in range(10):
+        while slots.has_room(version=version):
+            start(slots, started, version=version)
+            slots.ready(started, started)
+            started += 1
+        assert slots.take(version=version).surplus == []
+        slots.release()
+    assert started == 2 * (10 + max_staleness), "each of them is trained on in time"
+
+
+@pytest.mark.parametrize("oversample", [0, 0.5, 1.5])
 @pytest.mark.parametrize("max_staleness", [0, 1, 2, 4])
-def test_the_bound_holds_and_nothing_stalls_whatever_the_order(max_staleness, extra):
+def test_the_bound_holds_and_nothing_stalls_whatever_the_order(max_staleness, oversample):
     for seed in range(50):
-        run_randomly(Slots(4, max_staleness, extra), random.Random(seed), num_steps=12)
-        run_randomly(Slots(4, max_staleness, extra), random.Random(seed), num_steps=12, at_least=seed % 4)
+        run_randomly(Slots(4, max_staleness, oversample), random.Random(seed), num_steps=12)
+        run_randomly(Slots(4, max_staleness, oversample), random.Random(seed), num_steps=12, at_least=seed % 4)
 
 
 def test_a_step_may_be_taken_in_parts_and_not_one_token_too_early():
@@ -171,15 +191,15 @@ def test_no_part_is_taken_that_would_make_another_group_pass_the_bound():
 
 def test_parts_and_spares_give_the_synchronous_batch():
     for seed in range(30):
-        batches = [run_randomly(Slots(4, 0, extra), random.Random(1000 * seed + extra), num_steps=12, bad=seed,
-                                at_least=at_least) for extra, at_least in ((0, math.inf), (3, 1), (8, 2))]
+        batches = [run_randomly(Slots(4, 0, oversample), random.Random(1000 * seed + int(4 * oversample)), num_steps=12, bad=seed,
+                                at_least=at_least) for oversample, at_least in ((0, math.inf), (0.75, 1), (2, 2))]
         assert [sorted(b) for b in batches[0]] == [sorted(b) for b in batches[1]] == [sorted(b) for b in batches[2]]
 
 
 def test_over_sampling_changes_no_synchronous_batch():
     for seed in range(30):
-        batches = [run_randomly(Slots(4, 0, extra), random.Random(1000 * seed + extra), num_steps=12, bad=seed)
-                   for extra in (0, 3, 8)]
+        batches = [run_randomly(Slots(4, 0, oversample), random.Random(1000 * seed + int(4 * oversample)), num_steps=12, bad=seed)
+                   for oversample in (0, 0.75, 2)]
         assert batches[0] == batches[1] == batches[2]
 
 
@@ -204,7 +224,7 @@ def run_randomly(
         assert taken.complete or len(taken.groups) >= at_least
         assert all(version - born[uid] <= slots.max_staleness for uid in taken.groups)
         assert not {uid for batch in batches for uid in batch} & set(taken.groups)
-        assert slots.extra or not taken.surplus, "without over-sampling nothing is superfluous"
+        assert slots.oversample and not slots.max_staleness or not taken.surplus, "nothing is thrown away for the bound"
         batches[-1] += taken.groups
         running = [uid for uid in running if uid not in taken.surplus]
         restart = taken.surplus + restart

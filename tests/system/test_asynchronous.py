@@ -17,11 +17,11 @@ NUM_STEPS = 8
 
 
 def test_partial_rollouts_go_on_after_an_update_within_the_bound(toys, tmp_path):
-    """Groups split over two engines, spares beside them, responses so long that updates come under them. GPT-2's tied
+    """Groups split over two engines, responses so long that updates come under them. GPT-2's tied
     head and embedding have names of their own."""
     values = options(toys, toys.gpt2) | {
         "driver.max_staleness": 1, "driver.num_steps": NUM_STEPS, "rollout.split_groups": 2, "rollout.max_tokens": 48,
-        "rollout.ignore_eos": True, "filter.reward": "task", "filter.oversample": 0.5, "train.num_ranks": 2,
+        "rollout.ignore_eos": True, "filter.reward": "task", "train.num_ranks": 2,
         "batch.max_tokens_per_micro_batch": 256,  # of about 1,800 a step: backward begins before the batch is whole
     }
     result = FluxTrainer(FluxConfig(algorithm="grpo", **values, run_dir=str(tmp_path / "run"))).fit(str(toys.data))
@@ -33,5 +33,6 @@ def test_partial_rollouts_go_on_after_an_update_within_the_bound(toys, tmp_path)
     assert any(line["driver/num_parts"] > 1 for line in lines), "no group was trained on before the batch was whole"
     for line in lines:
         assert line["rollout/response_length_mean"] == 48 and line["rollout/tokens"] == 8 * 4 * 48, "none was cut short"
+        assert line["filter/surplus"] == 0, "nothing is thrown away for the bound"
         assert math.isfinite(line["actor/loss"]) and 0 < line["filter/acceptance_rate"] <= 1
     assert any(line["filter/length_issued"] == 48 for line in lines if "filter/length_issued" in line)

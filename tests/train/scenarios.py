@@ -275,6 +275,7 @@ def two_ranks(rank: Rank) -> dict[str, Any]:
         **gradients(rank, stages),
         **gradients(rank, idle, split=6),
         **streamed(rank),
+        **gradients(rank, {"bf16_whole": {"model__dtype": "bfloat16", "batch__micro_batch_size": 1}}),
         **gradients(rank, {f"{name}_ranks": {**kind, "train__zero_stage": 2, "batch__micro_batch_size": 3}
                            for name, kind in KINDS.items()}),
         "zero_3_checkpointing": gradients(

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +16,8 @@ import torch
 
 from flux_ray.weights.buckets import Announcement, Param, buckets, size_of, unpack
 from flux_ray.weights.sender import GlooSender
+from flux_ray.weights.source import TrainerSource
+from flux_ray.weights.wire import Wire, join_group, map_memory
 
 REPO = Path(__file__).parents[2]
 
@@ -39,6 +42,88 @@ def test_an_engine_that_gave_up_is_named_and_not_the_send_that_then_found_nobody
     monkeypatch.setattr(engine, "_send", finds_nobody)
     with pytest.raises(ValueError, match="no layer of that name"):
         engine.send_weights()
+
+
+class Worker:
+    """An engine's worker that joins, and what it does of an update."""
+
+    def __init__(self, takes):
+        self._takes = takes
+
+    def init_weight_transfer_engine(self, init_info):
+        self.invitation = init_info
+        group = join_group(init_info["master_address"], init_info["master_port"], rank=1,
+                           world_size=init_info["world_size"], timeout_s=init_info["timeout_s"])
+        self.wire = Wire(group, map_memory(init_info["memory"], init_info["memory_bytes"]) if self.same_machine else None)
+
+    same_machine = True
+    served = 0
+
+    def begin_weight_update(self, update_info):
+        self.took = self._takes(self, Announcement(**update_info).params())
+
+    def finish_weight_update(self):
+        self.served += 1
+
+    def finish_staged_update(self, num_rounds):
+        self.served += 1
+
+
+WEIGHTS = {name: torch.full((30,), float(i)) for i, name in enumerate("abcde")}  # two to a bucket
+
+
+def connected(worker, *, timeout_s):
+    source = TrainerSource(SimpleNamespace(
+        weight_metadata=lambda: [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in WEIGHTS.items()],
+        iter_weights=lambda bucket_bytes: iter(WEIGHTS.items())), bucket_bytes=256, dtype=torch.float32)
+    sender = GlooSender(client=worker, source=source, world_size=2, bucket_bytes=256, timeout_s=timeout_s)
+    sender.connect("127.0.0.1")
+    return sender
+
+
+def sent(sender):
+    """In a thread, so that a test whose send hangs fails."""
+    with ThreadPoolExecutor(1) as side:
+        return side.submit(sender.send_weights).result(timeout=30)
+
+
+@pytest.mark.parametrize("same_machine", [True, False])
+def test_a_worker_that_comes_late_finds_every_bucket(same_machine):
+    """Through memory of one machine all are on their way before it takes the first, else one at a time is."""
+
+    def late(worker, params):
+        time.sleep(0.3)
+        worker.wire.rewind()
+        took = {}
+        for run in buckets(params, worker.invitation["bucket_bytes"]):
+            place = worker.wire.place(size_of(run))
+            worker.wire.broadcast(place).wait()
+            took |= {name: tensor.clone() for name, tensor in unpack(place, run)}
+        return took
+
+    worker = Worker(late)
+    worker.same_machine = same_machine
+    sender = connected(worker, timeout_s=20.0)
+    for update in range(2):
+        sent(sender)
+        assert worker.served == update + 1
+        assert {name: tensor.tolist() for name, tensor in worker.took.items()} == {
+            name: tensor.tolist() for name, tensor in WEIGHTS.items()}
+
+
+@pytest.mark.parametrize("same_machine", [True, False])
+def test_an_engine_that_refuses_is_not_waited_for(same_machine):
+    """Nobody takes what was sent: without a look at the engine's answer the send would wait until the deadline."""
+
+    def refuses(worker, params):
+        raise ValueError("engine 0, begin_weight_update: no room")
+
+    worker = Worker(refuses)
+    worker.same_machine = same_machine
+    sender = connected(worker, timeout_s=60.0)
+    with pytest.raises(ValueError, match="no room"):
+        sent(sender)
+    assert not worker.served
 
 
 def test_a_training_rank_needs_no_vllm_where_weights_go_by_gloo():
