@@ -107,7 +107,8 @@ def meets(value: float, goal: str) -> bool:
 def as_json(result: Measured | Failed) -> str:
     """One line."""
     if isinstance(result, Failed):
-        return json.dumps({"name": result.name, "value": None, "error": result.reason})
+        return json.dumps({"name": result.name, "value": None, "unit": None, "goal": None, "runs": 0,
+                           "error": result.reason})
     first, third = result.quartiles
     line = {"name": result.name, "value": significant(result.value), "unit": result.unit, "goal": result.goal,
             "met": result.met, "runs": result.runs, "iqr": significant(third - first),

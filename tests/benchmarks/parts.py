@@ -47,7 +47,8 @@ ENV = {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_U
 #: Name ► module:function. The function takes the folder and the part's options; what it gives is plain values.
 PARTS = {
     "vllm": "parts:bare_vllm", "deepspeed": "parts:bare_deepspeed", "ours": "parts:ours",
-    "trl": "peer:trl_steps", "same_loss": "peer:same_loss", "publish": "publish:run", "driver": "driver_cost:run",
+    "trl": "peer:trl_steps", "same_loss": "peer:same_loss", "publish": "publish:run", "bare_update": "publish:bare",
+    "driver": "driver_cost:run",
     "bare_calls": "driver_cost:bare_calls",
 }
 

@@ -37,7 +37,8 @@ def test_a_line_of_json_holds_what_is_asked_for():
     line = json.loads(as_json(Measured.of("vs_trl", [2.0, 2.1, 2.3], unit="x", goal=">= 2.0", threads=2)))
     assert line == {"name": "vs_trl", "value": 2.1, "unit": "x", "goal": ">= 2.0", "met": True, "runs": 3, "iqr": 0.15,
                     "quartiles": [2.05, 2.2], "threads": 2}
-    assert json.loads(as_json(Failed("vs_trl", "no trl"))) == {"name": "vs_trl", "value": None, "error": "no trl"}
+    assert json.loads(as_json(Failed("vs_trl", "no trl"))) == {
+        "name": "vs_trl", "value": None, "unit": None, "goal": None, "runs": 0, "error": "no trl"}
 
 
 def test_the_table_tells_what_was_met_and_what_failed():
