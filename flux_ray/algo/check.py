@@ -156,7 +156,8 @@ def _oddities(config: Config, algorithm: Algorithm) -> Iterator[str]:
                "was sampled, and weights/logprob_gap_* and the ratio say so")
     if config.driver.max_staleness > 0 and config.filter.oversample:
         yield (f"filter.oversample={config.filter.oversample:g} with driver.max_staleness="
-               f"{config.driver.max_staleness}: no spares are drawn, groups of the next batches stand in for dropped ones")
+               f"{config.driver.max_staleness}: no spares are drawn, groups of the next batches stand in for "
+               "dropped ones")
     if config.driver.max_staleness > 0 and algo.old_logprobs == "trainer" and algo.off_policy == "none":
         yield (f"driver.max_staleness={config.driver.max_staleness} with algo.old_logprobs=trainer and "
                "algo.off_policy=none: nothing corrects for samples of older versions")

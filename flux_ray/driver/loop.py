@@ -178,9 +178,8 @@ class Loop:
         return taken
 
     async def _after_step(self, version: int, batch: list[ReadyGroup], metrics: dict[str, float]) -> None:
-        """Write what the step was, then let the next one's prompts in."""
+        """Write what the step was, then let the next one's prompts in; engines don't wait for texts to be decoded."""
         self._recorder.step(version - 1, metrics | {"driver/version": float(version)})
-        await self._record_samples(version - 1, batch[: self._config.observability.samples_per_step])
         async with self._changed:  # both at once: for the slots, what is in training is of the present version
             self._version = version
             self._slots.release()
@@ -190,6 +189,7 @@ class Loop:
         await self._evaluate()
         async with self._changed:
             self._changed.notify_all()
+        await self._record_samples(version - 1, batch[: self._config.observability.samples_per_step])
 
     async def _record_samples(self, step: int, groups: list[ReadyGroup]) -> None:
         for group in groups:

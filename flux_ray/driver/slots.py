@@ -30,11 +30,11 @@ class Slots:
     """The slots of one run: (max_staleness + 1) x prompts_per_step, and spares.
 
     A version trains on `prompts_per_step` groups, so the group that stands i-th among those waiting is trained on at
-    version + i // prompts_per_step. Those that are in time there are the core. What was over-sampled stands behind it and
-    is spare: it moves up when a group of the core is dropped, and is surplus once the batch is full. There are
-    `oversample` spares for each group that may yet be dropped. A batch is thereby the first accepted groups in the order
-    of the prompts, whatever `oversample` is. With max_staleness > 0 there are none: groups of the next batches, in
-    flight anyway, stand in, and a spare beyond them could only pass the bound or be thrown away.
+    version + i // prompts_per_step. Those that are in time there are the core. What was over-sampled stands behind it
+    and is spare: it moves up when a group of the core is dropped, and is surplus once the batch is full. There are
+    `oversample` spares for each group that may yet be dropped. A batch is thereby the first accepted groups in the
+    order of the prompts, whatever `oversample` is. With max_staleness > 0 there are none: groups of the next batches,
+    in flight anyway, stand in, and a spare beyond them could only pass the bound or be thrown away.
 
     >>> slots = Slots(prompts_per_step=2, max_staleness=0)
     >>> slots.reserve(0, version=0); slots.reserve(1, version=0); slots.has_room(version=0)

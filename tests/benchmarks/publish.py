@@ -1,8 +1,8 @@
 """How soon new weights are served, and how long running requests wait for them: 240 MB, two engines.
 
 Takes:  a Session.
-Gives:  `publish`: a latency and a stall for each weights.staging that there is, and what an engine alone would need; the
-        parts `run` and `bare`.
+Gives:  `publish`: a latency and a stall for each weights.staging that there is, and what an engine alone would need;
+        the parts `run` and `bare`.
 Knows:  an engine serves a version when a running request has its first token of it.
 """
 
@@ -89,8 +89,8 @@ def run(folder: Path, work: Path, *, steps: int, **more: Any) -> dict[str, list[
 
 
 def bare(folder: Path, work: Path, *, tokens: int, rounds: int) -> dict[str, list[float]]:
-    """What an engine alone needs, on one core and with nothing beside it: seconds to copy the weights once, to load them
-    by vLLM's own reload, and until as many sequences as ran, of so many tokens, have their next one."""
+    """What an engine alone needs, on one core and with nothing beside it: seconds to copy the weights once, to load
+    them by vLLM's own reload, and until as many sequences as ran, of so many tokens, have their next one."""
     os.environ["TORCH_COMPILE_DISABLE"] = "1"  # as our engines
     import torch
     from safetensors.torch import load_file

@@ -6,6 +6,7 @@ Gives:  `RandomSchedule`: config, world and start of a run; `check`: runs it, an
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import random
 from typing import Any
@@ -51,6 +52,9 @@ class RandomSchedule:
                            driver_s=some() / 10)
         self.spread = chance.choice([0.0, 0.8, 2.5])  # sigma of the log-normal lengths
         self.part_tokens = chance.choice([math.inf, 1, 50, 200])
+        rollout = dataclasses.replace(self.config.rollout, kv_after_update=chance.choice(["recompute", "keep"]))
+        train = dataclasses.replace(self.config.train, num_ranks=chance.choice([1, 1, 2, 3]))
+        self.config = dataclasses.replace(self.config, rollout=rollout, train=train)
 
     @staticmethod
     def plain(**values: Any) -> Config:

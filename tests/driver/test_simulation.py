@@ -54,8 +54,8 @@ def test_over_sampling_and_splitting_change_no_synchronous_batch(clock):
 
 @pytest.mark.parametrize("refused", [2, 10])
 def test_spares_fill_the_batch_without_another_round(clock, refused):
-    """Of `refused` prompts all but one are dropped, after 1 s: a batch takes a round of 1 s for each time that prompts are
-    drawn in their place, or one round with enough spares."""
+    """Of `refused` prompts all but one are dropped, after 1 s: a batch takes a round of 1 s for each time that prompts
+    are drawn in their place, or one round with enough spares."""
     costs, seconds = Costs(token_s=0.01, sequence_s=0.0), []
     for oversample in (0.0, 2.0 * refused):
         config = RandomSchedule.plain(prompts_per_step=8, group_size=2, num_steps=6, oversample=oversample,

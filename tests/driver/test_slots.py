@@ -191,15 +191,16 @@ def test_no_part_is_taken_that_would_make_another_group_pass_the_bound():
 
 def test_parts_and_spares_give_the_synchronous_batch():
     for seed in range(30):
-        batches = [run_randomly(Slots(4, 0, oversample), random.Random(1000 * seed + int(4 * oversample)), num_steps=12, bad=seed,
-                                at_least=at_least) for oversample, at_least in ((0, math.inf), (0.75, 1), (2, 2))]
+        batches = [run_randomly(Slots(4, 0, oversample), random.Random(1000 * seed + int(4 * oversample)), num_steps=12,
+                                bad=seed, at_least=at_least)
+                   for oversample, at_least in ((0, math.inf), (0.75, 1), (2, 2))]
         assert [sorted(b) for b in batches[0]] == [sorted(b) for b in batches[1]] == [sorted(b) for b in batches[2]]
 
 
 def test_over_sampling_changes_no_synchronous_batch():
     for seed in range(30):
-        batches = [run_randomly(Slots(4, 0, oversample), random.Random(1000 * seed + int(4 * oversample)), num_steps=12, bad=seed)
-                   for oversample in (0, 0.75, 2)]
+        batches = [run_randomly(Slots(4, 0, oversample), random.Random(1000 * seed + int(4 * oversample)), num_steps=12,
+                                bad=seed) for oversample in (0, 0.75, 2)]
         assert batches[0] == batches[1] == batches[2]
 
 
@@ -224,7 +225,7 @@ def run_randomly(
         assert taken.complete or len(taken.groups) >= at_least
         assert all(version - born[uid] <= slots.max_staleness for uid in taken.groups)
         assert not {uid for batch in batches for uid in batch} & set(taken.groups)
-        assert slots.oversample and not slots.max_staleness or not taken.surplus, "nothing is thrown away for the bound"
+        assert slots.max_staleness == 0 < slots.oversample or not taken.surplus, "nothing is thrown away for the bound"
         batches[-1] += taken.groups
         running = [uid for uid in running if uid not in taken.surplus]
         restart = taken.surplus + restart

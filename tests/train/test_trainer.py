@@ -79,7 +79,8 @@ def test_groups_that_are_trained_on_as_they_come_give_the_same_gradient(
     if bound > 1e-5:
         return
     packing = {"train/num_micro_batches", "train/padding_frac"}
-    got, wanted = ({k: v for k, v in metrics.items() if k not in packing} for metrics in (two[name], {**two, **one}[whole]))
+    got, wanted = ({k: v for k, v in metrics.items() if k not in packing}
+                   for metrics in (two[name], {**two, **one}[whole]))
     assert got == pytest.approx(wanted, rel=1e-5, abs=1e-6)
 
 

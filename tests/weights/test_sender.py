@@ -54,7 +54,8 @@ class Worker:
         self.invitation = init_info
         group = join_group(init_info["master_address"], init_info["master_port"], rank=1,
                            world_size=init_info["world_size"], timeout_s=init_info["timeout_s"])
-        self.wire = Wire(group, map_memory(init_info["memory"], init_info["memory_bytes"]) if self.same_machine else None)
+        memory = map_memory(init_info["memory"], init_info["memory_bytes"]) if self.same_machine else None
+        self.wire = Wire(group, memory)
 
     same_machine = True
     served = 0
@@ -72,11 +73,14 @@ class Worker:
 WEIGHTS = {name: torch.full((30,), float(i)) for i, name in enumerate("abcde")}  # two to a bucket
 
 
+def source_of(weights):
+    return TrainerSource(SimpleNamespace(
+        weight_metadata=lambda: [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in weights.items()],
+        iter_weights=lambda bucket_bytes: iter(weights.items())), bucket_bytes=256, dtype=torch.float32)
+
+
 def connected(worker, *, timeout_s):
-    source = TrainerSource(SimpleNamespace(
-        weight_metadata=lambda: [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in WEIGHTS.items()],
-        iter_weights=lambda bucket_bytes: iter(WEIGHTS.items())), bucket_bytes=256, dtype=torch.float32)
-    sender = GlooSender(client=worker, source=source, world_size=2, bucket_bytes=256, timeout_s=timeout_s)
+    sender = GlooSender(client=worker, source=source_of(WEIGHTS), world_size=2, bucket_bytes=256, timeout_s=timeout_s)
     sender.connect("127.0.0.1")
     return sender
 
@@ -124,6 +128,37 @@ def test_an_engine_that_refuses_is_not_waited_for(same_machine):
     with pytest.raises(ValueError, match="no room"):
         sent(sender)
     assert not worker.served
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_bucket_is_packed_while_the_one_before_is_on_its_way(shared, monkeypatch):
+    """And none twice, however many engines there are: a broadcast is one for all of them."""
+    did = []
+
+    class Recorded:
+        def __init__(self):
+            self.shared, self._buckets = shared, 0
+
+        def rewind(self):
+            did.clear()
+
+        def place(self, num_bytes):
+            did.append(f"pack {self._buckets}")
+            return torch.empty(num_bytes, dtype=torch.uint8)
+
+        def broadcast(self, place):
+            k, self._buckets = self._buckets, self._buckets + 1
+            did.append(f"send {k}")
+            return SimpleNamespace(is_completed=lambda: True, wait=lambda: did.append(f"sent {k}"))
+
+    client = SimpleNamespace(begin_weight_update=lambda info: None, finish_weight_update=lambda: None)
+    sender = GlooSender(client=client, source=source_of(WEIGHTS), world_size=9, bucket_bytes=256, timeout_s=1.0)
+    monkeypatch.setattr(sender, "_wire", Recorded())
+    monkeypatch.setattr(GlooSender, "staged", False)
+    sender.send_weights()
+    one_on_its_way = ["pack 0", "send 0", "pack 1", "sent 0", "send 1", "pack 2", "sent 1", "send 2", "sent 2"]
+    all_on_their_way = ["pack 0", "send 0", "pack 1", "send 1", "pack 2", "send 2", "sent 0", "sent 1", "sent 2"]
+    assert did == (all_on_their_way if shared else one_on_its_way)
 
 
 def test_a_training_rank_needs_no_vllm_where_weights_go_by_gloo():
