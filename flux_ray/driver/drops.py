@@ -46,7 +46,7 @@ class Drops:
         self._groups: Counter[str] = Counter()
         self._tokens: Counter[str] = Counter()
         self._samples: Counter[str] = Counter()
-        self._surplus = 0
+        self._surplus = self._spent = 0
 
     def _count(self, fate: str, num_tokens: int, num_samples: int) -> None:
         self._groups[fate] += 1
@@ -66,14 +66,18 @@ class Drops:
             self._samples[KEPT] -= num_samples
             self._count(SURPLUS, num_tokens, num_samples)
 
-    def dropped(self, cause: str, *, num_tokens: int, num_samples: int) -> None:
-        """RuntimeError where the step would draw more than filter.max_batches batches of prompts."""
+    def dropped(self, cause: str, *, num_tokens: int, num_samples: int, spent: int = 1) -> None:
+        """`spent`: dropped groups whose turn came with it; a spare's may never come.
+
+        RuntimeError where the step would need more than filter.max_batches batches of prompts.
+        """
         assert cause in CAUSES, cause
         self._count(cause, num_tokens, num_samples)
         self.total += 1
+        self._spent += spent
         count = self._groups.total() - self._accepted
         # With max_staleness > 0 groups of several batches run at once: those that are kept for later ones count too.
-        if count > (self._max_batches - 1) * max(self._batch, self._groups[KEPT]):
+        if self._spent > (self._max_batches - 1) * max(self._batch, self._groups[KEPT]):
             causes = ", ".join(f"{cause} {n}" for cause, n in self._groups.items() if cause in CAUSES)
             raise RuntimeError(
                 f"{count} of {self._groups.total()} groups drawn since the last step were dropped ({causes}): "

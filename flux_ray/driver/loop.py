@@ -82,8 +82,8 @@ class Loop:
             async with self._changed:
                 await self._changed.wait_for(lambda: self._slots.has_room(version=self._version))
                 uid = self._next_prompt()
-                self._slots.reserve(uid, version=self._version)
-            self._groups[uid] = tasks.create_task(self._one_group(uid))
+                spare = self._slots.reserve(uid, version=self._version)
+            self._groups[uid] = tasks.create_task(self._one_group(uid, spare=spare))
 
     def _next_prompt(self) -> int:
         if self._unfinished:
@@ -91,13 +91,13 @@ class Loop:
         self._next_uid += 1
         return self._next_uid - 1
 
-    async def _one_group(self, uid: int) -> None:
+    async def _one_group(self, uid: int, *, spare: bool) -> None:
         """One prompt: roll ► score ► filter ► reference. Its group is then ready, or dropped and its slot free.
 
-        Woken by its actors; cancelled where it is surplus.
+        Woken by its actors; cancelled where it is surplus. A spare goes to the engines after all that the batch needs.
         """
         prompt, born = self._prompts.prompt(uid), self._version
-        rolled = await self._rooms.roll(prompt, lengths=self._lengths, born=born)
+        rolled = await self._rooms.roll(prompt, lengths=self._lengths, born=born + spare)
         rolled_s = now_s()
         try:
             scored = await self._rooms.score(rolled)
@@ -108,24 +108,24 @@ class Loop:
         cause = filters.refusal(scored, self._config.filter)
         if cause is not None:
             return await self._drop(rolled, uid, cause)
-        self._drops.kept(num_tokens=rolled.num_tokens, num_samples=scored.group_size)
         scored_s = now_s()
         reference = await self._rooms.reference(rolled)
         reference_s = now_s() - scored_s
         async with self._changed:
             group = ReadyGroup(scored, rolled, reference, scored_s - rolled_s, reference_s)
             self._slots.ready(uid, group, num_tokens=int(scored.num_tokens.sum()))
+            self._drops.kept(num_tokens=rolled.num_tokens, num_samples=scored.group_size)
             del self._groups[uid]
             self._changed.notify_all()
 
     async def _drop(self, rolled: Rolled, uid: int, cause: str) -> None:
         """Count the group and free its slot: another prompt takes it, until the batch is full."""
-        num_samples = self._config.rollout.group_size
-        self._drops.dropped(cause, num_tokens=rolled.num_tokens, num_samples=num_samples)
         async with self._changed:
-            self._slots.drop(uid, version=self._version)
+            spent = self._slots.drop(uid, version=self._version)
             del self._groups[uid]
             self._changed.notify_all()
+            self._drops.dropped(cause, num_tokens=rolled.num_tokens, num_samples=self._config.rollout.group_size,
+                                spent=spent)
 
     async def _train_steps(self) -> None:
         """Consumes ready groups, as they come or a whole batch: train ► publish (a critic learns meanwhile) ► release
@@ -187,8 +187,11 @@ class Loop:
             self._stop_groups()  # spares: no failure of theirs is to keep the result from being saved
         await self._save_if_due()
         await self._evaluate()
-        async with self._changed:
-            self._changed.notify_all()
+        if version < self._last_step:
+            async with self._changed:
+                self._changed.notify_all()
+        else:
+            self._stop_groups()
         await self._record_samples(version - 1, batch[: self._config.observability.samples_per_step])
 
     async def _record_samples(self, step: int, groups: list[ReadyGroup]) -> None:

@@ -10,6 +10,7 @@ Never:  waits, and never throws a group away to keep the bound: a group that wou
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,13 +33,14 @@ class Slots:
     A version trains on `prompts_per_step` groups, so the group that stands i-th among those waiting is trained on at
     version + i // prompts_per_step. Those that are in time there are the core. What was over-sampled stands behind it
     and is spare: it moves up when a group of the core is dropped, and is surplus once the batch is full. There are
-    `oversample` spares for each group that may yet be dropped. A batch is thereby the first accepted groups in the
-    order of the prompts, whatever `oversample` is. With max_staleness > 0 there are none: groups of the next batches,
-    in flight anyway, stand in, and a spare beyond them could only pass the bound or be thrown away.
+    `oversample` running spares for each group that may yet be dropped and for which none is finished. A batch is
+    thereby the first accepted groups in the order of the prompts, whatever `oversample` is. With max_staleness > 0
+    there are none: groups of the next batches, in flight anyway, stand in, and a spare beyond them could only pass the
+    bound or be thrown away.
 
     >>> slots = Slots(prompts_per_step=2, max_staleness=0)
-    >>> slots.reserve(0, version=0); slots.reserve(1, version=0); slots.has_room(version=0)
-    False
+    >>> slots.reserve(0, version=0), slots.reserve(1, version=0), slots.has_room(version=0)
+    (False, False, False)
     >>> slots.ready(1, "group of 1"); slots.take(version=0) is None
     True
     >>> slots.ready(0, "group of 0"); slots.take(version=0)
@@ -72,15 +74,19 @@ class Slots:
             return True
         if self.max_staleness or not self.oversample:
             return False
-        core, spare = self._sorted(version)
+        untrained = (uid for uid in self._born if uid not in self._taken)
+        core = list(itertools.islice(untrained, self.prompts_per_step - len(self._taken)))
         running = sum(uid not in self._ready for uid in core)
-        waiting = sum(uid not in self._refused for uid in spare)
-        return waiting < math.ceil(self.oversample * running)
+        finished = len(self._ready) - (len(core) - running)  # spares, each of which stands in for one for certain
+        spares = len(self._born) - len(self._taken) - len(self._ready) - len(self._refused) - running  # that run
+        return spares < math.ceil(self.oversample * max(0, running - finished))
 
-    def reserve(self, uid: int, *, version: int) -> None:
+    def reserve(self, uid: int, *, version: int) -> bool:
+        """Whether it is a spare."""
         assert self.has_room(version=version), "no slot is free"
         assert uid not in self._born, uid
         self._born[uid] = version
+        return not self._in_time(version, len(self._born) - 1, version)
 
     def ready(self, uid: int, group: Any, *, num_tokens: int = 0) -> None:
         assert uid in self._born and uid not in self._taken, uid
@@ -88,18 +94,22 @@ class Slots:
         if uid in self._awaited:
             self._awaited = set()
 
-    def drop(self, uid: int, *, version: int) -> None:
+    def drop(self, uid: int, *, version: int) -> int:
         """A filter refused the group: the first spare moves up, or its slot is free again.
 
-        A spare stays until it has moved up: whether it counts must not depend on who was faster.
+        A spare stays until it has moved up: whether it counts must not depend on who was faster. Gives how many count
+        now, this one or others that were refused before.
         """
         assert uid in self._born and uid not in self._ready, uid
         self._refused.add(uid)
         self._awaited = set()
+        count = 0
         while gone := self._refused & set(self._sorted(version)[0]):
             for refused in gone:
                 del self._born[refused]
             self._refused -= gone
+            count += len(gone)
+        return count
 
     def take(self, *, version: int, at_least: float = math.inf) -> Taken | None:
         """Groups for this version's step; None while it must wait.

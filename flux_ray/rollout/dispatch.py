@@ -32,7 +32,7 @@ class Request:
     420
     """
 
-    born: int  # version at which the prompt started
+    born: int  # version at which the prompt started; of a spare the next
     num_samples: int
     prompt_tokens: int
     response_tokens: float  # expected, of one sample

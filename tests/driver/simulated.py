@@ -97,10 +97,14 @@ class World:
     prompt_tokens: int = 10
     num_rows: int = 1000
     scored: set[int] = field(default_factory=set)
-    batches: list[list[int]] = field(default_factory=list)  # uids
+    trained: dict[int, list[int]] = field(default_factory=dict)  # version ► uids of all ranks
     staleness: list[tuple[int, int]] = field(default_factory=list)  # of each group: by its oldest and newest token
     step_end_s: list[float] = field(default_factory=list)
     metrics: list[dict[str, float]] = field(default_factory=list)
+
+    @property
+    def batches(self) -> list[list[int]]:
+        return [self.trained[version] for version in sorted(self.trained)]
 
 
 @dataclass
@@ -260,7 +264,7 @@ class Rank:
 
     async def train_step(self, *, version: int, **groups: Any) -> StepReport:
         await self.accumulate(version=version, **groups)
-        self._world.batches.append(self._begun)
+        self._world.trained.setdefault(version, []).extend(self._begun)
         self._begun = []
         await asyncio.sleep(self._world.costs.train_s)
         return StepReport(version + 1)

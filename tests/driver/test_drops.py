@@ -65,6 +65,14 @@ def test_the_limit_is_a_steps_and_surplus_is_no_part_of_it():
     assert counted.total == 20
 
 
+def test_spares_whose_turn_has_not_come_dont_stop_a_run():
+    counted = drops(total=0)
+    for _ in range(1000):
+        counted.dropped("same_reward", num_tokens=4, num_samples=4, spent=0)
+    with pytest.raises(RuntimeError, match=r"acceptance rate 0\.0%"):
+        counted.dropped("same_reward", num_tokens=4, num_samples=4, spent=1000)
+
+
 def test_what_was_accepted_and_is_superfluous_is_not_told_as_trained_on():
     counted = drops(total=0)
     drop(counted, "same_reward", num_tokens=4)

@@ -53,13 +53,16 @@ def test_no_prompt_starts_that_no_step_is_left_for(max_staleness, oversample):
     slots = Slots(prompts_per_step=2, max_staleness=max_staleness, oversample=oversample, num_steps=3)
     started = trained = 0
     for version in range(3):
+        new = []
         while slots.has_room(version=version):
             slots.reserve(started, version=version)
-            slots.ready(started, started)
+            new.append(started)
             started += 1
+        for uid in new:
+            slots.ready(uid, uid)
         trained += len(slots.take(version=version).groups)
         slots.release()
-    assert trained == started == 6, "none is left over that was started for nothing"
+    assert (trained, started) == (6, 6 if not oversample else 3 * (2 + 3)), "three spares a step, and no more"
     assert not slots.has_room(version=3)
 
 
@@ -139,13 +142,36 @@ def test_asynchronous_runs_draw_no_spare_that_could_only_be_thrown_away(max_stal
     slots = Slots(prompts_per_step=2, max_staleness=max_staleness, oversample=3.0)
     started = 0
     for version in range(10):
+        new = []
         while slots.has_room(version=version):
             start(slots, started, version=version)
-            slots.ready(started, started)
+            new.append(started)
             started += 1
+        assert len(slots.in_flight) == 2 * (1 + max_staleness), "all of them run"
+        for uid in new:
+            slots.ready(uid, uid)
         assert slots.take(version=version).surplus == []
         slots.release()
     assert started == 2 * (10 + max_staleness), "each of them is trained on in time"
+
+
+def test_a_finished_spare_stands_in_for_one_and_fewer_are_drawn():
+    slots = Slots(prompts_per_step=4, max_staleness=0, oversample=2.0)
+    start(slots, *range(4 + 8))
+    assert not slots.has_room(version=0)
+    for uid in (0, 1, 2, 4, 5):
+        slots.ready(uid, uid)
+    assert not slots.has_room(version=0), "two are there for the one that the batch waits for"
+    slots.drop(3, version=0)
+    assert slots.take(version=0).groups == [0, 1, 2, 4]
+
+
+def test_a_spare_is_told_as_such_and_counts_as_dropped_when_its_turn_comes():
+    slots = Slots(prompts_per_step=2, max_staleness=0, oversample=1.0)
+    assert [slots.reserve(uid, version=0) for uid in range(4)] == [False, False, True, True]
+    assert slots.drop(2, version=0) == 0
+    assert slots.drop(0, version=0) == 2, "itself, and 2, which has moved up"
+    assert slots.drop(3, version=0) == 1
 
 
 @pytest.mark.parametrize("oversample", [0, 0.5, 1.5])

@@ -144,7 +144,8 @@ def streamed(rank: Rank) -> dict[str, Any]:
     kinds = {name: KINDS[name] for name in STREAMED_KINDS}
     variants = {f"streamed_{s}": {"train__zero_stage": s} for s in range(4)} | {
         f"{name}_streamed": {**kind, "train__zero_stage": 2} for name, kind in kinds.items()} | {
-        "streamed_packed": {"batch__micro_batch_size": None}, "streamed_bf16": {"model__dtype": "bfloat16"}}
+        f"streamed_bf16_{s}": {"model__dtype": "bfloat16", "train__zero_stage": s} for s in (1, 2, 3)} | {
+        "streamed_packed": {"batch__micro_batch_size": None}}
     metrics = {}
     for name, overrides in variants.items():
         trainer = rank.trainer(**{"batch__micro_batch_size": 1} | overrides)

@@ -66,7 +66,8 @@ def test_equal_gradients_of_other_kinds(folder: Path, two: dict, one: dict, kind
 
 
 @pytest.mark.parametrize(("name", "bound"), [
-    *((f"streamed_{stage}", 1e-6) for stage in STAGES), ("streamed_packed", 1e-5), ("streamed_bf16", 1e-6),
+    *((f"streamed_{stage}", 1e-6) for stage in STAGES), ("streamed_packed", 1e-5),
+    *((f"streamed_bf16_{stage}", 1e-6) for stage in STAGES[1:]),
     *((f"{kind}_streamed", 1e-6) for kind in STREAMED_KINDS),
 ])
 def test_groups_that_are_trained_on_as_they_come_give_the_same_gradient(
@@ -74,10 +75,8 @@ def test_groups_that_are_trained_on_as_they_come_give_the_same_gradient(
 ) -> None:
     """In three parts against one rank with the whole batch (bf16: both ranks); and the same metrics."""
     whole = "one" if name.startswith("streamed") else name.removesuffix("_streamed")
-    whole = "bf16_whole" if name == "streamed_bf16" else whole
+    whole = "bf16_whole" if "bf16" in name else whole
     assert relative_gap(tensors(folder, name), tensors(folder, whole)) <= bound
-    if bound > 1e-5:
-        return
     packing = {"train/num_micro_batches", "train/padding_frac"}
     got, wanted = ({k: v for k, v in metrics.items() if k not in packing}
                    for metrics in (two[name], {**two, **one}[whole]))

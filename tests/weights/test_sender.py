@@ -87,8 +87,11 @@ def connected(worker, *, timeout_s):
 
 def sent(sender):
     """In a thread, so that a test whose send hangs fails."""
-    with ThreadPoolExecutor(1) as side:
+    side = ThreadPoolExecutor(1)
+    try:
         return side.submit(sender.send_weights).result(timeout=30)
+    finally:
+        side.shutdown(wait=False)
 
 
 @pytest.mark.parametrize("same_machine", [True, False])
