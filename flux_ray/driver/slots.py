@@ -74,6 +74,7 @@ class Slots:
             return True
         if self.max_staleness or not self.oversample:
             return False
+        # Counted without going over the spares, which may be many: this is asked once for each of them.
         untrained = (uid for uid in self._born if uid not in self._taken)
         core = list(itertools.islice(untrained, self.prompts_per_step - len(self._taken)))
         running = sum(uid not in self._ready for uid in core)

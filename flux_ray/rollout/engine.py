@@ -295,7 +295,7 @@ class RolloutEngine:
         """Freeze running requests; with kv_after_update=recompute they prefill again, under the new weights."""
         self._serving.clear()
         clear = self._config.rollout.kv_after_update == "recompute"
-        # pause_generation is this, and 20 ms of sleep.
+        # pause_generation is this, 20 ms of sleep, and a cache of images, of which there are none here.
         await self._engine.engine_core.pause_scheduler_async(mode="keep", clear_cache=clear)
 
     async def _answered(self, call: Coroutine[Any, Any, T]) -> T:

@@ -15,7 +15,7 @@ import torch
 from flux_ray.weights.wire import padded
 
 BUCKETS_A_ROUND = 2  # that are made ready at a time: so long running requests wait
-MOST_ROUNDS = 8  # each waits for a forward pass, whatever the model's size
+MOST_ROUNDS = 8  # of a staged update: each waits for a forward pass, whatever the model's size
 
 
 @dataclass(frozen=True)

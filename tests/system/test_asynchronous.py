@@ -17,8 +17,8 @@ NUM_STEPS = 8
 
 
 def test_partial_rollouts_go_on_after_an_update_within_the_bound(toys, tmp_path):
-    """Groups split over two engines, responses so long that updates come under them. GPT-2's tied
-    head and embedding have names of their own."""
+    """Groups split over two engines, responses so long that updates come under them. GPT-2's tied head and
+    embedding have names of their own."""
     values = options(toys, toys.gpt2) | {
         "driver.max_staleness": 1, "driver.num_steps": NUM_STEPS, "rollout.split_groups": 2, "rollout.max_tokens": 48,
         "rollout.ignore_eos": True, "filter.reward": "task", "train.num_ranks": 2,
