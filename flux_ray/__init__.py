@@ -13,12 +13,12 @@ if TYPE_CHECKING:
     from flux_ray.algo import register_adv_estimator, register_policy_loss
     from flux_ray.api import FluxConfig, FluxTrainer
     from flux_ray.config import Config
-    from flux_ray.driver import TrainingResult
     from flux_ray.errors import UserError
     from flux_ray.observability.callbacks import Callback
     from flux_ray.reward import register_reward
     from flux_ray.rl_trainer import create_rl_trainer
     from flux_ray.rollout.functions import register_rollout
+    from flux_ray.run import TrainingResult
 
 #: Public name ► the module that has it.
 _HOMES = {
@@ -26,7 +26,7 @@ _HOMES = {
     "Config": "flux_ray.config",
     "FluxConfig": "flux_ray.api",
     "FluxTrainer": "flux_ray.api",
-    "TrainingResult": "flux_ray.driver",
+    "TrainingResult": "flux_ray.run",
     "UserError": "flux_ray.errors",
     "create_rl_trainer": "flux_ray.rl_trainer",
     "register_adv_estimator": "flux_ray.algo",

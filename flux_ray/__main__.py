@@ -85,9 +85,9 @@ def train(overrides: list[str]) -> None:
 
 
 def _run(config: Config) -> None:
-    from flux_ray import driver
+    from flux_ray import run as runs
 
-    driver.run(configs.validate(config))
+    runs.run(configs.validate(config))
 
 
 def explain(overrides: list[str]) -> None:

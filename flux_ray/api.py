@@ -28,7 +28,7 @@ from flux_ray.observability.callbacks import Callback, Metrics, as_callback
 from flux_ray.plugins import refuse_while_importing
 
 if TYPE_CHECKING:
-    from flux_ray.driver import TrainingResult
+    from flux_ray.run import TrainingResult
 
 Result = TypeVar("Result")
 IN_MEMORY = "rows in memory"   # what data.train is until they have a file
@@ -113,9 +113,9 @@ class FluxTrainer:
             "checkpoint.every": checkpoint_interval,
         }
         config = self.prepare(prompts, eval_prompts=eval_prompts, **changes)
-        from flux_ray import driver
+        from flux_ray import run as runs
 
-        self._result = outside_loop(functools.partial(driver.run, callbacks=called), config)
+        self._result = outside_loop(functools.partial(runs.run, callbacks=called), config)
         return self._result
 
     def evaluate(self, prompts: str | Path | Rows | None = None) -> Metrics:
@@ -138,9 +138,9 @@ class FluxTrainer:
             "reference.path": self._reference_path() if self._result else None,
             "run_dir": str(Path(run, "evaluation")) if run else None,
         })
-        from flux_ray import driver
+        from flux_ray import run as runs
 
-        return outside_loop(functools.partial(driver.evaluate, callbacks=self._callbacks), config)
+        return outside_loop(functools.partial(runs.evaluate, callbacks=self._callbacks), config)
 
     def _reference_path(self) -> str | None:
         """The model that pairs were compared with: the policy as `fit` began with it, where no other was named."""
@@ -257,11 +257,11 @@ def outside_loop(function: Callable[[Config], Result], config: Config) -> Result
 
 def _end_run_in(thread: threading.Thread) -> None:
     """The run in that thread ends as by Ctrl-C: what it started is gone when this returns."""
-    from flux_ray import driver
+    from flux_ray import run as runs
 
     ends_s = time.monotonic() + INTERRUPT_DEADLINE_S
     while thread.is_alive() and time.monotonic() < ends_s:
-        driver.interrupt(thread)   # of no effect before it has begun, and the second time
+        runs.interrupt(thread)   # of no effect before it has begun, and the second time
         thread.join(LOOK_EVERY_S)
 
 

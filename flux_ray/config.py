@@ -77,6 +77,8 @@ class ModelConfig:
 @dataclass(frozen=True)
 class RolloutConfig:
     num_engines: int = knob(1, "vLLM engines, one placement group each", least=1)
+    num_workers: int | None = knob(None, "rollout workers: processes that carry groups from prompt to scored; none: "
+                                   "one for every 8 engines", least=1)
     tensor_parallel_size: int = knob(1, "GPUs of one engine", least=1)
     group_size: int = knob(4, "G: responses per prompt", least=1)
     max_tokens: int = knob(256, "longest response in tokens (over all turns of a rollout)", least=1)

@@ -1,7 +1,8 @@
 """One frozen, complete record per hop of the data.
 
 Takes:  nothing; numpy arrays and plain values are put in by whoever makes the record.
-Gives:  Prompt ► Trajectory ► RolloutGroup ► ScoredGroup ► Sample ► MicroBatch ► StepReport; PreferencePair beside them.
+Gives:  Prompt ► SamplingRequest ► Sampled ► Trajectory ► RolloutGroup ► Responses ► Scores ► ScoredGroup ► Sample ►
+        MicroBatch ► StepReport; PreferencePair beside them.
 Knows:  the axes legend below, and each record's own invariants (asserted once, at birth).
 Never:  holds a field that a later stage fills in: what a later stage adds is another record.
 
@@ -63,6 +64,35 @@ class Completion:
 
 
 @dataclass(frozen=True)
+class SamplingRequest:
+    """What an engine is asked: n samples after some tokens.
+
+    >>> SamplingRequest(np.array([5, 6], np.int32), n=4, seed=123, temperature=1.0, max_tokens=16).n
+    4
+    """
+
+    token_ids: np.ndarray  # (T,) int32
+    n: int
+    seed: int  # sample i is drawn with seed + i, whatever else runs beside it
+    temperature: float
+    max_tokens: int
+    first: bool = False  # before all that wait in the engine, where rollouts are asynchronous
+    owner: str = ""  # incarnation of who asks: when that is gone, so is the request
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """What an engine answers.
+
+    >>> Sampled(completions=(), step=7).step
+    7
+    """
+
+    completions: tuple[Completion, ...]  # n of them
+    step: int  # updates that the newest policy among their tokens had
+
+
+@dataclass(frozen=True)
 class Trajectory:
     """One whole sequence: prompt, sampled tokens and, in multi-turn rollouts, tokens of tools between them.
 
@@ -108,10 +138,46 @@ class Trajectory:
 
 @dataclass(frozen=True)
 class RolloutGroup:
-    """The G trajectories of one prompt. Stays with the engine; the driver holds a handle of it."""
+    """The G trajectories of one prompt. The rollout worker that made it owns it; the driver knows it by its uid."""
 
     prompt: Prompt
     trajectories: tuple[Trajectory, ...]
+
+
+@dataclass(frozen=True)
+class Responses:
+    """What rewards see of a group.
+
+    >>> Responses(prompt, texts=("42", "7"), prompt_lengths=(2, 2), finish_reasons=("stop", "length"), step=7,
+    ...           token_ids=(np.array([5, 6, 4, 2], np.int32), np.array([5, 6, 9], np.int32)),
+    ...           num_loss_tokens=np.array([2, 1])).response_ids
+    [[4, 2], [9]]
+    """
+
+    prompt: Prompt
+    texts: tuple[str, ...]  # all that follows the prompt, tools' turns included, without special tokens
+    token_ids: tuple[np.ndarray, ...]  # (T,) int32 each, prompt and response
+    prompt_lengths: tuple[int, ...]
+    finish_reasons: tuple[str, ...]
+    num_loss_tokens: np.ndarray  # (G,)
+    step: int  # updates that the newest policy among their tokens had
+
+    @property
+    def response_ids(self) -> list[list[int]]:
+        return [ids[start:].tolist() for ids, start in zip(self.token_ids, self.prompt_lengths, strict=True)]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What the rewards say of a group.
+
+    >>> Scores(rewards=np.array([1., 0.]), task_rewards=np.array([1., 0.]), parts={}).rewards.sum()
+    1.0
+    """
+
+    rewards: np.ndarray  # (G,) float64, weighted sum of the parts (after shaping), nan where no function scored it
+    task_rewards: np.ndarray  # (G,) float64, before length penalties and other shaping; what filters look at
+    parts: dict[str, np.ndarray]  # name of the function or of its part ► (G,) float64, nan where it gave None
 
 
 @dataclass(frozen=True)
@@ -170,7 +236,7 @@ class Sample:
     advantages: np.ndarray | None = None  # (T,) float32
     sampler_logprobs: np.ndarray | None = None  # (T,) float32
     reference_logprobs: np.ndarray | None = None  # (T,) float32
-    current_version: bool = True  # every sampled token is of the trainer's present version
+    current_version: bool = True  # every sampled token is of the trainer's present step
 
     def __post_init__(self) -> None:
         for name in ("loss_mask", "loss_weights", "advantages", "sampler_logprobs", "reference_logprobs"):
@@ -208,8 +274,23 @@ class PreferencePair:
 
 
 @dataclass(frozen=True)
-class StepReport:
-    """What a training step tells the driver: the new version and the metrics, reduced over ranks already."""
+class LoopState:
+    """Where a loop stands: what a checkpoint holds beside the trainer's state.
 
-    version: int
+    >>> LoopState(step=3, next_uid=96).unfinished
+    ()
+    """
+
+    step: int  # steps done
+    next_uid: int = 0  # the next prompt of the stream
+    unfinished: tuple[int, ...] = ()  # prompts started and not trained on: they start again
+    prompts_dropped: int = 0
+    version: int = -1  # the highest published; -1: none
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What a training step tells the driver: how many steps are done, and the metrics, reduced over ranks already."""
+
+    step: int
     metrics: dict[str, float] = field(default_factory=dict)

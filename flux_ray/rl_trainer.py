@@ -19,7 +19,7 @@ from flux_ray.errors import UserError, unknown
 from flux_ray.observability.callbacks import Callback, Metrics, as_callback
 
 if TYPE_CHECKING:
-    from flux_ray.driver import TrainingResult
+    from flux_ray.run import TrainingResult
 
 BACKENDS = ("ray", "trl", "unsloth")
 

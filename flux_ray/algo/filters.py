@@ -17,7 +17,8 @@ from flux_ray.errors import UserError, unknown
 from flux_ray.records import ScoredGroup
 
 SAME_REWARD, UNSCORED = "same_reward", "unscored"
-CAUSES = (SAME_REWARD, UNSCORED)
+CAUSES = (SAME_REWARD, UNSCORED)  # for which a filter refuses
+REWARD_FAILED = "reward_failed"  # a function raised or timed out, and reward.on_failure=drop: dropped as well
 TASK = "task"  # the value of filter.reward for the task reward: all functions but shaping
 
 

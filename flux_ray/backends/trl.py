@@ -21,9 +21,6 @@ from flux_ray.backends.trl_pairs import make_pair_trainer
 from flux_ray.backends.trl_settings import check_trl, opening, trainer_arguments
 from flux_ray.config import Config
 from flux_ray.data import PairSource, PromptSource
-from flux_ray.driver import TrainingResult
-from flux_ray.driver.preflight import Prepared, prepare
-from flux_ray.driver.recorder import Recorder
 from flux_ray.errors import UserError
 from flux_ray.model import load_tokenizer, resolve_dtype
 from flux_ray.observability.callbacks import Callback
@@ -33,6 +30,9 @@ from flux_ray.records import OVERLONG
 from flux_ray.reward.calls import Arguments, Caller
 from flux_ray.reward.registry import GIVEN, RewardFunction, find_answer_column, resolve_functions
 from flux_ray.reward.worker import RESERVED, overlong, value_of
+from flux_ray.run import TrainingResult
+from flux_ray.run.prepare import Prepared, Rollouts, prepare
+from flux_ray.run.recorder import Recorder
 
 #: TRL's metric ► ours; what isn't here goes by trl/NAME.
 METRICS = {
@@ -57,8 +57,8 @@ def train(config: Config, *, callbacks: Sequence[Callback] = (), load_model: Loa
     require("trl", backend="trl", install="pip install 'flux-ray[trl]'")
     config, differences = check_trl(config)
     prepared = prepare(config)
-    if prepared.offline is not None and not isinstance(prepared.offline.train, PairSource):
-        raise UserError(f"backend=trl: {prepared.offline.train.source}: groups with given rewards aren't there: it "
+    if not isinstance(prepared.task, Rollouts) and not isinstance(prepared.task.train, PairSource):
+        raise UserError(f"backend=trl: {prepared.task.train.source}: groups with given rewards aren't there: it "
                         "rolls out by itself")
     config = run_dir.claim(prepared.config)
     assert config.run_dir is not None
@@ -81,13 +81,12 @@ def train(config: Config, *, callbacks: Sequence[Callback] = (), load_model: Loa
 
 
 def _trainer(config: Config, prepared: Prepared, recorder: Recorder, load_model: LoadModel | None) -> Any:
-    if prepared.offline is None:
-        assert prepared.prompts is not None
-        return make_trainer(config, prepared.prompts, recorder=recorder, load_model=load_model)
-    assert isinstance(prepared.offline.train, PairSource)
+    if isinstance(prepared.task, Rollouts):
+        return make_trainer(config, prepared.task.train, recorder=recorder, load_model=load_model)
+    assert isinstance(prepared.task.train, PairSource)
     device = _device(config)
     model = str(config.model.path) if load_model is None else load_model(config, device)
-    return make_pair_trainer(config, prepared.offline.train, recorder=recorder, model=model, device=device)
+    return make_pair_trainer(config, prepared.task.train, recorder=recorder, model=model, device=device)
 
 
 def _device(config: Config) -> str:

@@ -14,8 +14,8 @@ from typing import Any
 from flux_ray.backends.trl_settings import PAIR_LOSSES, opening, optimizer_arguments
 from flux_ray.config import Config
 from flux_ray.data import PairSource
-from flux_ray.driver.recorder import Recorder
 from flux_ray.model import load_tokenizer
+from flux_ray.run.recorder import Recorder
 
 #: TRL's metric ► ours; what isn't here goes by trl/NAME.
 METRICS = {

@@ -14,10 +14,10 @@ from typing import Any
 from flux_ray.backends import trl
 from flux_ray.backends.trl_settings import check_unsloth
 from flux_ray.config import Config
-from flux_ray.driver import TrainingResult
 from flux_ray.errors import UserError
 from flux_ray.model import context_length
 from flux_ray.observability.callbacks import Callback
+from flux_ray.run import TrainingResult
 
 
 def train(config: Config, *, callbacks: Sequence[Callback] = ()) -> TrainingResult:

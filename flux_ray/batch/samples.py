@@ -8,7 +8,7 @@ Never:  computes an advantage; decodes a token.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -88,12 +88,13 @@ def make_samples(
     reference_logprobs: Sequence[Sequence[np.ndarray]] | None,
     weighting: Weighting,
     mask_truncated: bool,
-    version: int,
+    versions: Collection[int],
 ) -> list[Sample]:
     """One Sample per trajectory, rows in the order of `response_views`.
 
     advantages: one (T,) array per row (`ResponseViews.to_samples`), or None where they come after the old log-probs.
-    reference_logprobs: per group, per trajectory, (T,). version: the trainer's present one.
+    reference_logprobs: per group, per trajectory, (T,). versions: those that hold the trainer's
+    present step: more than one where a run went back to a step and published it again.
     """
     kept_N = _kept(groups, scored, mask_truncated)
     trajectories = [t for group in groups for t in group.trajectories]
@@ -111,7 +112,7 @@ def make_samples(
             advantages=None if advantages is None else advantages[n],
             sampler_logprobs=trajectory.sampler_logprobs,
             reference_logprobs=None if reference is None else reference[n],
-            current_version=_is_current(trajectory, version),
+            current_version=_is_current(trajectory, versions),
         ))
     return samples
 
@@ -123,5 +124,5 @@ def _kept(groups: Sequence[RolloutGroup], scored: Sequence[ScoredGroup], mask_tr
     return np.concatenate([np.zeros(0, bool), *(in_loss(s, mask_truncated=mask_truncated) for s in scored)])
 
 
-def _is_current(trajectory: Trajectory, version: int) -> bool:
-    return bool((trajectory.versions[trajectory.loss_mask] == version).all())
+def _is_current(trajectory: Trajectory, versions: Collection[int]) -> bool:
+    return bool(np.isin(trajectory.versions[trajectory.loss_mask], list(versions)).all())

@@ -1,16 +1,27 @@
-"""What an actor group is, whoever runs it.
+"""What an actor is to whoever calls it, whoever runs it.
 
 Takes:  nothing.
-Gives:  the protocol that rooms and the driver program against, and the errors a call can end with.
-Never:  knows Ray: a group of objects in this process obeys it as well.
+Gives:  Protocols of an actor, a call to it and a group of actors; Members; the errors that a call can end with.
+Knows:  a call names a method of the class that the actor is typed by: `engine.call(Engine.generate, request)`.
+Never:  knows Ray: an object of this process may stand behind an Actor as well.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Sequence
+import traceback
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Concatenate, Generic, ParamSpec, Protocol, TypeVar, overload
+
+from flux_ray.errors import UserError
+
+T_co = TypeVar("T_co", covariant=True)
+R_co = TypeVar("R_co", covariant=True)
+T = TypeVar("T")
+R = TypeVar("R")
+P = ParamSpec("P")
 
 
 class ActorError(RuntimeError):
@@ -30,53 +41,123 @@ class ActorDied(ActorError):
     """The actor is gone, or was ended because it answered nobody: another call to it can't succeed."""
 
 
-class ActorGroup(Protocol):
-    """`size` actors of one role, each around one plain object."""
+class CallFailed(Exception):
+    """What a call raised in its actor, as text: not every exception can travel. `__str__` is the actor's traceback."""
 
-    role: str
+    def __init__(
+        self, name: str, text: str, where: str, by_user: bool = False, died: bool = False,
+        actor: tuple[str, int] | None = None,
+    ) -> None:
+        super().__init__(name, text, where, by_user, died, actor)
+        self.name, self.text, self.where = name, text, where
+        self.by_user = by_user  # a UserError
+        self.died = died  # an ActorDied
+        self.actor = actor  # role and index of another one that the call asked, and that failed
 
-    @property
-    def size(self) -> int: ...
+    @classmethod
+    def of(cls, error: BaseException) -> CallFailed:
+        if isinstance(error, CallFailed):
+            return error
+        where = "".join(traceback.format_exception(error))
+        actor = (error.role, error.index) if isinstance(error, ActorError) else None
+        return cls(type(error).__name__, str(error), where, isinstance(error, UserError), isinstance(error, ActorDied),
+                   actor)
 
-    def submit(self, index: int, method: str, *args: Any, num_returns: int = 1, **kwargs: Any) -> Any:
-        """Start a call; gives its reference at once.
+    def as_error(self, role: str, index: int, *, what: str, log_dir: Path | None) -> Exception:
+        """The error as the caller of `role` `index` raises it: a UserError, or an ActorError of whom it was about."""
+        if self.by_user:
+            return UserError(self.text)
+        kind, text = ActorDied if self.died else ActorError, self.text
+        if self.actor is None:
+            text = f"{role} {index}, {what}: {self.name}: {self.text}"
+        role, index = self.actor or (role, index)
+        return kind(text, role=role, index=index, log_file=log_dir and log_dir / f"{role}-{index}.log")
 
-        With num_returns=2, for a method that gives two things: a handle of the first, which stays where it was made and
-        may be an argument, anywhere in it, of other calls; and a reference to the second.
+    def __str__(self) -> str:
+        return self.where
+
+
+class Call(Protocol[R_co]):
+    """A call that has been sent. It is waited for by `within` alone, so that no wait is without a deadline."""
+
+    async def within(self, deadline_s: float, *, what: str | None = None) -> R_co:
+        """The result. `what` names the call in an error; without it the method's name does.
+
+        Raises ActorError where the call failed, ActorDied where the actor did, UserError as it was raised there,
+        TimeoutError after the deadline. Whoever is cancelled while waiting, or passes the deadline, cancels the call.
         """
 
-    async def result(self, reference: Any, *, index: int, what: str, deadline_s: float) -> Any:
-        """Wait for a reference. ActorError when the call failed or the actor died; TimeoutError after the deadline."""
-
-    def cancel(self, reference: Any) -> None:
-        """Nobody waits for a submitted call any more: a coroutine is cancelled where it runs. Never waits or fails."""
-
-    async def call(self, index: int, method: str, *args: Any, deadline_s: float, **kwargs: Any) -> Any:
-        """submit and result."""
-
-    async def call_watched(
-        self, index: int, method: str, *args: Any, what: str, deadline_s: float, patience_s: float
-    ) -> Any:
-        """As call; an actor that doesn't even answer a ping within `patience_s` is ended: ActorDied."""
-
-    def incarnation(self, index: int) -> Any:
-        """Which of the actors that have stood at `index` stands there now."""
-
-    async def replace(self, index: int, *, seen: Any, deadline_s: float) -> None:
-        """A new actor with an object made alike, where the one at `index` is still the one that was `seen`."""
-
-    async def call_all(self, method: str, *args: Any, deadline_s: float, **kwargs: Any) -> list[Any]:
-        """The same call on every actor; the first failure is raised."""
-
-    async def close(self, *, deadline_s: float) -> None:
-        """Ask each object to close, then end the actors. Never raises."""
+    def cancel(self) -> None:
+        """Nobody waits any more: a coroutine is cancelled where it runs. Never waits or fails."""
 
 
-async def first_failure(calls: Sequence[Awaitable[Any]]) -> list[Any]:
+class Actor(Protocol[T_co]):
+    """A handle of one actor around an object of type T. It may be sent to other actors."""
+
+    @property
+    def role(self) -> str: ...
+
+    @property
+    def index(self) -> int: ...
+
+    @property
+    def incarnation(self) -> str:
+        """Which of the actors that have stood at this index; no other actor's is the same."""
+
+    @overload
+    def call(
+        self, method: Callable[Concatenate[Any, P], Coroutine[Any, Any, R]], /, *args: P.args, **kwargs: P.kwargs
+    ) -> Call[R]: ...
+
+    @overload
+    def call(self, method: Callable[Concatenate[Any, P], R], /, *args: P.args, **kwargs: P.kwargs) -> Call[R]: ...
+
+    async def ping(self, within_s: float) -> bool:
+        """Whether the process answers, as long as nothing blocks it. Raises ActorDied."""
+
+    def kill(self) -> None:
+        """End the process at once."""
+
+
+class Group(Protocol[T_co]):
+    """The actors of one role. The supervisor alone replaces them."""
+
+    @property
+    def role(self) -> str: ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Actor[T_co]: ...
+
+    def __iter__(self) -> Iterator[Actor[T_co]]: ...
+
+    async def death(self, index: int) -> ActorError:
+        """Waits as long as the actor lives, then says how it died."""
+
+    async def replace(self, index: int, *, deadline_s: float) -> None:
+        """End the actor at `index`; another one stands there when this returns, with an object made alike."""
+
+
+@dataclass(frozen=True)
+class Members:
+    """Who is alive: the actors of each role by index. A later epoch replaces an earlier one."""
+
+    epoch: int = 0
+    actors: dict[str, tuple[Actor[Any], ...]] = field(default_factory=dict)
+
+    def of(self, role: str) -> tuple[Actor[Any], ...]:
+        return self.actors.get(role, ())
+
+    @property
+    def incarnations(self) -> frozenset[str]:
+        return frozenset(actor.incarnation for actors in self.actors.values() for actor in actors)
+
+
+async def first_failure(calls: Sequence[Awaitable[T]]) -> list[T]:
     """Results of all calls; the first that fails is raised at once and the others are dropped (never waited for)."""
     tasks = [asyncio.ensure_future(call) for call in calls]
     try:
-        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION) if tasks else (set(), None)
         for task in tasks:
             if task in done and task.exception() is not None:
                 raise task.exception()  # type: ignore[misc]
@@ -84,3 +165,31 @@ async def first_failure(calls: Sequence[Awaitable[Any]]) -> list[Any]:
     finally:
         for task in tasks:
             task.cancel()
+
+
+async def all_within(calls: Sequence[Call[R]], deadline_s: float) -> list[R]:
+    """The results of calls to several actors, each under the deadline; the first failure is raised."""
+    return await first_failure([call.within(deadline_s) for call in calls])
+
+
+class Router(Generic[T]):
+    """Of several actors the one with the fewest of this router's tokens outstanding; the first among equals.
+
+    Waits for nobody, and calls nobody.
+    """
+
+    def __init__(self) -> None:
+        self._outstanding: dict[str, int] = {}
+
+    def choose(self, actors: Sequence[Actor[T]], num_tokens: int) -> Actor[T]:
+        """Count the tokens as outstanding until `done`."""
+        actor = min(actors, key=lambda actor: self._outstanding.get(actor.incarnation, 0))
+        self._outstanding[actor.incarnation] = self._outstanding.get(actor.incarnation, 0) + num_tokens
+        return actor
+
+    def done(self, actor: Actor[T], num_tokens: int) -> None:
+        left = self._outstanding[actor.incarnation] - num_tokens
+        if left:
+            self._outstanding[actor.incarnation] = left
+        else:
+            del self._outstanding[actor.incarnation]

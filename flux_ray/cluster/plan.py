@@ -15,8 +15,9 @@ from flux_ray.config import Config
 from flux_ray.errors import UserError
 from flux_ray.names import reward_model_path
 
-ENGINE, REWARD, REFERENCE, TRAINER = "engine", "reward", "reference", "trainer"
-CRITIC, REWARD_MODEL = "critic", "reward_model"
+ENGINE, ROLLOUT, REWARD, REFERENCE = "engine", "rollout", "reward", "reference"
+TRAINER, CRITIC, REWARD_MODEL = "trainer", "critic", "reward_model"
+ENGINES_PER_WORKER = 8  # of a rollout worker, unless rollout.num_workers says otherwise
 #: Shares of one GPU where actors share it, lessened alike where there are more of them than it has room for. Ray counts
 #: them; memory is bounded by vLLM's gpu_memory_utilization.
 SHARED_GPU = {ENGINE: 0.4, TRAINER: 0.4, CRITIC: 0.4, REFERENCE: 0.2, REWARD_MODEL: 0.2}
@@ -26,8 +27,7 @@ GPU_DIGITS = 10_000  # Ray counts shares of a GPU in ten-thousandths
 
 @dataclass(frozen=True)
 class Role:
-    """The actors of one kind. With `inside`, actor i lives in the placement group of that role's actor
-    i modulo their number.
+    """The actors of one kind. With `inside`, actor i lives in the placement group of that role's actor hosts[i].
 
     >>> Role("engine", count=2, cpus=1.0, gpus=0.0).bundle
     {'CPU': 1.0}
@@ -39,6 +39,7 @@ class Role:
     gpus: float
     own_group_each: bool = False  # a placement group per actor: it can join and leave alone
     inside: str | None = None
+    hosts: tuple[int, ...] = ()
 
     @property
     def bundle(self) -> dict[str, float]:
@@ -59,7 +60,7 @@ class Plan:
 
     @property
     def shares_gpus(self) -> bool:
-        return any(role.inside for role in self.roles)
+        return any(role.inside and role.gpus for role in self.roles)
 
     def bundles(self) -> dict[str, list[list[dict[str, float]]]]:
         """Placement groups by role, each a list of bundles; a role that lives inside another's has none of its own."""
@@ -67,13 +68,14 @@ class Plan:
         for role in self.roles:
             if role.inside:
                 continue
-            bundle = dict(role.bundle)
+            bundles = [dict(role.bundle) for _ in range(role.count)]
             for guest in self.roles:
-                if guest.inside == role.name:
-                    bundle["CPU"] += guest.cpus * math.ceil(guest.count / role.count)
-            if bundle.get("GPU", 0) % 1:
-                bundle["GPU"] = 1.0  # a shared GPU is reserved whole and divided among its actors
-            groups[role.name] = [[bundle]] * role.count if role.own_group_each else [[bundle] * role.count]
+                for host in guest.hosts if guest.inside == role.name else ():
+                    bundles[host]["CPU"] += guest.cpus
+            for bundle in bundles:
+                if bundle.get("GPU", 0) % 1:
+                    bundle["GPU"] = 1.0  # a shared GPU is reserved whole and divided among its actors
+            groups[role.name] = [[bundle] for bundle in bundles] if role.own_group_each else [bundles]
         return groups
 
     @property
@@ -110,6 +112,7 @@ def make_plan(
             counts[CRITIC] = config.train.num_ranks
     if rollouts:
         counts[ENGINE] = config.rollout.num_engines
+        counts[ROLLOUT] = config.rollout.num_workers or math.ceil(config.rollout.num_engines / ENGINES_PER_WORKER)
         counts[REWARD] = config.reward.num_workers
         num_models = len(list(filter(reward_model_path, config.reward.functions)))
         if num_models:
@@ -123,17 +126,28 @@ def make_plan(
         _check_shared(config, counts, host)
     roles = []
     shares = _shares(counts, host)
-    for name in (ENGINE, TRAINER, CRITIC, REFERENCE, REWARD_MODEL, REWARD):
+    for name in (ENGINE, TRAINER, CRITIC, REFERENCE, REWARD_MODEL, REWARD, ROLLOUT):
         if name not in counts:
             continue
-        gpus = 0.0 if device == "cpu" or name == REWARD else float(gpus_each[name])
+        gpus = 0.0 if device == "cpu" or name in (REWARD, ROLLOUT) else float(gpus_each[name])
         cpus = config.cluster.cpus_per_actor
         if shared and gpus:
             gpus = shares[name]
-        inside = host if shared and name in guests else None
+        inside: str | None = None
+        hosts: tuple[int, ...] = ()
+        if name == ROLLOUT:
+            inside, hosts = ENGINE, _hosts_of_workers(counts[ROLLOUT], counts[ENGINE])
+        elif shared and name in guests:
+            inside, hosts = host, tuple(i % counts[host] for i in range(counts[name]))
         own_group_each = name == (host if shared else ENGINE)
-        roles.append(Role(name, counts[name], cpus, gpus, own_group_each=own_group_each, inside=inside))
+        roles.append(Role(name, counts[name], cpus, gpus, own_group_each, inside, hosts))
     return Plan(device, _weights_backend(config, device, shared), tuple(roles))
+
+
+def _hosts_of_workers(num_workers: int, num_engines: int) -> tuple[int, ...]:
+    """Worker i lives beside engine 8i; where there are more workers than that, beside any."""
+    return tuple(ENGINES_PER_WORKER * i if ENGINES_PER_WORKER * i < num_engines else i % num_engines
+                 for i in range(num_workers))
 
 
 def _shares(counts: dict[str, int], host: str) -> dict[str, float]:

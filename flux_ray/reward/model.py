@@ -1,7 +1,7 @@
 """A reward model: scores of groups as they come, several groups in one forward.
 
-Takes:  a sequence classification model's path, the policy's tokenizer; one RolloutGroup a call, many callers at once.
-Gives:  `await scores(group)`: one number a sample; `check_reward_models` for the start of a run.
+Takes:  a sequence classification model's path, the policy's tokenizer; Responses a call, many callers at once.
+Gives:  `await scores(responses)`: one number a sample; `check_reward_models` for the start of a run.
 Knows:  tokens go as they are where the two tokenizers have the same ones, else text is decoded and encoded again.
 Never:  trains; scores a text that doesn't fit the model's context.
 """
@@ -20,7 +20,7 @@ from flux_ray.errors import UserError
 from flux_ray.model import check_score_model, context_length, last_token, load_score, load_tokenizer
 from flux_ray.model.scoring import per_sample
 from flux_ray.names import reward_model_path, reward_name
-from flux_ray.records import FINISH_STOP, Prompt, RolloutGroup, Sample, Trajectory
+from flux_ray.records import FINISH_STOP, Responses, Sample
 
 
 class RewardModel:
@@ -38,36 +38,34 @@ class RewardModel:
         self._same_tokens = have_same_tokens(self._ours, self._its)
         self._serving = Serving(self._forward, cost=_num_tokens, max_cost=max_tokens_per_forward)
 
-    async def scores(self, group: RolloutGroup) -> list[float]:
-        """The score of each trajectory at its last token, as transformers' sequence classification gives it.
+    async def scores(self, responses: Responses) -> list[float]:
+        """The score of each sample at its last token, as transformers' sequence classification gives it.
 
         Waits for the forwards of its own process only. Raises ValueError for a text that is longer than the context.
         """
-        samples = [self._sample(group.prompt, trajectory) for trajectory in group.trajectories]
+        samples = [self._sample(responses, i) for i in range(len(responses.token_ids))]
         return await self._serving.ask(samples)
 
-    def _sample(self, prompt: Prompt, trajectory: Trajectory) -> Sample:
-        ids = trajectory.token_ids if self._same_tokens else self._encoded(prompt, trajectory)
+    def _sample(self, responses: Responses, i: int) -> Sample:
+        ids = responses.token_ids[i] if self._same_tokens else self._encoded(responses, i)
         length = last_token(ids, self.model.original_config.pad_token_id) + 1
         if length > self._context:
             raise ValueError(f"reward model {self._path}: {length} tokens don't fit its context of {self._context}")
         return Sample(ids[:length].astype(np.int32), np.arange(length) == length - 1, np.zeros(length, np.float32))
 
-    def _encoded(self, prompt: Prompt, trajectory: Trajectory) -> np.ndarray:
+    def _encoded(self, responses: Responses, i: int) -> np.ndarray:
         """The text in the model's own tokens: a chat by its own template where it has one; whole texts end."""
+        prompt = responses.prompt
         if not isinstance(prompt.text, str) and self._its.chat_template:
-            response = self._decoded(trajectory.token_ids[trajectory.prompt_length :])
-            messages = [*prompt.text, {"role": "assistant", "content": response}]
+            messages = [*prompt.text, {"role": "assistant", "content": responses.texts[i]}]
             text = self._its.apply_chat_template(messages, tokenize=False)
             return np.array(self._its(text, add_special_tokens=False).input_ids, np.int32)
-        ids = list(self._its(self._decoded(trajectory.token_ids)).input_ids)
+        text = self._ours.decode(responses.token_ids[i].tolist(), skip_special_tokens=True)
+        ids = list(self._its(text).input_ids)
         end = self._its.eos_token_id
-        if trajectory.finish_reason == FINISH_STOP and end is not None and ids[-1:] != [end]:
+        if responses.finish_reasons[i] == FINISH_STOP and end is not None and ids[-1:] != [end]:
             ids.append(end)
         return np.array(ids, np.int32)
-
-    def _decoded(self, ids: np.ndarray) -> str:
-        return self._ours.decode(ids.tolist(), skip_special_tokens=True)
 
     @torch.no_grad()
     def _forward(self, callers: list[list[Sample]]) -> list[list[float]]:

@@ -1,9 +1,9 @@
 """Scores groups of rollouts.
 
-Takes:  RolloutGroup; the config, the tokenizer's path and the way to the reward models at birth.
-Gives:  ScoredGroup: each function's value, their weighted sum, the counts that driver and trainer need.
+Takes:  Responses; the config at birth; the actors of reward models.
+Gives:  Scores: each function's value, and their weighted sum.
 Knows:  how TRL calls a reward function, which is how every function is called here.
-Keeps:  the tokenizer, the functions, one thread with an event loop for async functions.
+Keeps:  the functions, one thread with an event loop for async functions.
 Never:  waits longer than reward.deadline_s for one call; guesses a value: RewardError says who failed, and where.
 """
 
@@ -11,45 +11,45 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
+from flux_ray.cluster.group import Actor, Members, Router
 from flux_ray.config import Config
-from flux_ray.records import FINISH_LENGTH, OVERLONG, RolloutGroup, ScoredGroup
+from flux_ray.protocols import RewardModelScorer
+from flux_ray.records import OVERLONG, Responses, Scores
 from flux_ray.reward.calls import Arguments, Caller
 from flux_ray.reward.registry import GIVEN, RewardFunction, find_answer_column, load_functions
 
 #: Columns that are not passed on: TRL leaves these two out, and a call needs the other names for itself.
 RESERVED = frozenset({"prompt", "completion"}) | GIVEN
 
-#: Scores of a group's samples, from the actors of one reward model.
-AskModel = Callable[[RolloutGroup], Awaitable[Sequence[float]]]
-
+REWARD_MODEL_ROLE = "reward_model"
+MODEL_DEADLINE_S = 3600.0  # of one call: reward.deadline_s comes first, as long as the model answers nobody
 OVERLONG_SHARE = 0.2  # of rollout.max_tokens: where the soft penalty begins, unless reward.overlong_tokens says it
 
 
 class RewardWorker:
     """One scoring process's work. Several `score` calls may run at once; functions that aren't async take turns."""
 
-    def __init__(self, config: Config, *, tokenizer_path: str, models: Mapping[str, AskModel] | None = None) -> None:
-        """`models`: by the function's name, what asks a reward model's actors for the scores of a group."""
-        from transformers import AutoTokenizer  # seconds to import, and whoever wants the rules alone needs none of it
-
+    def __init__(self, config: Config) -> None:
         self._config = config
-        self._tokenizer = AutoTokenizer.from_pretrained(tokenizer_path)
         self._functions = load_functions(config)
-        self._models = models or {}
+        self._models: dict[str, Sequence[Actor[RewardModelScorer]]] = {}  # by the function's name
+        self._router: Router[RewardModelScorer] = Router()
         self._caller = Caller(deadline_s=config.reward.deadline_s)
 
-    def decode(self, group: RolloutGroup) -> list[str]:
-        """The text of each response, without special tokens: all that follows the prompt, tools' turns included."""
-        return self._tokenizer.batch_decode(_response_ids(group), skip_special_tokens=True)
+    async def meet(self, members: Members) -> None:
+        """The actors of reward models: replica r of model m is actor m x replicas + r."""
+        replicas, actors = self._config.reward.model_replicas, members.of(REWARD_MODEL_ROLE)
+        models = [function.name for function in self._functions if function.is_model]
+        self._models = {name: actors[m * replicas : (m + 1) * replicas] for m, name in enumerate(models)}
 
-    async def score(self, group: RolloutGroup) -> ScoredGroup:
+    async def score(self, responses: Responses) -> Scores:
         """Rewards of the G samples of a group.
 
         The reward is the weighted sum over the functions that gave a value; nan where none did. A function that gives a
@@ -57,46 +57,33 @@ class RewardWorker:
         RewardError: a function raised, gave something that is no reward, or took longer than reward.deadline_s.
         """
         metrics: dict[str, float] = {}
-        arguments = self._arguments(group, metrics)
+        arguments = self._arguments(responses, metrics)
         parts: dict[str, np.ndarray] = {}
         for function in self._functions:
-            parts |= await self._values(function, group, arguments)
-        size = len(group.trajectories)
+            parts |= await self._values(function, responses, arguments)
+        size = len(responses.texts)
         task = [function for function in self._functions if not function.is_shaping]
-        versions = [t.oldest_version for t in group.trajectories if t.num_loss_tokens]
-        lengths = np.array([t.num_loss_tokens for t in group.trajectories])
         rewards, task_rewards = weighted_sum(self._functions, parts, size), weighted_sum(task, parts, size)
         if self._config.reward.overlong_penalty:
-            parts[OVERLONG] = overlong(lengths, self._config)
+            parts[OVERLONG] = overlong(responses.num_loss_tokens, self._config)
             rewards = rewards + parts[OVERLONG]
         parts |= {name: np.full(size, value) for name, value in metrics.items() if name not in parts}
-        return ScoredGroup(
-            uid=group.prompt.uid,
-            rewards=rewards,
-            task_rewards=task_rewards,
-            parts=parts,
-            num_tokens=np.array([t.num_tokens for t in group.trajectories]),
-            num_loss_tokens=lengths,
-            truncated=np.array([t.finish_reason == FINISH_LENGTH for t in group.trajectories]),
-            oldest_version=min(versions, default=-1),
-        )
+        return Scores(rewards, task_rewards, parts)
 
-    def _arguments(self, group: RolloutGroup, metrics: dict[str, float]) -> Arguments:
+    def _arguments(self, responses: Responses, metrics: dict[str, float]) -> Arguments:
         """What TRL's GRPOTrainer passes: lists of length G by name, and trainer_state, log_extra, log_metric.
 
-        trainer_state has global_step (the version that sampled the group) and max_steps; log_metric's values become
+        trainer_state has global_step (of the policy that sampled the group) and max_steps; log_metric's values become
         parts that don't count (one with the name of a part there already is left out); log_extra takes columns for a
         table of completions, which isn't kept here.
         """
-        size = len(group.trajectories)
-        prompt = group.prompt
-        texts: list[Any] = list(self.decode(group))
+        size, prompt = len(responses.texts), responses.prompt
+        texts: list[Any] = list(responses.texts)
         if not isinstance(prompt.text, str):
             texts = [[{"role": "assistant", "content": text}] for text in texts]
         per_sample = {name: [value] * size for name, value in prompt.columns.items() if name not in RESERVED}
-        per_sample |= {"prompts": [prompt.text] * size, "completions": texts, "completion_ids": _response_ids(group)}
-        version = max((t.newest_version for t in group.trajectories), default=0)
-        state = SimpleNamespace(global_step=max(version, 0), max_steps=self._config.driver.num_steps)
+        per_sample |= {"prompts": [prompt.text] * size, "completions": texts, "completion_ids": responses.response_ids}
+        state = SimpleNamespace(global_step=responses.step, max_steps=self._config.driver.num_steps)
         common = {
             "trainer_state": state,
             "log_extra": lambda column, values: None,
@@ -105,21 +92,30 @@ class RewardWorker:
         return Arguments(size, per_sample, common)
 
     async def _values(
-        self, function: RewardFunction, group: RolloutGroup, arguments: Arguments
+        self, function: RewardFunction, responses: Responses, arguments: Arguments
     ) -> dict[str, np.ndarray]:
         """The function's values (G,) by part: under its own name, and under NAME/PART where it gave dicts."""
-        answer_column = find_answer_column(self._config, group.prompt.columns)
+        answer_column = find_answer_column(self._config, responses.prompt.columns)
         if answer_column is not None and (function.is_rule or "answer" not in arguments.per_sample):
-            answers = [group.prompt.columns[answer_column]] * arguments.size
+            answers = [responses.prompt.columns[answer_column]] * arguments.size
             arguments = replace(arguments, per_sample={**arguments.per_sample, "answer": answers})
         if function.is_model:
-            function = replace(function, call=functools.partial(self._models[function.name], group))
-        values = await self._caller.call(function, arguments, where=f"prompt row {group.prompt.row + 1} (from 1)")
+            function = replace(function, call=functools.partial(self._ask_model, function.name, responses))
+        where = f"prompt row {responses.prompt.row + 1} (from 1)"
+        values = await self._caller.call(function, arguments, where=where)
         parts = {function.name: np.array([value_of(value) for value in values])}
         for name in dict.fromkeys(name for value in values if isinstance(value, dict) for name in value):
             given = [value.get(name) if isinstance(value, dict) else None for value in values]
             parts[f"{function.name}/{name}"] = np.array([_number(value) for value in given])
         return parts
+
+    async def _ask_model(self, name: str, responses: Responses) -> list[float]:
+        """Runs on the loop of async functions: the replica with the fewest of this worker's calls."""
+        actor = self._router.choose(self._models[name], 1)
+        try:
+            return await actor.call(RewardModelScorer.scores, responses).within(MODEL_DEADLINE_S)
+        finally:
+            self._router.done(actor, 1)
 
 
 def overlong(lengths_G: np.ndarray, config: Config) -> np.ndarray:
@@ -138,10 +134,6 @@ def weighted_sum(functions: Any, parts: dict[str, np.ndarray], size: int) -> np.
     weights_F1 = np.array([[function.weight] for function in functions])
     total = np.nansum(weights_F1 * values_FG, axis=0)
     return np.where(np.isnan(values_FG).all(axis=0), np.nan, total)
-
-
-def _response_ids(group: RolloutGroup) -> list[list[int]]:
-    return [t.token_ids[t.prompt_length :].tolist() for t in group.trajectories]
 
 
 def _number(value: Any) -> float:

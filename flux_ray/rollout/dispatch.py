@@ -1,24 +1,25 @@
 """Which request goes to an engine next, and to which engine.
 
 Takes:  requests: the version they belong to, how many samples, how long they are expected to become.
-Gives:  `Dispatch.turn`: an engine, once one has room; `Lengths`, what to expect; `split`, the parts of a group.
+Gives:  `Dispatch`: an engine for each, once one has capacity; `Lengths`, what to expect; `split`, a group's parts.
 Knows:  what is older goes first, then what is expected to be longer: the last to end should be a short one.
 Keeps:  the requests that wait, what each engine has, a running mean for each row of the data.
-Never:  calls an engine. Who waits here is woken by a request that ends before it; each of those has a deadline.
+Never:  calls an engine, or waits.
 """
 
 from __future__ import annotations
 
-import asyncio
 import heapq
 import itertools
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, replace
+from typing import Generic, TypeVar
 
 import numpy as np
 
 from flux_ray.records import Prompt
+
+Key = TypeVar("Key", bound=Hashable)
 
 NEWEST_SHARE = 0.5  # of a row's expected length that its last group decides
 QUEUED_SHARE = 1.0  # of what an engine runs at once: waits there, so that it never runs short between two answers
@@ -32,7 +33,7 @@ class Request:
     420
     """
 
-    born: int  # version at which the prompt started; of a spare the next
+    born: int  # steps done when the prompt started; of a spare one more
     num_samples: int
     prompt_tokens: int
     response_tokens: float  # expected, of one sample
@@ -89,48 +90,54 @@ def split(prompt: Prompt, num_parts: int) -> list[Prompt]:
     return [replace(prompt, num_samples=n, seed=prompt.seed + i) for n, i in zip(counts, firsts, strict=True)]
 
 
-class Dispatch:
-    """Requests over engines that run `room` sequences each at once.
+class Dispatch(Generic[Key]):
+    """Requests over engines that run `capacity` sequences each at once.
 
-    Of the engines with room, the one with the fewest tokens outstanding; the lowest index among equals.
+    Of the engines with capacity, the one with the fewest tokens outstanding; the lowest index among equals.
     """
 
-    def __init__(self, num_engines: int, *, room: int, queued_share: float = QUEUED_SHARE) -> None:
-        self._room = round((1 + queued_share) * room)
+    def __init__(self, num_engines: int, *, capacity: int, queued_share: float = QUEUED_SHARE) -> None:
+        self._capacity = round((1 + queued_share) * capacity)
         self._samples_E = np.zeros(num_engines, np.int64)
         self._tokens_E = np.zeros(num_engines, np.int64)
-        self._waiting: list[tuple[tuple[float, ...], int, Request, asyncio.Future[int]]] = []
+        self._waiting: list[tuple[tuple[float, ...], int, Key]] = []
+        self._requests: dict[Key, Request] = {}  # of those that wait, and of those that run
+        self._engine_of: dict[Key, int] = {}  # of those that run
         self._numbers = itertools.count()  # among equals the first that asked
 
-    @asynccontextmanager
-    async def turn(self, request: Request) -> AsyncIterator[int]:
-        """An engine for the request, held until it is done."""
-        loop = asyncio.get_running_loop()
-        turn: asyncio.Future[int] = loop.create_future()
-        heapq.heappush(self._waiting, (request.order, next(self._numbers), request, turn))
-        loop.call_soon(self._start)  # not at once: whoever asks at the same moment is put in order first
-        try:
-            yield await turn
-        finally:
-            if turn.done() and not turn.cancelled():
-                self._add(turn.result(), request, -1)
-                self._start()
+    def ask(self, key: Key, request: Request) -> None:
+        """The request waits until `starts` gives it an engine."""
+        assert key not in self._requests, key
+        self._requests[key] = request
+        heapq.heappush(self._waiting, (request.order, next(self._numbers), key))
 
-    def _start(self) -> None:
+    def starts(self) -> Iterator[tuple[Key, Request, int]]:
+        """Those that may go now, in order, each with its engine. Call it once all that ask at one moment have asked."""
         while self._waiting:
-            *_, request, turn = self._waiting[0]
-            engine = None if turn.done() else self._engine_for(request)
-            if engine is None and not turn.done():
+            *_, key = self._waiting[0]
+            if key not in self._requests:  # it was given up while it waited
+                heapq.heappop(self._waiting)
+                continue
+            engine = self._engine_for(self._requests[key])
+            if engine is None:
                 return
             heapq.heappop(self._waiting)
-            if engine is not None:  # else it was cancelled while it waited
-                self._add(engine, request, 1)
-                turn.set_result(engine)
+            self._engine_of[key] = engine
+            self._add(engine, self._requests[key], 1)
+            yield key, self._requests[key], engine
+
+    def done(self, key: Key) -> int:
+        """The request has left its engine, or is given up: its expected tokens if it ran. 0 the second time."""
+        request, engine = self._requests.pop(key, None), self._engine_of.pop(key, None)
+        if request is None or engine is None:
+            return 0
+        self._add(engine, request, -1)
+        return request.num_tokens
 
     def _engine_for(self, request: Request) -> int | None:
-        has_room_E = (self._samples_E + request.num_samples <= self._room) | (self._samples_E == 0)
-        engine = int(np.where(has_room_E, self._tokens_E, np.iinfo(np.int64).max).argmin())
-        return engine if has_room_E[engine] else None
+        fits_E = (self._samples_E + request.num_samples <= self._capacity) | (self._samples_E == 0)
+        engine = int(np.where(fits_E, self._tokens_E, np.iinfo(np.int64).max).argmin())
+        return engine if fits_E[engine] else None
 
     def _add(self, engine: int, request: Request, sign: int) -> None:
         self._samples_E[engine] += sign * request.num_samples

@@ -1,7 +1,7 @@
 """One vLLM engine as a plain class.
 
-Takes:  Prompts; weights, through vLLM's weight-transfer framework.
-Gives:  RolloutGroups: token ids, log-probs of the distribution sampled, the policy version of every token.
+Takes:  SamplingRequests: tokens in; weights, through vLLM's weight-transfer framework.
+Gives:  Sampled: tokens out, log-probs of the distribution sampled, the policy version of every token.
 Knows:  how vLLM must be set so that its log-probs can be compared with the trainer's.
 Keeps:  the running requests and the version it serves.
 Never:  answers while half an update is loaded: requests wait until it is whole.
@@ -11,26 +11,21 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections import Counter
-from collections.abc import Coroutine, Iterator, Sequence
+from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any, TypeVar
 
 import numpy as np
 
+from flux_ray.cluster.group import Members
 from flux_ray.config import Config, RolloutConfig
-from flux_ray.errors import UserError
 from flux_ray.lifetime import PLUGIN
-from flux_ray.records import FINISH_LENGTH, FINISH_STOP, Completion, Prompt, RolloutGroup
+from flux_ray.records import FINISH_LENGTH, FINISH_STOP, Completion, Sampled, SamplingRequest
 from flux_ray.rollout.check import ENTRY_POINT, check_engine_args, check_installed
 from flux_ray.rollout.forking import fork_engine_core
-from flux_ray.rollout.functions import get_rollout, one_turn
 
-PROBE_SAMPLES, PROBE_TOKENS = 4, 4  # enough to show weights that differ; few steps, for the trainer waits for them
 CPU_BATCHED_TOKENS = 8192  # tokens of one forward of an engine on CPU, at least
 LOOK_EVERY_S = 1.0  # whether vLLM's process lives, while it is waited for
-TURN_SEED_STRIDE = 1_000_003  # the seeds of a trajectory's later turns lie this far apart: beyond any group size
 
 T = TypeVar("T")
 
@@ -69,13 +64,13 @@ class RolloutEngine:
         self._weights_backend = weights_backend
         self._gpu_share = gpu_share  # below 1: trainer and reference have the rest of the GPU
         self._engine: Any = None
-        self._tokenizer: Any = None
         self._version = 0
+        self._step_of = {0: 0}  # version ► updates that it had
+        self._running: dict[asyncio.Task[Any], str] = {}  # requests, with who waits for each
         self._serving = asyncio.Event()  # not paused for an update
         self._serving.set()
         self._staged = False  # new weights come in beside running requests
         self._request_ids = itertools.count()
-        self._rollout = get_rollout(config.rollout.function)
 
     @property
     def _transfer(self) -> str:
@@ -84,8 +79,8 @@ class RolloutEngine:
             return f"{self._weights_backend}_device"
         return "ipc_plain" if self._weights_backend == "ipc" else self._weights_backend
 
-    async def start(self) -> dict[str, Any]:
-        """Load the model. Gives the context length in tokens."""
+    async def start(self) -> None:
+        """Load the model."""
         if self._device == "cpu":
             fork_engine_core()
         from vllm.engine.arg_utils import AsyncEngineArgs
@@ -95,11 +90,8 @@ class RolloutEngine:
 
         check_installed()
         self._engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**self._engine_args()))
-        self._tokenizer = self._engine.get_tokenizer()
         await self._engine.update_weight_version(str(self._version))
-        self._max_model_len = int(self._engine.model_config.max_model_len)
-        self._stop_ids = stop_token_ids(self._config.model.path, self._tokenizer)
-        return {"context_length": self._max_model_len}
+        self._stop_ids = stop_token_ids(self._config.model.path, self._engine.get_tokenizer())
 
     def _engine_args(self) -> dict[str, Any]:
         from vllm.config import WeightTransferConfig
@@ -148,67 +140,48 @@ class RolloutEngine:
         check_engine_args(config)
         return args | config.engine_args
 
-    async def roll(self, prompt: Prompt, temperature: float | None = None) -> tuple[RolloutGroup, dict[str, int]]:
-        """The group of one prompt, and small numbers for the driver.
+    async def meet(self, members: Members) -> None:
+        """Requests of those that are no member any more end: nobody waits for them."""
+        for task, owner in list(self._running.items()):
+            if owner not in members.incarnations:
+                task.cancel()
 
-        Raises TimeoutError after rollout.deadline_s: whoever waited for the engine is told which prompt it was.
-        """
-        generate = _Generate(self, prompt, self._config.rollout.temperature if temperature is None else temperature)
+    async def context_length(self) -> int:
+        """Tokens that a sequence may have, the prompt's included."""
+        return int(self._engine.model_config.max_model_len)
+
+    async def generate(self, request: SamplingRequest) -> Sampled:
+        """Samples after the request's tokens."""
+        final = None
+        task = asyncio.current_task()
+        assert task is not None
+        self._running[task] = request.owner
         try:
-            async with asyncio.timeout(self._config.rollout.deadline_s) as limit:
-                trajectories = await self._rollout(prompt, generate)
-        except TimeoutError:
-            if not limit.expired():  # the rollout function's own
-                raise
-            raise TimeoutError(
-                f"engine {self._index}: prompt row {prompt.row + 1} (from 1) took longer than "
-                f"rollout.deadline_s={self._config.rollout.deadline_s:g} s"
-            ) from None
-        if len(trajectories) != prompt.num_samples:
-            raise UserError(
-                f"rollout.function={self._config.rollout.function} gave {len(trajectories)} trajectories for row "
-                f"{prompt.row + 1} (from 1); it must give prompt.num_samples={prompt.num_samples}"
-            )
-        group = RolloutGroup(prompt, tuple(trajectories))
-        spanning = sum(t.oldest_version != t.newest_version for t in trajectories)
-        return group, {"num_tokens": sum(t.num_loss_tokens for t in trajectories), "num_spanning": spanning}
+            tokens = await self._tokens(request)
+            request_id, priority = f"{self._index}-{next(self._request_ids)}", -1 if request.first else 0
+            with _vllm_alive():
+                async for output in self._engine.generate(tokens, self._params(request), request_id, priority=priority):
+                    final = output
+        finally:
+            del self._running[task]
+        assert final is not None and final.finished
+        completions = tuple(completion_of(output) for output in sorted(final.outputs, key=lambda output: output.index))
+        newest = max((int(c.versions.max()) for c in completions if c.num_tokens), default=self._version)
+        return Sampled(completions, self._step_of[newest])
 
-    def join(self, prompt: Prompt, parts: Sequence[RolloutGroup]) -> tuple[RolloutGroup, bool]:
-        """The group of a prompt whose parts several engines generated; and a word that it is there."""
-        group = RolloutGroup(prompt, tuple(t for part in parts for t in part.trajectories))
-        assert len(group.trajectories) == prompt.num_samples, (len(group.trajectories), prompt.num_samples)
-        return group, True
-
-    async def probe(self, prompt: Prompt) -> tuple[RolloutGroup, bool]:
-        """A few tokens after the prompt, all sampled by the weights served now; and a word that they are there."""
-        few = replace(prompt, num_samples=PROBE_SAMPLES)
-        room = self.room_for(len(few.token_ids), prompt_length=len(few.token_ids))
-        completions = await self.generate(
-            few.token_ids, n=few.num_samples, seed=few.seed, temperature=self._config.rollout.temperature,
-            max_tokens=min(PROBE_TOKENS, room), first=True)
-        return RolloutGroup(few, tuple(one_turn(few, completion) for completion in completions)), True
-
-    async def generate(
-        self, token_ids: Sequence[int] | np.ndarray, *, n: int, seed: int, temperature: float, max_tokens: int,
-        first: bool = False,
-    ) -> list[Completion]:
-        """`n` samples after `token_ids`; sample i is drawn with seed + i, whatever else runs beside it.
-
-        `first`: before all that wait in the engine, where rollouts are asynchronous.
-        """
+    def _params(self, request: SamplingRequest) -> Any:
         from vllm import SamplingParams
-        from vllm.inputs import TokensPrompt
         from vllm.sampling_params import RequestOutputKind
 
         config = self._config.rollout
         params = SamplingParams(
-            n=n,
-            seed=seed,
-            temperature=temperature,
+            n=request.n,
+            seed=request.seed,
+            temperature=request.temperature,
             top_p=config.top_p,
             top_k=config.top_k,
             min_p=config.min_p,
-            max_tokens=max_tokens,
+            max_tokens=request.max_tokens,
             stop=list(config.stop) or None,
             stop_token_ids=self._stop_ids,
             ignore_eos=config.ignore_eos,
@@ -219,26 +192,16 @@ class RolloutEngine:
         )
         if config.ignore_eos:
             params.stop_token_ids = []
-        tokens = TokensPrompt(prompt_token_ids=[int(t) for t in token_ids])
-        if config.kv_after_update == "keep":
+        return params
+
+    async def _tokens(self, request: SamplingRequest) -> Any:
+        from vllm.inputs import TokensPrompt
+
+        tokens = TokensPrompt(prompt_token_ids=request.token_ids.tolist())
+        if self._config.rollout.kv_after_update == "keep":
             await self._serving.wait()  # whose version it will be of
             tokens["cache_salt"] = str(self._version)  # a prefix computed by older weights is never hit
-        final = None
-        with _vllm_alive():
-            request_id = f"{self._index}-{next(self._request_ids)}"
-            async for output in self._engine.generate(tokens, params, request_id, priority=-1 if first else 0):
-                final = output
-        assert final is not None and final.finished
-        return [completion_of(output) for output in sorted(final.outputs, key=lambda output: output.index)]
-
-    def room_for(self, num_tokens: int, *, prompt_length: int) -> int:
-        """Response tokens that fit after `num_tokens`, of which `prompt_length` are the prompt's; all turns count."""
-        used = max(0, num_tokens - prompt_length)
-        return min(self._config.rollout.max_tokens - used, self._max_model_len - num_tokens)
-
-    @property
-    def tokenizer(self) -> Any:
-        return self._tokenizer
+        return tokens
 
     # The weight update, in the order of its calls, with the names of vLLM's framework.
 
@@ -268,10 +231,12 @@ class RolloutEngine:
             await self._answered(self._pause())
         await self._answered(_in_a_row(self._engine.start_weight_update(), self._receive(update_info)))
 
-    async def finish_weight_update(self, version: int) -> str:
-        """Serve `version` from now on. Gives the label that the engine core holds, for the attestation."""
+    async def finish_weight_update(self, version: int, step: int) -> str:
+        """Serve `version`, the weights of that step, from now on. Gives the label that the engine core holds, for the
+        attestation."""
         if self._staged:
             await self._answered(self._pause())
+        self._step_of[version] = step
         await self._answered(self._engine.finish_weight_update(str(version)))
         self._version = version
         label = str(await self._answered(self._engine.get_weight_version()))  # later it would wait for a forward pass
@@ -279,12 +244,12 @@ class RolloutEngine:
         self._serving.set()
         return label
 
-    async def finish_staged_update(self, num_rounds: int, version: int) -> str:
+    async def finish_staged_update(self, num_rounds: int, version: int, step: int) -> str:
         """As finish_weight_update, of an update that has come and is first made ready, in so many parts: between two of
         them running requests go on."""
         for _ in range(num_rounds if self._device == "cpu" else 0):  # a GPU loads in no time
             await self.update_weights({})
-        return await self.finish_weight_update(version)
+        return await self.finish_weight_update(version, step)
 
     async def _receive(self, update_info: Any) -> None:
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
@@ -337,30 +302,6 @@ def _vllm_alive() -> Iterator[None]:
         yield
     except EngineDeadError:
         raise RuntimeError("the process in which vLLM computes died") from None
-
-
-class _Generate:
-    """`generate` of one prompt: what a rollout function is given (see rollout.functions.Generate)."""
-
-    def __init__(self, engine: RolloutEngine, prompt: Prompt, temperature: float) -> None:
-        self._engine = engine
-        self._prompt = prompt
-        self._temperature = temperature
-        self._turns: Counter[int] = Counter()
-        self.tokenizer = engine.tokenizer
-
-    async def __call__(
-        self, token_ids: Sequence[int] | np.ndarray, *, n: int = 1, sample: int = 0, max_tokens: int | None = None
-    ) -> list[Completion]:
-        turn = max(self._turns[i] for i in range(sample, sample + n))  # vLLM draws the i-th of n with seed + i
-        self._turns.update({i: turn + 1 - self._turns[i] for i in range(sample, sample + n)})
-        seed = self._prompt.seed + sample + turn * TURN_SEED_STRIDE
-        room = self._engine.room_for(len(token_ids), prompt_length=len(self._prompt.token_ids))
-        room = room if max_tokens is None else min(room, max_tokens)
-        if room < 1:  # the response is full: an empty, truncated turn
-            empty = Completion(np.zeros(0, np.int32), np.zeros(0, np.float32), np.zeros(0, np.int32), FINISH_LENGTH)
-            return [empty] * n
-        return await self._engine.generate(token_ids, n=n, seed=seed, temperature=self._temperature, max_tokens=room)
 
 
 def completion_of(output: Any) -> Completion:

@@ -29,14 +29,14 @@ STATE, RANDOM = "state.json", "random.safetensors"
 FORMAT = 2  # of the folder; a later one may read this
 
 
-def save(engine: Engine, folder: str | Path, *, version: int, kl_coef: float) -> None:
+def save(engine: Engine, folder: str | Path, *, step: int, kl_coef: float) -> None:
     """Rank 0 writes; all ranks call. The folder appears whole or not at all."""
     random_states = _gathered_random_states(engine)
     if engine.rank == 0:
         with atomic_folder(folder) as temporary:
             write_shards(temporary, _tensors(engine))
             save_file(random_states, temporary / RANDOM)
-            state = {"format": FORMAT, "version": version, "num_updates": engine.num_updates, "kl_coef": kl_coef,
+            state = {"format": FORMAT, "version": step, "num_updates": engine.num_updates, "kl_coef": kl_coef,
                      "lora_alpha": _lora_alpha(engine)}
             (temporary / STATE).write_text(json.dumps(state))
     else:
@@ -46,7 +46,7 @@ def save(engine: Engine, folder: str | Path, *, version: int, kl_coef: float) ->
 
 
 def load(engine: Engine, folder: str | Path) -> tuple[int, float]:
-    """Put the engine back where `save` found it; (version, kl_coef). Every rank reads the folder.
+    """Put the engine back where `save` found it; (step, kl_coef). Every rank reads the folder.
 
     Raises UserError where there is no checkpoint, or one of another model.
     """

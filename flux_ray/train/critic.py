@@ -45,7 +45,7 @@ class Critic(Rank):
 
     def train_step(
         self, *, groups: Sequence[RolloutGroup], scores: Sequence[ScoredGroup], values: PerGroup, returns: PerGroup,
-        version: int,
+        step: int,
     ) -> StepReport:
         """One step on all ranks' groups: as many updates as the policy's, towards the returns.
 
@@ -54,7 +54,7 @@ class Critic(Rank):
         config = self.config
         wanted = [row for group in returns for row in group]
         old = [row for group in values for row in group]
-        batch = RankBatch(groups, scores, version)
+        batch = RankBatch(groups, scores, step, (step,))
         parts = split(self.engine, config, batch)
         updates = [self._mini_batch(part, old[part.samples], wanted[part.samples]) for part in parts]
         total_updates = config.driver.num_steps * config.algo.epochs * config.algo.mini_batches
@@ -65,16 +65,16 @@ class Critic(Rank):
                 metrics = self.engine.update(mini_batch.micro_batches, mini_batch, total_updates=total_updates,
                                              divisor=by, at="before")
                 measured.append(divided(metrics, "critic/loss", by))
-        self.version = version + 1
+        self.step = step + 1
         merged = self.engine.merge(merge(measured))
-        return StepReport(self.version, {_named(name): value for name, value in read(merged).items()})
+        return StepReport(self.step, {_named(name): value for name, value in read(merged).items()})
 
     def _mini_batch(self, part: Part, old: list[np.ndarray], wanted: list[np.ndarray]) -> ValueObjective:
         config, batch = self.config, part.batch
         samples = make_samples(
             batch.groups, batch.scores, advantages=None, reference_logprobs=None,
             weighting=Weighting(AGGREGATION, config.rollout.max_tokens),
-            mask_truncated=algo.masks_truncated(config), version=batch.version,
+            mask_truncated=algo.masks_truncated(config), versions=batch.versions,
         )
         micro_batches = packed(self.engine, config, samples)
         return ValueObjective(micro_batches, [flat(old, m) for m in micro_batches],

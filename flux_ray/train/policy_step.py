@@ -72,7 +72,7 @@ def run(
     prepared = _prepared(engine, config, algorithm, batch)
     returned = by_group(prepared.returns, batch.groups)
     steps_alone = config.critic.warmup_steps if algorithm.needs_critic else 0
-    if batch.version < steps_alone:
+    if batch.step < steps_alone:
         return prepared.metrics, returned
     total_updates = (config.driver.num_steps - steps_alone) * config.algo.epochs * config.algo.mini_batches
     parts = split(engine, config, prepared.batch)
@@ -207,7 +207,7 @@ def _mini_batch(
         part.batch.groups, part.batch.scores, advantages=prepared.advantages[part.samples],
         reference_logprobs=part.batch.reference_logprobs,
         weighting=Weighting(algorithm.aggregation, config.rollout.max_tokens),
-        mask_truncated=algo.masks_truncated(config), version=part.batch.version,
+        mask_truncated=algo.masks_truncated(config), versions=part.batch.versions,
     )
     micro_batches = packed(engine, config, samples)
     olds = None if prepared.old is None else [flat(prepared.old[part.samples], m) for m in micro_batches]

@@ -47,7 +47,7 @@ class Rank:
         deepspeed = setup.join(config, rank=rank, device=device, **place)
         torch.manual_seed(config.seed + rank)
         self.config = config
-        self.version = 0
+        self.step = 0
         self.kl_coef = config.algo.kl_coef  # of the next step: algo.kl_target moves it
         dtype = resolve_dtype(config.model.dtype, device)
         self.model = load(config, dtype)
@@ -66,11 +66,11 @@ class Rank:
 
     def save_checkpoint(self, folder: str | Path) -> None:
         """All that the next step depends on, in one folder, whole or not at all."""
-        checkpoint.save(self.engine, folder, version=self.version, kl_coef=self.kl_coef)
+        checkpoint.save(self.engine, folder, step=self.step, kl_coef=self.kl_coef)
 
     def load_checkpoint(self, folder: str | Path) -> None:
         """Go on as if never stopped; any number of ranks, any ZeRO stage."""
-        self.version, kl_coef = checkpoint.load(self.engine, folder)
+        self.step, kl_coef = checkpoint.load(self.engine, folder)
         if self.config.algo.kl_target is not None:   # a fixed one is the config's, which a resume may change
             self.kl_coef = kl_coef
 

@@ -28,11 +28,12 @@ PerGroup = Sequence[Sequence[np.ndarray]]  # by group and trajectory, (T,) each
 
 @dataclass(frozen=True)
 class RankBatch:
-    """Whole groups. `version`: of the policy before the step."""
+    """Whole groups. `step`: how many are done; `versions`: those that hold the policy of that step."""
 
     groups: Sequence[RolloutGroup]
     scores: Sequence[ScoredGroup]
-    version: int
+    step: int
+    versions: Sequence[int]
     reference_logprobs: PerGroup | None = None
     values: PerGroup | None = None  # the critic's, of before the step
 

@@ -32,34 +32,35 @@ class Trainer(Rank):
     def __init__(self, config: Config, **place: Any) -> None:
         load = trained_score if kind_of(config.algo).model == SCORE else trained_policy
         super().__init__(config, load=load, **place)
-        self._returns: list[list[np.ndarray]] = []  # of the last step
+        self.returns: list[list[np.ndarray]] = []  # of the last step, by group and trajectory: what a critic learns
         self._begun: policy_step.Begun | None = None  # what `accumulate` has done of the next
 
     def train_step(
         self, *, groups: Sequence[RolloutGroup], scores: Sequence[ScoredGroup],
-        reference_logprobs: PerGroup | None, version: int, values: PerGroup | None = None,
+        reference_logprobs: PerGroup | None, step: int, versions: Sequence[int] | None = None,
+        values: PerGroup | None = None,
     ) -> StepReport:
         """One step on all ranks' groups (this rank's are given, maybe none), and on those that were accumulated.
-        `version`: of the weights before the step.
+        `step`: how many are done; `versions`: those that hold its weights (none given: the one of the same number).
 
         `values`: a critic's, as Critic.values gives them, for algorithms that need them. Where the policy without its
         adapter is the reference, its log-probs are made here. Raises FloatingPointError, naming update and rank, where
         a loss or a gradient isn't finite.
         """
-        batch = self._batch(groups, scores, reference_logprobs, version)
-        metrics, self._returns = policy_step.run(
+        batch = self._batch(groups, scores, reference_logprobs, step, versions)
+        metrics, self.returns = policy_step.run(
             self.engine, self._step_config, replace(batch, values=values), self._begun)
         self._begun = None
-        return self._report(metrics, version + 1)
+        return self._report(metrics, step + 1)
 
     def accumulate(
         self, *, groups: Sequence[RolloutGroup], scores: Sequence[ScoredGroup],
-        reference_logprobs: PerGroup | None, version: int,
+        reference_logprobs: PerGroup | None, step: int, versions: Sequence[int] | None = None,
     ) -> None:
         """Backward of some of a step's groups (all ranks'), before `train_step` brings its last ones: the gradient is
         that of all of them at once. For algorithms that don't need the whole batch.
         """
-        batch = self._batch(groups, scores, reference_logprobs, version)
+        batch = self._batch(groups, scores, reference_logprobs, step, versions)
         self._begun = policy_step.accumulate(self.engine, self._step_config, batch, self._begun)
 
     @property
@@ -68,22 +69,17 @@ class Trainer(Rank):
 
     def _batch(
         self, groups: Sequence[RolloutGroup], scores: Sequence[ScoredGroup], reference_logprobs: PerGroup | None,
-        version: int,
+        step: int, versions: Sequence[int] | None,
     ) -> RankBatch:
         if reference_logprobs is None and reference_is_base(self.config):
             temperature = self.config.rollout.temperature
             rows = self.reference_logprobs(scoring_samples(groups), temperature=temperature)
             reference_logprobs = by_group(rows, groups)
-        return RankBatch(groups, scores, version, reference_logprobs)
-
-    def returns_and_train_step(self, **step: Any) -> tuple[list[list[np.ndarray]], StepReport]:
-        """The returns per group and trajectory, (T,), which a critic learns, and what `train_step` gives."""
-        report = self.train_step(**step)
-        return self._returns, report
+        return RankBatch(groups, scores, step, (step,) if versions is None else versions, reference_logprobs)
 
     def sft_step(self, samples: Sequence[Sample]) -> StepReport:
         """One supervised step on all ranks' samples. Raises as `train_step`."""
-        return self._report(sft_step.run(self.engine, self.config, samples), self.version + 1)
+        return self._report(sft_step.run(self.engine, self.config, samples), self.step + 1)
 
     def sft_metrics(self, samples: Sequence[Sample]) -> dict[str, float]:
         """What `sft_step` would measure of all ranks' samples; nothing is trained."""
@@ -95,7 +91,7 @@ class Trainer(Rank):
         """One step on all ranks' preference pairs; reference_logprobs: of both responses, sums over each. Raises as
         `train_step`."""
         share = pair_step.PairShare(pairs, reference_logprobs)
-        return self._report(pair_step.run(self.engine, self.config, share), self.version + 1)
+        return self._report(pair_step.run(self.engine, self.config, share), self.step + 1)
 
     def pair_metrics(
         self, *, pairs: Sequence[PreferencePair], reference_logprobs: Sequence[tuple[float, float]] | None,
@@ -109,15 +105,15 @@ class Trainer(Rank):
         sums = response_sums(self.reference_logprobs(pair_samples(pairs), temperature=1.0))
         return list(zip(sums[::2], sums[1::2], strict=True))
 
-    def _report(self, metrics: dict[str, Metric], version: int) -> StepReport:
-        self.version = version
+    def _report(self, metrics: dict[str, Metric], step: int) -> StepReport:
+        self.step = step
         merged = self.engine.merge(metrics)
         paid = merged.get("actor/reward_kl")
         moved = "train/grad_norm" in merged  # not while a critic learns alone: no coefficient would bring it nearer
         if self.config.algo.kl_target is not None and moved and isinstance(paid, Mean) and paid.weight:
             self.kl_coef = adapted_coef(self.kl_coef, kl=paid.value, target=self.config.algo.kl_target,
                                         num_sequences=paid.weight, horizon=self.config.algo.kl_horizon)
-        return StepReport(version, read(merged))
+        return StepReport(step, read(merged))
 
     def logprobs(self, groups: Sequence[RolloutGroup]) -> list[list[np.ndarray]]:
         """Log-probs per group and trajectory, (T,) float32, 0 off the mask, at the rollout's temperature."""

@@ -15,11 +15,13 @@ from typing import Any, Protocol
 import torch
 
 from flux_ray import ports
+from flux_ray.protocols import ServesWeights
 from flux_ray.weights.sender import GlooSender
 from flux_ray.weights.source import TrainerSource
 
-#: Calls a method on every engine, with one tuple of arguments for each, under a deadline; gives their results.
-CallEngines = Callable[[str, list[tuple[Any, ...]]], list[Any]]
+#: Calls a method of ServesWeights on every engine, with one tuple of arguments for each, under a deadline; gives their
+#: results.
+CallEngines = Callable[[Callable[..., Any], list[tuple[Any, ...]]], list[Any]]
 
 
 class Weights(Protocol):
@@ -33,13 +35,13 @@ class Weights(Protocol):
 class EngineClient:
     """vLLM's control plane (its VLLMWeightSyncClient protocol) over engines that are independent of each other.
 
-    `version` is what the next update brings, `served` the label of each engine after it.
+    `version` is what the next update brings, `step` how many updates it had, `served` the label of each engine then.
     """
 
     def __init__(self, call: CallEngines, workers_per_engine: Sequence[int]) -> None:
         self._call = call
         self._workers = list(workers_per_engine)
-        self.version = 0
+        self.version = self.step = 0
         self.served: list[str] = []
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
@@ -52,32 +54,33 @@ class EngineClient:
                 info["rank_offset"] = offset
                 offset += workers
             payloads.append((info,))
-        self._call("init_weight_transfer_engine", payloads)
+        self._call(ServesWeights.init_weight_transfer_engine, payloads)
 
     def set_staged(self, staged: bool) -> None:
-        self._call("set_staged", [(staged,)] * len(self._workers))
+        self._call(ServesWeights.set_staged, [(staged,)] * len(self._workers))
 
     def start_weight_update(self) -> None:
-        self._call("start_weight_update", [()] * len(self._workers))
+        self._call(ServesWeights.start_weight_update, [()] * len(self._workers))
 
     def update_weights(self, update_info: Any) -> None:
         if "ipc_handles" in update_info:
             from flux_ray.weights.ipc import plain
 
             update_info = {**update_info, "ipc_handles": plain(update_info["ipc_handles"])}
-        self._call("update_weights", [(update_info,)] * len(self._workers))
+        self._call(ServesWeights.update_weights, [(update_info,)] * len(self._workers))
 
     def begin_weight_update(self, update_info: dict[str, Any]) -> None:
         """start_weight_update and update_weights, for which an engine that computes is interrupted once."""
-        self._call("begin_weight_update", [(update_info,)] * len(self._workers))
+        self._call(ServesWeights.begin_weight_update, [(update_info,)] * len(self._workers))
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
         # vLLM's senders know no version.
-        self.served = self._call("finish_weight_update", [(self.version,)] * len(self._workers))
+        self.served = self._call(ServesWeights.finish_weight_update, [(self.version, self.step)] * len(self._workers))
 
     def finish_staged_update(self, num_rounds: int) -> None:
         """finish_weight_update of what each engine makes ready first, in so many parts, beside its requests."""
-        self.served = self._call("finish_staged_update", [(num_rounds, self.version)] * len(self._workers))
+        payload = (num_rounds, self.version, self.step)
+        self.served = self._call(ServesWeights.finish_staged_update, [payload] * len(self._workers))
 
 
 class Publisher:
@@ -153,8 +156,9 @@ class Publisher:
             packed=True, packed_buffer_size_bytes=max(self._bucket_bytes, largest), rank=self._rank
         )
 
-    def publish(self, version: int) -> list[str]:
-        """Send the present weights to every engine, as `version`; each stops to load them and goes on by itself.
+    def publish(self, version: int, step: int) -> list[str]:
+        """Send the present weights, of that step, to every engine, as `version`; each stops to load them and goes on by
+        itself.
 
         Gives what each engine says that it serves, where this is rank 0; nothing elsewhere.
         """
@@ -162,6 +166,6 @@ class Publisher:
             for _ in self._weights.iter_weights(self._bucket_bytes):
                 pass  # joins the gathers of a model that is sharded over ranks
             return []
-        self._client.version = version
+        self._client.version, self._client.step = version, step
         self._engine.send_weights()
         return self._client.served

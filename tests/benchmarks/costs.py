@@ -63,7 +63,7 @@ def engine_alone(folder: Path) -> list[tuple[int, float]]:
 
 def whole_run(folder: Path, name: str) -> dict[str, float]:
     """Medians over the steps of a run, and the driver's own CPU time for a group."""
-    from flux_ray.driver import run
+    from flux_ray.run import run
     from flux_ray.observability.callbacks import as_callback
 
     engines, prompts = RUNS[name]

@@ -90,7 +90,7 @@ def ours(folder: Path, work: Path, *, phases: list[dict[str, Any]], dtype: str, 
          **more: Any) -> dict[str, Any]:
     """A run of ours over the phases: each step's metrics by phase, and what the training ranks noted."""
     from flux_ray.config import from_dict
-    from flux_ray.driver import run
+    from flux_ray.run import run
 
     os.environ[inside.CORES] = json.dumps(cores)
     measured = [Phase(**phase) for phase in phases]

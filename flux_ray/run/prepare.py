@@ -1,8 +1,8 @@
-"""Everything that can be refused before an actor starts.
+"""Everything that can be refused before an actor starts, in one order.
 
 Takes:  a Config.
-Gives:  Prepared: the config with what it left open filled in, the encoded prompts, the warnings.
-Knows:  which room checks what; the order: values, then files, then the model's own limits.
+Gives:  Prepared: the config with what it left open filled in, what there is to learn from, the warnings.
+Knows:  which part checks what; the order: values, then files, then the model's own limits.
 Never:  starts a process.
 """
 
@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,88 +24,185 @@ from flux_ray.data import PromptSource, are_groups
 from flux_ray.data.preferences import CHOSEN, REJECTED
 from flux_ray.data.prompts import TRAIN
 from flux_ray.data.rows import load_rows
-from flux_ray.driver import offline_data
-from flux_ray.driver import state as saved
-from flux_ray.driver.offline_data import OfflineData
-from flux_ray.driver.state import LoopState
 from flux_ray.errors import UserError
 from flux_ray.model import check_targets, context_length, load_tokenizer, skeleton
 from flux_ray.names import REWARD_MODEL, reward_model_path
+from flux_ray.offline import data as offline_data
+from flux_ray.offline.data import OfflineData
 from flux_ray.plugins import load_plugins
+from flux_ray.records import LoopState
 from flux_ray.reward import RewardFunction, count_silent, find_answer_column, resolve_functions
 from flux_ray.reward.model import check_reward_models, have_same_tokens
 from flux_ray.rollout.check import check_engine_args
 from flux_ray.rollout.functions import get_rollout
+from flux_ray.run import checkpoint as saved
 from flux_ray.train import check_deepspeed_options
 
 WEIGHTS = ("*.safetensors", "*.bin", "*.index.json")  # files that a model folder's weights may be in
 
 
 @dataclass(frozen=True)
+class Rollouts:
+    """Prompts to learn from by what is sampled, and to evaluate on."""
+
+    train: PromptSource
+    evaluation: PromptSource | None  # none: eval.data names nothing
+
+    @property
+    def longest_prompt(self) -> int:
+        return max(source.longest_prompt for source in (self.train, self.evaluation) if source is not None)
+
+
+Task = Rollouts | OfflineData
+
+
+@dataclass(frozen=True)
 class Prepared:
     config: Config
-    prompts: PromptSource | None  # reinforcement learning
-    offline: OfflineData | None  # training without rollouts
-    eval_prompts: PromptSource | None
-    needs_reference: bool  # reference actors
+    task: Task
     start: LoopState
-    checkpoint: Path | None  # to load before the first step
+    checkpoint: Path | None  # to load before the first step; none: the run starts anew
     warnings: tuple[str, ...]
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether there are reference actors."""
+        return algo.needs_reference(self.config.algo) and not algo.reference_is_base(self.config)
+
+
+@dataclass
+class Draft:
+    """What is known so far."""
+
+    config: Config
+    warnings: list[str] = field(default_factory=list)
+    start: LoopState = field(default_factory=lambda: LoopState(step=0))
+    checkpoint: Path | None = None
+    task: Task | None = None
+    tokenizer: Any = None
+
+    @property
+    def path(self) -> str:
+        return str(self.config.model.path)
+
+    @property
+    def context(self) -> int:
+        return self.config.rollout.max_model_len or context_length(self.path)
 
 
 def prepare(config: Config) -> Prepared:
     """Check it all. UserError for the first mistake: one line with key, file and row."""
     # A hub that can't be reached is told in one line; its client would tell of each of its tries beforehand.
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-    config = _absolute(config)
-    load_plugins(config.plugins)
-    config = validate(config)
-    warnings = list(check_algo(config))
-    try_registered(config)
-    check_engine_args(config.rollout)
-    check_deepspeed_options(config)
-    get_rollout(config.rollout.function)
-    assert config.model.path is not None  # validate has seen to it
-    limit = config.rollout.max_model_len or context_length(config.model.path)
-    _check_weights("model.path", config.model.path)
-    _check_targets(config)
-    tokenizer = load_tokenizer(config.model.tokenizer or config.model.path)
-    checkpoint = saved.find(config.resume) if config.resume else None
-    start = saved.load(checkpoint) if checkpoint else LoopState(step=0, next_uid=0)
-    if start.step > config.driver.num_steps:
-        raise UserError(
-            f"driver.num_steps={config.driver.num_steps} is less than the {start.step} steps done in {checkpoint}"
-        )
-    needs_reference = algo.needs_reference(config.algo) and not algo.reference_is_base(config)
-    if needs_reference and config.reference.path:
-        _check_reference(config.reference.path, length_given=config.rollout.max_model_len is not None)
+    draft = Draft(_absolute(config))
+    for check in CHECKS:
+        check(draft)
+    assert draft.task is not None
+    return Prepared(draft.config, draft.task, draft.start, draft.checkpoint, tuple(draft.warnings))
+
+
+def _check_values(draft: Draft) -> None:
+    load_plugins(draft.config.plugins)
+    draft.config = validate(draft.config)
+    draft.warnings += check_algo(draft.config)
+    try_registered(draft.config)
+
+
+def _check_options_of_libraries(draft: Draft) -> None:
+    check_engine_args(draft.config.rollout)
+    check_deepspeed_options(draft.config)
+
+
+def _check_rollout_function(draft: Draft) -> None:
+    get_rollout(draft.config.rollout.function)
+
+
+def _check_model(draft: Draft) -> None:
+    assert draft.context
+    _check_weights("model.path", draft.path)
+    _check_targets(draft.config)
+    draft.tokenizer = load_tokenizer(draft.config.model.tokenizer or draft.path)
+
+
+def _check_checkpoint(draft: Draft) -> None:
+    """Where a run that is resumed goes on."""
+    config = draft.config
+    if not config.resume:
+        return
+    draft.checkpoint = saved.find(config.resume)
+    draft.start = saved.load(draft.checkpoint)
+    if draft.start.step > config.driver.num_steps:
+        raise UserError(f"driver.num_steps={config.driver.num_steps} is less than the {draft.start.step} steps done in "
+                        f"{draft.checkpoint}")
+
+
+def _check_reference(draft: Draft) -> None:
+    """A reference that can't be opened. A folder's context need not be known where one is given."""
+    config, path = draft.config, draft.config.reference.path
+    if path is None or not algo.needs_reference(config.algo) or algo.reference_is_base(config):
+        return
+    if not (config.rollout.max_model_len is not None and (Path(path) / "config.json").is_file()):
+        context_length(path)
+    _check_weights("reference.path", path)
+
+
+def _read_data(draft: Draft) -> None:
+    """What there is to learn from: of the objective's kind, or groups with rewards, which show by their columns."""
+    config = draft.config
     if algo.kind_of(config.algo) is not algo.REINFORCEMENT:
-        offline = offline_data.read(config, tokenizer, context_length=limit)
-        warnings += offline.warnings
-        return Prepared(config, None, offline, None, needs_reference, start, checkpoint, tuple(warnings))
+        offline = offline_data.read(config, draft.tokenizer, context_length=draft.context)
+        draft.task, draft.warnings = offline, [*draft.warnings, *offline.warnings]
+        return
     rows = load_rows(str(config.data.train), split=config.data.split, max_rows=config.data.max_rows,
                      column=config.data.prompt_column, on_bad_row=config.data.on_bad_row)
-    if are_groups(rows):
-        if algo.needs_critic(config.algo):
-            raise UserError(f"data.train={config.data.train} holds groups with rewards: {config.algo.name} learns from "
-                            "what it samples itself, scored by reward.functions")
-        config, offline = offline_data.read_groups(rows, config, tokenizer, context_length=limit)
-        warnings += offline.warnings
-        return Prepared(config, None, offline, None, needs_reference, start, checkpoint, tuple(warnings))
-    prompts = PromptSource(rows, config, tokenizer, context_length=limit, role=TRAIN)
-    warnings += [*_skipped(prompts.num_skipped, prompts.source), *_pairs(config, prompts)]
-    config = _with(config, "reward", functions=list(config.reward.functions) or [_default_reward(config, prompts)])
-    warnings += _reward_models(config, tokenizer, prompts)
+    if not are_groups(rows):
+        prompts = PromptSource(rows, config, draft.tokenizer, context_length=draft.context, role=TRAIN)
+        draft.warnings += [*_skipped(prompts.num_skipped, prompts.source), *_pairs(config, prompts)]
+        draft.task = Rollouts(prompts, None)
+        return
+    if algo.needs_critic(config.algo):
+        raise UserError(f"data.train={config.data.train} holds groups with rewards: {config.algo.name} learns from "
+                        "what it samples itself, scored by reward.functions")
+    draft.config, offline = offline_data.read_groups(rows, config, draft.tokenizer, context_length=draft.context)
+    draft.task, draft.warnings = offline, [*draft.warnings, *offline.warnings]
+
+
+def _check_rewards(draft: Draft) -> None:
+    """Functions, reward models and the filter, of a task with rollouts."""
+    config, task = draft.config, draft.task
+    if not isinstance(task, Rollouts):
+        return
+    functions = list(config.reward.functions) or [_default_reward(config, task.train)]
+    config = draft.config = _with(config, "reward", functions=functions)
+    draft.warnings += _reward_models(config, draft.tokenizer, task.train)
     if algo.needs_critic(config.algo) and config.critic.path:
-        _check_critic(config.critic.path, tokenizer, longest=prompts.longest_prompt + config.rollout.max_tokens)
-    functions, silent = _rewards(config, prompts)
-    warnings += silent
-    check_filter(config, [function.name for function in functions])
-    eval_prompts = None
-    if config.eval.data:
-        eval_prompts = PromptSource.for_eval(config, tokenizer, context_length=limit)
-        warnings += _rewards(config, eval_prompts)[1]
-    return Prepared(config, prompts, None, eval_prompts, needs_reference, start, checkpoint, tuple(warnings))
+        _check_critic(config.critic.path, draft.tokenizer,
+                      longest=task.train.longest_prompt + config.rollout.max_tokens)
+    resolved, silent = _rewards(config, task.train)
+    draft.warnings += silent
+    check_filter(config, [function.name for function in resolved])
+
+
+def _read_evaluation(draft: Draft) -> None:
+    config, task = draft.config, draft.task
+    if isinstance(task, Rollouts) and config.eval.data:
+        evaluation = PromptSource.for_eval(config, draft.tokenizer, context_length=draft.context)
+        draft.warnings += _rewards(config, evaluation)[1]
+        draft.task = Rollouts(task.train, evaluation)
+
+
+#: All of them, in their order: what costs nothing comes first, and data after all that they may be refused for.
+CHECKS: tuple[Callable[[Draft], None], ...] = (
+    _check_values,
+    _check_options_of_libraries,
+    _check_rollout_function,
+    _check_model,
+    _check_checkpoint,
+    _check_reference,
+    _read_data,
+    _check_rewards,
+    _read_evaluation,
+)
 
 
 def _pairs(config: Config, prompts: PromptSource) -> list[str]:
@@ -194,13 +292,6 @@ def _check_targets(config: Config) -> None:
     critic = config.critic.path if algo.needs_critic(config.algo) else None
     for path in filter(None, (config.model.path, critic) if config.train.lora.rank else ()):
         check_targets(skeleton(path), config.train.lora)
-
-
-def _check_reference(path: str, *, length_given: bool) -> None:
-    """UserError for a reference that can't be opened. A folder's context need not be known where one is given."""
-    if not (length_given and (Path(path) / "config.json").is_file()):
-        context_length(path)
-    _check_weights("reference.path", path)
 
 
 def _absolute_function(name: str) -> str:

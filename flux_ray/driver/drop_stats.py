@@ -1,6 +1,6 @@
 """The groups that are not trained on: how many, and why.
 
-Takes:  each group's fate: kept, or dropped for a cause; its lengths.
+Takes:  each group's fate: kept, or dropped for a cause; its sampled tokens.
 Gives:  the counts since the last step as metrics, the total for the checkpoint.
 Knows:  that what is dropped for its reward may be the longer or the shorter: lengths of all that was issued are kept.
 Never:  lets a run draw prompts without end: beyond filter.max_batches it stops it, naming the acceptance rate.
@@ -12,26 +12,18 @@ from collections import Counter
 from collections.abc import Sequence
 
 from flux_ray.algo import filters
-from flux_ray.cluster.group import ActorError
 from flux_ray.config import Config
 
-REWARD_FAILED = "reward_failed"  # a function raised or timed out, and reward.on_failure=drop
-CAUSES = (*filters.CAUSES, REWARD_FAILED)
+CAUSES = (*filters.CAUSES, filters.REWARD_FAILED)
 KEPT = "trained"  # the fate of a group that passes: this step's batch, or a later one's
 SURPLUS = "surplus"  # of one that passed and was over-sampled: the batch was full without it
 
 
-def refuse_unless_droppable(error: ActorError, config: Config) -> None:
-    """The one rule of what a run survives: the failure of a reward, with reward.on_failure=drop. Raises all else."""
-    if config.reward.on_failure != "drop" or error.role != "reward":
-        raise error
+class DropStats:
+    """Counts of one run. `num_tokens` are a group's sampled tokens.
 
-
-class Drops:
-    """Counts of one run. `num_tokens` are a group's sampled tokens, `num_samples` its samples.
-
-    >>> drops = Drops(Config(), total=0)
-    >>> drops.kept(num_tokens=40, num_samples=4); drops.dropped("same_reward", num_tokens=8, num_samples=4)
+    >>> drops = DropStats(Config(), total=0)
+    >>> drops.kept(num_tokens=40); drops.dropped("same_reward", num_tokens=8)
     >>> metrics = drops.step_metrics()
     >>> metrics["filter/acceptance_rate"], metrics["filter/length_issued"], metrics["filter/length_same_reward"]
     (0.5, 6.0, 2.0)
@@ -40,6 +32,7 @@ class Drops:
     def __init__(self, config: Config, *, total: int) -> None:
         self.total = total  # over the whole run, resumed ones included
         self._max_batches, self._batch = config.filter.max_batches, config.batch.prompts_per_step
+        self._group_size = config.rollout.group_size
         self._forget()
 
     def _forget(self) -> None:
@@ -48,31 +41,30 @@ class Drops:
         self._samples: Counter[str] = Counter()
         self._surplus = self._spent = 0
 
-    def _count(self, fate: str, num_tokens: int, num_samples: int) -> None:
-        self._groups[fate] += 1
-        self._tokens[fate] += num_tokens
-        self._samples[fate] += num_samples
+    def _count(self, fate: str, num_tokens: int, sign: int = 1) -> None:
+        self._groups[fate] += sign
+        self._tokens[fate] += sign * num_tokens
+        self._samples[fate] += sign * self._group_size
 
-    def kept(self, *, num_tokens: int, num_samples: int) -> None:
-        self._count(KEPT, num_tokens, num_samples)
+    def kept(self, *, num_tokens: int, sign: int = 1) -> None:
+        """`sign` -1: it was, and starts again."""
+        self._count(KEPT, num_tokens, sign)
 
-    def surplus(self, count: int, finished: Sequence[tuple[int, int]] = ()) -> None:
+    def surplus(self, count: int, finished: Sequence[int] = ()) -> None:
         """Over-sampled prompts that the full batch made superfluous; they start again, so that none is lost. Of those
-        that were kept already: tokens and samples."""
+        that were kept already: tokens."""
         self._surplus += count
-        for num_tokens, num_samples in finished:
-            self._groups[KEPT] -= 1
-            self._tokens[KEPT] -= num_tokens
-            self._samples[KEPT] -= num_samples
-            self._count(SURPLUS, num_tokens, num_samples)
+        for num_tokens in finished:
+            self._count(KEPT, num_tokens, -1)
+            self._count(SURPLUS, num_tokens)
 
-    def dropped(self, cause: str, *, num_tokens: int, num_samples: int, spent: int = 1) -> None:
+    def dropped(self, cause: str, *, num_tokens: int, spent: int = 1) -> None:
         """`spent`: dropped groups whose turn came with it; a spare's may never come.
 
         RuntimeError where the step would need more than filter.max_batches batches of prompts.
         """
         assert cause in CAUSES, cause
-        self._count(cause, num_tokens, num_samples)
+        self._count(cause, num_tokens)
         self.total += 1
         self._spent += spent
         count = self._groups.total() - self._accepted

@@ -1,7 +1,7 @@
 """What a checkpoint holds beside the trainer's state, and which checkpoint counts.
 
-Takes:  the loop's position.
-Gives:  `LoopState`, saved as driver.json in the checkpoint's folder; `find` for resume=PATH; `prune`, `forget_newer`.
+Takes:  the loop's state; the groups that are trained.
+Gives:  a checkpoint, with the state as driver.json; `find` for resume=PATH; `prune`, `forget_newer`; the final model.
 Knows:  a checkpoint counts once its driver.json is there: it is written last.
 Never:  a pickle.
 """
@@ -12,30 +12,16 @@ import json
 import os
 import re
 import shutil
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from flux_ray.cluster.group import Group, all_within
 from flux_ray.errors import UserError
-
-if TYPE_CHECKING:
-    from flux_ray.driver.rooms import TrainingRooms
+from flux_ray.protocols import Trains
+from flux_ray.records import LoopState
 
 STATE = "driver.json"
-
-
-@dataclass(frozen=True)
-class LoopState:
-    """Where the loop stands after `step` steps.
-
-    >>> LoopState(step=3, next_uid=96, unfinished=(), prompts_dropped=0).step
-    3
-    """
-
-    step: int  # steps done, and so the policy's version
-    next_uid: int  # the next prompt of the stream
-    unfinished: tuple[int, ...] = ()  # prompts started and not trained on: they start again
-    prompts_dropped: int = 0
 
 
 def save(folder: Path, state: LoopState) -> None:
@@ -48,8 +34,13 @@ def save(folder: Path, state: LoopState) -> None:
 
 
 def load(folder: Path) -> LoopState:
+    """UserError for one that this version can't read."""
     values = json.loads((folder / STATE).read_text())
-    return LoopState(**{**values, "unfinished": tuple(values["unfinished"])})
+    values.setdefault("version", values.get("step"))  # of a time when a step and its version were one number
+    try:
+        return LoopState(**{**values, "unfinished": tuple(values["unfinished"])})
+    except (TypeError, KeyError) as error:
+        raise UserError(f"checkpoint {folder}: its {STATE} isn't one that this version reads: {error}") from None
 
 
 def checkpoint_folder(checkpoints: Path, step: int) -> Path:
@@ -80,13 +71,23 @@ def find(path: str) -> Path:
     return found[-1]
 
 
-async def save_whole(checkpoints: Path, state: LoopState, rooms: TrainingRooms, *, keep: int) -> None:
-    """A checkpoint of what is trained and of the loop; older ones beyond `keep` go."""
+async def save_whole(
+    checkpoints: Path, state: LoopState, trained: Sequence[Group[Trains]], *, keep: int, deadline_s: float,
+) -> None:
+    """A checkpoint of each group that is trained, by its role, and of the loop; older ones beyond `keep` go."""
     folder = checkpoint_folder(checkpoints, state.step)
     folder.mkdir(parents=True, exist_ok=True)
-    await rooms.save_checkpoint(folder)
+    await all_within([rank.call(Trains.save_checkpoint, str(folder / group.role)) for group in trained
+                      for rank in group], deadline_s)
     save(folder, state)
     prune(checkpoints, keep)
+
+
+async def save_models(folder: Path, trained: Sequence[Group[Trains]], *, deadline_s: float) -> None:
+    """What the first group trains in `folder`; any other's beside it, by its role."""
+    folders = [folder, *(folder.with_name(group.role) for group in trained[1:])]
+    await all_within([rank.call(Trains.save_model, str(into)) for into, group in zip(folders, trained, strict=True)
+                      for rank in group], deadline_s)
 
 
 def prune(checkpoints: Path, keep: int) -> None:

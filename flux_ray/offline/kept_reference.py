@@ -13,9 +13,9 @@ from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
 from flux_ray.observability.run_folder import REFERENCE, RunFolder, read_lines
+from flux_ray.protocols import LogprobSums
 from flux_ray.records import PreferencePair
 
-Sums = tuple[float, float]
 ASKED_AT_ONCE = 256  # pairs, of a large evaluation
 DIGEST_BYTES = 16  # two pairs of one hash among 10^12: less likely than 10^-14
 
@@ -24,16 +24,16 @@ class KeptReference:
     """`ask`: pairs ► their sums, from the reference itself. `earlier`: the folder of the run that is resumed."""
 
     def __init__(
-        self, folder: RunFolder, *, path: str, ask: Callable[[list[PreferencePair]], Awaitable[list[Sums]]],
+        self, folder: RunFolder, *, path: str, ask: Callable[[list[PreferencePair]], Awaitable[list[LogprobSums]]],
         earlier: Path | None = None,
     ) -> None:
         self._folder, self._path, self._ask = folder, path, ask
-        self._known: dict[str, Sums] = {}
+        self._known: dict[str, LogprobSums] = {}
         for place in {folder.path, earlier or folder.path}:
             for line in read_lines(place / REFERENCE):
                 self._known[line["pair"]] = (line["chosen"], line["rejected"])
 
-    async def of(self, pairs: Sequence[PreferencePair]) -> list[Sums]:
+    async def of(self, pairs: Sequence[PreferencePair]) -> list[LogprobSums]:
         """(chosen, rejected) of each pair: log-probs of the responses, sums over their tokens."""
         digests = [_digest(self._path, pair) for pair in pairs]
         missing = {digest: pair for digest, pair in zip(digests, pairs, strict=True) if digest not in self._known}

@@ -1,0 +1,212 @@
+"""Actors, placement and the cluster, on Ray.
+
+Takes:  a Plan, and plain classes to make actors of.
+Gives:  `Cluster` (connect, place, spawn, close) and `RayGroup`, a Group.
+Knows:  what each actor was built with, so that another can stand in its place.
+Keeps:  the placement groups and actors it made, to end them.
+Never:  waits without a deadline; leaves a process behind.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from flux_ray.cluster.group import ActorError, first_failure
+from flux_ray.cluster.plan import Plan, Role, describe
+from flux_ray.cluster.rpc import Host, RayActor
+from flux_ray.errors import UserError
+
+LOCAL_OBJECT_STORE_BYTES = 512 * 2**20  # of a Ray of the run's own, on CPU
+MAX_CONCURRENT_CALLS = 100_000  # of one actor: never reached, or a call that frees others would queue behind them
+CLOSE_DEADLINE_S = 5.0  # for an actor to end its own children before it is killed
+
+T = TypeVar("T")
+
+
+class RayGroup(Generic[T]):
+    """Hosts of one role; `make(i)` starts the one at index i."""
+
+    def __init__(self, role: str, make: Callable[[int], Any], log_files: list[Path]) -> None:
+        self.role = role
+        self._make = make
+        self._log_files = log_files
+        self._built_with: list[tuple[Callable[..., Any], dict[str, Any]]] = []
+        self._actors = [self._made(index) for index in range(len(log_files))]
+
+    def _made(self, index: int) -> RayActor:
+        # No other actor's, of this index or of another run that is kept in the same cluster.
+        incarnation = f"{self.role} {index} #{uuid.uuid4().hex[:8]}"
+        return RayActor(self._make(index), self.role, index, incarnation, self._log_files[index])
+
+    def __len__(self) -> int:
+        return len(self._actors)
+
+    def __getitem__(self, index: int) -> RayActor:
+        return self._actors[index]
+
+    def __iter__(self) -> Iterator[RayActor]:
+        return iter(list(self._actors))
+
+    async def build(self, cls: Callable[..., T], each: list[dict[str, Any]], *, deadline_s: float) -> None:
+        """Make the plain object inside every actor, with its own arguments."""
+        assert len(each) == len(self), (len(each), len(self))
+        self._built_with = [(cls, kwargs) for kwargs in each]
+        await first_failure([self._build(self[index], deadline_s, "start") for index in range(len(self))])
+
+    async def _build(self, actor: RayActor, deadline_s: float, what: str) -> None:
+        await actor.host(Host.build, *self._built_with[actor.index]).within(deadline_s, what=what)
+
+    async def address(self, index: int, *, deadline_s: float) -> tuple[str, int]:
+        return await self[index].host(Host.address).within(deadline_s)
+
+    async def death(self, index: int) -> ActorError:
+        """Waits as long as the actor lives; whoever waits ends it with the run."""
+        actor = self[index]
+        try:
+            await actor.handle.live.remote()
+        except ray.exceptions.RayActorError as error:
+            return actor.died(error, "")
+        raise AssertionError("it never answers")
+
+    async def replace(self, index: int, *, deadline_s: float) -> None:
+        """Until the new one is built, calls still go to the dead one, and fail as those before them did."""
+        self[index].kill()
+        new = self._made(index)
+        await self._build(new, deadline_s, "start after a death")
+        self._actors[index] = new
+
+    async def close(self, *, deadline_s: float = CLOSE_DEADLINE_S) -> None:
+        """Ask each object to close, then end the actors. Never raises."""
+        closing = [asyncio.ensure_future(_quietly(actor, deadline_s)) for actor in self]
+        await asyncio.gather(*closing, return_exceptions=True)
+        for actor in self:
+            with contextlib.suppress(Exception):
+                actor.kill()
+
+
+async def _quietly(actor: RayActor, deadline_s: float) -> None:
+    with contextlib.suppress(Exception):
+        await actor.host(Host.close).within(deadline_s)
+
+
+class Cluster:
+    """A connection to Ray: a running cluster, or one of the run's own that ends with it."""
+
+    def __init__(self, *, log_dir: Path, plugins: list[str]) -> None:
+        self._log_dir = log_dir
+        self._plugins = plugins
+        self._groups: list[RayGroup[Any]] = []
+        self._placements: dict[str, list[PlacementGroup]] = {}
+        self._owned = False
+
+    @staticmethod
+    def wanted_address(address: str | None) -> str | None:
+        """The cluster to join: the config's, else RAY_ADDRESS (set inside a Ray job), else none: start one."""
+        if address and "://" in address:
+            raise UserError(
+                f"cluster.address={address}: a run joins a cluster from one of its machines (auto, or HOST:PORT); "
+                "launch/submit.sh sends it to a dashboard's http address"
+            )
+        from_environment = os.environ.get("RAY_ADDRESS", "")
+        # `ray job submit` reads a dashboard's http address from the same variable: that one is not to be joined.
+        return address or (from_environment if "://" not in from_environment else "") or None
+
+    def connect(
+        self, address: str | None, *, cpus: float, gpus: int = 0, object_store_bytes: int = LOCAL_OBJECT_STORE_BYTES,
+    ) -> None:
+        """Join the cluster at `address`, or start one with that many CPUs and GPUs, whatever Ray itself would count."""
+        address = self.wanted_address(address)
+        options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "ignore_reinit_error": True}
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        try:
+            if address:
+                ray.init(address=address, **options)
+            else:
+                self._owned = not ray.is_initialized()
+                ray.init(
+                    address="local",  # without it Ray looks for a cluster itself: RAY_ADDRESS, or what runs here
+                    num_cpus=max(1, round(cpus + 0.5)),
+                    num_gpus=gpus,
+                    include_dashboard=False,
+                    object_store_memory=object_store_bytes,
+                    **options,
+                )
+        except ConnectionError as error:
+            raise UserError(
+                f"no Ray cluster answers at cluster.address={address}: {str(error).splitlines()[0]}"
+            ) from None
+
+    @staticmethod
+    def num_gpus() -> int:
+        return int(ray.cluster_resources().get("GPU", 0))
+
+    async def place(self, plan: Plan, *, deadline_s: float) -> None:
+        """Reserve every bundle of the plan, all within the deadline.
+
+        UserError names what can't be placed, and what there is.
+        """
+        loop = asyncio.get_running_loop()
+        end = loop.time() + deadline_s
+        for role, groups in plan.bundles().items():
+            self._placements[role] = [placement_group(bundles, strategy="PACK") for bundles in groups]
+        for role, groups in plan.bundles().items():
+            for placed, bundles in zip(self._placements[role], groups, strict=True):
+                ready = await loop.run_in_executor(None, placed.wait, max(0.1, end - loop.time()))
+                if not ready:
+                    have, free = ray.cluster_resources(), ray.available_resources()
+                    raise UserError(
+                        f"{role}: no place for a group of {len(bundles)} x ({describe(bundles[0])}) within "
+                        f"{deadline_s:g} s; the run asks for {describe(plan.total)}, the cluster has "
+                        f"{describe(have)}, of which {describe(free)} free"
+                    )
+
+    def spawn(self, role: Role, *, env: dict[str, str], plugins: bool = True) -> RayGroup[Any]:
+        """Start the role's actors in their places. Their objects come with `RayGroup.build`.
+
+        `plugins`: whether users' files are imported in them.
+        """
+        log_files = [self._log_dir / f"{role.name}-{i}.log" for i in range(role.count)]
+
+        def make(index: int) -> Any:
+            options = self._options(role, index) | {"runtime_env": {"env_vars": env}}
+            return ray.remote(Host).options(**options).remote(str(log_files[index]), self._plugins if plugins else [])
+
+        group: RayGroup[Any] = RayGroup(role.name, make, log_files)
+        self._groups.append(group)
+        return group
+
+    def _options(self, role: Role, index: int) -> dict[str, Any]:
+        placements = self._placements[role.inside or role.name]
+        each = role.own_group_each or role.inside is not None
+        place = PlacementGroupSchedulingStrategy(
+            placements[role.hosts[index] if role.inside else index] if each else placements[0],
+            placement_group_bundle_index=0 if each else index,
+            placement_group_capture_child_tasks=False,
+        )
+        return {
+            "num_cpus": role.cpus,
+            "num_gpus": role.gpus,
+            "scheduling_strategy": place,
+            "max_concurrency": MAX_CONCURRENT_CALLS,
+            "max_restarts": 0,
+        }
+
+    async def close(self) -> None:
+        """End the actors, give the places back, leave the cluster (and end it if it is the run's own). Never raises."""
+        await asyncio.gather(*(group.close() for group in self._groups), return_exceptions=True)
+        for placed in (placed for groups in self._placements.values() for placed in groups):
+            with contextlib.suppress(Exception):
+                remove_placement_group(placed)
+        if self._owned:
+            ray.shutdown()

@@ -1,0 +1,185 @@
+"""Calls to actors, on Ray.
+
+Takes:  a method of the class that an actor is typed by, and its arguments.
+Gives:  `Host`, the Ray actor around one plain object; `RayActor`, its handle, an Actor; `RayCall`, a Call.
+Knows:  where a method runs, where an actor's output goes, and how its failure becomes one readable line.
+Never:  waits without a deadline.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import inspect
+import logging
+import os
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from flux_ray import ports
+from flux_ray.cluster.group import ActorDied, ActorError, CallFailed
+from flux_ray.errors import UserError
+from flux_ray.lifetime import end_with_parent
+
+
+class Host:
+    """Coroutines run on the loop; plain methods one after the other in one thread.
+
+    So the loop lives through a long one, and its OpenMP pool is always the same.
+    """
+
+    def __init__(self, log_file: str, plugins: list[str]) -> None:
+        redirect_output(log_file)
+        # Ray asks a worker whose raylet died to end, but an object's threads may keep it from ending.
+        end_with_parent()
+        # Our own code talks to the log through logging; Ray and vLLM write to the file descriptors.
+        logging.basicConfig(
+            level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
+        )
+        from flux_ray.plugins import load_plugins
+
+        load_plugins(plugins)
+        self._thread = concurrent.futures.ThreadPoolExecutor(1)
+        self._object: Any = None
+
+    def address(self) -> tuple[str, int]:
+        """This node's address and a port that is held for the object."""
+        return ray.util.get_node_ip_address(), ports.reserve()
+
+    async def ping(self) -> None:
+        """Answered as long as nothing blocks the process."""
+
+    async def live(self) -> None:
+        """Never answered: its reference fails when the actor dies."""
+        await asyncio.Event().wait()
+
+    async def build(self, cls: Callable[..., Any], kwargs: dict[str, Any]) -> None:
+        self._object = await asyncio.get_running_loop().run_in_executor(self._thread, lambda: cls(**kwargs))
+
+    @ray.method(enable_task_events=False)  # no task that anybody looks for in Ray's list: a third of its cost
+    async def call(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        function = getattr(self._object, method)
+        try:
+            if inspect.iscoroutinefunction(function):
+                return await function(*args, **kwargs)
+            return await asyncio.get_running_loop().run_in_executor(self._thread, lambda: function(*args, **kwargs))
+        except asyncio.CancelledError as error:
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise  # the caller's wish; else the function cancelled itself, and somebody waits
+            raise CallFailed.of(error) from None
+        except BaseException as error:
+            raise CallFailed.of(error) from None
+
+    async def close(self) -> None:
+        close = getattr(self._object, "close", None)
+        if close is not None:
+            result = close()
+            if inspect.isawaitable(result):
+                await result
+
+
+@dataclass(frozen=True)
+class RayActor:
+    """The handle of a Host. Other actors may have it too."""
+
+    handle: Any
+    role: str
+    index: int
+    incarnation: str
+    log_file: Path
+
+    def call(self, method: Callable[..., Any], /, *args: Any, **kwargs: Any) -> RayCall:
+        return RayCall(self, method.__name__, self.handle.call.remote(method.__name__, args, kwargs))
+
+    def host(self, method: Callable[..., Any], /, *args: Any) -> RayCall:
+        """A call of a method of the Host itself."""
+        return RayCall(self, method.__name__, getattr(self.handle, method.__name__).remote(*args))
+
+    async def ping(self, within_s: float) -> bool:
+        try:
+            await self.host(Host.ping).within(within_s)
+        except TimeoutError:
+            return False
+        return True
+
+    def kill(self) -> None:
+        ray.kill(self.handle, no_restart=True)
+
+    def died(self, error: Exception, when: str) -> ActorDied:
+        return ActorDied(f"{self.role} {self.index} died{when} ({_why_died(error)})", role=self.role, index=self.index,
+                         log_file=self.log_file)
+
+
+class RayCall:
+    def __init__(self, actor: RayActor, method: str, reference: Any) -> None:
+        self._actor, self._method, self._reference = actor, method, reference
+
+    async def within(self, deadline_s: float, *, what: str | None = None) -> Any:
+        actor, what = self._actor, what or self._method
+        try:
+            async with asyncio.timeout(deadline_s) as limit:  # wait_for forgets that it was cancelled (Python 3.11)
+                return await self._reference
+        except asyncio.CancelledError:
+            self.cancel()
+            raise
+        except (TimeoutError, ray.exceptions.RayTaskError) as error:  # Ray's is of its cause's type too
+            if limit.expired():
+                self.cancel()
+                raise TimeoutError(f"{actor.role} {actor.index} did not finish {what} within {deadline_s:g} s; its "
+                                   f"log: {actor.log_file}") from None
+            cause = getattr(error, "cause", None)
+            raise self._failed(cause if isinstance(cause, BaseException) else error, what) from cause
+        except ray.exceptions.RayActorError as error:
+            raise actor.died(error, f" during {what}") from error
+
+    def _failed(self, cause: BaseException, what: str) -> Exception:
+        actor = self._actor
+        if isinstance(cause, CallFailed):
+            return cause.as_error(actor.role, actor.index, what=what, log_dir=actor.log_file.parent)
+        if isinstance(cause, UserError):
+            return cause
+        return ActorError(f"{actor.role} {actor.index}, {what}: {type(cause).__name__}: {cause}", role=actor.role,
+                          index=actor.index, log_file=actor.log_file)
+
+    def cancel(self) -> None:
+        try:
+            ray.cancel(self._reference, recursive=False)
+        except Exception as error:  # it is over already, or Ray is
+            logging.getLogger(__name__).debug("not cancelled: %s", error)
+
+
+def redirect_output(file: str | Path) -> None:
+    """Send this process's output, and its children's, to a file (made with its folder)."""
+    Path(file).parent.mkdir(parents=True, exist_ok=True)
+    log = os.open(str(file), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.close(log)
+    # Ray replaced the streams by its own: what Python prints must go the same way.
+    sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
+    sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
+
+
+def _why_died(error: Exception) -> str:
+    """Ray's reason in a few words."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    if "creation task" in lines[0]:
+        return lines[-1]  # the exception, below its traceback
+    detail = re.search(r"Worker exit detail: (.*?)\.?( Some common causes| Worker |$)", " ".join(lines))
+    if detail:
+        return detail[1]
+    for line in lines:
+        if "cause" in line.lower() or "exit" in line.lower() or "kill" in line.lower():
+            return line.rstrip(".")
+    return lines[0]

@@ -1,0 +1,131 @@
+"""Who is alive: watches every actor, and does what its role's policy says when one dies.
+
+Takes:  groups of actors; reports of actors that answer nobody.
+Gives:  `failure`, done when the run can't go on; Members, sent to whoever calls others, whenever they change.
+Knows:  a role's policy is data. It alone kills and replaces; nobody else keeps a list of actors.
+Never:  knows Ray, or what an actor does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+from flux_ray.cluster.group import Actor, ActorDied, Group, Members, first_failure
+from flux_ray.protocols import Meets
+
+MOST_DEATHS = 10  # of one role without a step in between: what dies that often will go on dying
+
+
+class OnDeath(enum.Enum):
+    END_RUN = "end the run"
+    REPLACE = "replace"
+
+
+class Supervisor:
+    """Of one run; it lives in the driver's process."""
+
+    def __init__(self, *, start_deadline_s: float) -> None:
+        self._start_deadline_s = start_deadline_s
+        self._groups: dict[str, Group[Any]] = {}
+        self._policies: dict[str, OnDeath] = {}
+        self._informed: set[str] = set()
+        self._listeners: dict[str, tuple[Callable[[int], None], Callable[[int], None]]] = {}
+        self._silent: dict[str, str] = {}  # incarnation ► why it was ended
+        self._deaths: Counter[str] = Counter()  # by role, since the last step
+        self._changed = asyncio.Condition()  # somebody has been replaced
+        self._watches: list[asyncio.Task[None]] = []
+        self._begun = False
+        self.members = Members()
+        #: The error that ends the run.
+        self.failure: asyncio.Future[Exception] = asyncio.get_running_loop().create_future()
+
+    def add(self, group: Group[Any], on_death: OnDeath, *, informed: bool) -> None:
+        """Watch the group from now on. `informed`: its actors are told who is alive. Until `begin` any death ends the
+        run."""
+        self._groups[group.role] = group
+        self._policies[group.role] = on_death
+        if informed:
+            self._informed.add(group.role)
+        self._watches += [asyncio.ensure_future(self._watch(group, index)) for index in range(len(group))]
+
+    def listen(self, role: str, *, lost: Callable[[int], None], replaced: Callable[[int], None]) -> None:
+        """Call `lost` with the index as soon as an actor of the role has died, `replaced` once another serves."""
+        self._listeners[role] = lost, replaced
+
+    async def begin(self) -> None:
+        """All groups are built: everybody is told who is there, and policies apply."""
+        await self._tell_everybody()
+        self._begun = True
+
+    def progress(self) -> None:
+        """A step is done: deaths are counted anew."""
+        self._deaths.clear()
+
+    def end_silent(self, role: str, index: int, incarnation: str, why: str) -> None:
+        """End the actor, which answers nobody, unless it has been replaced already. Its death then shows as any other.
+        """
+        actor = self._groups[role][index]
+        if actor.incarnation == incarnation and incarnation not in self._silent:
+            self._silent[incarnation] = why
+            actor.kill()
+
+    async def replaced(self, role: str, index: int, incarnation: str, deadline_s: float) -> None:
+        """Until another stands in that one's place, and everybody knows. TimeoutError after the deadline."""
+        async with asyncio.timeout(deadline_s), self._changed:
+            await self._changed.wait_for(lambda: self.members.of(role)[index].incarnation != incarnation)
+
+    async def _watch(self, group: Group[Any], index: int) -> None:
+        """One place in a group, through all its incarnations."""
+        try:
+            while True:
+                incarnation = group[index].incarnation
+                error: Exception = await group.death(index)
+                if incarnation in self._silent:
+                    error = ActorDied(self._silent.pop(incarnation), role=group.role, index=index)
+                self._deaths[group.role] += 1
+                if not self._begun or self._policies[group.role] is OnDeath.END_RUN:
+                    return self._fail(error)
+                if self._deaths[group.role] > MOST_DEATHS:
+                    return self._fail(ActorDied(f"{error}; {MOST_DEATHS} have died since the last step",
+                                                role=group.role, index=index))
+                await self._replace(group, index)
+        except Exception as error:
+            self._fail(error)
+
+    async def _replace(self, group: Group[Any], index: int) -> None:
+        lost, replaced = self._listeners.get(group.role, (_ignored, _ignored))
+        lost(index)
+        await group.replace(index, deadline_s=self._start_deadline_s)
+        await self._tell_everybody()
+        async with self._changed:
+            self._changed.notify_all()
+        replaced(index)
+
+    async def _tell_everybody(self) -> None:
+        members = Members(self.members.epoch + 1, {role: tuple(group) for role, group in self._groups.items()})
+        self.members = members
+        await first_failure([self._tell(actor, members) for role in sorted(self._informed)
+                             for actor in self._groups[role]])
+
+    async def _tell(self, actor: Actor[Any], members: Members) -> None:
+        try:
+            await actor.call(Meets.meet, members).within(self._start_deadline_s)
+        except ActorDied:
+            if not self._begun:
+                raise
+            # else its own watch sees to it
+
+    def _fail(self, error: Exception) -> None:
+        if not self.failure.done():
+            self.failure.set_result(error)
+
+    def close(self) -> None:
+        for watch in self._watches:
+            watch.cancel()
+
+
+def _ignored(index: int) -> None: ...

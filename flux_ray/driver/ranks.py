@@ -1,0 +1,105 @@
+"""Training and publishing, as the loop sees them: the ranks of the policy, and a critic's.
+
+Takes:  groups that are READY, by where their arrays are.
+Gives:  hold, accumulate, train, learn, publish, probe: each waits under its own deadline.
+Knows:  one sharding of groups over ranks; a critic's rank has the share of the policy's.
+Never:  sees an array; decides anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from flux_ray.batch import balance
+from flux_ray.cluster.group import Group, all_within, first_failure
+from flux_ray.config import Config
+from flux_ray.driver.clock import now_s
+from flux_ray.driver.entry import Entry
+from flux_ray.driver.workers import Workers
+from flux_ray.messages import GroupAt
+from flux_ray.protocols import CriticRank, RolloutWorker, TrainingRank
+from flux_ray.records import Prompt, StepReport
+
+PUBLISH_PHASES = 3  # start, send, finish; gloo's first two are one
+HOLD_DEADLINE_S = 600.0  # for a rank to bring the arrays of its part of a step
+
+
+class Ranks:
+    def __init__(self, config: Config, *, trainer: Group[TrainingRank], critic: Group[CriticRank] | None) -> None:
+        self._config, self.trainer, self.critic = config, trainer, critic
+        self._scores: list[list] = []  # of each rank's share of the part that is held
+
+    async def hold(self, part: Sequence[Entry]) -> list[GroupAt]:
+        """Every rank, and the critic's, brings the arrays of its share before anything collective begins.
+
+        Gives what can't be had: the part is not held then.
+        """
+        of_ranks = balance([entry.total_tokens for entry in part], len(self.trainer))
+        self._scores = [[part[i].ready.scored for i in share] for share in of_ranks]
+        places = [[part[i].at for i in share] for share in of_ranks]
+        holders = [self.trainer, *([self.critic] if self.critic is not None else [])]
+        missing = await all_within(
+            [rank.call(TrainingRank.hold, at) for group in holders for rank, at in zip(group, places, strict=True)],
+            HOLD_DEADLINE_S)
+        return sorted({at for of_rank in missing for at in of_rank})
+
+    async def accumulate(self, step: int, versions: tuple[int, ...]) -> None:
+        """Backward of the part that is held, before `train` brings the step's last one."""
+        await all_within([rank.call(TrainingRank.accumulate_held, scores, step=step, versions=versions)
+                          for rank, scores in zip(self.trainer, self._scores, strict=True)],
+                         self._config.train.deadline_s)
+
+    async def train(self, step: int, versions: tuple[int, ...]) -> StepReport:
+        """The step on the part that is held, and on those that were accumulated."""
+        deadline_s = self._config.train.deadline_s
+        if self.critic is not None:
+            await all_within([rank.call(CriticRank.value_held) for rank in self.critic], deadline_s)
+            await all_within([rank.call(TrainingRank.take_values) for rank in self.trainer], deadline_s)
+        reports = await all_within([rank.call(TrainingRank.train_held, scores, step=step, versions=versions)
+                                    for rank, scores in zip(self.trainer, self._scores, strict=True)], deadline_s)
+        return reports[0]  # reduced over ranks already
+
+    async def learn(self, step: int) -> dict[str, float]:
+        """The critic's step on the same groups; nothing without one.
+
+        It needs neither the policy nor the engines: they may take new weights meanwhile.
+        """
+        if self.critic is None:
+            return {}
+        start_s, deadline_s = now_s(), self._config.train.deadline_s
+        await all_within([rank.call(CriticRank.take_returns) for rank in self.critic], deadline_s)
+        reports = await all_within([rank.call(CriticRank.train_held, scores, step=step)
+                                    for rank, scores in zip(self.critic, self._scores, strict=True)], deadline_s)
+        return reports[0].metrics | {"critic/step_s": now_s() - start_s}
+
+    async def publish(self, version: int, step: int) -> float:
+        """Every engine serves `version`, and has attested it, when it returns. Gives the seconds it took.
+
+        Raises RuntimeError when an engine attests another version, TimeoutError when a phase passes weights.deadline_s.
+        """
+        start_s = now_s()
+        # Rank 0 sees to the deadline of each phase, and knows which engine passed it.
+        deadline_s = (1 + PUBLISH_PHASES) * self._config.weights.deadline_s
+        served, *_ = await all_within(
+            [rank.call(TrainingRank.publish, version, step) for rank in self.trainer], deadline_s)
+        for engine, label in enumerate(served):
+            if label != str(version):
+                raise RuntimeError(f"engine {engine} serves version {label} after version {version} was published")
+        return now_s() - start_s
+
+    async def probe(self, prompt: Prompt, workers: Workers) -> dict[str, float]:
+        """weights/logprob_gap_* of a few tokens that each engine samples right after a publish.
+
+        For asynchronous runs, whose batches may hold no sample of the present version; nothing for synchronous ones.
+        """
+        if not self._config.driver.max_staleness:
+            return {}
+        # It goes first, and yet waits for a place beside what runs.
+        deadline_s = self._config.rollout.deadline_s + self._config.weights.deadline_s
+        places = await first_failure([
+            workers[engine % len(workers)].call(RolloutWorker.probe, prompt, engine).within(2 * deadline_s)
+            for engine in range(self._config.rollout.num_engines)])
+        await all_within([rank.call(TrainingRank.hold, places) for rank in self.trainer], HOLD_DEADLINE_S)
+        gaps = await all_within([rank.call(TrainingRank.logprob_gap) for rank in self.trainer], deadline_s)
+        mean, largest = gaps[0]
+        return {"weights/logprob_gap_mean": mean, "weights/logprob_gap_max": largest}

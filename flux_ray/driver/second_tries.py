@@ -1,0 +1,49 @@
+"""Groups whose reward worker was lost are scored again, one at a time over all workers: the guilty one fails alone.
+
+Takes:  news of lost reward workers.
+Gives:  orders to score a group again, once another reward worker stands there.
+Knows:  every group that waited in the worker was lost with it, and all but one of them are innocent.
+Never:  scores a group a third time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+from flux_ray.cluster.plan import REWARD
+from flux_ray.cluster.supervisor import Supervisor
+from flux_ray.driver.workers import Workers
+from flux_ray.messages import RewardWorkerLost
+
+
+class SecondTries:
+    def __init__(self, supervisor: Supervisor, workers: Workers, *, deadline_s: float) -> None:
+        """`deadline_s`: for another reward worker to stand there."""
+        self._supervisor, self._workers, self._deadline_s = supervisor, workers, deadline_s
+        self._waiting: asyncio.Queue[tuple[int, RewardWorkerLost]] = asyncio.Queue()
+        self._tried: dict[tuple[int, int], asyncio.Event] = {}  # at most one
+
+    def add(self, worker: int, news: RewardWorkerLost) -> bool:
+        """Whether the group has another try."""
+        if news.silent:
+            self._supervisor.end_silent(REWARD, news.reward_worker, news.incarnation, news.why)
+        if (news.uid, news.attempt) in self._tried:
+            return False
+        self._waiting.put_nowait((worker, news))
+        return True
+
+    def ended(self, key: tuple[int, int]) -> None:
+        """The group is scored, dropped, or needed by nobody."""
+        if key in self._tried:
+            self._tried[key].set()
+
+    async def run(self) -> None:
+        """Without end. A group's scoring has its deadline in the rollout worker."""
+        while True:
+            worker, news = await self._waiting.get()
+            await self._supervisor.replaced(REWARD, news.reward_worker, news.incarnation, self._deadline_s)
+            key = news.uid, news.attempt
+            self._tried[key] = asyncio.Event()
+            self._workers.score_again(worker, key)
+            await self._tried[key].wait()
+            del self._tried[key]

@@ -1,0 +1,93 @@
+"""Staleness: whose prompt may start, and which groups a step takes. Pure functions.
+
+Takes:  the groups that hold a slot, in the order in which they got it; the steps done; the bound.
+Gives:  answers; it changes nothing.
+Knows:  a prompt starts only if its group can be trained on in time, all before it first: that is the whole bound.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from flux_ray.driver.entry import Entry, State
+
+
+@dataclass(frozen=True)
+class Bound:
+    """What a run promises of staleness.
+
+    A step trains on `prompts_per_step` groups, so the group that stands i-th among those waiting is trained on after
+    i // prompts_per_step further steps. Those that are in time there are the core. What was over-sampled stands behind
+    it and is spare: it moves up when a group of the core is dropped, and is surplus once the batch is full. There are
+    `oversample` running spares for each group that may yet be dropped and for which none is finished. A batch is
+    thereby the first accepted groups in the order of the prompts, whatever `oversample` is. With max_staleness > 0
+    there are none: groups of the next batches, in flight anyway, stand in, and a spare beyond them could only pass the
+    bound or be thrown away.
+    """
+
+    prompts_per_step: int
+    max_staleness: int
+    oversample: float = 0.0
+
+    def in_time(self, born: int, place: int, step: int) -> bool:
+        """Whether a group with `place` others before it, those in training too, is within the bound at its turn."""
+        return born + self.max_staleness >= step + place // self.prompts_per_step
+
+    def may_start(self, num_slots: int, step: int, steps_left: float) -> bool:
+        """Whether one more group may start in the core, behind `num_slots` others."""
+        return num_slots < steps_left * self.prompts_per_step and self.in_time(step, num_slots, step)
+
+    def may_spare(self, untrained: Iterable[Entry], num_slots: int, counts: Counter[State]) -> bool:
+        """Whether one more spare may start for what runs in the core. `untrained`: oldest first, those not in training.
+
+        Counted without going over the spares, which may be many: this is asked once for each of them.
+        """
+        if self.max_staleness or not self.oversample:
+            return False
+        core = list(itertools.islice(untrained, self.prompts_per_step - counts[State.TRAINING]))
+        running = sum(not entry.is_ready for entry in core)
+        finished = counts[State.READY] - (len(core) - running)  # spares, each of which stands in for one for certain
+        ended = counts[State.TRAINING] + counts[State.READY] + counts[State.REFUSED]
+        spares = num_slots - ended - running  # that run
+        return spares < math.ceil(self.oversample * max(0, running - finished))
+
+
+def core_and_spares(
+    slots: Iterable[Entry], bound: Bound, *, step: int, num_training: int,
+) -> tuple[list[Entry], list[Entry]]:
+    """The core and the spares of what waits, oldest first, where `step` is in training or is trained next."""
+    core: list[Entry] = []
+    spares: list[Entry] = []
+    for slot in slots:
+        (core if bound.in_time(slot.born, num_training + len(core), step) else spares).append(slot)
+    return core, spares
+
+
+def chosen(
+    core: Sequence[Entry], bound: Bound, *, step: int, num_training: int,
+) -> tuple[list[Entry], list[Entry]]:
+    """The first of the core that are ready and that those before them, if any, can wait for: as many as a step still
+    needs. Beside them those that the step must wait for, if there are any: whoever else ends changes nothing.
+    """
+    needed = bound.prompts_per_step - num_training
+    taken: list[Entry] = []
+    passed: list[Entry] = []
+    most = math.inf  # groups that those passed over can let go before them
+    for slot in core:
+        if len(taken) == needed:
+            break
+        if slot.is_ready and len(taken) < most:
+            taken.append(slot)
+            continue
+        place = num_training + len(passed)
+        passed.append(slot)
+        steps = slot.born + bound.max_staleness - step + 1  # until its time has passed
+        most = min(most, steps * bound.prompts_per_step - 1 - place)
+    awaited = [slot for slot in passed if not slot.is_ready] if len(taken) < needed and len(taken) >= most else []
+    return taken, awaited
+
+

@@ -1,0 +1,36 @@
+"""Steps and versions: a step counts updates and may go back, a version counts publishes and never does.
+
+Takes:  each publish.
+Gives:  the next version; which step a version holds, and which versions hold a step.
+Never:  forgets a version that a token in flight may have.
+"""
+
+from __future__ import annotations
+
+
+class Versions:
+    """`highest`: the last version that any earlier process of the run published; -1: none.
+
+    >>> versions = Versions(max_staleness=0, highest=6)
+    >>> versions.publish(step=4), versions.publish(step=5), versions.holding(5), versions.step_of(7)
+    (7, 8, (8,), 4)
+    """
+
+    def __init__(self, *, max_staleness: int, highest: int = -1) -> None:
+        self._kept_steps = 2 * (max_staleness + 1)
+        self.highest = highest
+        self._step_of: dict[int, int] = {}
+
+    def publish(self, step: int) -> int:
+        """The number of a new version, which holds that step."""
+        self.highest += 1
+        self._step_of = {version: held for version, held in self._step_of.items() if held >= step - self._kept_steps}
+        self._step_of[self.highest] = step
+        return self.highest
+
+    def step_of(self, version: int) -> int:
+        return self._step_of[version]
+
+    def holding(self, step: int) -> tuple[int, ...]:
+        """More than one where a run went back to a step and published it again."""
+        return tuple(version for version, held in self._step_of.items() if held == step)

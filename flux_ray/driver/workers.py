@@ -1,0 +1,118 @@
+"""What the driver says to rollout workers, and what it hears of them.
+
+Takes:  orders as they come; who carries each of them out.
+Gives:  `Workers`: orders go out many in one call, news comes in many in one answer.
+Knows:  an order is sent once the one before has arrived, so that they are carried out in the order of their making.
+Never:  waits for a worker that answers nobody: the supervisor is told of it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+from flux_ray.cluster.group import ActorDied, Call, Group
+from flux_ray.cluster.plan import ROLLOUT
+from flux_ray.cluster.supervisor import Supervisor
+from flux_ray.driver.clock import now_s
+from flux_ray.messages import Assignment, News, Orders
+from flux_ray.protocols import RolloutWorker
+
+LOOK_EVERY_S = 0.1  # whether the supervisor has seen a death
+SILENCE_S = 60.0  # a worker answers within ten seconds, news or not; one that is silent for so long is ended
+
+
+class Workers:
+    """The rollout workers by index, through all their incarnations."""
+
+    def __init__(self, workers: Group[RolloutWorker], supervisor: Supervisor) -> None:
+        self._workers, self._supervisor = workers, supervisor
+        self._orders = [Orders() for _ in workers]  # to be sent
+        self._sending: list[asyncio.Task[None] | None] = [None for _ in workers]
+        self._tokens = [0 for _ in workers]  # outstanding
+        self._serves = [asyncio.Event() for _ in workers]
+        self._tasks: asyncio.TaskGroup | None = None
+        for serves in self._serves:
+            serves.set()
+
+    def __getitem__(self, index: int) -> Any:
+        return self._workers[index]
+
+    def __len__(self) -> int:
+        return len(self._orders)
+
+    def begin(self, tasks: asyncio.TaskGroup, on_news: Callable[[int, News], None]) -> list[asyncio.Task[None]]:
+        """Listen to all of them. What fails there ends `tasks`."""
+        self._tasks = tasks
+        return [tasks.create_task(self._listen(index, on_news)) for index in range(len(self))]
+
+    def choose(self) -> int:
+        """The worker with the fewest tokens outstanding, of those that live if any does."""
+        return min(range(len(self)), key=lambda i: (not self._serves[i].is_set(), self._tokens[i]))
+
+    def assign(self, index: int, assignment: Assignment, num_tokens: int) -> None:
+        """`num_tokens`: expected, outstanding until they are `generated`."""
+        self._tokens[index] += num_tokens
+        self._orders[index].assignments.append(assignment)
+        self._send_soon(index)
+
+    def generated(self, index: int, num_tokens: int) -> None:
+        self._tokens[index] -= num_tokens
+
+    def forget(self, index: int, key: tuple[int, int]) -> None:
+        self._orders[index].forgotten.append(key)
+        self._send_soon(index)
+
+    def score_again(self, index: int, key: tuple[int, int]) -> None:
+        self._orders[index].scored_again.append(key)
+        self._send_soon(index)
+
+    def lost(self, index: int) -> None:
+        """Its orders are void. New ones wait until another stands there."""
+        self._serves[index].clear()
+        self._orders[index], self._tokens[index] = Orders(), 0
+
+    def replaced(self, index: int) -> None:
+        self._serves[index].set()
+        self._send_soon(index)
+
+    def _send_soon(self, index: int) -> None:
+        if self._sending[index] is None and self._serves[index].is_set():
+            assert self._tasks is not None, "nobody listens yet"
+            self._sending[index] = self._tasks.create_task(self._send(index))
+
+    async def _send(self, index: int) -> None:
+        try:
+            while self._orders[index] and self._serves[index].is_set():
+                orders, self._orders[index] = self._orders[index], Orders()
+                await self._answered(index, self._workers[index].call(RolloutWorker.order, orders))
+        finally:
+            self._sending[index] = None
+
+    async def _listen(self, index: int, on_news: Callable[[int, News], None]) -> None:
+        while True:
+            await self._serves[index].wait()
+            for news in await self._answered(index, self._workers[index].call(RolloutWorker.news)) or ():
+                on_news(index, news)
+
+    async def _answered(self, index: int, call: Call[Any]) -> Any:
+        """What it answers; None where it has died, or is silent and ended: the supervisor then tells of its death."""
+        worker = self._workers[index]
+        try:
+            return await call.within(SILENCE_S)
+        except TimeoutError:
+            why = f"rollout {index} did not answer for {SILENCE_S:g} s and was ended"
+            self._supervisor.end_silent(ROLLOUT, index, worker.incarnation, why)
+        except ActorDied:
+            pass
+        await self._told_of_death(index, worker.incarnation)
+        return None
+
+    async def _told_of_death(self, index: int, incarnation: str) -> None:
+        """The supervisor sees a death a moment later than who calls: until then nothing is to be asked again."""
+        ends_s = now_s() + SILENCE_S
+        while self._serves[index].is_set() and self._workers[index].incarnation == incarnation:
+            if now_s() > ends_s:
+                raise TimeoutError(f"rollout {index} answers nobody, and nobody has told of its death")
+            await asyncio.sleep(LOOK_EVERY_S)

@@ -1,0 +1,1 @@
+"""Loops without rollouts: completions, preference pairs, groups that were rolled out before."""

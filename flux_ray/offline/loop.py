@@ -1,0 +1,149 @@
+"""The short loop: completions, pairs or given groups in, a trained model out.
+
+Takes:  the data, the training ranks and the reference's actors.
+Gives:  trained weights, the metrics of each step and of each evaluation.
+Knows:  for each kind of data, what one step and one evaluation are.
+Never:  needs an engine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Any, Protocol
+
+from flux_ray import algo, run_dir
+from flux_ray.config import Config
+from flux_ray.data import GroupSource, PairSource, SftSource
+from flux_ray.observability.reward_metrics import length_metrics, reward_metrics
+from flux_ray.observability.run_folder import RunFolder
+from flux_ray.offline.data import OfflineData
+from flux_ray.offline.kept_reference import KeptReference
+from flux_ray.offline.stages import OfflineStages
+from flux_ray.protocols import LogprobSums
+from flux_ray.records import LoopState, PreferencePair, Prompt, ScoredGroup, StepReport
+
+#: Metrics; no answers to show.
+Evaluated = tuple[dict[str, float], list[dict[str, Any]]]
+
+#: A training metric ► the evaluation's; pairs/NAME is eval/NAME.
+EVALUATED = {"train/loss": "eval/loss", "train/num_tokens": "eval/num_tokens"}
+
+
+class Work(Protocol):
+    """One kind of data at work."""
+
+    async def step(self, step: int) -> StepReport:
+        """Train step `step` (from 0)."""
+
+    async def evaluate(self) -> dict[str, float] | None:
+        """What a step would measure of the evaluation's data; None where there are none."""
+
+
+class Examples:
+    """Completions: next token."""
+
+    def __init__(self, config: Config, stages: OfflineStages, train: SftSource, evaluation: SftSource | None) -> None:
+        self._size, self._stages, self._train, self._evaluation = (
+            config.batch.prompts_per_step, stages, train, evaluation)
+
+    async def step(self, step: int) -> StepReport:
+        return await self._stages.sft_step(self._train.batch(step, self._size))
+
+    async def evaluate(self) -> dict[str, float] | None:
+        return await self._stages.sft_metrics(self._evaluation.all()) if self._evaluation else None
+
+
+class Pairs:
+    """Preference pairs: their reference log-probs are asked once, where the objective has any."""
+
+    def __init__(
+        self, config: Config, stages: OfflineStages, train: PairSource, evaluation: PairSource | None,
+        reference: KeptReference | None,
+    ) -> None:
+        self._size, self._stages, self._train, self._evaluation = (
+            config.batch.prompts_per_step, stages, train, evaluation)
+        self._reference = reference
+
+    async def step(self, step: int) -> StepReport:
+        pairs = self._train.batch(step, self._size)
+        return await self._stages.pair_step(pairs, await self._sums(pairs))
+
+    async def evaluate(self) -> dict[str, float] | None:
+        if self._evaluation is None:
+            return None
+        pairs = self._evaluation.all()
+        return await self._stages.pair_metrics(pairs, await self._sums(pairs))
+
+    async def _sums(self, pairs: list[PreferencePair]) -> list[LogprobSums] | None:
+        return await self._reference.of(pairs) if self._reference else None
+
+
+class Groups:
+    """Groups with given rewards: the policy's own step, without a rollout before it."""
+
+    def __init__(self, config: Config, stages: OfflineStages, train: GroupSource) -> None:
+        self._size, self._stages, self._train = config.batch.prompts_per_step, stages, train
+
+    async def step(self, step: int) -> StepReport:
+        groups = self._train.batch(step, self._size)
+        report = await self._stages.group_step(groups, step=step)
+        scored = [group.scored for group in groups]
+        measured = reward_metrics(scored, "reward") | length_metrics(scored, "rollout")
+        return StepReport(report.step, measured | report.metrics)
+
+    async def evaluate(self) -> dict[str, float] | None:
+        return None
+
+
+def make_work(config: Config, *, data: OfflineData, stages: OfflineStages, folder: RunFolder) -> Work:
+    """What goes with the data. `folder`: where the reference's log-probs are kept."""
+    train, evaluation = data.train, data.evaluation
+    if isinstance(train, GroupSource):
+        return Groups(config, stages, train)
+    if isinstance(train, PairSource):
+        assert evaluation is None or isinstance(evaluation, PairSource)
+        reference = None
+        if algo.needs_reference(config.algo):
+            earlier = run_dir.run_of(config.resume) if config.resume else None
+            path = str(config.reference.path or config.model.path)
+            reference = KeptReference(folder, path=path, ask=stages.pair_reference, earlier=earlier)
+        return Pairs(config, stages, train, evaluation, reference)
+    assert evaluation is None or isinstance(evaluation, SftSource)
+    return Examples(config, stages, train, evaluation)
+
+
+class OfflineLoop:
+    """Training without rollouts, a step at a time."""
+
+    def __init__(self, work: Work, *, start: LoopState) -> None:
+        self._work, self.step = work, start.step
+
+    async def begin(self, tasks: asyncio.TaskGroup) -> None: ...
+
+    def go_on(self) -> None: ...
+
+    def end(self) -> None: ...
+
+    async def train(self) -> dict[str, float]:
+        start_s = time.monotonic()
+        report = await self._work.step(self.step)
+        self.step = report.step
+        return report.metrics | {"driver/step_s": time.monotonic() - start_s, "driver/version": float(report.step)}
+
+    async def evaluate(self) -> Evaluated | None:
+        """As every other evaluation; None where there are no data for it."""
+        start_s = time.monotonic()
+        measured = await self._work.evaluate()
+        if measured is None:
+            return None
+        metrics = {EVALUATED.get(name, name.replace("pairs/", "eval/", 1)): value for name, value in measured.items()}
+        return metrics | {"eval/s": time.monotonic() - start_s}, []
+
+    async def samples(self, count: int) -> list[tuple[Prompt, str, ScoredGroup]]:
+        """Nothing was sampled."""
+        return []
+
+    @property
+    def state(self) -> LoopState:
+        return LoopState(self.step)

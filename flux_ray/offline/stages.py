@@ -1,0 +1,132 @@
+"""The stages of a training without rollouts, as its loop sees them: training ranks, and a reference where one is asked.
+
+Takes:  samples, pairs or groups with their tokens (they are in the driver already).
+Gives:  a step or a measurement on all ranks, each with its share; the reference's log-probs.
+Knows:  who the reference is: actors of its own, or the ranks themselves without their adapter.
+Never:  decides anything.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+
+from flux_ray.batch import balance
+from flux_ray.cluster.group import Group, Router, all_within, first_failure
+from flux_ray.config import Config
+from flux_ray.data import OfflineGroup
+from flux_ray.protocols import LogprobSums, ReferenceScorer, TrainingRank
+from flux_ray.records import PreferencePair, RolloutGroup, Sample, StepReport
+
+CHUNKS_AT_ONCE = 2  # of an actor: one that it works on, one that waits there
+
+Result = TypeVar("Result")
+
+
+class OfflineStages:
+    """Training ranks and reference actors (or none)."""
+
+    def __init__(self, config: Config, *, trainer: Group[TrainingRank], reference: Group[ReferenceScorer] | None
+                 ) -> None:
+        self._config, self.trainer, self._reference = config, trainer, reference
+        self._router: Router[ReferenceScorer] = Router()
+        # A deadline counts from when a chunk is sent: it is sent once an actor is about to be free for it.
+        self._turns = asyncio.Semaphore(CHUNKS_AT_ONCE * (len(reference) if reference is not None else 1))
+
+    async def sft_step(self, samples: list[Sample]) -> StepReport:
+        return (await self._each(TrainingRank.sft_step, self._samples(samples)))[0]
+
+    async def sft_metrics(self, samples: list[Sample]) -> dict[str, float]:
+        return (await self._each(TrainingRank.sft_metrics, self._samples(samples)))[0]
+
+    async def pair_step(self, pairs: list[PreferencePair], reference: list[LogprobSums] | None) -> StepReport:
+        return (await self._each(TrainingRank.pair_step, self._pairs(pairs, reference)))[0]
+
+    async def pair_metrics(self, pairs: list[PreferencePair], reference: list[LogprobSums] | None) -> dict[str, float]:
+        return (await self._each(TrainingRank.pair_metrics, self._pairs(pairs, reference)))[0]
+
+    async def _each(self, method: Callable[..., Result], calls: list[dict[str, Any]]) -> list[Result]:
+        """The same method on every rank, each with its own share. What rank 0 gives is reduced over ranks already."""
+        return await all_within([rank.call(method, **call) for rank, call in zip(self.trainer, calls, strict=True)],
+                                self._config.train.deadline_s)
+
+    def _shares(self, sizes: list[int]) -> list[list[int]]:
+        return balance(sizes, len(self.trainer))
+
+    def _samples(self, samples: list[Sample]) -> list[dict[str, Any]]:
+        return [{"samples": [samples[i] for i in share]} for share in self._shares([s.num_tokens for s in samples])]
+
+    def _pairs(self, pairs: list[PreferencePair], reference: list[LogprobSums] | None) -> list[dict[str, Any]]:
+        return [
+            {
+                "pairs": [pairs[i] for i in share],
+                "reference_logprobs": None if reference is None else [reference[i] for i in share],
+            }
+            for share in self._shares([pair.num_tokens for pair in pairs])
+        ]
+
+    async def pair_reference(self, pairs: list[PreferencePair]) -> list[LogprobSums]:
+        """The reference's log-probs of each pair's responses, (chosen, rejected) sums."""
+        if self._reference is None:
+            shares = self._shares([pair.num_tokens for pair in pairs])
+            parts = await self._each(TrainingRank.pair_reference,
+                                     [{"pairs": [pairs[i] for i in share]} for share in shares])
+        else:
+            shares = _chunks(pairs, self._config.reference.max_tokens_per_forward)
+            parts = await first_failure([self._ask([pairs[i] for i in share]) for share in shares])
+        sums = {i: of_pair for share, part in zip(shares, parts, strict=True)
+                for i, of_pair in zip(share, part, strict=True)}
+        return [sums[i] for i in range(len(pairs))]
+
+    async def _ask(self, pairs: list[PreferencePair]) -> list[LogprobSums]:
+        assert self._reference is not None
+        num_tokens = sum(pair.num_tokens for pair in pairs)
+        async with self._turns:
+            actor = self._router.choose(list(self._reference), num_tokens)
+            try:
+                call = actor.call(ReferenceScorer.pair_logprobs, pairs)
+                return await call.within(self._config.reference.deadline_s)
+            finally:
+                self._router.done(actor, num_tokens)
+
+    async def group_step(self, groups: list[OfflineGroup], *, step: int) -> StepReport:
+        """The policy's step on given groups."""
+        reference = None
+        if self._reference is not None:
+            reference = await first_failure([self._group_logprobs(one.group) for one in groups])
+        calls = [
+            {
+                "groups": [groups[i].group for i in share],
+                "scores": [groups[i].scored for i in share],
+                "reference_logprobs": None if reference is None else [reference[i] for i in share],
+                "step": step,
+            }
+            for share in self._shares([int(group.scored.num_tokens.sum()) for group in groups])
+        ]
+        return (await self._each(TrainingRank.train_step, calls))[0]
+
+    async def _group_logprobs(self, group: RolloutGroup) -> list[np.ndarray]:
+        assert self._reference is not None
+        num_tokens = sum(t.num_tokens for t in group.trajectories)
+        actor = self._router.choose(list(self._reference), num_tokens)
+        try:
+            call = actor.call(ReferenceScorer.group_logprobs, group)
+            return await call.within(self._config.reference.deadline_s, what="log-probs")
+        finally:
+            self._router.done(actor, num_tokens)
+
+
+def _chunks(pairs: Sequence[PreferencePair], max_tokens: int) -> list[list[int]]:
+    """Consecutive pairs of at most so many tokens together; a longer pair is alone."""
+    chunks: list[list[int]] = []
+    tokens = 0
+    for i, pair in enumerate(pairs):
+        if not chunks or tokens + pair.num_tokens > max_tokens:
+            chunks.append([])
+            tokens = 0
+        chunks[-1].append(i)
+        tokens += pair.num_tokens
+    return chunks

@@ -1,0 +1,68 @@
+"""What a rollout function asks the policy with: `generate` of one prompt, over the engine that was chosen for it.
+
+Takes:  a prompt, an engine, the longest response.
+Gives:  `PromptGenerate`, a Generate: completions of token ids.
+Knows:  every call draws afresh: which turn of which sample asks fixes the seed, so that a run repeats.
+Keeps:  how many turns each sample has had, and the step of the newest policy that answered.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from flux_ray.cluster.group import Actor
+from flux_ray.protocols import Engine
+from flux_ray.records import FINISH_LENGTH, Completion, Prompt, SamplingRequest
+
+TURN_SEED_STRIDE = 1_000_003  # the seeds of a trajectory's later turns lie this far apart: beyond any group size
+EMPTY = Completion(np.zeros(0, np.int32), np.zeros(0, np.float32), np.zeros(0, np.int32), FINISH_LENGTH)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How long a sequence may get, and how long it may take."""
+
+    max_tokens: int  # of a response, all turns together
+    context_length: int  # of prompt and response, as the engine has it
+    deadline_s: float  # of one request
+
+    def response_tokens(self, num_tokens: int, *, prompt_length: int) -> int:
+        """Response tokens that fit after `num_tokens`, of which `prompt_length` are the prompt's; all turns count."""
+        used = max(0, num_tokens - prompt_length)
+        return min(self.max_tokens - used, self.context_length - num_tokens)
+
+
+@dataclass
+class PromptGenerate:
+    """`generate` of one prompt. All turns of a sample are of one engine, which has its prefix."""
+
+    prompt: Prompt
+    engine: Actor[Engine]
+    limits: Limits
+    temperature: float
+    tokenizer: Any
+    owner: str  # incarnation of the rollout worker
+    step: int = 0  # updates that the newest policy had which answered
+    _turns: Counter[int] = field(default_factory=Counter)
+
+    async def __call__(
+        self, token_ids: Sequence[int] | np.ndarray, *, n: int = 1, sample: int = 0, max_tokens: int | None = None
+    ) -> list[Completion]:
+        turn = max(self._turns[i] for i in range(sample, sample + n))  # vLLM draws the i-th of n with seed + i
+        self._turns.update({i: turn + 1 - self._turns[i] for i in range(sample, sample + n)})
+        left = self.limits.response_tokens(len(token_ids), prompt_length=len(self.prompt.token_ids))
+        left = left if max_tokens is None else min(left, max_tokens)
+        if left < 1:  # the response is full: an empty, truncated turn
+            return [EMPTY] * n
+        request = SamplingRequest(
+            np.asarray(token_ids, np.int32), n, seed=self.prompt.seed + sample + turn * TURN_SEED_STRIDE,
+            temperature=self.temperature, max_tokens=left, owner=self.owner)
+        what = f"rollout of prompt row {self.prompt.row + 1} (from 1)"
+        sampled = await self.engine.call(Engine.generate, request).within(self.limits.deadline_s, what=what)
+        self.step = max(self.step, sampled.step)
+        return list(sampled.completions)

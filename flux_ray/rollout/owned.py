@@ -1,0 +1,87 @@
+"""The groups that a rollout worker owns, and what it says of them.
+
+Takes:  news; the work on each group.
+Gives:  news to the driver, many at once; arrays to training ranks; texts.
+Keeps:  each group until it is forgotten: its work is cancelled then.
+Never:  waits for another actor.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from flux_ray.messages import Assignment, GroupAt, News, OwnedGroup
+from flux_ray.records import RolloutGroup, Trajectory
+
+BATCHING_WINDOW_S = 0.005  # so long news waits for more, while other groups run
+NEWS_AT_LEAST_EVERY_S = 10.0  # an answer without news tells the driver that this process lives
+
+Key = tuple[int, int]  # uid and attempt
+
+
+@dataclass
+class Carried:
+    """A group on its way."""
+
+    first: Assignment  # of its parts
+    parts: dict[int, tuple[list[Trajectory], int]] = field(default_factory=dict)  # seed ► samples, newest step
+    group: RolloutGroup | None = None  # once all parts are there
+    step: int = 0  # updates that the newest policy among its tokens had
+    texts: tuple[str, ...] = ()
+    reference: list[np.ndarray] | None = None
+    tasks: set[asyncio.Task[None]] = field(default_factory=set)
+
+
+class Owned:
+    def __init__(self) -> None:
+        self.carried: dict[Key, Carried] = {}
+        self._num_running = 0
+        self._news: list[News] = []
+        self._has_news = asyncio.Event()
+
+    def run(self, carried: Carried, work: Coroutine[Any, Any, None]) -> None:
+        def ended(task: asyncio.Task[None]) -> None:
+            carried.tasks.discard(task)
+            self._num_running -= 1
+
+        self._num_running += 1
+        task = asyncio.create_task(work)
+        carried.tasks.add(task)
+        task.add_done_callback(ended)
+
+    def forget(self, key: Key) -> None:
+        carried = self.carried.pop(key, None)
+        for task in carried.tasks if carried else ():
+            task.cancel()
+
+    def tell(self, news: News) -> None:
+        self._news.append(news)
+        self._has_news.set()
+
+    async def news(self) -> list[News]:
+        """What has become of groups since the last call, as soon as there is any."""
+        try:
+            async with asyncio.timeout(NEWS_AT_LEAST_EVERY_S):
+                await self._has_news.wait()
+        except TimeoutError:
+            return []
+        if self._num_running:
+            await asyncio.sleep(BATCHING_WINDOW_S)
+        self._has_news.clear()
+        news, self._news = self._news, []
+        return news
+
+    async def give(self, groups: Sequence[GroupAt]) -> list[OwnedGroup | None]:
+        """The arrays of these groups; None for one that is not here."""
+        found = [self.carried.get((uid, attempt)) for _, uid, attempt in groups]
+        return [OwnedGroup(one.group, one.reference) if one and one.group else None for one in found]
+
+    async def texts(self, keys: Sequence[Key]) -> list[str | None]:
+        """The text of each group's first response; None for one that is not here."""
+        found = [self.carried.get(key) for key in keys]
+        return [one.texts[0] if one and one.texts else None for one in found]

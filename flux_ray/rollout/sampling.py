@@ -1,0 +1,89 @@
+"""Generation of a group, or of a part of one: the rollout function over the engine that was chosen.
+
+Takes:  an Assignment; who is alive.
+Gives:  its trajectories, and how many updates the newest policy among their tokens had.
+Knows:  single_turn runs here, any other rollout function in a child process; each has rollout.deadline_s.
+Keeps:  the sandbox, and what an engine's context is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from flux_ray.cluster.group import Members
+from flux_ray.config import Config
+from flux_ray.errors import UserError
+from flux_ray.messages import Assignment
+from flux_ray.protocols import Engine
+from flux_ray.records import Prompt, RolloutGroup, SamplingRequest, Trajectory
+from flux_ray.rollout.environments import SandboxedRollout
+from flux_ray.rollout.functions import Rollout, one_turn, single_turn
+from flux_ray.rollout.generate import Limits, PromptGenerate
+
+PROBE_SAMPLES, PROBE_TOKENS = 4, 4  # enough to show weights that differ; few steps, for the trainer waits for them
+
+
+class Sampling:
+    def __init__(self, config: Config, *, tokenizer: Any, tokenizer_path: str) -> None:
+        self._config, self._tokenizer = config, tokenizer
+        self._sandbox: SandboxedRollout | None = None
+        if config.rollout.function != "single_turn":
+            self._sandbox = SandboxedRollout(config, tokenizer_path=tokenizer_path)
+        self._function: Rollout = self._sandbox or single_turn
+        self._limits: Limits | None = None
+
+    async def start(self, members: Members) -> None:
+        """Ask the engines what they hold, and start the sandbox where there is one."""
+        rollout, deadline_s = self._config.rollout, self._config.cluster.start_deadline_s
+        context_length = await members.of("engine")[0].call(Engine.context_length).within(deadline_s)
+        # The deadline of the group comes first and names the prompt; this one is for an engine that is silent.
+        self._limits = Limits(rollout.max_tokens, context_length, rollout.deadline_s + self._config.weights.deadline_s)
+        if self._sandbox is not None:
+            await self._sandbox.start()
+
+    async def sample(self, assignment: Assignment, members: Members, owner: str) -> tuple[list[Trajectory], int]:
+        """Trajectories of all samples of the assignment's prompt, and their newest policy's step.
+
+        Raises what the rollout function raises; TimeoutError after rollout.deadline_s; UserError for a wrong number.
+        """
+        assert self._limits is not None, "it has not started"
+        prompt, config = assignment.prompt, self._config.rollout
+        temperature = config.temperature if assignment.temperature is None else assignment.temperature
+        generate = PromptGenerate(
+            prompt, members.of("engine")[assignment.engine], self._limits, temperature, self._tokenizer, owner)
+        if self._sandbox is None:
+            trajectories = await self._within_deadline(prompt, generate, assignment.engine)
+        else:
+            trajectories = await self._function(prompt, generate)
+        if len(trajectories) != prompt.num_samples:
+            raise UserError(
+                f"rollout.function={config.function} gave {len(trajectories)} trajectories for row {prompt.row + 1} "
+                f"(from 1); it must give prompt.num_samples={prompt.num_samples}")
+        return trajectories, generate.step
+
+    async def _within_deadline(self, prompt: Prompt, generate: PromptGenerate, engine: int) -> list[Trajectory]:
+        deadline_s = self._config.rollout.deadline_s
+        try:
+            async with asyncio.timeout(deadline_s) as limit:
+                return await self._function(prompt, generate)
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            raise TimeoutError(f"engine {engine}: prompt row {prompt.row + 1} (from 1) took longer than "
+                               f"rollout.deadline_s={deadline_s:g} s") from None
+
+    async def probe(self, prompt: Prompt, engine: int, members: Members, owner: str) -> RolloutGroup:
+        """A few tokens after the prompt, all sampled by the weights that the engine serves now."""
+        assert self._limits is not None, "it has not started"
+        left = self._limits.response_tokens(len(prompt.token_ids), prompt_length=len(prompt.token_ids))
+        request = SamplingRequest(prompt.token_ids, PROBE_SAMPLES, seed=prompt.seed,
+                                  temperature=self._config.rollout.temperature, max_tokens=min(PROBE_TOKENS, left),
+                                  first=True, owner=owner)
+        call = members.of("engine")[engine].call(Engine.generate, request)
+        sampled = await call.within(self._limits.deadline_s, what="probe")
+        return RolloutGroup(prompt, tuple(one_turn(prompt, completion) for completion in sampled.completions))
+
+    def close(self) -> None:
+        if self._sandbox is not None:
+            self._sandbox.close()

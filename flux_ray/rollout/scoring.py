@@ -1,0 +1,108 @@
+"""Scores and reference log-probs of a group: asked of reward workers and reference actors.
+
+Takes:  a group with its texts; who is alive.
+Gives:  Scores, log-probs; `responses_of` and `scored_group`, what rewards see of a group and what the driver does.
+Knows:  users' code may end its reward worker or block it: who answers nobody is told as dead.
+Never:  ends an actor: it says who is to be ended.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+import numpy as np
+
+from flux_ray.cluster.group import Actor, ActorDied, Call, Members, Router
+from flux_ray.config import Config
+from flux_ray.messages import RewardWorkerLost
+from flux_ray.protocols import ReferenceScorer, RewardScorer
+from flux_ray.records import FINISH_LENGTH, Responses, RolloutGroup, ScoredGroup, Scores
+
+
+class LostRewardWorker(Exception):
+    """The reward worker is gone, or answers nobody, and the run goes on: the group is to be scored again."""
+
+    def __init__(self, actor: Actor[RewardScorer], *, silent: bool, why: str) -> None:
+        super().__init__(why)
+        self.actor, self.silent, self.why = actor, silent, why
+
+    def news(self, uid: int, attempt: int) -> RewardWorkerLost:
+        return RewardWorkerLost(uid, attempt, self.actor.index, self.actor.incarnation, self.silent, self.why)
+
+
+class Scoring:
+    def __init__(self, config: Config, *, most_groups: int) -> None:
+        """`most_groups`: that may wait in one reward worker at once."""
+        self._config = config
+        # Functions take turns, and one that fails is called for each sample alone. Each call has its own deadline
+        # there; this one is for a worker that answers but gets nowhere.
+        calls = (1 + len(config.reward.functions) + config.rollout.group_size) * most_groups
+        self._deadline_s = config.reward.deadline_s * calls
+        self._rewards: Router[RewardScorer] = Router()
+        self._references: Router[ReferenceScorer] = Router()
+
+    async def score(self, responses: Responses, members: Members) -> Scores:
+        """Raises ActorError where a reward failed; with reward.on_failure=drop LostRewardWorker for a lost one."""
+        actor = self._rewards.choose(members.of("reward"), 1)
+        what, reward = f"score of prompt row {responses.prompt.row + 1} (from 1)", self._config.reward
+        silent = False
+        try:
+            call = actor.call(RewardScorer.score, responses)
+            waiting = asyncio.ensure_future(call.within(self._deadline_s, what=what))
+            silent = not await _answers(actor, waiting, patience_s=reward.deadline_s)
+            if not silent:
+                return await waiting
+            why = f"reward {actor.index}, {what}: the process did not answer for {reward.deadline_s:g} s and was ended"
+        except ActorDied as error:
+            why = str(error)
+        finally:
+            self._rewards.done(actor, 1)
+        why = f"{why}; reward.functions={reward.functions}"
+        if reward.on_failure == "drop":
+            raise LostRewardWorker(actor, silent=silent, why=why)
+        raise ActorDied(why, role=actor.role, index=actor.index)
+
+    async def reference(self, group: RolloutGroup, members: Members) -> list[np.ndarray] | None:
+        """The frozen policy's log-probs, (T,) of each trajectory; None where no actor is asked for them."""
+        actors = members.of("reference")
+        if not actors:
+            return None
+        num_tokens = sum(t.num_tokens for t in group.trajectories)
+        actor = self._references.choose(actors, num_tokens)
+        try:
+            call: Call[list[np.ndarray]] = actor.call(ReferenceScorer.group_logprobs, group)
+            return await call.within(self._config.reference.deadline_s, what="log-probs")
+        finally:
+            self._references.done(actor, num_tokens)
+
+
+async def _answers(actor: Actor[RewardScorer], waiting: asyncio.Future[Scores], *, patience_s: float) -> bool:
+    """Until the result is there; False, and no longer waited for, where the process doesn't even answer a ping."""
+    try:
+        while not (await asyncio.wait({waiting}, timeout=patience_s))[0]:
+            if not await actor.ping(patience_s) and not waiting.done():
+                return False
+        return True
+    finally:
+        if not waiting.done():
+            waiting.cancel()
+
+
+def responses_of(group: RolloutGroup, texts: Sequence[str], step: int) -> Responses:
+    """`step`: updates that the newest policy among the group's tokens had."""
+    trajectories = group.trajectories
+    return Responses(
+        group.prompt, tuple(texts), tuple(t.token_ids for t in trajectories),
+        tuple(t.prompt_length for t in trajectories), tuple(t.finish_reason for t in trajectories),
+        np.array([t.num_loss_tokens for t in trajectories]), step)
+
+
+def scored_group(group: RolloutGroup, scores: Scores) -> ScoredGroup:
+    trajectories = group.trajectories
+    return ScoredGroup(
+        uid=group.prompt.uid, rewards=scores.rewards, task_rewards=scores.task_rewards, parts=scores.parts,
+        num_tokens=np.array([t.num_tokens for t in trajectories]),
+        num_loss_tokens=np.array([t.num_loss_tokens for t in trajectories]),
+        truncated=np.array([t.finish_reason == FINISH_LENGTH for t in trajectories]),
+        oldest_version=min((t.oldest_version for t in trajectories if t.num_loss_tokens), default=-1))

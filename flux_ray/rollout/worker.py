@@ -1,0 +1,128 @@
+"""A rollout worker: carries groups from prompt to scored, filtered, referenced, and owns them until they are trained.
+
+Takes:  orders of the driver; who is alive.
+Gives:  news of its groups; their arrays to training ranks, their texts to the driver.
+Knows:  a text is decoded once. The driver chose the engine; reward worker and reference are chosen here.
+Keeps:  each group's arrays until the driver says that nobody needs them.
+Never:  runs users' code; waits for another actor without a deadline.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Coroutine
+from dataclasses import replace
+from typing import Any
+
+from flux_ray.algo import filters
+from flux_ray.cluster.group import ActorError, CallFailed, Members
+from flux_ray.cluster.plan import ROLLOUT
+from flux_ray.config import Config
+from flux_ray.messages import Assignment, GroupAt, GroupDropped, GroupFailed, GroupReady, Orders, PartGenerated
+from flux_ray.records import Prompt, RolloutGroup
+from flux_ray.rollout.owned import Carried, Owned
+from flux_ray.rollout.sampling import Sampling
+from flux_ray.rollout.scoring import LostRewardWorker, Scoring, responses_of, scored_group
+
+PROBE_UID = -(10**12)  # less the engine's index: no prompt's
+
+
+class RolloutWorker(Owned):
+    """Orders start groups; `news` says what became of them."""
+
+    def __init__(self, config: Config, *, index: int, tokenizer_path: str, most_groups: int) -> None:
+        """`most_groups`: that may wait in one reward worker at once."""
+        from transformers import AutoTokenizer  # seconds to import
+
+        super().__init__()
+        self._config, self._index = config, index
+        self._tokenizer = AutoTokenizer.from_pretrained(tokenizer_path)
+        self._sampling = Sampling(config, tokenizer=self._tokenizer, tokenizer_path=tokenizer_path)
+        self._scoring = Scoring(config, most_groups=most_groups)
+        self._members = Members()
+
+    async def meet(self, members: Members) -> None:
+        before, self._members = self._members, max(self._members, members, key=lambda members: members.epoch)
+        if not before.epoch:
+            await self._sampling.start(members)
+
+    @property
+    def _incarnation(self) -> str:
+        return self._members.of(ROLLOUT)[self._index].incarnation
+
+    async def order(self, orders: Orders) -> None:
+        for key in orders.forgotten:
+            self.forget(key)
+        for assignment in orders.assignments:
+            carried = self.carried.setdefault(assignment.key, Carried(assignment))
+            self._start(carried, self._part(carried, assignment), "rollout")
+        for carried in (self.carried[key] for key in orders.scored_again if key in self.carried):
+            self._start(carried, self._finish(carried), "score")
+
+    def _start(self, carried: Carried, work: Coroutine[Any, Any, None], what: str) -> None:
+        async def guarded() -> None:
+            try:
+                await work
+            except Exception as error:
+                row = f"prompt row {carried.first.prompt.row + 1} (from 1)"
+                self.tell(GroupFailed(*carried.first.key, f"{what} of {row}", CallFailed.of(error)))
+
+        self.run(carried, guarded())
+
+    async def _part(self, carried: Carried, assignment: Assignment) -> None:
+        """Generate a part; the last one to come goes on with the group."""
+        seed = assignment.prompt.seed
+        trajectories, step = await self._sampling.sample(assignment, self._members, self._incarnation)
+        carried.parts[seed] = trajectories, step
+        self.tell(PartGenerated(*assignment.key, seed, sum(t.num_loss_tokens for t in trajectories)))
+        if sum(len(part) for part, _ in carried.parts.values()) == assignment.group_size:
+            self._join(carried)
+            await self._finish(carried)
+
+    def _join(self, carried: Carried) -> None:
+        """One group of the parts, in the order of their samples' seeds, and its texts."""
+        parts = [carried.parts[seed] for seed in sorted(carried.parts)]
+        whole = replace(carried.first.prompt, seed=min(carried.parts), num_samples=carried.first.group_size)
+        carried.group = RolloutGroup(whole, tuple(t for part, _ in parts for t in part))
+        carried.step = max(step for _, step in parts)
+        ids = [t.token_ids[t.prompt_length :].tolist() for t in carried.group.trajectories]
+        carried.texts = tuple(self._tokenizer.batch_decode(ids, skip_special_tokens=True))
+
+    async def _finish(self, carried: Carried) -> None:
+        """Score ► filter ► reference ► ready. An evaluation's group is scored alone, and not kept."""
+        key, group, start_s = carried.first.key, carried.group, time.monotonic()
+        assert group is not None
+        try:
+            scores = await self._scoring.score(responses_of(group, carried.texts, carried.step), self._members)
+        except LostRewardWorker as lost:
+            return self.tell(lost.news(*key))
+        except ActorError as error:
+            if self._config.reward.on_failure != "drop" or error.role != "reward":
+                raise
+            return self._drop(key, filters.REWARD_FAILED, str(error))
+        scored, scored_s = scored_group(group, scores), time.monotonic()
+        evaluates = carried.first.evaluates
+        if not evaluates:
+            cause = filters.refusal(scored, self._config.filter)
+            if cause is not None:
+                return self._drop(key, cause)
+            carried.reference = await self._scoring.reference(group, self._members)
+        spanning = sum(t.oldest_version != t.newest_version for t in group.trajectories)
+        self.tell(GroupReady(*key, scored, carried.texts[0] if evaluates else "", spanning, scored_s - start_s,
+                             time.monotonic() - scored_s))
+        if evaluates:
+            del self.carried[key]
+
+    def _drop(self, key: tuple[int, int], cause: str, why: str = "") -> None:
+        del self.carried[key]
+        self.tell(GroupDropped(*key, cause, why))
+
+    async def probe(self, prompt: Prompt, engine: int) -> GroupAt:
+        """Have the engine sample a few tokens by the weights that it serves now; kept until the next probe."""
+        prompt = replace(prompt, uid=PROBE_UID - engine)
+        group = await self._sampling.probe(prompt, engine, self._members, self._incarnation)
+        self.carried[prompt.uid, 0] = Carried(Assignment(prompt, 0, engine, len(group.trajectories)), group=group)
+        return GroupAt(self._index, prompt.uid, 0)
+
+    def close(self) -> None:
+        self._sampling.close()

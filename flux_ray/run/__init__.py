@@ -1,0 +1,273 @@
+"""Runs a Config: `run(config) -> TrainingResult`, `evaluate(config) -> metrics`.
+
+Takes:  a Config, from the command line or from Python; callbacks.
+Gives:  a run folder with a trained model in it, or with an evaluation; `interrupt`, for a run in another thread.
+Knows:  the life of a run: check, connect, place, build, loop, save; the first failure is what the user is told.
+Never:  leaves a process behind, however the run ends; prints what a library prints.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import os
+import signal
+import threading
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flux_ray.cluster.group import ActorDied, ActorError
+from flux_ray.config import Config
+from flux_ray.errors import RunFailed, UserError
+from flux_ray.observability.callbacks import Callback
+
+if TYPE_CHECKING:
+    from flux_ray.cluster.plan import Plan
+    from flux_ray.cluster.supervisor import Supervisor
+    from flux_ray.run.build import Build
+    from flux_ray.run.prepare import Prepared
+    from flux_ray.run.recorder import Recorder
+
+#: What is done with actors that have been spawned: (prepared, build, recorder).
+Work = Callable[["Prepared", "Build", "Recorder"], Coroutine[Any, Any, None]]
+
+_running: dict[int, Callable[[], object]] = {}  # thread ► what cancels the run in it
+
+DEATH_SHOWS_S = 3.0  # Ray tells of an actor's death 1 to 2 s later; what it broke may fail at once
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """What a run gave. `history` holds each step's metrics of this process, oldest first."""
+
+    run_dir: Path
+    num_steps: int  # done: as many as asked for, or fewer where eval.stop_at was reached
+    metrics: dict[str, float] = field(default_factory=dict)  # of the last step
+    history: tuple[dict[str, float], ...] = ()
+
+    @property
+    def model_path(self) -> Path:
+        return self.run_dir / "model"
+
+
+def run(config: Config, *, callbacks: Sequence[Callback] = ()) -> TrainingResult:
+    """Train as the config says.
+
+    UserError for a mistake in it, RunFailed for what broke, KeyboardInterrupt for Ctrl-C.
+    """
+    recorder = _whole_life(config, _train, callbacks)
+    history = tuple(recorder.history)
+    return TrainingResult(recorder.folder.path, recorder.steps_done, history[-1] if history else {}, history)
+
+
+def evaluate(config: Config, *, callbacks: Sequence[Callback] = ()) -> dict[str, float]:
+    """eval/* of the prompts of eval.data under the policy as it is at model.path; nothing is trained. Raises as run."""
+    return _whole_life(config, _evaluate, callbacks).last_evaluation
+
+
+def _whole_life(config: Config, work: Work, callbacks: Sequence[Callback]) -> Recorder:
+    """Check, make the folder, do the work on live actors; what was recorded."""
+    if not Path("/dev/nvidiactl").exists():
+        # Said beforehand, or DeepSpeed (which transformers may import) warns on the terminal that it found no GPU.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    from flux_ray import run_dir
+    from flux_ray.observability.run_folder import LOG, RunFolder
+    from flux_ray.observability.terminal import quiet
+    from flux_ray.run.checkpoint import forget_newer
+    from flux_ray.run.prepare import prepare
+    from flux_ray.run.recorder import Recorder
+
+    prepared = prepare(config)
+    own_cpus = _own_cpus(prepared, trains=work is _train)
+    config = run_dir.claim(prepared.config)
+    prepared = dataclasses.replace(prepared, config=config)
+    assert config.run_dir is not None
+    folder = RunFolder(config.run_dir)
+    prepared = _above_all_versions(prepared)
+    folder.create(config, resume_step=prepared.start.step if prepared.checkpoint else None)
+    checkpoints = (folder.path / "checkpoints").resolve()
+    if work is _train and prepared.checkpoint and prepared.checkpoint.parent == checkpoints:
+        forget_newer(checkpoints, prepared.start.step)
+    with quiet(folder.path / LOG, progress=config.observability.progress) as terminal:
+        recorder = Recorder(
+            config, folder=folder, terminal=terminal, callbacks=callbacks, steps_done=prepared.start.step
+        )
+        terminal.say(f"run folder {folder.path}")
+        for warning in prepared.warnings:
+            recorder.warn(warning)
+        try:
+            asyncio.run(_live(prepared, recorder, work, own_cpus))
+        except BaseException as error:
+            raise _told(error, folder.path / LOG) from error
+        finally:
+            recorder.close()
+        terminal.say(f"done: model in {folder.model}" if work is _train else f"done: evaluation in {folder.path}")
+    return recorder
+
+
+def _above_all_versions(prepared: Prepared) -> Prepared:
+    """A run that is resumed publishes above all versions of before, those after its checkpoint too."""
+    from flux_ray import run_dir
+    from flux_ray.observability.run_folder import METRICS, RunFolder, read_lines
+
+    if prepared.checkpoint is None:
+        return prepared
+    before = RunFolder(run_dir.run_of(str(prepared.config.resume)))
+    published = [int(line.get("driver/version", -1)) for line in read_lines(before.path / METRICS)]
+    version = max([prepared.start.version, *published])
+    return dataclasses.replace(prepared, start=dataclasses.replace(prepared.start, version=version))
+
+
+def _own_cpus(prepared: Prepared, *, trains: bool) -> float:
+    """CPUs that a Ray of the run's own declares: as many as the plan counts, for actors share the cores that there are.
+
+    UserError for a plan that this machine can't have. 0 where a running cluster is joined, which is asked later.
+    """
+    from flux_ray.cluster.groups import Cluster
+
+    if Cluster.wanted_address(prepared.config.cluster.address):
+        return 0.0
+    return _plan(prepared, gpus=_visible_gpus(prepared.config), trains=trains).total["CPU"]
+
+
+def _plan(prepared: Prepared, *, gpus: int, trains: bool) -> Plan:
+    """What is placed where, on a cluster of that many GPUs. UserError for what can't be."""
+    from flux_ray import algo
+    from flux_ray.cluster.plan import make_plan
+    from flux_ray.run.build import check_engines
+    from flux_ray.run.prepare import Rollouts
+
+    plan = make_plan(
+        prepared.config, cluster_gpus=gpus, needs_reference=prepared.needs_reference, trains=trains,
+        needs_critic=algo.needs_critic(prepared.config.algo), rollouts=isinstance(prepared.task, Rollouts),
+    )
+    check_engines(prepared, plan)
+    return plan
+
+
+async def _live(prepared: Prepared, recorder: Recorder, work: Work, own_cpus: float) -> None:
+    """Connect, place, do the work; then, whatever happened, end every process of the run."""
+    from flux_ray.cluster.groups import Cluster
+    from flux_ray.cluster.supervisor import Supervisor
+    from flux_ray.model import slow_dtype
+    from flux_ray.run.build import Build
+
+    config, say = prepared.config, recorder.terminal.say
+    _interruptible()
+    cluster = Cluster(log_dir=recorder.folder.logs, plugins=list(config.plugins))
+    supervisor = Supervisor(start_deadline_s=config.cluster.start_deadline_s)
+    _end_on_sigterm()
+    try:
+        cluster.connect(config.cluster.address, cpus=own_cpus, gpus=_visible_gpus(config))
+        _end_on_sigterm()  # again: connecting puts a handler of Ray's own in its place
+        plan = _plan(prepared, gpus=cluster.num_gpus(), trains=work is _train)
+        await cluster.place(plan, deadline_s=config.cluster.placement_deadline_s)
+        say("starting " + ", ".join(f"{role.count} {role.name}" for role in plan.roles) + f" on {plan.device}")
+        slow = slow_dtype(config.model.dtype, plan.device)
+        if slow:
+            recorder.warn(slow)
+        build = Build(prepared, cluster, plan, supervisor)
+        await _unless_one_dies(supervisor, work(prepared, build, recorder))
+    finally:
+        supervisor.close()
+        await cluster.close()
+
+
+async def _train(prepared: Prepared, build: Build, recorder: Recorder) -> None:
+    """Build what goes with the data, run its loop, save the model."""
+    from flux_ray.run import checkpoint
+    from flux_ray.run.training import Training
+
+    loop = await build.loop(prepared.task, recorder)
+    recorder.terminal.say("ready")
+    await Training(prepared.config, loop, recorder, trained=build.trained, progress=build.supervisor.progress).run()
+    await checkpoint.save_models(recorder.folder.model, build.trained, deadline_s=prepared.config.train.deadline_s)
+
+
+async def _evaluate(prepared: Prepared, build: Build, recorder: Recorder) -> None:
+    """Once over eval.data: by engines and reward workers alone, or by ranks that train nothing."""
+    evaluation = await build.evaluation(prepared.task, recorder)
+    recorder.terminal.say("ready")
+    async with asyncio.TaskGroup() as tasks:
+        await evaluation.begin(tasks)
+        evaluated = await evaluation.evaluate()
+        evaluation.end()
+    if evaluated is not None:
+        recorder.evaluation(0, *evaluated)
+
+
+async def _unless_one_dies(supervisor: Supervisor, work: Coroutine[Any, Any, None]) -> None:
+    """Do the work. Where an actor's death ends the run, that is what is told, and not what it broke elsewhere."""
+    working, death = asyncio.ensure_future(work), supervisor.failure
+    either: set[asyncio.Future[Any]] = {working, death}
+    try:
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        error = working.exception() if working.done() else None
+        if working.done() and (error is None or isinstance(error, UserError)):
+            return working.result()
+        await asyncio.wait(either, timeout=DEATH_SHOWS_S)
+        if death.done() and not (working.done() and isinstance(working.exception(), ActorDied)):
+            raise death.result() from error
+        working.result()
+    finally:
+        working.cancel()
+        await asyncio.wait({working})
+
+
+def _visible_gpus(config: Config) -> int:
+    """GPUs of this machine, for a Ray of the run's own; 0 without asking where the config says CPU."""
+    if config.cluster.device == "cpu":
+        return 0
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def _end_on_sigterm() -> None:
+    """SIGTERM (a scheduler's end, `ray job stop`) ends the run as Ctrl-C does.
+
+    Only the main thread can take signals.
+    """
+    if threading.current_thread() is threading.main_thread():
+        task = asyncio.current_task()
+        assert task is not None
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+
+
+def _interruptible() -> None:
+    """From now on `interrupt` ends the run in this thread."""
+    task, loop = asyncio.current_task(), asyncio.get_running_loop()
+    assert task is not None
+    _running[threading.get_ident()] = lambda: loop.call_soon_threadsafe(task.cancel)
+    task.add_done_callback(lambda _: _running.pop(threading.get_ident(), None))
+
+
+def interrupt(thread: threading.Thread) -> None:
+    """End the run in that thread as Ctrl-C ends one in the main thread; nothing where there is none, or a second time:
+    it is ending its processes then."""
+    cancel = _running.pop(thread.ident or 0, None)
+    if cancel is not None:
+        cancel()
+
+
+def _told(error: BaseException, log: Path) -> BaseException:
+    """The first cause of a failure as the user is told it."""
+    import logging
+
+    logging.getLogger(__name__).error("the run failed", exc_info=error)
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    if isinstance(error, (UserError, KeyboardInterrupt)):
+        return error
+    if isinstance(error, (asyncio.CancelledError, SystemExit)):  # Ray answers a SIGTERM while it starts by an exit
+        return KeyboardInterrupt()
+    text = " ".join(str(error).split()) or type(error).__name__  # a library's many lines are in the log
+    known = isinstance(error, (RuntimeError, TimeoutError))
+    if isinstance(error, ActorError) and error.log_file:
+        log = error.log_file
+    return RunFailed(f"{text if known else f'{type(error).__name__}: {text}'} (log: {log})")
+
+
+__all__ = ["TrainingResult", "evaluate", "interrupt", "run"]

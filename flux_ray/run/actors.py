@@ -1,0 +1,205 @@
+"""What runs inside each kind of actor that trains or is the reference: parts put together.
+
+Takes:  the arguments that `build` sends; groups, by where their arrays are.
+Gives:  TrainingRank (a trainer that can publish its weights), CriticRank, ReferencePolicy; engines, rollout and reward
+        workers and reward models are parts as they are.
+Knows:  that no part knows another: here, above them, they meet. A rank holds all arrays of a part of a step before that
+        part's first collective.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from flux_ray import algo
+from flux_ray.batch import pair_samples
+from flux_ray.cluster.group import Actor, ActorError, Members, first_failure
+from flux_ray.cluster.plan import CRITIC, ROLLOUT, TRAINER
+from flux_ray.config import Config
+from flux_ray.messages import GroupAt, OwnedGroup
+from flux_ray.model.scoring import response_sums, scoring_samples
+from flux_ray.protocols import CriticRank as CriticRankStub
+from flux_ray.protocols import Engine, GroupOwner, LogprobSums
+from flux_ray.protocols import TrainingRank as TrainingRankStub
+from flux_ray.records import PreferencePair, RolloutGroup, ScoredGroup, StepReport
+from flux_ray.reference import Reference
+from flux_ray.train import Critic, Trainer
+from flux_ray.weights.publish import Publisher
+
+MIB = 2**20
+GIVE_AT_ONCE = 64  # groups in one answer: a batch of long groups must not be one object in the store
+GIVE_DEADLINE_S = 300.0  # of one answer
+PEER_DEADLINE_S = 600.0  # for the arrays that policy and critic exchange
+
+
+class Holder:
+    """The groups that a rank holds, brought from the rollout workers that own them."""
+
+    def __init__(self) -> None:
+        self.members = Members()
+        self._held: dict[int, OwnedGroup] = {}  # by uid
+
+    async def hold(self, groups: Sequence[GroupAt]) -> list[GroupAt]:
+        """In the place of those held before. Gives those that can't be had."""
+        of_worker: dict[int, list[GroupAt]] = defaultdict(list)
+        for at in groups:
+            of_worker[at.worker].append(at)
+        chunks = [all_of[i : i + GIVE_AT_ONCE] for all_of in of_worker.values()
+                  for i in range(0, len(all_of), GIVE_AT_ONCE)]
+        given = await first_failure([self._bring(chunk) for chunk in chunks])
+        owned = {at: one for chunk, of_chunk in zip(chunks, given, strict=True)
+                 for at, one in zip(chunk, of_chunk, strict=True)}
+        self._held = {at.uid: one for at in groups if (one := owned[at]) is not None}
+        return [at for at in groups if at.uid not in self._held]
+
+    async def _bring(self, groups: Sequence[GroupAt]) -> Sequence[OwnedGroup | None]:
+        worker: Actor[Any] = self.members.of(ROLLOUT)[groups[0].worker]
+        try:
+            return await worker.call(GroupOwner.give, groups).within(GIVE_DEADLINE_S)
+        except (ActorError, TimeoutError):  # it is dead, or as good as that: its groups start again
+            return [None] * len(groups)
+
+    def held(self, uids: Sequence[int]) -> list[OwnedGroup]:
+        return [self._held[uid] for uid in uids]
+
+    @property
+    def groups(self) -> list[RolloutGroup]:
+        return [one.group for one in self._held.values()]
+
+
+class TrainingRank(Trainer):
+    """A rank of the training group with its end of the wire to the engines."""
+
+    def __init__(self, config: Config, *, rank: int, weights_backend: str, **group: Any) -> None:
+        super().__init__(config, rank=rank, **group)
+        self._rank, self._holder = rank, Holder()
+        self._values: list[list[np.ndarray]] | None = None  # a critic's, of the groups that are held
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._publisher = Publisher(
+            self,
+            rank=rank,
+            backend=weights_backend,
+            deadline_s=config.weights.deadline_s,
+            bucket_bytes=config.weights.bucket_mib * MIB,
+            staged=staged(config),
+        )
+
+    async def meet(self, members: Members) -> None:
+        self._holder.members, self._loop = members, asyncio.get_running_loop()
+
+    async def hold(self, groups: Sequence[GroupAt]) -> list[GroupAt]:
+        return await self._holder.hold(groups)
+
+    def accumulate_held(self, scores: Sequence[ScoredGroup], *, step: int, versions: Sequence[int]) -> None:
+        """`accumulate`, of groups that are held."""
+        self.accumulate(scores=scores, step=step, versions=versions, **self._batch_of(scores))
+
+    def train_held(self, scores: Sequence[ScoredGroup], *, step: int, versions: Sequence[int]) -> StepReport:
+        """`train_step`, of groups that are held, with the values that were taken."""
+        values, self._values = self._values, None
+        return self.train_step(scores=scores, step=step, versions=versions, values=values, **self._batch_of(scores))
+
+    def _batch_of(self, scores: Sequence[ScoredGroup]) -> dict[str, Any]:
+        held = self._holder.held([score.uid for score in scores])
+        from_actors = algo.needs_reference(self.config.algo) and not algo.reference_is_base(self.config)
+        reference = [one.reference_logprobs for one in held] if from_actors else None
+        return {"groups": [one.group for one in held], "reference_logprobs": reference}
+
+    async def take_values(self) -> None:
+        """Those of the critic's rank that holds the same groups."""
+        critic: Actor[Any] = self._holder.members.of(CRITIC)[self._rank]
+        self._values = await critic.call(CriticRankStub.give_values).within(PEER_DEADLINE_S)
+
+    async def give_returns(self) -> list[list[np.ndarray]]:
+        return self.returns
+
+    def prepare_wire(self) -> None:
+        self._publisher.prepare()
+
+    def connect(self, engines: Sequence[Actor[Engine]], *, address: str, port: int, wire_dtype: str) -> None:
+        """Open the wire to these engines."""
+        tensor_parallel_size = self.config.rollout.tensor_parallel_size
+
+        def call(method: Callable[..., Any], payloads: list[tuple[Any, ...]]) -> list[Any]:
+            deadline_s = self.config.weights.deadline_s
+
+            async def every() -> list[Any]:
+                return await first_failure([engine.call(method, *payload).within(deadline_s)
+                                            for engine, payload in zip(engines, payloads, strict=True)])
+
+            assert self._loop is not None, "it has met nobody yet"
+            return asyncio.run_coroutine_threadsafe(every(), self._loop).result(2 * deadline_s)
+
+        self._publisher.connect(call, workers_per_engine=[tensor_parallel_size] * len(engines), address=address,
+                                port=port, wire_dtype=wire_dtype)
+
+    def publish(self, version: int, step: int) -> list[str]:
+        return self._publisher.publish(version, step)
+
+    def logprob_gap(self) -> tuple[float, float]:
+        """|trainer's - sampler's log-probs| over sampled tokens of the groups held, mean and largest. All ranks hold
+        all."""
+        groups = self._holder.groups
+        gaps = [
+            np.abs(logprobs_T - trajectory.sampler_logprobs)[trajectory.loss_mask]
+            for group, of_group in zip(groups, self.logprobs(groups), strict=True)
+            for trajectory, logprobs_T in zip(group.trajectories, of_group, strict=True)
+        ]
+        gaps_S = np.concatenate(gaps)
+        return float(gaps_S.mean()), float(gaps_S.max())
+
+
+class CriticRank(Critic):
+    """A rank of the critic. It holds the same groups as the policy's rank of the same number."""
+
+    def __init__(self, config: Config, *, rank: int, **group: Any) -> None:
+        super().__init__(config, rank=rank, **group)
+        self._rank, self._holder = rank, Holder()
+        self._values: list[list[np.ndarray]] = []  # of the groups that are held
+        self._returns: list[list[np.ndarray]] = []
+
+    async def meet(self, members: Members) -> None:
+        self._holder.members = members
+
+    async def hold(self, groups: Sequence[GroupAt]) -> list[GroupAt]:
+        return await self._holder.hold(groups)
+
+    def value_held(self) -> None:
+        self._values = self.values(self._holder.groups)
+
+    async def give_values(self) -> list[list[np.ndarray]]:
+        return self._values
+
+    async def take_returns(self) -> None:
+        """Those of the policy's rank that holds the same groups."""
+        trainer: Actor[Any] = self._holder.members.of(TRAINER)[self._rank]
+        self._returns = await trainer.call(TrainingRankStub.give_returns).within(PEER_DEADLINE_S)
+
+    def train_held(self, scores: Sequence[ScoredGroup], *, step: int) -> StepReport:
+        return self.train_step(groups=self._holder.groups, scores=scores, values=self._values, returns=self._returns,
+                               step=step)
+
+
+class ReferencePolicy(Reference):
+    """The frozen policy, of groups and of pairs."""
+
+    async def group_logprobs(self, group: RolloutGroup) -> list[np.ndarray]:
+        """(T,) of each trajectory."""
+        return await self.logprobs(scoring_samples([group]))
+
+    async def pair_logprobs(self, pairs: Sequence[PreferencePair]) -> list[LogprobSums]:
+        """(chosen, rejected): log-probs of both responses of each pair, sums over their tokens."""
+        sums = response_sums(await self.logprobs(pair_samples(pairs)))
+        return list(zip(sums[::2], sums[1::2], strict=True))
+
+
+def staged(config: Config) -> bool | None:
+    """Whether a gloo update comes in beside running requests; None: where that costs no memory."""
+    if config.weights.staging == "auto" and config.driver.max_staleness:
+        return None
+    return config.weights.staging == "host"

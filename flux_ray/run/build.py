@@ -1,0 +1,297 @@
+"""From a prepared config to live actors, and to the loop that runs on them.
+
+Takes:  Prepared, a Cluster that is connected and has placed the plan, the supervisor.
+Gives:  a Loop, an Evaluation or an OfflineLoop on actors that are loaded and connected; the cluster ends them.
+Knows:  which class runs in which role, what each is told, what its death means; all that can start at once does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import math
+from typing import Any
+
+from flux_ray import algo
+from flux_ray.cluster.group import all_within
+from flux_ray.cluster.groups import Cluster, RayGroup
+from flux_ray.cluster.plan import CRITIC, ENGINE, REFERENCE, REWARD, REWARD_MODEL, ROLLOUT, TRAINER, Plan, Role
+from flux_ray.cluster.supervisor import OnDeath, Supervisor
+from flux_ray.config import Config
+from flux_ray.driver.drop_stats import DropStats
+from flux_ray.driver.evaluation import Evaluation
+from flux_ray.driver.ledger import Ledger
+from flux_ray.driver.loop import Loop
+from flux_ray.driver.ranks import Ranks
+from flux_ray.driver.stages import Stages
+from flux_ray.driver.staleness import Bound
+from flux_ray.driver.versions import Versions
+from flux_ray.errors import UserError
+from flux_ray.model import context_length, resolve_dtype
+from flux_ray.names import reward_model_path
+from flux_ray.offline.data import OfflineData
+from flux_ray.offline.loop import OfflineLoop, make_work
+from flux_ray.offline.stages import OfflineStages
+from flux_ray.protocols import Engine
+from flux_ray.protocols import TrainingRank as Rank
+from flux_ray.reward import RewardWorker
+from flux_ray.reward.model import RewardModel
+from flux_ray.rollout.check import check_kv_cache
+from flux_ray.rollout.engine import RolloutEngine, engine_env
+from flux_ray.rollout.worker import RolloutWorker
+from flux_ray.run.actors import CriticRank, ReferencePolicy, TrainingRank
+from flux_ray.run.prepare import Prepared, Rollouts, Task
+from flux_ray.run.recorder import Recorder
+
+#: On CPU glibc gives each large tensor's memory back and takes it again, a page fault for every 4 KiB: a tenth of a
+#: training step. Told so, it keeps what it once had, in one arena for all threads.
+KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40), "MALLOC_ARENA_MAX": "1"}
+FORWARDING = (TRAINER, CRITIC, REFERENCE, REWARD_MODEL)  # roles that run a transformers model
+INFORMED = (ENGINE, ROLLOUT, REWARD, TRAINER, CRITIC)  # roles that are told who is alive
+
+
+
+def check_engines(prepared: Prepared, plan: Plan) -> None:
+    """What only the plan and the data together can tell, before an actor starts. UserError."""
+    config, task = prepared.config, prepared.task
+    if not isinstance(task, Rollouts) or plan.device != "cpu":
+        return
+    path = str(config.model.path)
+    dtype_bytes = resolve_dtype(config.model.dtype, plan.device).itemsize
+    context = _context(config, task) or context_length(path)
+    check_kv_cache(path, context=context, dtype_bytes=dtype_bytes, kv_cache_gib=config.rollout.kv_cache_gib)
+
+
+class Build:
+    """The actors of one run."""
+
+    def __init__(self, prepared: Prepared, cluster: Cluster, plan: Plan, supervisor: Supervisor) -> None:
+        self._prepared, self._plan, self.supervisor = prepared, plan, supervisor
+        self._config = prepared.config
+        self._groups = {role.name: self._spawn(cluster, role) for role in plan.roles}
+
+    def _spawn(self, cluster: Cluster, role: Role) -> RayGroup[Any]:
+        group = cluster.spawn(role, env=_env(self._config, self._plan, role.name), plugins=role.name != ROLLOUT)
+        self.supervisor.add(group, on_death(self._config)[role.name], informed=role.name in INFORMED)
+        return group
+
+    async def loop(self, task: Task, recorder: Recorder) -> Loop | OfflineLoop:
+        """What goes with the data, on actors that are loaded and connected."""
+        if isinstance(task, Rollouts):
+            return await self._rollout_loop(task, recorder)
+        return await self._offline_loop(task, recorder)
+
+    async def evaluation(self, task: Task, recorder: Recorder) -> Evaluation | OfflineLoop:
+        """What evaluates alone: nothing is trained."""
+        if isinstance(task, OfflineData):
+            return await self._offline_loop(task, recorder)
+        if task.evaluation is None:
+            raise UserError("eval.data is missing: the prompts to evaluate on")
+        async with asyncio.TaskGroup() as tasks:
+            await self._begin_sampling(task, tasks)
+        await self.supervisor.begin()
+        return Evaluation(self._config, task.evaluation, self._stages(recorder))
+
+    async def _rollout_loop(self, task: Rollouts, recorder: Recorder) -> Loop:
+        """All roles, started side by side; then the wire from trainer to engines."""
+        config, groups, start = self._config, self._groups, self._prepared.start
+        async with asyncio.TaskGroup() as tasks:
+            await self._begin_sampling(task, tasks)
+            tasks.create_task(self._build_sender())
+            if REFERENCE in groups:
+                tasks.create_task(self._build_reference())
+            if CRITIC in groups:
+                tasks.create_task(self._build_ranks(CRITIC, CriticRank))
+        await self.supervisor.begin()
+        await self._connect()
+        stages = self._stages(recorder)
+        loop = Loop(config, stages=stages, prompts=task.train,
+                    ranks=Ranks(config, trainer=groups[TRAINER], critic=groups.get(CRITIC)),
+                    versions=Versions(max_staleness=config.driver.max_staleness, highest=start.version))
+        loop.part_tokens = part_tokens(config, self._plan)
+        if task.evaluation is not None:
+            loop.evaluation = Evaluation(config, task.evaluation, stages)
+        return loop
+
+    def _stages(self, recorder: Recorder) -> Stages:
+        config, start = self._config, self._prepared.start
+        bound = Bound(config.batch.prompts_per_step, config.driver.max_staleness, config.filter.oversample)
+        num_parts = min(config.rollout.split_groups, config.rollout.group_size)
+        ledger = Ledger(bound, DropStats(config, total=start.prompts_dropped), num_parts=num_parts,
+                        num_steps=config.driver.num_steps, next_uid=start.next_uid, unfinished=start.unfinished)
+        return Stages(config, ledger, workers=self._groups[ROLLOUT], supervisor=self.supervisor,
+                      warn=recorder.warn_of, step=start.step)
+
+    async def _offline_loop(self, task: OfflineData, recorder: Recorder) -> OfflineLoop:
+        """The training ranks, and reference actors where they are asked for."""
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._build_trainer())
+            if REFERENCE in self._groups:
+                tasks.create_task(self._build_reference())
+        await self.supervisor.begin()
+        stages = OfflineStages(self._config, trainer=self._groups[TRAINER], reference=self._groups.get(REFERENCE))
+        work = make_work(self._config, data=task, stages=stages, folder=recorder.folder)
+        return OfflineLoop(work, start=self._prepared.start)
+
+    @property
+    def trained(self) -> list[RayGroup[Any]]:
+        """The groups that train a model, the policy's first."""
+        return [self._groups[role] for role in (TRAINER, CRITIC) if role in self._groups]
+
+    async def _begin_sampling(self, task: Rollouts, tasks: asyncio.TaskGroup) -> None:
+        """Engines start beside the others; on shared GPUs before them.
+
+        vLLM takes what leaves a GPU while it starts for its own, and lessens its KV cache by that.
+        """
+        building = tasks.create_task(self._build_engines(task))
+        if self._plan.shares_gpus:
+            await building
+        tasks.create_task(self._build_workers(task))
+        tasks.create_task(self._build_rewards())
+
+    async def _build_engines(self, task: Rollouts) -> None:
+        config, role, engines = self._config, self._plan.role(ENGINE), self._groups[ENGINE]
+        assert role is not None
+        rollout = dataclasses.replace(config.rollout, max_model_len=_context(config, task))
+        arguments: dict[str, Any] = {
+            "config": dataclasses.replace(config, rollout=rollout),
+            "device": self._plan.device,
+            "dtype": _dtype_name(config.model.dtype, self._plan.device),
+            "weights_backend": self._plan.weights_backend,
+            "gpu_share": role.gpus if role.gpus else 1.0,
+        }
+        each = [{**arguments, "index": index} for index in range(len(engines))]
+        await engines.build(RolloutEngine, each, deadline_s=config.cluster.start_deadline_s)
+        await all_within([engine.call(Engine.start) for engine in engines], config.cluster.start_deadline_s)
+
+    async def _build_workers(self, task: Rollouts) -> None:
+        config, workers = self._config, self._groups[ROLLOUT]
+        batches = config.driver.max_staleness + 1 + config.filter.oversample
+        most_groups = math.ceil(batches * config.batch.prompts_per_step)
+        most_groups += task.evaluation.num_rows if task.evaluation is not None else 0
+        tokenizer = config.model.tokenizer or config.model.path
+        each = [{"config": config, "index": index, "tokenizer_path": tokenizer, "most_groups": most_groups}
+                for index in range(len(workers))]
+        await workers.build(RolloutWorker, each, deadline_s=config.cluster.start_deadline_s)
+
+    async def _build_rewards(self) -> None:
+        """The reward workers, and the reward models that they ask: replica r of model m is actor m x replicas + r."""
+        config, rewards, device = self._config, self._groups[REWARD], _device(self._plan)
+        deadline_s = config.cluster.start_deadline_s
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(rewards.build(RewardWorker, [{"config": config}] * len(rewards), deadline_s=deadline_s))
+            if REWARD_MODEL in self._groups:
+                common = {
+                    "tokenizer_path": config.model.tokenizer or config.model.path,
+                    "device": device,
+                    "dtype": resolve_dtype(config.model.dtype, device),
+                    "max_tokens_per_forward": config.reward.model_tokens_per_forward,
+                    "attention": config.model.attention,
+                    "layout": config.model.layout,
+                }
+                paths = filter(None, map(reward_model_path, config.reward.functions))
+                each = [{"path": path, **common} for path in paths for _ in range(config.reward.model_replicas)]
+                tasks.create_task(self._groups[REWARD_MODEL].build(RewardModel, each, deadline_s=deadline_s))
+
+    async def _build_reference(self) -> None:
+        config, device, reference = self._config, _device(self._plan), self._groups[REFERENCE]
+        dtype = config.model.dtype if config.reference.dtype == "auto" else config.reference.dtype
+        arguments: dict[str, Any] = {
+            "path": config.reference.path or config.model.path,
+            "dtype": resolve_dtype(dtype, device),
+            "device": device,
+            # Pairs were not sampled here: their log-probs are the model's own.
+            "temperature": 1.0 if algo.kind_of(config.algo).data == algo.PAIRS else config.rollout.temperature,
+            "max_tokens_per_forward": config.reference.max_tokens_per_forward,
+            "attention": config.model.attention,
+            "layout": config.model.layout,
+            "chunk_tokens": config.model.logprob_chunk_tokens,
+        }
+        await reference.build(ReferencePolicy, [arguments] * len(reference),
+                              deadline_s=config.cluster.start_deadline_s)
+
+    async def _build_trainer(self) -> None:
+        await self._build_ranks(TRAINER, TrainingRank, weights_backend=self._plan.weights_backend)
+
+    async def _build_ranks(self, role: str, cls: type, **more: Any) -> None:
+        """A group that trains, where its checkpoint left it."""
+        ranks, config, deadline_s = self._groups[role], self._config, self._config.cluster.start_deadline_s
+        address, port = await ranks.address(0, deadline_s=deadline_s)
+        place = {"world_size": len(ranks), "master_address": address, "master_port": port,
+                 "device": _device(self._plan)}
+        each = [{"config": config, "rank": rank, **place, **more} for rank in range(len(ranks))]
+        await ranks.build(cls, each, deadline_s=deadline_s)
+        if self._prepared.checkpoint is not None:
+            folder = str(self._prepared.checkpoint / role)
+            await all_within([rank.call(Rank.load_checkpoint, folder) for rank in ranks], config.train.deadline_s)
+
+    async def _build_sender(self) -> None:
+        await self._build_trainer()
+        await all_within([rank.call(Rank.prepare_wire) for rank in self._groups[TRAINER]],
+                         self._config.cluster.start_deadline_s)
+
+    async def _connect(self) -> None:
+        """Open the wire: rank 0 meets every engine worker; the other ranks only learn that they needn't."""
+        trainer, deadline_s = self._groups[TRAINER], self._config.weights.deadline_s
+        address, port = await trainer.address(0, deadline_s=deadline_s)
+        wire_dtype = _dtype_name(self._config.model.dtype, self._plan.device)
+        engines = list(self._groups[ENGINE])
+        # Rank 0 waits its deadline for each engine, and names the one that doesn't come.
+        await all_within([rank.call(Rank.connect, engines, address=address, port=port, wire_dtype=wire_dtype)
+                          for rank in trainer], 2 * deadline_s)
+
+
+def on_death(config: Config) -> dict[str, OnDeath]:
+    """What the death of an actor of each role does."""
+    reward = OnDeath.REPLACE if config.reward.on_failure == "drop" else OnDeath.END_RUN
+    policies = dict.fromkeys((ENGINE, TRAINER, CRITIC, REFERENCE, REWARD_MODEL), OnDeath.END_RUN)
+    return policies | {ROLLOUT: OnDeath.REPLACE, REWARD: reward}
+
+
+def _context(config: Config, task: Rollouts) -> int | None:
+    """Tokens that an engine must have room for: it holds the KV of its whole context, and a model's own may be huge.
+
+    None (the model's own) for rollouts of a user's, which may see more tokens than they sample.
+    """
+    rollout = config.rollout
+    if rollout.max_model_len or rollout.function != "single_turn":
+        return rollout.max_model_len
+    return min(task.longest_prompt + rollout.max_tokens, context_length(str(config.model.path)))
+
+
+def part_tokens(config: Config, plan: Plan) -> float:
+    """Tokens of finished groups on which backward starts before the batch is whole: a micro-batch for each rank.
+
+    inf where it waits for all. On shared processors it would only be slower, and a synchronous run waits there so that
+    the same seed gives the same run to the last bit.
+    """
+    algorithm, streaming = algo.resolve(config.algo), config.driver.streaming
+    shares = plan.device == "cpu" or plan.shares_gpus
+    if streaming == "never" or algorithm.needs_whole_batch or algorithm.needs_critic:
+        return math.inf
+    if streaming == "auto" and shares and not config.driver.max_staleness:
+        return math.inf
+    return config.train.num_ranks * config.batch.max_tokens_per_micro_batch
+
+
+def _env(config: Config, plan: Plan, role: str) -> dict[str, str]:
+    """Environment of a role's actors:
+
+    one OpenMP thread on CPU, whatever the machine has, and memory that is kept; the user's own variables above all.
+    """
+    env = {"TOKENIZERS_PARALLELISM": "false"}
+    if plan.device == "cpu":
+        threads = config.train.num_threads if role in (TRAINER, CRITIC) else 1
+        env |= {"OMP_NUM_THREADS": str(threads), "CUDA_VISIBLE_DEVICES": ""}
+        env |= KEEP_MEMORY if role in FORWARDING else {}
+    if role == ENGINE or (role == TRAINER and plan.weights_backend != "gloo"):  # rank 0 takes vLLM's own senders
+        env = engine_env(plan.device, config.rollout) | env
+    return env | config.cluster.env
+
+
+def _device(plan: Plan) -> str:
+    return "cuda:0" if plan.device == "cuda" else "cpu"
+
+
+def _dtype_name(name: str, device: str) -> str:
+    return str(resolve_dtype(name, device)).removeprefix("torch.")

@@ -1,0 +1,117 @@
+"""A training from its first step to its last, whatever is trained on: when it is written down, saved and evaluated.
+
+Takes:  a loop, a step at a time; where to write; the groups of actors that train.
+Gives:  `Training.run`.
+Knows:  the one cadence of checkpoints and evaluations; an evaluation that reaches eval.stop_at ends the run.
+Never:  knows what a step is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+from flux_ray.cluster.group import Group
+from flux_ray.config import Config
+from flux_ray.protocols import Trains
+from flux_ray.records import LoopState, Prompt, ScoredGroup
+from flux_ray.run.checkpoint import save_whole
+from flux_ray.run.recorder import Recorder
+
+
+class Loop(Protocol):
+    @property
+    def step(self) -> int:
+        """Steps that are done."""
+
+    @property
+    def state(self) -> LoopState: ...
+
+    async def begin(self, tasks: asyncio.TaskGroup) -> None:
+        """Before the first step. What fails in its tasks ends the run."""
+
+    def go_on(self) -> None:
+        """Whatever there was to do between two steps is done."""
+
+    async def train(self) -> dict[str, float]:
+        """One step; its metrics."""
+
+    async def evaluate(self) -> tuple[dict[str, float], list[dict[str, Any]]] | None:
+        """Metrics and answers; None where there is nothing to evaluate on."""
+
+    async def samples(self, count: int) -> list[tuple[Prompt, str, ScoredGroup]]:
+        """Of the last step's groups so many at most, each with its first response."""
+
+    def end(self) -> None: ...
+
+
+class Training:
+    def __init__(self, config: Config, loop: Loop, recorder: Recorder, *, trained: Sequence[Group[Trains]],
+                 progress: Callable[[], None]) -> None:
+        """`progress` is called after each step."""
+        self._config, self._loop, self._recorder = config, loop, recorder
+        self._trained, self._progress = trained, progress
+        self._last_step = config.driver.num_steps  # sooner where an evaluation reaches eval.stop_at
+
+    async def run(self) -> None:
+        """All steps. The first failure, of a step or beside it, ends it."""
+        # Or each full collection looks at the 400,000 objects that the libraries made: half of the loop's own Python
+        # time with 1,000 groups in flight.
+        gc.freeze()
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                await self._loop.begin(tasks)
+                await self._evaluate_first()
+                self._loop.go_on()
+                while self._loop.step < self._last_step:
+                    await self._one_step()
+                self._loop.end()
+        finally:
+            gc.unfreeze()
+
+    async def _one_step(self) -> None:
+        """Write what the step was, then let the next one's prompts in; engines don't wait for texts to be written."""
+        step, metrics = self._loop.step, await self._loop.train()
+        self._recorder.step(step, metrics)
+        self._progress()
+        await self._save_if_due()
+        await self._evaluate_if_due()
+        if self._loop.step < self._last_step:
+            self._loop.go_on()
+        for sample in await self._loop.samples(self._config.observability.samples_per_step):
+            self._recorder.sample(step, *sample)
+
+    def _is_due(self, every: int) -> bool:
+        return bool(every) and self._loop.step % every == 0
+
+    async def _save_if_due(self) -> None:
+        if self._is_due(self._config.checkpoint.every):
+            await save_whole(self._recorder.folder.checkpoints, self._loop.state, self._trained,
+                             keep=self._config.checkpoint.keep, deadline_s=self._config.train.deadline_s)
+
+    async def _evaluate_if_due(self) -> None:
+        """At the start, every eval.every steps and at the end, which comes where eval.stop_at is reached."""
+        step = self._loop.step
+        if step in (0, self._config.driver.num_steps) or self._is_due(self._config.eval.every):
+            evaluated = await self._loop.evaluate()
+            if evaluated is not None:
+                self._recorder.evaluation(step, *evaluated)
+                self._stop_if_reached(evaluated[0])
+
+    async def _evaluate_first(self) -> None:
+        """Unless the run that is resumed has done it at this step: what it gave holds."""
+        step = self._loop.step
+        before = self._recorder.evaluated(step) if step else None  # else of a run that never began
+        if before is None:
+            await self._evaluate_if_due()
+        else:
+            self._stop_if_reached(before)
+
+    def _stop_if_reached(self, evaluated: dict[str, float]) -> None:
+        level, reached = self._config.eval.stop_at, evaluated.get("eval/task_mean", -math.inf)
+        if level is not None and reached >= level:
+            self._last_step = self._loop.step
+            self._recorder.terminal.say(f"eval/task_mean {reached:.3f} has reached eval.stop_at={level:g}")

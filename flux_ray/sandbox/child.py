@@ -1,0 +1,141 @@
+"""What runs in a child: a handler of users' code, called in threads of its own or in the main thread.
+
+Takes:  a socket to the parent; an entry point of ours, `module:function`, that makes the handler.
+Gives:  `main`; `Ask`, by which a handler asks the parent while it runs.
+Knows:  each call in a thread has an event loop of its own, so that one that blocks holds up no other.
+Never:  outlives its parent, even while a call holds the interpreter's lock.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import importlib
+import os
+import queue
+import signal
+import socket
+import struct
+import threading
+import traceback
+from collections.abc import Awaitable, Callable
+from concurrent.futures import Future
+from typing import Any
+
+from flux_ray.errors import UserError
+from flux_ray.sandbox.codec import decode, encode
+
+PR_SET_PDEATHSIG = 1  # of prctl(2)
+LENGTH = struct.Struct(">Q")  # before each message
+
+#: Asks the parent something within a call; gives its answer.
+Ask = Callable[[Any], Awaitable[Any]]
+#: handler(payload, ask) ► the call's value, or a coroutine of it.
+Handler = Callable[[Any, Ask], Any]
+
+
+def main(connection: socket.socket, entry: str, arguments: bytes) -> None:
+    """The child's whole life."""
+    _die_with_parent()
+    os.setsid()  # a group of its own: what it starts ends with it
+    server = _Server(connection)
+    try:
+        module, _, function = entry.partition(":")
+        server.handler = getattr(importlib.import_module(module), function)(**decode(arguments))
+    except BaseException as error:
+        server.send("start failed", *_told(error))
+        return
+    server.send("ready")
+    threading.Thread(target=server.read, name="sandbox reader", daemon=True).start()
+    server.serve_main_thread()
+
+
+def _die_with_parent() -> None:
+    """The fork server ends with the process that it serves, and the kernel then ends this one."""
+    with contextlib.suppress(OSError, AttributeError):  # not on Linux
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+class _Server:
+    def __init__(self, connection: socket.socket) -> None:
+        self.handler: Handler = lambda payload, ask: None
+        self._connection = connection
+        self._sending = threading.Lock()
+        self._in_main: queue.Queue[tuple[int, Any] | None] = queue.Queue()
+        self._running: dict[int, tuple[asyncio.AbstractEventLoop, asyncio.Task[Any]]] = {}  # calls in threads
+        self._asked: dict[int, Future[Any]] = {}
+        self._number = 0
+
+    def send(self, *message: Any) -> None:
+        data = encode(message)
+        with self._sending:
+            self._connection.sendall(LENGTH.pack(len(data)) + data)
+
+    def read(self) -> None:
+        """Messages as they come, until the parent closes its end."""
+        with self._connection.makefile("rb") as stream:
+            while header := stream.read(LENGTH.size):
+                kind, number, *rest = decode(stream.read(*LENGTH.unpack(header)))
+                getattr(self, f"_on_{kind}")(number, *rest)
+        self._in_main.put(None)
+
+    def _on_call(self, number: int, payload: Any, in_main_thread: bool) -> None:
+        if in_main_thread:
+            self._in_main.put((number, payload))
+        else:
+            threading.Thread(target=self._in_thread, args=(number, payload), daemon=True).start()
+
+    def _on_cancel(self, number: int) -> None:
+        if number in self._running:
+            loop, task = self._running[number]
+            with contextlib.suppress(RuntimeError):  # it has ended meanwhile
+                loop.call_soon_threadsafe(task.cancel)
+
+    def _on_answer(self, number: int, value: Any) -> None:
+        if number in self._asked:
+            self._asked.pop(number).set_result(value)
+
+    def _on_refusal(self, number: int, why: str) -> None:
+        if number in self._asked:
+            self._asked.pop(number).set_exception(RuntimeError(why))
+
+    def serve_main_thread(self) -> None:
+        """One call at a time, as in a script."""
+        while (call := self._in_main.get()) is not None:
+            number, payload = call
+            try:
+                self.send("result", number, self.handler(payload, self._asker(number)))
+            except BaseException as error:
+                self.send("raised", number, *_told(error))
+
+    def _in_thread(self, number: int, payload: Any) -> None:
+        try:
+            self.send("result", number, asyncio.run(self._one(number, payload)))
+        except BaseException as error:
+            self.send("raised", number, *_told(error))
+
+    async def _one(self, number: int, payload: Any) -> Any:
+        task = asyncio.current_task()
+        assert task is not None
+        self._running[number] = asyncio.get_running_loop(), task
+        try:
+            return await self.handler(payload, self._asker(number))
+        finally:
+            del self._running[number]
+
+    def _asker(self, call: int) -> Ask:
+        async def ask(payload: Any) -> Any:
+            answer: Future[Any] = Future()
+            with self._sending:
+                self._number += 1
+                number = self._number
+            self._asked[number] = answer
+            self.send("ask", call, number, payload)
+            return await asyncio.wrap_future(answer)
+
+        return ask
+
+
+def _told(error: BaseException) -> tuple[str, str, str, bool]:
+    return type(error).__name__, str(error), "".join(traceback.format_exception(error)), isinstance(error, UserError)

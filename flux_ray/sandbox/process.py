@@ -1,0 +1,211 @@
+"""A child process that runs users' code, as its parent knows it.
+
+Takes:  an entry point that makes the child's handler; calls, each with who answers what it asks meanwhile.
+Gives:  `Child`: start, call, kill; `warm_up`: the fork server, with what children need imported already.
+Knows:  a child that ends, or is ended, fails the calls that run in it and nothing else.
+Never:  blocks the event loop, whatever the child does; leaves a process of the child's behind.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import multiprocessing
+import os
+import signal
+import socket
+from collections.abc import Awaitable, Callable, Sequence
+from multiprocessing import forkserver
+from typing import Any, NamedTuple
+
+import psutil
+
+from flux_ray.cluster.group import CallFailed
+from flux_ray.errors import UserError
+from flux_ray.sandbox import child as child_module
+from flux_ray.sandbox.child import LENGTH
+from flux_ray.sandbox.codec import decode, encode
+
+SENTINEL_LOOK_S = 1.0  # for the exit code of a child whose socket has closed
+
+#: Answers what a call asks.
+Answer = Callable[[Any], Awaitable[Any]]
+
+
+class ChildEnded(RuntimeError):
+    """The process ended, by itself or because somebody killed it, while a call ran in it."""
+
+
+class Entry(NamedTuple):
+    """What makes the handler in the child: `module:function`, called with these arguments."""
+
+    function: str
+    arguments: dict[str, Any]
+
+
+def warm_up(modules: Sequence[str]) -> None:
+    """Start the fork server of this process, which imports `modules` once for all children."""
+    forkserver.set_forkserver_preload([child_module.__name__, *modules])
+    forkserver.ensure_running()
+
+
+class Child:
+    """Use `Child.start`. Calls may run side by side."""
+
+    def __init__(self, process: Any, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._process, self._reader, self._writer = process, reader, writer
+        self._numbers = itertools.count()
+        self._calls: dict[int, asyncio.Future[Any]] = {}
+        self._answers: dict[int, Answer] = {}  # who answers what a call asks
+        self._asking: dict[int, set[asyncio.Task[None]]] = {}  # of a call
+        self.why_ended = ""
+        self._reading: asyncio.Task[None] | None = None
+
+    @classmethod
+    async def start(cls, entry: Entry, *, deadline_s: float) -> Child:
+        """A child that is ready for calls. Raises what the entry raised there, ChildEnded, TimeoutError."""
+        ours, its = socket.socketpair()
+        arguments = (its, entry.function, encode(entry.arguments))
+        process = multiprocessing.get_context("forkserver").Process(
+            target=child_module.main, args=arguments, daemon=True)
+        await asyncio.to_thread(process.start)
+        its.close()
+        reader, writer = await asyncio.open_unix_connection(sock=ours)
+        child = cls(process, reader, writer)
+        try:
+            async with asyncio.timeout(deadline_s) as limit:
+                kind, *rest = await child._message()
+        except BaseException as error:
+            child.kill(f"it did not start within {deadline_s:g} s" if limit.expired() else str(error))
+            raise
+        if kind == "start failed":
+            child.kill("it could not start")
+            raise _raised(*rest)
+        child._reading = asyncio.create_task(child._read())
+        return child
+
+    @property
+    def ended(self) -> bool:
+        return bool(self.why_ended)
+
+    async def call(self, payload: Any, *, answer: Answer, in_main_thread: bool = False) -> Any:
+        """The handler's value. `in_main_thread`: one call at a time, as in a script, else in a thread of its own.
+
+        Raises what `answer` raises; CallFailed (or UserError) for what the handler raises; ChildEnded. Whoever waits
+        sets the deadline; whoever is cancelled cancels the call.
+        """
+        if self.ended:
+            raise ChildEnded(self.why_ended)
+        number = next(self._numbers)
+        result: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self._calls[number], self._answers[number], self._asking[number] = result, answer, set()
+        self._send("call", number, payload, in_main_thread)
+        try:
+            return await result
+        except BaseException:
+            if not self.ended:
+                self._send("cancel", number)  # of no effect on one that has raised
+            raise
+        finally:
+            for asking in self._asking.pop(number):
+                asking.cancel()
+            del self._calls[number], self._answers[number]
+
+    def kill(self, why: str) -> None:
+        """End the child and all that it started; the calls that run in it fail with `why`."""
+        if self.ended:
+            return
+        self.why_ended = why
+        _kill_tree(self._process.pid)
+        self._writer.close()
+        if self._reading is not None:
+            self._reading.cancel()
+        for result in self._calls.values():
+            if not result.done():
+                result.set_exception(ChildEnded(why))
+
+    def _send(self, *message: Any) -> None:
+        data = encode(message)
+        self._writer.write(LENGTH.pack(len(data)) + data)  # buffered: the child may read it when it likes
+
+    async def _message(self) -> list[Any]:
+        try:
+            (length,) = LENGTH.unpack(await self._reader.readexactly(LENGTH.size))
+            return decode(await self._reader.readexactly(length))
+        except (asyncio.IncompleteReadError, ConnectionError):
+            raise ChildEnded(await self._why()) from None
+
+    async def _why(self) -> str:
+        await asyncio.to_thread(self._process.join, SENTINEL_LOOK_S)
+        code = self._process.exitcode
+        if code is None:
+            return "the process in which it ran closed its connection"
+        return f"the process in which it ran {f'was ended by signal {-code}' if code < 0 else f'exited with {code}'}"
+
+    async def _read(self) -> None:
+        """Messages as they come. A child whose own children keep its socket open is seen to end all the same."""
+        ending = asyncio.get_running_loop().create_future()
+        sentinel = self._process.sentinel
+        handlers: dict[str, Callable[..., None]] = {
+            "ask": self._on_ask, "result": self._on_result, "raised": self._on_raised}
+        asyncio.get_running_loop().add_reader(sentinel, _settle, ending)
+        try:
+            while True:
+                message = asyncio.ensure_future(self._message())
+                await asyncio.wait({message, ending}, return_when=asyncio.FIRST_COMPLETED)
+                if not message.done():
+                    message.cancel()
+                    raise ChildEnded(await self._why())
+                kind, number, *rest = message.result()
+                handlers[kind](number, *rest)
+        except ChildEnded as error:
+            asyncio.get_running_loop().call_soon(self.kill, str(error))
+        finally:
+            asyncio.get_running_loop().remove_reader(sentinel)
+
+    def _on_result(self, number: int, value: Any) -> None:
+        if number in self._calls and not self._calls[number].done():
+            self._calls[number].set_result(value)
+
+    def _on_raised(self, number: int, *told: Any) -> None:
+        if number in self._calls and not self._calls[number].done():
+            self._calls[number].set_exception(_raised(*told))
+
+    def _on_ask(self, number: int, question: int, payload: Any) -> None:
+        if number in self._calls:
+            self._asking[number].add(asyncio.create_task(self._answer(number, question, payload)))
+
+    async def _answer(self, number: int, question: int, payload: Any) -> None:
+        try:
+            value = await self._answers[number](payload)
+            if not self.ended:
+                self._send("answer", question, value)
+        except Exception as error:  # not the handler's to see: the call fails with it here
+            if not self.ended:
+                self._send("refusal", question, str(error))
+            if number in self._calls and not self._calls[number].done():
+                self._calls[number].set_exception(error)
+
+
+def _settle(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
+
+
+def _raised(name: str, text: str, where: str, by_user: bool) -> Exception:
+    return UserError(text) if by_user else CallFailed(name, text, where)
+
+
+def _kill_tree(pid: int) -> None:
+    """The process, its group, and what it started that has left its group."""
+    started: list[psutil.Process] = []
+    with contextlib.suppress(psutil.NoSuchProcess):
+        started = psutil.Process(pid).children(recursive=True)
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(pid, signal.SIGKILL)
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+    for process in started:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
