@@ -10,10 +10,10 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+from flux_ray.clock import now_s
 from flux_ray.cluster.group import first_failure
 from flux_ray.config import Config
 from flux_ray.data import PromptSource
-from flux_ray.driver.clock import now_s
 from flux_ray.driver.stages import Stages
 from flux_ray.observability.reward_metrics import length_metrics, reward_metrics
 from flux_ray.rollout.dispatch import Lengths

@@ -14,10 +14,10 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from flux_ray.clock import now_s
 from flux_ray.cluster.group import first_failure
 from flux_ray.config import Config
 from flux_ray.data import PromptSource
-from flux_ray.driver.clock import now_s
 from flux_ray.driver.entry import Entry, Taken
 from flux_ray.driver.evaluation import Evaluated, Evaluation
 from flux_ray.driver.measure import batch_metrics

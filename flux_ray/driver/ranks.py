@@ -11,9 +11,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from flux_ray.batch import balance
+from flux_ray.clock import now_s
 from flux_ray.cluster.group import Group, all_within, first_failure
 from flux_ray.config import Config
-from flux_ray.driver.clock import now_s
 from flux_ray.driver.entry import Entry
 from flux_ray.driver.workers import Workers
 from flux_ray.messages import GroupAt

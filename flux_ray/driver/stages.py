@@ -14,11 +14,11 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from flux_ray.algo.filters import REWARD_FAILED
+from flux_ray.clock import now_s
 from flux_ray.cluster.group import ActorDied, Group
 from flux_ray.cluster.plan import ROLLOUT
 from flux_ray.cluster.supervisor import Supervisor
 from flux_ray.config import Config
-from flux_ray.driver.clock import now_s
 from flux_ray.driver.entry import NOBODY, Entry, State
 from flux_ray.driver.ledger import Ledger
 from flux_ray.driver.second_tries import SecondTries

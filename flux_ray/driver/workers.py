@@ -12,10 +12,10 @@ import asyncio
 from collections.abc import Callable
 from typing import Any
 
+from flux_ray.clock import now_s
 from flux_ray.cluster.group import ActorDied, Call, Group
 from flux_ray.cluster.plan import ROLLOUT
 from flux_ray.cluster.supervisor import Supervisor
-from flux_ray.driver.clock import now_s
 from flux_ray.messages import Assignment, News, Orders
 from flux_ray.protocols import RolloutWorker
 

@@ -9,12 +9,12 @@ Never:  runs users' code; waits for another actor without a deadline.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Coroutine
 from dataclasses import replace
 from typing import Any
 
 from flux_ray.algo import filters
+from flux_ray.clock import now_s
 from flux_ray.cluster.group import ActorError, CallFailed, Members
 from flux_ray.cluster.plan import ROLLOUT
 from flux_ray.config import Config
@@ -32,14 +32,18 @@ class RolloutWorker(Owned):
 
     def __init__(self, config: Config, *, index: int, tokenizer_path: str, most_groups: int) -> None:
         """`most_groups`: that may wait in one reward worker at once."""
-        from transformers import AutoTokenizer  # seconds to import
-
         super().__init__()
         self._config, self._index = config, index
-        self._tokenizer = AutoTokenizer.from_pretrained(tokenizer_path)
+        self._tokenizer = self._load_tokenizer(tokenizer_path)
         self._sampling = Sampling(config, tokenizer=self._tokenizer, tokenizer_path=tokenizer_path)
         self._scoring = Scoring(config, most_groups=most_groups)
         self._members = Members()
+
+    @staticmethod
+    def _load_tokenizer(path: str) -> Any:
+        from transformers import AutoTokenizer  # seconds to import
+
+        return AutoTokenizer.from_pretrained(path)
 
     async def meet(self, members: Members) -> None:
         before, self._members = self._members, max(self._members, members, key=lambda members: members.epoch)
@@ -90,7 +94,7 @@ class RolloutWorker(Owned):
 
     async def _finish(self, carried: Carried) -> None:
         """Score ► filter ► reference ► ready. An evaluation's group is scored alone, and not kept."""
-        key, group, start_s = carried.first.key, carried.group, time.monotonic()
+        key, group, start_s = carried.first.key, carried.group, now_s()
         assert group is not None
         try:
             scores = await self._scoring.score(responses_of(group, carried.texts, carried.step), self._members)
@@ -100,7 +104,7 @@ class RolloutWorker(Owned):
             if self._config.reward.on_failure != "drop" or error.role != "reward":
                 raise
             return self._drop(key, filters.REWARD_FAILED, str(error))
-        scored, scored_s = scored_group(group, scores), time.monotonic()
+        scored, scored_s = scored_group(group, scores), now_s()
         evaluates = carried.first.evaluates
         if not evaluates:
             cause = filters.refusal(scored, self._config.filter)
@@ -109,7 +113,7 @@ class RolloutWorker(Owned):
             carried.reference = await self._scoring.reference(group, self._members)
         spanning = sum(t.oldest_version != t.newest_version for t in group.trajectories)
         self.tell(GroupReady(*key, scored, carried.texts[0] if evaluates else "", spanning, scored_s - start_s,
-                             time.monotonic() - scored_s))
+                             now_s() - scored_s))
         if evaluates:
             del self.carried[key]
 

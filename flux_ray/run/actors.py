@@ -10,7 +10,6 @@ Knows:  that no part knows another: here, above them, they meet. A rank holds al
 from __future__ import annotations
 
 import asyncio
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,58 +17,22 @@ import numpy as np
 
 from flux_ray import algo
 from flux_ray.batch import pair_samples
-from flux_ray.cluster.group import Actor, ActorError, Members, first_failure
-from flux_ray.cluster.plan import CRITIC, ROLLOUT, TRAINER
+from flux_ray.cluster.group import Actor, Members, first_failure
+from flux_ray.cluster.plan import CRITIC, TRAINER
 from flux_ray.config import Config
-from flux_ray.messages import GroupAt, OwnedGroup
+from flux_ray.messages import GroupAt
 from flux_ray.model.scoring import response_sums, scoring_samples
 from flux_ray.protocols import CriticRank as CriticRankStub
-from flux_ray.protocols import Engine, GroupOwner, LogprobSums
+from flux_ray.protocols import Engine, LogprobSums
 from flux_ray.protocols import TrainingRank as TrainingRankStub
 from flux_ray.records import PreferencePair, RolloutGroup, ScoredGroup, StepReport
 from flux_ray.reference import Reference
+from flux_ray.run.holder import Holder
 from flux_ray.train import Critic, Trainer
 from flux_ray.weights.publish import Publisher
 
 MIB = 2**20
-GIVE_AT_ONCE = 64  # groups in one answer: a batch of long groups must not be one object in the store
-GIVE_DEADLINE_S = 300.0  # of one answer
 PEER_DEADLINE_S = 600.0  # for the arrays that policy and critic exchange
-
-
-class Holder:
-    """The groups that a rank holds, brought from the rollout workers that own them."""
-
-    def __init__(self) -> None:
-        self.members = Members()
-        self._held: dict[int, OwnedGroup] = {}  # by uid
-
-    async def hold(self, groups: Sequence[GroupAt]) -> list[GroupAt]:
-        """In the place of those held before. Gives those that can't be had."""
-        of_worker: dict[int, list[GroupAt]] = defaultdict(list)
-        for at in groups:
-            of_worker[at.worker].append(at)
-        chunks = [all_of[i : i + GIVE_AT_ONCE] for all_of in of_worker.values()
-                  for i in range(0, len(all_of), GIVE_AT_ONCE)]
-        given = await first_failure([self._bring(chunk) for chunk in chunks])
-        owned = {at: one for chunk, of_chunk in zip(chunks, given, strict=True)
-                 for at, one in zip(chunk, of_chunk, strict=True)}
-        self._held = {at.uid: one for at in groups if (one := owned[at]) is not None}
-        return [at for at in groups if at.uid not in self._held]
-
-    async def _bring(self, groups: Sequence[GroupAt]) -> Sequence[OwnedGroup | None]:
-        worker: Actor[Any] = self.members.of(ROLLOUT)[groups[0].worker]
-        try:
-            return await worker.call(GroupOwner.give, groups).within(GIVE_DEADLINE_S)
-        except (ActorError, TimeoutError):  # it is dead, or as good as that: its groups start again
-            return [None] * len(groups)
-
-    def held(self, uids: Sequence[int]) -> list[OwnedGroup]:
-        return [self._held[uid] for uid in uids]
-
-    @property
-    def groups(self) -> list[RolloutGroup]:
-        return [one.group for one in self._held.values()]
 
 
 class TrainingRank(Trainer):

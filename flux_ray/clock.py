@@ -1,4 +1,4 @@
-"""The driver's clock.
+"""The clock of whoever runs on an event loop.
 
 Gives:  `now_s`: seconds on the event loop's own clock, which a simulation may set as it likes.
 """

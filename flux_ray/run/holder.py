@@ -1,0 +1,54 @@
+"""The groups that a rank holds, brought from the rollout workers that own them.
+
+Takes:  groups, by where their arrays are; who is alive.
+Gives:  their arrays, once all are here; those that can't be had.
+Never:  begins anything collective.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+from flux_ray.cluster.group import Actor, ActorError, Members, first_failure
+from flux_ray.cluster.plan import ROLLOUT
+from flux_ray.messages import GroupAt, OwnedGroup
+from flux_ray.protocols import GroupOwner
+from flux_ray.records import RolloutGroup
+
+GIVE_AT_ONCE = 64  # groups in one answer: a batch of long groups must not be one object in the store
+GIVE_DEADLINE_S = 300.0  # of one answer
+
+
+class Holder:
+    def __init__(self) -> None:
+        self.members = Members()
+        self._held: dict[int, OwnedGroup] = {}  # by uid
+
+    async def hold(self, groups: Sequence[GroupAt]) -> list[GroupAt]:
+        """In the place of those held before. Gives those that can't be had."""
+        of_worker: dict[int, list[GroupAt]] = defaultdict(list)
+        for at in groups:
+            of_worker[at.worker].append(at)
+        chunks = [all_of[i : i + GIVE_AT_ONCE] for all_of in of_worker.values()
+                  for i in range(0, len(all_of), GIVE_AT_ONCE)]
+        given = await first_failure([self._bring(chunk) for chunk in chunks])
+        owned = {at: one for chunk, of_chunk in zip(chunks, given, strict=True)
+                 for at, one in zip(chunk, of_chunk, strict=True)}
+        self._held = {at.uid: one for at in groups if (one := owned[at]) is not None}
+        return [at for at in groups if at.uid not in self._held]
+
+    async def _bring(self, groups: Sequence[GroupAt]) -> Sequence[OwnedGroup | None]:
+        worker: Actor[Any] = self.members.of(ROLLOUT)[groups[0].worker]
+        try:
+            return await worker.call(GroupOwner.give, groups).within(GIVE_DEADLINE_S)
+        except (ActorError, TimeoutError):  # it is dead, or as good as that: its groups start again
+            return [None] * len(groups)
+
+    def held(self, uids: Sequence[int]) -> list[OwnedGroup]:
+        return [self._held[uid] for uid in uids]
+
+    @property
+    def groups(self) -> list[RolloutGroup]:
+        return [one.group for one in self._held.values()]
