@@ -98,13 +98,17 @@ class GroupDropped:
 
 @dataclass(frozen=True)
 class RewardWorkerLost:
-    """Its reward worker died, or answers nobody, while it was scored: it waits to be scored again."""
+    """Its reward worker died, or answers nobody, while it was scored: it waits to be scored again.
+
+    `guilty`: it was alone there.
+    """
 
     uid: int
     attempt: int
     reward_worker: int
     incarnation: str
     silent: bool  # still there: to be ended
+    guilty: bool
     why: str
 
 

@@ -40,6 +40,7 @@ class Loop:
         self.part_tokens = math.inf
         self._lengths = Lengths(config.rollout.max_tokens)
         self._batch: list[Entry] = []  # of the last step
+        stages.on_free_slot = self.go_on
 
     @property
     def step(self) -> int:

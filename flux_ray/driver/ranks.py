@@ -17,7 +17,7 @@ from flux_ray.config import Config
 from flux_ray.driver.entry import Entry
 from flux_ray.driver.workers import Workers
 from flux_ray.messages import GroupAt
-from flux_ray.protocols import CriticRank, RolloutWorker, TrainingRank
+from flux_ray.protocols import CriticRank, TrainingRank
 from flux_ray.records import Prompt, StepReport
 
 PUBLISH_PHASES = 3  # start, send, finish; gloo's first two are one
@@ -90,16 +90,19 @@ class Ranks:
     async def probe(self, prompt: Prompt, workers: Workers) -> dict[str, float]:
         """weights/logprob_gap_* of a few tokens that each engine samples right after a publish.
 
-        For asynchronous runs, whose batches may hold no sample of the present version; nothing for synchronous ones.
+        For asynchronous runs, whose batches may hold no sample of the present version. Nothing for synchronous ones,
+        nor where a rollout worker dies meanwhile: the next step's tells.
         """
         if not self._config.driver.max_staleness:
             return {}
         # It goes first, and yet waits for a place beside what runs.
         deadline_s = self._config.rollout.deadline_s + self._config.weights.deadline_s
-        places = await first_failure([
-            workers[engine % len(workers)].call(RolloutWorker.probe, prompt, engine).within(2 * deadline_s)
-            for engine in range(self._config.rollout.num_engines)])
-        await all_within([rank.call(TrainingRank.hold, places) for rank in self.trainer], HOLD_DEADLINE_S)
+        engines = range(self._config.rollout.num_engines)
+        probed = await first_failure([workers.probe(prompt, engine, 2 * deadline_s) for engine in engines])
+        places = [at for at in probed if at is not None]
+        missing = await all_within([rank.call(TrainingRank.hold, places) for rank in self.trainer], HOLD_DEADLINE_S)
+        if len(places) < len(probed) or any(missing):
+            return {}
         gaps = await all_within([rank.call(TrainingRank.logprob_gap) for rank in self.trainer], deadline_s)
         mean, largest = gaps[0]
         return {"weights/logprob_gap_mean": mean, "weights/logprob_gap_max": largest}

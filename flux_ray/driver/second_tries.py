@@ -2,13 +2,15 @@
 
 Takes:  news of lost reward workers.
 Gives:  orders to score a group again, once another reward worker stands there.
-Knows:  every group that waited in the worker was lost with it, and all but one of them are innocent.
-Never:  scores a group a third time.
+Knows:  every group that waited in the worker was lost with it, and all but one of them are innocent: only a group that
+        was alone there is told as guilty.
+Never:  gives a guilty group another try.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 
 from flux_ray.cluster.plan import REWARD
 from flux_ray.cluster.supervisor import Supervisor
@@ -17,9 +19,11 @@ from flux_ray.messages import RewardWorkerLost
 
 
 class SecondTries:
-    def __init__(self, supervisor: Supervisor, workers: Workers, *, deadline_s: float) -> None:
-        """`deadline_s`: for another reward worker to stand there."""
+    def __init__(self, supervisor: Supervisor, workers: Workers, *, deadline_s: float,
+                 is_wanted: Callable[[tuple[int, int]], bool]) -> None:
+        """`deadline_s`: for another reward worker to stand there. `is_wanted`: whether the group still runs."""
         self._supervisor, self._workers, self._deadline_s = supervisor, workers, deadline_s
+        self._is_wanted = is_wanted
         self._waiting: asyncio.Queue[tuple[int, RewardWorkerLost]] = asyncio.Queue()
         self._tried: dict[tuple[int, int], asyncio.Event] = {}  # at most one
 
@@ -27,10 +31,10 @@ class SecondTries:
         """Whether the group has another try."""
         if news.silent:
             self._supervisor.end_silent(REWARD, news.reward_worker, news.incarnation, news.why)
-        if (news.uid, news.attempt) in self._tried:
-            return False
-        self._waiting.put_nowait((worker, news))
-        return True
+        self.ended((news.uid, news.attempt))
+        if not news.guilty:
+            self._waiting.put_nowait((worker, news))
+        return not news.guilty
 
     def ended(self, key: tuple[int, int]) -> None:
         """The group is scored, dropped, or needed by nobody."""
@@ -43,7 +47,8 @@ class SecondTries:
             worker, news = await self._waiting.get()
             await self._supervisor.replaced(REWARD, news.reward_worker, news.incarnation, self._deadline_s)
             key = news.uid, news.attempt
-            self._tried[key] = asyncio.Event()
-            self._workers.score_again(worker, key)
-            await self._tried[key].wait()
-            del self._tried[key]
+            if self._is_wanted(key):
+                self._tried[key] = asyncio.Event()
+                self._workers.score_again(worker, key)
+                await self._tried[key].wait()
+                del self._tried[key]

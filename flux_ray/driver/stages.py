@@ -52,10 +52,12 @@ class Stages:
             queued_share=0.0 if keeps else QUEUED_SHARE)
         self._asked: dict[tuple[int, int], Asked] = {}
         self._evaluated: dict[int, asyncio.Future[GroupReady | None]] = {}
-        self._second_tries = SecondTries(supervisor, self.workers, deadline_s=2 * config.cluster.start_deadline_s)
+        self._second_tries = SecondTries(supervisor, self.workers, is_wanted=lambda key: key in self._asked,
+                                         deadline_s=2 * config.cluster.start_deadline_s)
         self._assigning = False
         self._listening: list[asyncio.Task[None]] = []
         self.changed = asyncio.Event()  # a group is ready or dropped
+        self.on_free_slot: Callable[[], None] = lambda: None
         supervisor.listen(ROLLOUT, lost=self._lost, replaced=self.workers.replaced)
 
     def begin(self, tasks: asyncio.TaskGroup) -> None:
@@ -112,9 +114,10 @@ class Stages:
     def forget(self, entries: Iterable[Entry]) -> None:
         """Nobody needs these groups any more, whether they run or are finished."""
         for entry in entries:
-            if entry.worker != NOBODY:
-                self.workers.forget(entry.worker, entry.key)
-            self._end(entry.key)
+            if entry.key in self._asked:  # a refused spare is forgotten already
+                self._end(entry.key)
+                if entry.worker != NOBODY:
+                    self.workers.forget(entry.worker, entry.key)
 
     async def text(self, entry: Entry) -> str | None:
         """Of its first response, for people; None where it is lost."""
@@ -179,6 +182,7 @@ class Stages:
         elif news.why:
             self._warn(news.cause, f"{row} dropped: {news.why}")
         self.changed.set()
+        self.on_free_slot()
 
     def _on_lost_reward(self, worker: int, entry: Entry, news: RewardWorkerLost) -> None:
         if not self._second_tries.add(worker, news):

@@ -16,8 +16,9 @@ from flux_ray.clock import now_s
 from flux_ray.cluster.group import ActorDied, Call, Group
 from flux_ray.cluster.plan import ROLLOUT
 from flux_ray.cluster.supervisor import Supervisor
-from flux_ray.messages import Assignment, News, Orders
+from flux_ray.messages import Assignment, GroupAt, News, Orders
 from flux_ray.protocols import RolloutWorker
+from flux_ray.records import Prompt
 
 LOOK_EVERY_S = 0.1  # whether the supervisor has seen a death
 SILENCE_S = 60.0  # a worker answers within ten seconds, news or not; one that is silent for so long is ended
@@ -67,6 +68,13 @@ class Workers:
     def score_again(self, index: int, key: tuple[int, int]) -> None:
         self._orders[index].scored_again.append(key)
         self._send_soon(index)
+
+    async def probe(self, prompt: Prompt, engine: int, deadline_s: float) -> GroupAt | None:
+        """A few tokens that the engine samples now, by way of one of the workers; None where that dies meanwhile."""
+        try:
+            return await self._workers[engine % len(self)].call(RolloutWorker.probe, prompt, engine).within(deadline_s)
+        except ActorDied:
+            return None
 
     def lost(self, index: int) -> None:
         """Its orders are void. New ones wait until another stands there."""

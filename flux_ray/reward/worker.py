@@ -9,8 +9,10 @@ Never:  waits longer than reward.deadline_s for one call; guesses a value: Rewar
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import math
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from types import SimpleNamespace
@@ -30,6 +32,7 @@ RESERVED = frozenset({"prompt", "completion"}) | GIVEN
 
 REWARD_MODEL_ROLE = "reward_model"
 MODEL_DEADLINE_S = 3600.0  # of one call: reward.deadline_s comes first, as long as the model answers nobody
+BEGUN_TRAVELS_S = 0.2  # for the answer of `begun_alone` to be out, before users' code may end the process
 OVERLONG_SHARE = 0.2  # of rollout.max_tokens: where the soft penalty begins, unless reward.overlong_tokens says it
 
 
@@ -41,6 +44,11 @@ class RewardWorker:
         self._functions = load_functions(config)
         self._models: dict[str, Sequence[Actor[RewardModelScorer]]] = {}  # by the function's name
         self._router: Router[RewardModelScorer] = Router()
+        self._num_scored = 0
+        self._idle, self._not_alone = asyncio.Event(), asyncio.Event()
+        self._idle.set()
+        self._not_alone.set()
+        self._begun: dict[int, asyncio.Event] = defaultdict(asyncio.Event)  # by uid
         self._caller = Caller(deadline_s=config.reward.deadline_s)
 
     async def meet(self, members: Members) -> None:
@@ -50,6 +58,33 @@ class RewardWorker:
         self._models = {name: actors[m * replicas : (m + 1) * replicas] for m, name in enumerate(models)}
 
     async def score(self, responses: Responses) -> Scores:
+        """Rewards of the G samples of a group, beside those of other groups."""
+        await self._not_alone.wait()
+        self._num_scored += 1
+        self._idle.clear()
+        try:
+            return await self._score(responses)
+        finally:
+            self._num_scored -= 1
+            if not self._num_scored:
+                self._idle.set()
+
+    async def score_alone(self, responses: Responses) -> Scores:
+        """As `score`, once all others are scored; what comes meanwhile waits. For a group that may end the process."""
+        self._not_alone.clear()
+        try:
+            await self._idle.wait()
+            self._begun[responses.prompt.uid].set()
+            await asyncio.sleep(BEGUN_TRAVELS_S)
+            return await self._score(responses)
+        finally:
+            self._not_alone.set()
+
+    async def begun_alone(self, uid: int) -> None:
+        """Returns when `score_alone` of that group has the process to itself: who then ends it is that group."""
+        await self._begun[uid].wait()
+
+    async def _score(self, responses: Responses) -> Scores:
         """Rewards of the G samples of a group.
 
         The reward is the weighted sum over the functions that gave a value; nan where none did. A function that gives a

@@ -10,25 +10,28 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from flux_ray.cluster.group import Actor, ActorDied, Call, Members, Router
+from flux_ray.cluster.plan import REFERENCE, REWARD
 from flux_ray.config import Config
 from flux_ray.messages import RewardWorkerLost
 from flux_ray.protocols import ReferenceScorer, RewardScorer
-from flux_ray.records import FINISH_LENGTH, Responses, RolloutGroup, ScoredGroup, Scores
+from flux_ray.records import FINISH_LENGTH, Prompt, Responses, RolloutGroup, ScoredGroup, Scores
 
 
 class LostRewardWorker(Exception):
-    """The reward worker is gone, or answers nobody, and the run goes on: the group is to be scored again."""
+    """The reward worker is gone, or answers nobody, and the run goes on. `guilty`: the group was alone there."""
 
-    def __init__(self, actor: Actor[RewardScorer], *, silent: bool, why: str) -> None:
+    def __init__(self, actor: Actor[RewardScorer], *, silent: bool, guilty: bool, why: str) -> None:
         super().__init__(why)
-        self.actor, self.silent, self.why = actor, silent, why
+        self.actor, self.silent, self.guilty, self.why = actor, silent, guilty, why
 
     def news(self, uid: int, attempt: int) -> RewardWorkerLost:
-        return RewardWorkerLost(uid, attempt, self.actor.index, self.actor.incarnation, self.silent, self.why)
+        return RewardWorkerLost(uid, attempt, self.actor.index, self.actor.incarnation, self.silent, self.guilty,
+                                self.why)
 
 
 class Scoring:
@@ -44,28 +47,47 @@ class Scoring:
 
     async def score(self, responses: Responses, members: Members) -> Scores:
         """Raises ActorError where a reward failed; with reward.on_failure=drop LostRewardWorker for a lost one."""
-        actor = self._rewards.choose(members.of("reward"), 1)
-        what, reward = f"score of prompt row {responses.prompt.row + 1} (from 1)", self._config.reward
+        actor = self._rewards.choose(members.of(REWARD), 1)
+        try:
+            return await self._watched(actor, actor.call(RewardScorer.score, responses), responses.prompt)
+        finally:
+            self._rewards.done(actor, 1)
+
+    async def score_alone(self, responses: Responses, members: Members) -> Scores:
+        """As `score`, while nothing else is scored in the reward worker: if it is lost then, the group is guilty."""
+        actor, prompt = self._rewards.choose(members.of(REWARD), 1), responses.prompt
+        call = actor.call(RewardScorer.score_alone, responses)
+        begun = asyncio.ensure_future(actor.call(RewardScorer.begun_alone, prompt.uid).within(self._deadline_s))
+        try:
+            return await self._watched(actor, call, prompt)
+        except LostRewardWorker as lost:
+            guilty = begun.done() and not begun.cancelled() and begun.exception() is None
+            raise LostRewardWorker(actor, silent=lost.silent, guilty=guilty, why=lost.why) from None
+        finally:
+            begun.cancel()
+            self._rewards.done(actor, 1)
+
+    async def _watched(self, actor: Actor[RewardScorer], call: Call[Scores], prompt: Prompt) -> Scores:
+        what, reward = f"score of prompt row {prompt.row + 1} (from 1)", self._config.reward
         silent = False
         try:
-            call = actor.call(RewardScorer.score, responses)
             waiting = asyncio.ensure_future(call.within(self._deadline_s, what=what))
             silent = not await _answers(actor, waiting, patience_s=reward.deadline_s)
             if not silent:
                 return await waiting
             why = f"reward {actor.index}, {what}: the process did not answer for {reward.deadline_s:g} s and was ended"
         except ActorDied as error:
+            if error.role != REWARD:
+                raise
             why = str(error)
-        finally:
-            self._rewards.done(actor, 1)
         why = f"{why}; reward.functions={reward.functions}"
         if reward.on_failure == "drop":
-            raise LostRewardWorker(actor, silent=silent, why=why)
+            raise LostRewardWorker(actor, silent=silent, guilty=False, why=why)
         raise ActorDied(why, role=actor.role, index=actor.index)
 
     async def reference(self, group: RolloutGroup, members: Members) -> list[np.ndarray] | None:
         """The frozen policy's log-probs, (T,) of each trajectory; None where no actor is asked for them."""
-        actors = members.of("reference")
+        actors = members.of(REFERENCE)
         if not actors:
             return None
         num_tokens = sum(t.num_tokens for t in group.trajectories)
@@ -77,7 +99,7 @@ class Scoring:
             self._references.done(actor, num_tokens)
 
 
-async def _answers(actor: Actor[RewardScorer], waiting: asyncio.Future[Scores], *, patience_s: float) -> bool:
+async def _answers(actor: Actor[RewardScorer], waiting: asyncio.Future[Any], *, patience_s: float) -> bool:
     """Until the result is there; False, and no longer waited for, where the process doesn't even answer a ping."""
     try:
         while not (await asyncio.wait({waiting}, timeout=patience_s))[0]:

@@ -61,7 +61,7 @@ class RolloutWorker(Owned):
             carried = self.carried.setdefault(assignment.key, Carried(assignment))
             self._start(carried, self._part(carried, assignment), "rollout")
         for carried in (self.carried[key] for key in orders.scored_again if key in self.carried):
-            self._start(carried, self._finish(carried), "score")
+            self._start(carried, self._finish(carried, alone=True), "score")
 
     def _start(self, carried: Carried, work: Coroutine[Any, Any, None], what: str) -> None:
         async def guarded() -> None:
@@ -92,12 +92,13 @@ class RolloutWorker(Owned):
         ids = [t.token_ids[t.prompt_length :].tolist() for t in carried.group.trajectories]
         carried.texts = tuple(self._tokenizer.batch_decode(ids, skip_special_tokens=True))
 
-    async def _finish(self, carried: Carried) -> None:
-        """Score ► filter ► reference ► ready. An evaluation's group is scored alone, and not kept."""
+    async def _finish(self, carried: Carried, *, alone: bool = False) -> None:
+        """Score ► filter ► reference ► ready. An evaluation's group is only scored, and not kept."""
         key, group, start_s = carried.first.key, carried.group, now_s()
         assert group is not None
+        score = self._scoring.score_alone if alone else self._scoring.score
         try:
-            scores = await self._scoring.score(responses_of(group, carried.texts, carried.step), self._members)
+            scores = await score(responses_of(group, carried.texts, carried.step), self._members)
         except LostRewardWorker as lost:
             return self.tell(lost.news(*key))
         except ActorError as error:

@@ -22,8 +22,8 @@ from flux_ray.config import (
     TrainConfig,
 )
 from flux_ray.driver.loop import Loop
-from flux_ray.driver.state import LoopState
-from tests.driver.simulated import Costs, SimulatedTime, World, simulate
+from flux_ray.records import LoopState
+from tests.fakes.simulated import Costs, SimulatedTime, World, simulate
 
 NO_LIMIT = 10_000  # batches that a step may draw: a schedule may refuse many in a row
 
@@ -55,6 +55,15 @@ class RandomSchedule:
         rollout = dataclasses.replace(self.config.rollout, kv_after_update=chance.choice(["recompute", "keep"]))
         train = dataclasses.replace(self.config.train, num_ranks=chance.choice([1, 1, 2, 3]))
         self.config = dataclasses.replace(self.config, rollout=rollout, train=train)
+        num_workers = chance.randint(1, 3)
+        self.config = dataclasses.replace(
+            self.config, rollout=dataclasses.replace(self.config.rollout, num_workers=num_workers))
+        self.deadly = chance.choice([0.0, 0.0, 0.0, 0.1])
+        self.lost_arrays = chance.choice([0.0, 0.0, 0.1, 0.3])
+        self.costs = dataclasses.replace(self.costs, worker_s=some() / 10, replace_s=some())
+        spacing_s = 10 * self.costs.token_s * most  # about as long as a few groups take
+        self.kills = [(chance.random() * spacing_s * 4**i, chance.randrange(num_workers))
+                      for i in range(chance.choice([0, 0, 1, 3, 6]))]
 
     @staticmethod
     def plain(**values: Any) -> Config:
@@ -73,13 +82,16 @@ class RandomSchedule:
             observability=ObservabilityConfig(samples_per_step=given["samples_per_step"]))
 
     def world(self) -> World:
-        return World(self.costs, length_of=self._length, fate_of=self._fate, prompt_tokens=3, num_rows=7)
+        return World(self.costs, length_of=self._length, fate_of=self._fate, prompt_tokens=3, num_rows=7,
+                     kills=self.kills, lost_arrays=self.lost_arrays, seed=self.seed)
 
     def _length(self, uid: int, sample: int) -> int:
         chance = random.Random(hash((self.seed, uid, sample)))
         return max(1, min(1000, round(10 * math.exp(self.spread * chance.gauss(0, 1)))))
 
     def _fate(self, uid: int) -> str:
+        if random.Random(hash((self.seed, uid, 0, 0))).random() < self.deadly:
+            return "deadly"
         drawn = random.Random(hash((self.seed, uid))).random()
         if drawn < self.failing:
             return "failed"
@@ -108,12 +120,11 @@ def _check(schedule: RandomSchedule, world: World, loop: Loop) -> None:
     assert all(0 <= newest <= oldest <= bound for oldest, newest in world.staleness), "the bound"
 
     # Every prompt that was drawn: trained on, dropped for a cause, or still in time to be.
-    waiting = {*loop._slots.in_flight, *loop._unfinished}
-    drawn = {*range(schedule.start.next_uid, loop._next_uid), *schedule.start.unfinished}
+    waiting = set(loop.ledger.unfinished)
+    drawn = {*range(schedule.start.next_uid, loop.ledger.next_uid), *schedule.start.unfinished}
     dropped = {uid for uid in drawn & world.scored if schedule._fate(uid) != "kept"}
     assert not waiting & set(trained)
     assert drawn == waiting | set(trained) | (dropped - waiting), "no prompt is lost"
-    version = config.driver.num_steps
-    assert all(born + bound >= version for born in loop._slots._born.values()), "nobody starves"
+    assert all(entry.born + bound >= config.driver.num_steps for entry in loop.ledger.in_flight), "nobody starves"
     if bound or not config.filter.oversample:
         assert sum(metrics["filter/surplus"] for metrics in world.metrics) == 0, "nothing is thrown away for the bound"

@@ -3,11 +3,11 @@
 import math
 
 import pytest
+from flux_ray.driver.build import KEEP_MEMORY, _env, part_tokens
+from flux_ray.driver.roles import staged
 
 from flux_ray.cluster.plan import CRITIC, ENGINE, REFERENCE, REWARD, REWARD_MODEL, TRAINER, Plan
 from flux_ray.config import from_dict
-from flux_ray.driver.build import KEEP_MEMORY, _env, part_tokens
-from flux_ray.driver.roles import staged
 
 pytestmark = pytest.mark.unit
 ROLES = (ENGINE, REWARD, REFERENCE, TRAINER, CRITIC, REWARD_MODEL)

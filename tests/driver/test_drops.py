@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
+from flux_ray.driver.drops import Drops
 
 from flux_ray.config import from_dict
-from flux_ray.driver.drops import Drops
 
 pytestmark = pytest.mark.unit
 

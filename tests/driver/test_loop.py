@@ -6,18 +6,18 @@ import asyncio
 import io
 
 import pytest
+from flux_ray.driver.recorder import Recorder
+from flux_ray.driver.state import LoopState
+from tests.driver.local import Parts, policy_rooms
 
 from flux_ray.cluster.group import ActorError
 from flux_ray.config import from_dict
 from flux_ray.data import PromptSource
 from flux_ray.driver.evaluation import Evaluation
 from flux_ray.driver.loop import Loop
-from flux_ray.driver.recorder import Recorder
-from flux_ray.driver.state import LoopState
 from flux_ray.observability.callbacks import as_callback
 from flux_ray.observability.run_folder import EVAL, METRICS, RunFolder, read_lines
 from flux_ray.observability.terminal import Terminal
-from tests.driver.local import Parts, policy_rooms
 from tests.tiny import tiny_tokenizer
 
 pytestmark = pytest.mark.unit

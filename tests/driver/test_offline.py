@@ -10,20 +10,20 @@ from typing import Any
 
 import numpy as np
 import pytest
-
-from flux_ray.config import Config, from_dict
-from flux_ray.data import GroupSource, PairSource, SftSource
-from flux_ray.data.rows import load_rows
-from flux_ray.driver import kept_reference, offline
 from flux_ray.driver.kept_reference import KeptReference
 from flux_ray.driver.offline_data import OfflineData
 from flux_ray.driver.offline_rooms import OfflineRooms
 from flux_ray.driver.recorder import Recorder
 from flux_ray.driver.state import LoopState
+from tests.driver.local import LocalGroup
+
+from flux_ray.config import Config, from_dict
+from flux_ray.data import GroupSource, PairSource, SftSource
+from flux_ray.data.rows import load_rows
+from flux_ray.driver import kept_reference, offline
 from flux_ray.observability.run_folder import EVAL, METRICS, RunFolder, read_lines
 from flux_ray.observability.terminal import Terminal
 from flux_ray.records import StepReport
-from tests.driver.local import LocalGroup
 from tests.tiny import tiny_tokenizer
 from tests.train.batches import pairs
 

@@ -9,7 +9,7 @@ import math
 import pytest
 
 from tests.driver.schedules import RandomSchedule, check
-from tests.driver.simulated import Costs, Deadlock, SimulatedTime, World, simulate
+from tests.fakes.simulated import Costs, Deadlock, SimulatedTime, World, simulate
 
 pytestmark = pytest.mark.unit
 
@@ -60,7 +60,7 @@ def test_spares_fill_the_batch_without_another_round(clock, refused):
     for oversample in (0.0, 2.0 * refused):
         config = RandomSchedule.plain(prompts_per_step=8, group_size=2, num_steps=6, oversample=oversample,
                                       max_num_seqs=1000)
-        world = World(costs, length_of=lambda uid, i: 100, prompt_tokens=0, num_rows=10**9,
+        world = World(costs, length_of=lambda uid, i: 100, prompt_tokens=1, num_rows=10**9,
                       fate_of=lambda uid: "same" if uid % refused else "kept")
         simulate(config, world, clock=clock)
         seconds.append(world.step_end_s[-1] / 6)
@@ -106,10 +106,10 @@ def test_a_synchronous_step_trains_on_groups_while_others_generate(clock):
     config = RandomSchedule.plain(prompts_per_step=4, group_size=1, num_steps=3, max_num_seqs=1)
     seconds = []
     for part_tokens in (math.inf, 100):
-        world = World(costs, length_of=lambda uid, i: 100, prompt_tokens=0)
+        world = World(costs, length_of=lambda uid, i: 99, prompt_tokens=1)
         simulate(config, world, clock=clock, part_tokens=part_tokens)
         seconds.append(world.step_end_s[-1] / 3)
-    assert seconds == pytest.approx([4 + 4 * 0.5, 4 + 0.5])
+    assert seconds == pytest.approx([4 + 4 * 0.5, 4 + 0.5], rel=0.02)
     assert [metrics["driver/num_parts"] for metrics in world.metrics] == [4, 4, 4]
     assert world.metrics[0]["train/step_s"] == pytest.approx(4 * 0.5), "what was accumulated is training too"
 

@@ -6,7 +6,6 @@ import math
 import random
 
 import pytest
-
 from flux_ray.driver.slots import Slots
 
 pytestmark = pytest.mark.unit

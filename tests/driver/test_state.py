@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-
 from flux_ray.driver.state import LoopState, checkpoint_folder, find, forget_newer, prune, save, whole
 
 pytestmark = pytest.mark.unit

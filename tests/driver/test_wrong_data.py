@@ -6,10 +6,10 @@ import json
 from typing import Any
 
 import pytest
+from flux_ray.driver.preflight import Prepared, prepare
 
 from flux_ray.config import from_dict, preset
 from flux_ray.data import GroupSource, PairSource, SftSource
-from flux_ray.driver.preflight import Prepared, prepare
 from flux_ray.errors import UserError
 from tests.tiny import tiny_model
 

@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from flux_ray.driver.rooms import PolicyRooms
 
 from flux_ray.cluster.group import ActorError
 from flux_ray.config import Config
-from flux_ray.driver.rooms import PolicyRooms
 from flux_ray.records import FINISH_STOP, Prompt, RolloutGroup, ScoredGroup, StepReport, Trajectory
 from flux_ray.rollout.engine import RolloutEngine
 
