@@ -9,7 +9,7 @@ Never:  decides anything.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -19,7 +19,7 @@ from flux_ray.cluster.group import Group, Router, all_within, first_failure
 from flux_ray.config import Config
 from flux_ray.data import OfflineGroup
 from flux_ray.protocols import LogprobSums, ReferenceScorer, TrainingRank
-from flux_ray.records import PreferencePair, RolloutGroup, Sample, StepReport
+from flux_ray.records import PreferencePair, Sample, StepReport
 
 CHUNKS_AT_ONCE = 2  # of an actor: one that it works on, one that waits there
 
@@ -75,28 +75,34 @@ class OfflineStages:
             parts = await self._each(TrainingRank.pair_reference,
                                      [{"pairs": [pairs[i] for i in share]} for share in shares])
         else:
-            shares = _chunks(pairs, self._config.reference.max_tokens_per_forward)
-            parts = await first_failure([self._ask([pairs[i] for i in share]) for share in shares])
+            shares = _chunks([pair.num_tokens for pair in pairs], self._config.reference.max_tokens_per_forward)
+            parts = await first_failure([
+                self._ask(ReferenceScorer.pair_logprobs, [pairs[i] for i in share],
+                          sum(pairs[i].num_tokens for i in share)) for share in shares])
         sums = {i: of_pair for share, part in zip(shares, parts, strict=True)
                 for i, of_pair in zip(share, part, strict=True)}
         return [sums[i] for i in range(len(pairs))]
 
-    async def _ask(self, pairs: list[PreferencePair]) -> list[LogprobSums]:
+    async def _ask(self, method: Callable[..., Awaitable[list[Result]]], items: Sequence[Any], num_tokens: int
+                   ) -> list[Result]:
         assert self._reference is not None
-        num_tokens = sum(pair.num_tokens for pair in pairs)
         async with self._turns:
             actor = self._router.choose(list(self._reference), num_tokens)
             try:
-                call = actor.call(ReferenceScorer.pair_logprobs, pairs)
-                return await call.within(self._config.reference.deadline_s)
+                return await actor.call(method, items).within(self._config.reference.deadline_s)
             finally:
                 self._router.done(actor, num_tokens)
 
     async def group_step(self, groups: list[OfflineGroup], *, step: int) -> StepReport:
         """The policy's step on given groups."""
-        reference = None
+        sizes = [int(group.scored.num_tokens.sum()) for group in groups]
+        reference: list[list[np.ndarray]] | None = None
         if self._reference is not None:
-            reference = await first_failure([self._group_logprobs(one.group) for one in groups])
+            chunks = _chunks(sizes, self._config.reference.max_tokens_per_forward)
+            given = await first_failure([
+                self._ask(ReferenceScorer.group_logprobs, [groups[i].group for i in chunk],
+                          sum(sizes[i] for i in chunk)) for chunk in chunks])
+            reference = [of_group for of_chunk in given for of_group in of_chunk]
         calls = [
             {
                 "groups": [groups[i].group for i in share],
@@ -104,29 +110,19 @@ class OfflineStages:
                 "reference_logprobs": None if reference is None else [reference[i] for i in share],
                 "step": step,
             }
-            for share in self._shares([int(group.scored.num_tokens.sum()) for group in groups])
+            for share in self._shares(sizes)
         ]
         return (await self._each(TrainingRank.train_step, calls))[0]
 
-    async def _group_logprobs(self, group: RolloutGroup) -> list[np.ndarray]:
-        assert self._reference is not None
-        num_tokens = sum(t.num_tokens for t in group.trajectories)
-        actor = self._router.choose(list(self._reference), num_tokens)
-        try:
-            call = actor.call(ReferenceScorer.group_logprobs, group)
-            return await call.within(self._config.reference.deadline_s, what="log-probs")
-        finally:
-            self._router.done(actor, num_tokens)
 
-
-def _chunks(pairs: Sequence[PreferencePair], max_tokens: int) -> list[list[int]]:
-    """Consecutive pairs of at most so many tokens together; a longer pair is alone."""
+def _chunks(sizes: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Consecutive ones of at most so many tokens together; a longer one is alone."""
     chunks: list[list[int]] = []
     tokens = 0
-    for i, pair in enumerate(pairs):
-        if not chunks or tokens + pair.num_tokens > max_tokens:
+    for i, size in enumerate(sizes):
+        if not chunks or tokens + size > max_tokens:
             chunks.append([])
             tokens = 0
         chunks[-1].append(i)
-        tokens += pair.num_tokens
+        tokens += size
     return chunks

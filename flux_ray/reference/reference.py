@@ -1,8 +1,9 @@
-"""The frozen policy: log-probs of samples as they come, those of several callers in one forward.
+"""The frozen policy: log-probs of samples as they come.
 
 Takes:  a model's path, a type, a device; some Samples a call (a group, some pairs), from many callers at once.
 Gives:  `await logprobs(samples)`: (T,) float32 each, 0 off the mask.
-Knows:  what arrives while a forward runs waits and is packed together, up to max_tokens_per_forward.
+Knows:  a call's samples are packed together, and with no other call's, up to max_tokens_per_forward: how far a row is
+        padded shows in its last bits, and who asks at the same moment depends on who was faster.
 Never:  trains.
 """
 
@@ -44,14 +45,15 @@ class Reference:
     @torch.no_grad()
     def forward(self, callers: list[Sequence[Sample]]) -> list[list[np.ndarray]]:
         """Log-probs of each caller's samples, in forwards of at most max_tokens_per_forward tokens (with padding)."""
-        samples = [sample for of_one in callers for sample in of_one]
+        return [self._of_one(samples) for samples in callers]
+
+    def _of_one(self, samples: Sequence[Sample]) -> list[np.ndarray]:
         micro_batches = pack(samples, max_tokens=self.max_tokens_per_forward, max_samples=None,
                              padded=self.policy.layout == "padded", device=self.device)
         values = [
             self.policy(m.to(self.device), temperature=self.temperature, with_entropy=False)[0] for m in micro_batches
         ]
-        rows = iter(per_sample(values, micro_batches, len(samples)))
-        return [[next(rows) for _ in of_one] for of_one in callers]
+        return per_sample(values, micro_batches, len(samples))
 
 
 def _num_tokens(samples: Sequence[Sample]) -> int:

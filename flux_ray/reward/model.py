@@ -1,4 +1,4 @@
-"""A reward model: scores of groups as they come, several groups in one forward.
+"""A reward model: scores of groups as they come.
 
 Takes:  a sequence classification model's path, the policy's tokenizer; Responses a call, many callers at once.
 Gives:  `await scores(responses)`: one number a sample; `check_reward_models` for the start of a run.
@@ -70,12 +70,14 @@ class RewardModel:
     @torch.no_grad()
     def _forward(self, callers: list[list[Sample]]) -> list[list[float]]:
         """Scores of each caller's samples, in forwards of at most max_tokens_per_forward tokens (with padding)."""
-        samples = [sample for of_one in callers for sample in of_one]
+        return [self._of_one(samples) for samples in callers]
+
+    def _of_one(self, samples: list[Sample]) -> list[float]:
+        """Several callers share no forward: a score's last bits would depend on who asked at the same moment."""
         micro_batches = pack(samples, max_tokens=self._max_tokens, max_samples=None,
                              padded=self.model.layout == "padded", device=self._device)
         scores = [self.model(m.to(self._device), at="last") for m in micro_batches]
-        rows = iter(per_sample(scores, micro_batches, len(samples)))
-        return [[float(next(rows)[-1]) for _ in of_one] for of_one in callers]
+        return [float(row[-1]) for row in per_sample(scores, micro_batches, len(samples))]
 
 
 def _num_tokens(samples: Sequence[Sample]) -> int:

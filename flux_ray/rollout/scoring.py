@@ -93,8 +93,8 @@ class Scoring:
         num_tokens = sum(t.num_tokens for t in group.trajectories)
         actor = self._references.choose(actors, num_tokens)
         try:
-            call: Call[list[np.ndarray]] = actor.call(ReferenceScorer.group_logprobs, group)
-            return await call.within(self._config.reference.deadline_s, what="log-probs")
+            call = actor.call(ReferenceScorer.group_logprobs, [group])
+            return (await call.within(self._config.reference.deadline_s, what="log-probs"))[0]
         finally:
             self._references.done(actor, num_tokens)
 

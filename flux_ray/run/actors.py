@@ -21,7 +21,7 @@ from flux_ray.cluster.group import Actor, Members, first_failure
 from flux_ray.cluster.plan import CRITIC, TRAINER
 from flux_ray.config import Config
 from flux_ray.messages import GroupAt
-from flux_ray.model.scoring import response_sums, scoring_samples
+from flux_ray.model.scoring import by_group, response_sums, scoring_samples
 from flux_ray.protocols import CriticRank as CriticRankStub
 from flux_ray.protocols import Engine, LogprobSums
 from flux_ray.protocols import TrainingRank as TrainingRankStub
@@ -151,9 +151,9 @@ class CriticRank(Critic):
 class ReferencePolicy(Reference):
     """The frozen policy, of groups and of pairs."""
 
-    async def group_logprobs(self, group: RolloutGroup) -> list[np.ndarray]:
-        """(T,) of each trajectory."""
-        return await self.logprobs(scoring_samples([group]))
+    async def group_logprobs(self, groups: Sequence[RolloutGroup]) -> list[list[np.ndarray]]:
+        """(T,) of each group's trajectories."""
+        return by_group(await self.logprobs(scoring_samples(groups)), groups)
 
     async def pair_logprobs(self, pairs: Sequence[PreferencePair]) -> list[LogprobSums]:
         """(chosen, rejected): log-probs of both responses of each pair, sums over their tokens."""
