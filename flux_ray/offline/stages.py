@@ -9,7 +9,7 @@ Never:  decides anything.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -83,7 +83,7 @@ class OfflineStages:
                 for i, of_pair in zip(share, part, strict=True)}
         return [sums[i] for i in range(len(pairs))]
 
-    async def _ask(self, method: Callable[..., Awaitable[list[Result]]], items: Sequence[Any], num_tokens: int
+    async def _ask(self, method: Callable[..., Coroutine[Any, Any, list[Result]]], items: Sequence[Any], num_tokens: int
                    ) -> list[Result]:
         assert self._reference is not None
         async with self._turns:
