@@ -137,10 +137,10 @@ def test_fit_refuses_before_it_starts(tmp_path):
 
 def test_an_evaluation_needs_nothing_that_training_alone_needs(monkeypatch):
     """eval.stop_at and a critic's warm-up may fit what `fit` was given, and not the config alone."""
-    from flux_ray import driver
+    from flux_ray import run as runs
 
     seen: list[Config] = []
-    monkeypatch.setattr(driver, "evaluate", lambda config, callbacks: seen.append(config) or {})
+    monkeypatch.setattr(runs, "evaluate", lambda config, callbacks: seen.append(config) or {})
     trained = trainer(algorithm="ppo", **{"eval.stop_at": 0.8, "critic.warmup_steps": 300})
     trained.evaluate("test.jsonl")
     assert (seen[0].eval.stop_at, seen[0].critic.warmup_steps, seen[0].eval.data) == (None, 0, "test.jsonl")
@@ -217,13 +217,13 @@ def test_a_decorated_function_is_of_its_own_file(tmp_path):
 
 def test_stop_in_a_notebook_ends_the_run(tmp_path):
     """Ctrl-C's exception in the thread that waits: the run in the other one ends first, and what it ends it with."""
-    from flux_ray import driver
+    from flux_ray import run as runs
 
     events: list[str] = []
     waits = threading.get_ident()
 
     async def live() -> None:
-        driver._interruptible()
+        runs._interruptible()
         try:
             # To the thread that waits, as the kernel does: raise_signal is for the thread that calls it.
             threading.Timer(0.2, signal.pthread_kill, [waits, signal.SIGINT]).start()

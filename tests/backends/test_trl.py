@@ -16,11 +16,11 @@ from flux_ray.backends import trl as backend
 from flux_ray.backends.trl_settings import check_trl
 from flux_ray.batch import StepCounts, divisor, loss_weights
 from flux_ray.data import PromptSource
-from flux_ray.driver.recorder import Recorder
 from flux_ray.model import load_tokenizer
 from flux_ray.observability.callbacks import as_callback
 from flux_ray.observability.run_folder import METRICS, RunFolder, read_lines
 from flux_ray.observability.terminal import Terminal
+from flux_ray.run.recorder import Recorder
 from tests.tiny import tiny_model
 
 pytest.importorskip("trl", reason="trl isn't installed: pip install 'flux-ray[trl]'")

@@ -17,11 +17,11 @@ from flux_ray.backends.trl_settings import check_trl
 from flux_ray.batch import pack, pair_samples
 from flux_ray.config import Config
 from flux_ray.data import PairSource
-from flux_ray.driver.recorder import Recorder
 from flux_ray.model import last_token, load_policy, load_score, load_tokenizer, norm
 from flux_ray.model.scoring import per_sample, response_sums
 from flux_ray.observability.run_folder import METRICS, RunFolder, read_lines
 from flux_ray.observability.terminal import Terminal
+from flux_ray.run.recorder import Recorder
 from flux_ray.train.pair_step import PairObjective
 from tests.tiny import tiny_model
 

@@ -73,7 +73,7 @@ def test_samples():
     reference = [[np.full(t.num_tokens, -9.0, np.float32) for t in g.trajectories] for g in groups]
     advantages = [np.full(t.num_tokens, 0.5, np.float32) for g in groups for t in g.trajectories]
     samples = make_samples(groups, scored, advantages=advantages, reference_logprobs=reference, mask_truncated=True,
-                           weighting=Weighting("token_mean", 8), version=VERSION)
+                           weighting=Weighting("token_mean", 8), versions=(VERSION,))
     assert [int(s.loss_mask.sum()) for s in samples] == [3, 2, 0, 0, 0, 2]
     assert [s.current_version for s in samples] == [True, True, True, True, True, False]
     assert sum(s.loss_weights.sum() for s in samples) == divisor("token_mean", counts)
@@ -82,8 +82,21 @@ def test_samples():
     assert samples[1].reference_logprobs.tolist() == [-9.0] * 4
     assert samples[0].advantages.tolist() == [0.5] * 5
     late = make_samples(groups, scored, advantages=None, reference_logprobs=None, mask_truncated=False,
-                        weighting=Weighting("token_mean", 8), version=VERSION)
+                        weighting=Weighting("token_mean", 8), versions=(VERSION,))
     assert late[0].advantages is None and late[0].reference_logprobs is None and int(late[2].loss_mask.sum()) == 2
+
+
+@pytest.mark.parametrize(("versions", "current"), [
+    ((VERSION,), [True, True, True, True, True, False]),
+    ({6, VERSION, 12}, [True] * 6),
+    ([6], [False, False, False, False, True, False]),
+])
+def test_a_sample_is_current_if_each_of_its_tokens_is_of_a_version_of_the_present_step(versions, current):
+    """A run that went back to a step has published its weights more than once. An empty response is of any step."""
+    groups, scored = two_groups()
+    samples = make_samples(groups, scored, advantages=None, reference_logprobs=None, mask_truncated=False,
+                           weighting=Weighting("token_mean", 8), versions=versions)
+    assert [s.current_version for s in samples] == current
 
 
 @pytest.mark.parametrize(("aggregation", "weight"), [

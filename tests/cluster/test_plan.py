@@ -16,12 +16,53 @@ def test_on_cpu_every_role_has_its_bundles_and_every_engine_its_own_group():
     got = plan(reference=True, **{"rollout.num_engines": 2, "train.num_ranks": 2})
     assert (got.device, got.weights_backend) == ("cpu", "gloo")
     assert got.bundles() == {
-        "engine": [[{"CPU": 1.0}], [{"CPU": 1.0}]],
+        "engine": [[{"CPU": 2.0}], [{"CPU": 1.0}]],  # a rollout worker lives beside the first
         "trainer": [[{"CPU": 1.0}, {"CPU": 1.0}]],
         "reference": [[{"CPU": 1.0}]],
         "reward": [[{"CPU": 1.0}]],
     }
-    assert got.total == {"CPU": 6.0}
+    assert got.total == {"CPU": 7.0}
+    assert not got.shares_gpus
+
+
+def engines_and_workers(**options):
+    got = plan(**options)
+    role = got.role("rollout")
+    assert (role.cpus, role.gpus, role.inside) == (1.0, 0.0, "engine") and role.count == len(role.hosts)
+    assert "rollout" not in got.bundles(), "its place is in an engine's"
+    cpus = [bundle["CPU"] for (bundle,) in got.bundles()["engine"]]
+    return role.hosts, cpus
+
+
+@pytest.mark.parametrize(("num_engines", "hosts"), [
+    (1, (0,)), (8, (0,)), (9, (0, 8)), (16, (0, 8)), (17, (0, 8, 16)),
+])
+def test_for_every_eight_engines_a_rollout_worker_lives_beside_the_first_of_them(num_engines, hosts):
+    got, cpus = engines_and_workers(**{"rollout.num_engines": num_engines})
+    assert got == hosts
+    assert cpus == [2.0 if engine in hosts else 1.0 for engine in range(num_engines)]
+
+
+@pytest.mark.parametrize(("num_engines", "num_workers", "hosts"), [
+    (17, 1, (0,)), (17, 2, (0, 8)), (17, 4, (0, 8, 16, 3)), (4, 4, (0, 1, 2, 3)), (2, 3, (0, 1, 0)),
+])
+def test_a_run_may_have_more_rollout_workers_or_fewer(num_engines, num_workers, hosts):
+    """Those beyond one for every eight engines live beside any."""
+    got, cpus = engines_and_workers(**{"rollout.num_engines": num_engines, "rollout.num_workers": num_workers})
+    assert got == hosts
+    assert cpus == [1.0 + hosts.count(engine) for engine in range(num_engines)]
+
+
+@pytest.mark.parametrize("gpus", [1, 64])
+def test_a_rollout_worker_has_no_gpu_and_its_engine_is_not_shared_for_it(gpus):
+    num_engines = 1 if gpus == 1 else 17
+    got = plan(gpus=gpus, **{"rollout.num_engines": num_engines})
+    assert got.role("rollout").gpus == 0.0 and got.role("rollout").inside == "engine"
+    assert got.shares_gpus == (gpus == 1)
+    first = got.bundles()["engine"][0]
+    assert first == [{"CPU": 2.0 + (gpus == 1), "GPU": 1.0}]  # the trainer is there too, where there is one GPU
+    if gpus > 1:
+        assert got.bundles()["engine"][1] == [{"CPU": 1.0, "GPU": 1.0}] and got.role("engine").gpus == 1.0
 
 
 def test_supervised_training_places_the_trainer_alone():
@@ -49,7 +90,8 @@ def test_many_gpus_are_not_shared():
                                           "train.num_ranks": 3})
     assert (got.device, got.weights_backend) == ("cuda", "nccl")
     assert got.total["GPU"] == 2 * 2 + 3 + 1
-    assert got.bundles()["engine"] == [[{"CPU": 1.0, "GPU": 2.0}]] * 2
+    assert got.bundles()["engine"] == [[{"CPU": 2.0, "GPU": 2.0}], [{"CPU": 1.0, "GPU": 2.0}]]
+    assert not got.shares_gpus
 
 
 def test_one_gpu_is_shared_and_reserved_once():
@@ -87,15 +129,17 @@ MODELS = {"reward.functions": ["numeric", "model:/a", "model:/b"], "reward.model
 def test_a_critic_is_as_large_as_the_training_group_and_each_reward_model_has_its_replicas():
     got = plan(critic=True, **{"train.num_ranks": 2}, **MODELS)
     assert [(role.name, role.count) for role in got.roles] == [
-        ("engine", 1), ("trainer", 2), ("critic", 2), ("reward_model", 4), ("reward", 1)]
+        ("engine", 1), ("trainer", 2), ("critic", 2), ("reward_model", 4), ("reward", 1), ("rollout", 1)]
     assert got.bundles()["critic"] == [[{"CPU": 1.0}] * 2]   # they start together: one placement group
     alone = plan(critic=False, trains=False, **MODELS)
-    assert [role.name for role in alone.roles] == ["engine", "reward_model", "reward"]
+    assert [role.name for role in alone.roles] == ["engine", "reward_model", "reward", "rollout"]
 
 
 def test_an_evaluation_shares_the_gpu_with_reward_models_alone():
     got = plan(gpus=1, trains=False, **MODELS)
-    assert {role.name: role.inside for role in got.roles} == {"engine": None, "reward_model": "engine", "reward": None}
+    assert {role.name: role.inside for role in got.roles} == {
+        "engine": None, "reward_model": "engine", "reward": None, "rollout": "engine"}
+    assert got.shares_gpus and not plan(gpus=1, trains=False).shares_gpus
     assert got.total["GPU"] == 1.0
 
 
@@ -110,6 +154,6 @@ def test_on_one_gpu_all_of_them_live_in_the_engines_place():
     shares = {role.name: role.gpus * role.count for role in got.roles}
     assert got.total["GPU"] == 1.0 and 0.99 < sum(shares.values()) <= 1.0
     assert {role.name for role in got.roles if role.inside == "engine"} == {
-        "trainer", "critic", "reference", "reward_model"}
-    assert got.bundles()["engine"] == [[{"CPU": 1.0 + 1 + 1 + 1 + 4, "GPU": 1.0}]]
+        "trainer", "critic", "reference", "reward_model", "rollout"}
+    assert got.bundles()["engine"] == [[{"CPU": 1.0 + 1 + 1 + 1 + 4 + 1, "GPU": 1.0}]]
     assert plan(gpus=1, reference=True).role("engine").gpus == 0.4   # where there is room, nobody's share is less

@@ -1,4 +1,4 @@
-"""The loop's own promises, on rooms in this process: what is dropped, refilled, referenced, trained on and told."""
+"""The loop's own promises, on actors in this process: what is dropped, refilled, referenced, trained on and told."""
 
 from __future__ import annotations
 
@@ -6,25 +6,25 @@ import asyncio
 import io
 
 import pytest
-from flux_ray.driver.recorder import Recorder
-from flux_ray.driver.state import LoopState
-from tests.driver.local import Parts, policy_rooms
 
 from flux_ray.cluster.group import ActorError
 from flux_ray.config import from_dict
 from flux_ray.data import PromptSource
-from flux_ray.driver.evaluation import Evaluation
-from flux_ray.driver.loop import Loop
 from flux_ray.observability.callbacks import as_callback
-from flux_ray.observability.run_folder import EVAL, METRICS, RunFolder, read_lines
+from flux_ray.observability.run_folder import EVAL, METRICS, SAMPLES, RunFolder, read_lines
 from flux_ray.observability.terminal import Terminal
+from flux_ray.records import LoopState
+from flux_ray.run.checkpoint import load, whole
+from flux_ray.run.recorder import Recorder
+from tests.fakes.local import Parts, train
 from tests.tiny import tiny_tokenizer
 
 pytestmark = pytest.mark.unit
 
 
-def run(tmp_path, rewards_of, *, callbacks=(), seconds_of=None, done=0, **values) -> Parts:
-    """Three steps of four prompts, of which some are `done`; gives what the rooms saw. metrics.jsonl is in tmp_path."""
+def run(tmp_path, rewards_of, *, callbacks=(), seconds_of=None, deadly=(), lost=(), done=0, version=-1,
+        **values) -> Parts:
+    """Three steps of four prompts, of which some are `done`; gives what the parts saw. metrics.jsonl is in tmp_path."""
     config = from_dict({"batch.prompts_per_step": 4, "rollout.group_size": 2, "driver.num_steps": 3,
                         "rollout.max_tokens": 4, **values})
     folder = RunFolder(tmp_path)
@@ -33,12 +33,17 @@ def run(tmp_path, rewards_of, *, callbacks=(), seconds_of=None, done=0, **values
                         callbacks=callbacks)
     sums = [f"{i}+1=" for i in range(9)]
     prompts = PromptSource.from_config(config, tiny_tokenizer(), context_length=64, prompts=sums)
-    parts = Parts(rewards_of, seconds_of=seconds_of)
-    evaluation = Evaluation(config, prompts) if config.eval.every else None
-    loop = Loop(config, rooms=policy_rooms(config, parts), prompts=prompts, evaluation=evaluation, recorder=recorder,
-                start=LoopState(step=done, next_uid=4 * done))
-    asyncio.run(asyncio.wait_for(loop.run(), 30))
+    parts = Parts(rewards_of, seconds_of=seconds_of, deadly=set(deadly), lost=set(lost))
+    start = LoopState(step=done, next_uid=4 * done, version=version)
+    asyncio.run(asyncio.wait_for(train(config, parts, prompts=prompts, recorder=recorder, start=start), 30))
     return parts
+
+
+def first_cause(error: BaseException) -> BaseException:
+    """What the user is told of a run that failed."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
 
 
 def differs_but_every_third(uid):
@@ -51,7 +56,7 @@ def test_dropped_groups_are_refilled_and_never_referenced_or_trained_on(tmp_path
     assert all(len(batch) == 4 for batch in parts.trained) and len(parts.trained) == 3
     seen = {uid for batch in parts.trained for uid in batch}
     assert len(seen) == 12 and not any(uid % 3 == 0 for uid in seen)
-    assert not any(uid % 3 == 0 for uid in parts.referenced)
+    assert seen <= set(parts.referenced) and not any(uid % 3 == 0 for uid in parts.referenced)
     lines = read_lines(tmp_path / METRICS)
     assert sum(line["filter/dropped_same_reward"] for line in lines) == lines[-1]["driver/groups_dropped"] >= 5
     assert lines[0]["filter/acceptance_rate"] < 1
@@ -105,7 +110,9 @@ def test_a_group_that_is_split_has_the_same_samples(tmp_path, num_engines):
     rewards = lambda uid: [1, 0, 0, 1, 0]  # noqa: E731
     whole = run(tmp_path / "whole", rewards, **given)
     for parts in (2, 5, 9):
-        assert run(tmp_path / str(parts), rewards, **given, **{"rollout.split_groups": parts}).sampled == whole.sampled
+        split = run(tmp_path / str(parts), rewards, seconds_of=lambda prompt: prompt.seed % 7 / 500, **given,
+                    **{"rollout.split_groups": parts})
+        assert split.sampled == whole.sampled, "in whatever order the parts come"
     assert len({tuple(tokens) for tokens in whole.sampled.values()}) > 1
 
 
@@ -117,7 +124,7 @@ def test_without_a_filter_all_are_trained_on_in_order(tmp_path):
 def test_a_filter_that_nothing_passes_stops_the_run(tmp_path):
     with pytest.raises(BaseExceptionGroup) as caught:
         run(tmp_path, lambda uid: [0, 0], **{"filter.reward": "task", "filter.max_batches": 3})
-    first = str(caught.value.exceptions[0])
+    first = str(first_cause(caught.value))
     assert "9 of 9 groups drawn since the last step were dropped (same_reward 9): acceptance rate 0.0%" in first
 
 
@@ -128,8 +135,10 @@ def test_failed_rewards_are_dropped_where_the_user_says_so_and_have_the_same_lim
     assert read_lines(tmp_path / METRICS)[0]["filter/dropped_reward_failed"] == 2
     with pytest.raises(BaseExceptionGroup):
         run(tmp_path / "all", lambda uid: ArithmeticError("no"), **{"reward.on_failure": "drop"})
-    with pytest.raises(BaseExceptionGroup):
+    with pytest.raises(BaseExceptionGroup) as caught:
         run(tmp_path / "stop", fails)
+    error = first_cause(caught.value)
+    assert isinstance(error, ActorError) and (error.role, error.index) == ("reward", 0)
 
 
 def test_an_evaluation_counts_the_rewards_that_failed(tmp_path):
@@ -138,10 +147,13 @@ def test_an_evaluation_counts_the_rewards_that_failed(tmp_path):
     for line in read_lines(tmp_path / "drop" / EVAL):
         assert (line["eval/prompts"], line["eval/failed"], line["eval/mean"]) == (7, 2, 0.5)
         assert len(line["answers"]) == 7
-    with pytest.raises(ActorError):
+    with pytest.raises(BaseExceptionGroup) as caught:
         run(tmp_path / "stop", fails, **{"eval.every": 1})
-    with pytest.raises(RuntimeError, match="evaluation at step 0: every reward failed"):
+    assert isinstance(first_cause(caught.value), ActorError)
+    with pytest.raises(BaseExceptionGroup) as caught:
         run(tmp_path / "all", lambda uid: ArithmeticError("no"), **{"reward.on_failure": "drop", "eval.every": 1})
+    error = first_cause(caught.value)
+    assert isinstance(error, RuntimeError) and "evaluation at step 0: every reward failed" in str(error)
 
 
 def test_callbacks_see_each_step_as_it_is_written_and_can_end_the_run(tmp_path):
@@ -210,8 +222,87 @@ def noting(done: list[int]):
     return as_callback(lambda step, metrics: done.append(step))
 
 
+@pytest.mark.parametrize("num_engines", [1, 3])
 @pytest.mark.parametrize("max_staleness", [0, 1])
-def test_an_asynchronous_run_probes_each_engine_after_every_publish(tmp_path, max_staleness):
-    run(tmp_path, differs_but_every_third, **{"driver.max_staleness": max_staleness})
+def test_an_asynchronous_run_probes_each_engine_after_every_publish(tmp_path, max_staleness, num_engines):
+    """The trainer's gap is here the number of groups that it was measured on."""
+    run(tmp_path, differs_but_every_third, **{"driver.max_staleness": max_staleness,
+                                              "rollout.num_engines": num_engines})
     gaps = [line.get("weights/logprob_gap_max") for line in read_lines(tmp_path / METRICS)]
-    assert gaps == ([1.0] * 3 if max_staleness else [None] * 3)  # one engine here, and a trainer without metrics
+    assert gaps == ([float(num_engines)] * 3 if max_staleness else [None] * 3)
+
+
+def test_the_first_weights_are_published_too_and_a_resumed_run_publishes_above_all_of_before(tmp_path):
+    assert run(tmp_path / "new", lambda uid: [1, 0]).published == [(0, 0), (1, 1), (2, 2), (3, 3)]
+    resumed = run(tmp_path / "resumed", lambda uid: [1, 0], done=1, version=7)
+    assert resumed.published == [(8, 1), (9, 2), (10, 3)]
+    lines = read_lines(tmp_path / "resumed" / METRICS)
+    assert [line["driver/version"] for line in lines] == [9, 10]
+    assert all(line["driver/staleness_max"] == 0 for line in lines), "it is counted in steps"
+
+
+@pytest.mark.parametrize("max_staleness", [0, 2])
+def test_a_checkpoint_says_where_the_loop_stands(tmp_path, max_staleness):
+    """A resumed run starts again what was in flight."""
+    parts = run(tmp_path, differs_but_every_third, done=1, version=7, **{
+        "filter.reward": "task", "driver.num_steps": 4, "driver.max_staleness": max_staleness, "checkpoint.every": 1,
+        "checkpoint.keep": 9})
+    folders = whole(RunFolder(tmp_path).checkpoints)
+    assert parts.saved == [str(folder / "trainer") for folder in folders] and len(folders) == 3
+    drawn = []
+    for folder, step in zip(folders, (2, 3, 4), strict=True):
+        state, trained = load(folder), {uid for batch in parts.trained[: step - 1] for uid in batch}
+        assert (state.step, state.version) == (step, 7 + step)
+        assert not trained & set(state.unfinished) and all(uid < state.next_uid for uid in state.unfinished)
+        gone = {*range(4, state.next_uid)} - trained - set(state.unfinished)
+        assert all(uid % 3 == 0 for uid in gone) and state.prompts_dropped == len(gone)
+        drawn.append(state.next_uid)
+    assert drawn == sorted(drawn)
+
+
+def test_each_steps_first_groups_are_written_down(tmp_path):
+    parts = run(tmp_path, differs_but_every_third, **{"observability.samples_per_step": 2})
+    lines = read_lines(tmp_path / SAMPLES)
+    assert [line["step"] for line in lines] == [0, 0, 1, 1, 2, 2]
+    shown = [uid for batch in parts.trained for uid in batch[:2]]
+    assert [line["reward"] for line in lines] == [differs_but_every_third(uid)[0] for uid in shown]
+    assert all(line["completion"] == "text" and line["prompt"].endswith("+1=") for line in lines)
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_a_rollout_worker_that_dies_changes_no_synchronous_batch_and_no_sample(tmp_path, num_workers):
+    """Its groups start again, with the same seeds."""
+    given = {"filter.reward": "task", "rollout.split_groups": 2}
+    whole_run = run(tmp_path / "plain", differs_but_every_third, **given)
+    died = run(tmp_path / "died", differs_but_every_third, deadly=[1, 4, 13], **given,
+               **{"rollout.num_workers": num_workers})
+    assert not died.deadly and len(died.rolled) > len(whole_run.rolled)
+    assert (died.trained, died.sampled) == (whole_run.trained, whole_run.sampled)
+    assert [line["filter/acceptance_rate"] for line in read_lines(tmp_path / "died" / METRICS)] == [
+        line["filter/acceptance_rate"] for line in read_lines(tmp_path / "plain" / METRICS)]
+
+
+@pytest.mark.parametrize("oversample", [0, 1.0])
+def test_groups_that_are_lost_before_ranks_hold_them_start_again_and_change_no_batch(tmp_path, oversample):
+    """Of a batch whose arrays can't all be had, nothing is trained on."""
+    given = {"filter.reward": "task", "filter.oversample": oversample, "rollout.num_workers": 3}
+    plain = run(tmp_path / "plain", differs_but_every_third, **given)
+    parts = run(tmp_path / "lost", differs_but_every_third, lost=[2, 4, 11], **given)
+    assert not parts.lost and (parts.trained, parts.sampled) == (plain.trained, plain.sampled)
+    assert all(parts.rolled.count(uid) >= 2 for uid in (2, 4, 11))
+
+
+@pytest.mark.parametrize("max_staleness", [1, 4])
+def test_an_asynchronous_run_outlives_its_rollout_workers_within_the_bound(tmp_path, max_staleness):
+    parts = run(tmp_path, lambda uid: [1, 0], deadly=[3, 9], lost=[1, 10, 17], **{
+        "driver.max_staleness": max_staleness, "driver.num_steps": 5, "rollout.num_workers": 2})
+    assert not parts.deadly and not parts.lost
+    assert sorted(uid for batch in parts.trained for uid in batch) == [*range(20)]
+    assert all(line["driver/staleness_max"] <= max_staleness for line in read_lines(tmp_path / METRICS))
+
+
+def test_an_evaluation_outlives_a_rollout_worker(tmp_path):
+    run(tmp_path, lambda uid: [1, 0], deadly=[2, 8], **{"eval.every": 1})
+    lines = read_lines(tmp_path / EVAL)
+    assert [(line["step"], line["eval/prompts"], line["eval/failed"]) for line in lines] == [
+        (step, 9, 0) for step in range(4)]

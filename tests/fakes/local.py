@@ -1,142 +1,207 @@
-"""Actor groups of objects in this process, and the smallest rooms that a loop can run on.
+"""The smallest actors that a loop can run on, all of them made in this process.
 
-Gives:  `LocalGroup`; `policy_rooms`: a sampler of made groups, a scorer by table, a reference and a trainer that note
-        what they are given.
+Gives:  `Parts`: engines, reward worker, reference and trainer in one object, which notes what it is given; `train`: the
+        real loop on the real rollout workers, stages, ranks and supervisor, over such parts.
+Knows:  what a method raises reaches its caller as from a real actor.
 """
 
 from __future__ import annotations
 
 import asyncio
-import inspect
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
-from flux_ray.driver.rooms import PolicyRooms
 
-from flux_ray.cluster.group import ActorError
+from flux_ray.cluster.group import Members
+from flux_ray.cluster.supervisor import OnDeath, Supervisor
 from flux_ray.config import Config
-from flux_ray.records import FINISH_STOP, Prompt, RolloutGroup, ScoredGroup, StepReport, Trajectory
-from flux_ray.rollout.engine import RolloutEngine
+from flux_ray.data import PromptSource
+from flux_ray.driver.drop_stats import DropStats
+from flux_ray.driver.evaluation import Evaluation
+from flux_ray.driver.ledger import Ledger
+from flux_ray.driver.loop import Loop
+from flux_ray.driver.ranks import Ranks
+from flux_ray.driver.stages import Stages
+from flux_ray.driver.staleness import Bound
+from flux_ray.driver.versions import Versions
+from flux_ray.messages import GroupAt, Orders
+from flux_ray.records import (
+    FINISH_STOP,
+    Completion,
+    LoopState,
+    Prompt,
+    Responses,
+    RolloutGroup,
+    Sampled,
+    SamplingRequest,
+    ScoredGroup,
+    Scores,
+    StepReport,
+)
+from flux_ray.rollout.worker import RolloutWorker
+from flux_ray.run.holder import Holder
+from flux_ray.run.recorder import Recorder
+from flux_ray.run.training import Training
+from tests.fakes.actors import LocalGroup
 
-
-class LocalGroup:
-    """Obeys cluster.group.ActorGroup."""
-
-    def __init__(self, role: str, objects: list[Any]) -> None:
-        self.role, self._objects = role, objects
-
-    @property
-    def size(self) -> int:
-        return len(self._objects)
-
-    def submit(self, index: int, method: str, *args: Any, num_returns: int = 1, **kwargs: Any) -> Any:
-        async def run() -> Any:
-            result = getattr(self._objects[index], method)(*args, **kwargs)
-            return await result if inspect.isawaitable(result) else result
-
-        task = asyncio.ensure_future(run())
-        if num_returns == 1:
-            return task
-
-        async def part(i: int) -> Any:
-            return (await task)[i]
-
-        return [asyncio.ensure_future(part(i)) for i in range(num_returns)]
-
-    async def result(self, reference: Any, *, index: int, what: str, deadline_s: float) -> Any:
-        try:
-            async with asyncio.timeout(deadline_s):
-                return await reference
-        except ArithmeticError as error:
-            raise ActorError(f"{self.role} {index}: {what}: {error}", role=self.role, index=index) from error
-
-    def cancel(self, reference: Any) -> None:
-        reference.cancel()
-
-    async def call(self, index: int, method: str, *args: Any, deadline_s: float, **kwargs: Any) -> Any:
-        started = self.submit(index, method, *args, **kwargs)
-        return await self.result(started, index=index, what=method, deadline_s=deadline_s)
-
-    async def call_watched(
-        self, index: int, method: str, *args: Any, what: str, deadline_s: float, patience_s: float
-    ) -> Any:
-        return await self.result(self.submit(index, method, *args), index=index, what=what, deadline_s=deadline_s)
-
-    def incarnation(self, index: int) -> Any:
-        return self._objects[index]
-
-    async def call_all(self, method: str, *args: Any, deadline_s: float, **kwargs: Any) -> list[Any]:
-        return [await self.call(i, method, *args, deadline_s=deadline_s, **kwargs) for i in range(self.size)]
+NUM_WORDS = 97
 
 
 @dataclass
 class Parts:
-    """Engine, reward worker, reference and trainer in one object, and what each of them saw."""
+    """What each of them saw. A prompt of an evaluation is noted by its place there, as if it were a uid."""
 
     rewards_of: Any  # uid ► rewards of its samples, or an ArithmeticError to raise
-    version: int = 0
-    rolled: list[int] = field(default_factory=list)
-    abandoned: list[int] = field(default_factory=list)  # whose request was cancelled
     seconds_of: Any = None  # Prompt ► how long its request takes; at once where it isn't given
+    deadly: set[int] = field(default_factory=set)  # uids whose worker dies as an engine gets their first request
+    lost: set[int] = field(default_factory=set)  # uids whose worker dies as the trainer first asks for their arrays
+    version: int = -1  # that the engines serve
+    step: int = 0  # of that
+    published: list[tuple[int, int]] = field(default_factory=list)  # version, step
+    rolled: list[int] = field(default_factory=list)
+    abandoned: list[int] = field(default_factory=list)  # whose request was cancelled while the run went on
+    ended: bool = False
     sampled: dict[int, list[int]] = field(default_factory=dict)  # uid ► the sampled token of each sample
     referenced: list[int] = field(default_factory=list)
     trained: list[list[int]] = field(default_factory=list)
+    saved: list[str] = field(default_factory=list)
+    holder: Holder = field(default_factory=Holder)  # the trainer's
+    assigned: dict[int, tuple[Prompt, int]] = field(default_factory=dict)  # by seed: a part, and who carries it
 
-    async def roll(self, prompt: Prompt, temperature: float | None) -> tuple[RolloutGroup, dict[str, int]]:
-        self.rolled.append(prompt.uid)
-        try:
-            await asyncio.sleep(self.seconds_of(prompt) if self.seconds_of else 0)
-        except asyncio.CancelledError:
-            self.abandoned.append(prompt.uid)
-            raise
-        mask = np.array([False, False, True])
-        versions = np.where(mask, self.version, -1).astype(np.int32)
-        samples = [Trajectory(np.array([1, 2, (prompt.seed + i) % 97], np.int32), mask, np.zeros(3, np.float32),
-                              versions, 2, FINISH_STOP) for i in range(prompt.num_samples)]
-        return RolloutGroup(prompt, tuple(samples)), {"num_tokens": prompt.num_samples, "num_spanning": 0}
+    async def meet(self, members: Members) -> None:
+        self.holder.members = members
 
-    async def join(self, prompt: Prompt, rolled: list[Any]) -> tuple[RolloutGroup, bool]:
-        parts = [await part for part in rolled]
-        return RolloutEngine.join(self, prompt, parts)  # type: ignore[arg-type]  # it needs nothing of an engine
+    async def context_length(self) -> int:
+        return 10**6
 
-    async def score(self, rolled: Any) -> ScoredGroup:
-        group = await rolled
-        rewards = self.rewards_of(group.prompt.uid)
+    async def generate(self, request: SamplingRequest) -> Sampled:
+        if not request.first:  # a probe's
+            prompt, worker = self.assigned[request.seed]
+            self.rolled.append(prompt.uid)
+            if prompt.uid in self.deadly:
+                self.deadly.remove(prompt.uid)
+                self.holder.members.of("rollout")[worker].kill()
+            try:
+                await asyncio.sleep(self.seconds_of(prompt) if self.seconds_of else 0)
+            except asyncio.CancelledError:
+                self.abandoned += [] if self.ended else [prompt.uid]
+                raise
+        one, version = np.zeros(1, np.float32), np.full(1, self.version, np.int32)
+        tokens = [np.full(1, (request.seed + i) % NUM_WORDS, np.int32) for i in range(request.n)]
+        return Sampled(tuple(Completion(token, one, version, FINISH_STOP) for token in tokens), self.step)
+
+    async def score(self, responses: Responses) -> Scores:
+        rewards = self.rewards_of(_noted(responses.prompt.uid))
         if isinstance(rewards, ArithmeticError):
             raise rewards
-        values, size = np.array(rewards, float), len(rewards)
-        return ScoredGroup(group.prompt.uid, values, values, {"made": values}, np.full(size, 3), np.full(size, 1),
-                           np.zeros(size, bool), group.trajectories[0].oldest_version)
+        values = np.array(rewards, float)
+        return Scores(values, values, {"made": values})
 
-    async def logprobs_and_done(self, rolled: Any) -> tuple[list[np.ndarray], bool]:
-        group = await rolled
-        self.referenced.append(group.prompt.uid)
-        return [np.zeros(3, np.float32) for _ in group.trajectories], True
+    async def group_logprobs(self, groups: Sequence[RolloutGroup]) -> list[list[np.ndarray]]:
+        self.referenced += [group.prompt.uid for group in groups]
+        return [[np.zeros(t.num_tokens, np.float32) for t in group.trajectories] for group in groups]
 
-    async def train_step(self, *, groups: Any, scores: list[ScoredGroup], version: int, **_: Any) -> StepReport:
-        self.trained.append([score.uid for score in scores])
-        for group in [await rolled for rolled in groups]:
-            self.sampled[group.prompt.uid] = [int(t.token_ids[-1]) for t in group.trajectories]
-        return StepReport(version + 1, {"actor/loss": 0.5})
+    async def hold(self, groups: Sequence[GroupAt]) -> list[GroupAt]:
+        for at in groups:
+            if at.uid in self.lost:
+                self.lost.remove(at.uid)
+                self.holder.members.of("rollout")[at.worker].kill()
+        return await self.holder.hold(groups)
 
-    async def decode(self, rolled: Any) -> list[str]:
-        return ["text" for _ in (await rolled).trajectories]
+    def train_held(self, scores: Sequence[ScoredGroup], *, step: int, versions: Sequence[int]) -> StepReport:
+        assert (self.version, self.step) == (versions[-1], step), "it was published before it is trained on"
+        uids = [score.uid for score in scores]
+        self.trained.append(uids)
+        for uid, held in zip(uids, self.holder.held(uids), strict=True):
+            assert held.group.prompt.uid == uid and held.reference_logprobs is not None
+            self.sampled[uid] = [int(t.token_ids[-1]) for t in held.group.trajectories]
+        return StepReport(step + 1, {"actor/loss": 0.5})
 
-    async def probe(self, prompt: Prompt) -> tuple[RolloutGroup, bool]:
-        group, _ = await self.roll(prompt, None)
-        return group, True
-
-    def logprob_gap(self, groups: list[RolloutGroup]) -> tuple[float, float]:
-        return 0.0, float(len(groups))
-
-    def publish(self, version: int) -> list[str]:
-        self.version = version
+    def publish(self, version: int, step: int) -> list[str]:
+        self.version, self.step = version, step
+        self.published.append((version, step))
         return [str(version)]
 
+    def logprob_gap(self) -> tuple[float, float]:
+        versions = {t.newest_version for group in self.holder.groups for t in group.trajectories}
+        assert versions == {self.version}, "what was probed is the present version"
+        return 0.0, float(len(self.holder.groups))
 
-def policy_rooms(config: Config, parts: Parts) -> PolicyRooms:
-    roles = {role: LocalGroup(role, [parts]) for role in ("reward", "reference", "trainer")}
-    roles["engine"] = LocalGroup("engine", [parts] * config.rollout.num_engines)
-    return PolicyRooms(config, engines=roles["engine"], rewards=roles["reward"], reference=roles["reference"],
-                       trainer=roles["trainer"])
+    def save_checkpoint(self, folder: str) -> None:
+        self.saved.append(folder)
+
+
+def _noted(uid: int) -> int:
+    return uid if uid >= 0 else -1 - uid
+
+
+class Tokenizer:
+    """All says the same."""
+
+    def batch_decode(self, ids: list[Any], **_: Any) -> list[str]:
+        return ["text"] * len(ids)
+
+
+class Worker(RolloutWorker):
+    """The real one; it notes whose requests the engines will get."""
+
+    def __init__(self, config: Config, index: int, parts: Parts) -> None:
+        super().__init__(config, index=index, tokenizer_path="", most_groups=1)
+        self._number, self._parts = index, parts
+
+    @staticmethod
+    def _load_tokenizer(path: str) -> Any:
+        return Tokenizer()
+
+    async def order(self, orders: Orders) -> None:
+        for assignment in orders.assignments:
+            prompt = replace(assignment.prompt, uid=_noted(assignment.prompt.uid))
+            self._parts.assigned[prompt.seed] = prompt, self._number
+        await super().order(orders)
+
+    def die(self) -> None:
+        for key in list(self.carried):
+            self.forget(key)
+
+
+async def train(config: Config, parts: Parts, *, prompts: PromptSource, recorder: Recorder, start: LoopState) -> None:
+    """All steps, with evaluations on the same prompts where eval.every asks for them. Raises what ends the run."""
+    supervisor = Supervisor(start_deadline_s=5)
+    groups: dict[str, Any] = {
+        "engine": LocalGroup("engine", lambda index: parts, config.rollout.num_engines),
+        "rollout": LocalGroup("rollout", lambda index: Worker(config, index, parts), config.rollout.num_workers or 1),
+        "reward": LocalGroup("reward", lambda index: parts, 1),
+        "reference": LocalGroup("reference", lambda index: parts, 1),
+        "trainer": LocalGroup("trainer", lambda index: parts, 1),
+    }
+    for role, group in groups.items():
+        replaced = role == "rollout"
+        supervisor.add(group, OnDeath.REPLACE if replaced else OnDeath.END_RUN, informed=role != "reference")
+    await supervisor.begin()
+    loop = make_loop(config, groups, supervisor, prompts=prompts, recorder=recorder, start=start)
+    training = asyncio.ensure_future(Training(config, loop, recorder, trained=[groups["trainer"]],
+                                              progress=supervisor.progress).run())
+    await asyncio.wait({training, supervisor.failure}, return_when=asyncio.FIRST_COMPLETED)
+    parts.ended = True
+    supervisor.close()
+    if supervisor.failure.done():
+        training.cancel()
+        raise supervisor.failure.result()
+    training.result()
+
+
+def make_loop(config: Config, groups: dict[str, Any], supervisor: Supervisor, *, prompts: PromptSource,
+              recorder: Recorder, start: LoopState) -> Loop:
+    bound = Bound(config.batch.prompts_per_step, config.driver.max_staleness, config.filter.oversample)
+    ledger = Ledger(bound, DropStats(config, total=start.prompts_dropped), num_steps=config.driver.num_steps,
+                    num_parts=min(config.rollout.split_groups, config.rollout.group_size), next_uid=start.next_uid,
+                    unfinished=start.unfinished)
+    stages = Stages(config, ledger, workers=groups["rollout"], supervisor=supervisor, warn=recorder.warn_of,
+                    step=start.step)
+    loop = Loop(config, stages=stages, ranks=Ranks(config, trainer=groups["trainer"], critic=None), prompts=prompts,
+                versions=Versions(max_staleness=config.driver.max_staleness, highest=start.version))
+    if config.eval.every:
+        loop.evaluation = Evaluation(config, prompts, stages)
+    return loop

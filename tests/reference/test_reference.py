@@ -1,4 +1,4 @@
-"""The frozen policy: right numbers, several groups in one forward, failures go to whoever asked."""
+"""The frozen policy: right numbers, those who wait are answered together, failures go to whoever asked."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def wanted(hf: torch.nn.Module, group: RolloutGroup) -> list[np.ndarray]:
     return rows
 
 
-async def test_groups_that_wait_share_a_forward(tmp_path) -> None:
+async def test_groups_that_wait_are_answered_together(tmp_path) -> None:
     reference = CountingReference(tiny_model(tmp_path, tied=True), max_tokens=10_000)
     reference.gate.clear()
     groups = [rollout_group(uid) for uid in range(5)]
@@ -66,6 +66,18 @@ async def test_groups_that_wait_share_a_forward(tmp_path) -> None:
         for row, want in zip(rows, wanted(hf, group), strict=True):
             assert row.dtype == np.float32
             np.testing.assert_allclose(row, want, atol=1e-5)
+
+
+async def test_log_probs_do_not_depend_on_who_asks_at_the_same_moment(tmp_path) -> None:
+    """To the last bit, or the same seed would not give the same run."""
+    reference = CountingReference(tiny_model(tmp_path, tied=True), max_tokens=10_000)
+    groups = [scoring_samples([rollout_group(uid)]) for uid in range(5)]
+    alone = [await asyncio.wait_for(reference.logprobs(samples), 30) for samples in groups]
+    together = await asyncio.wait_for(asyncio.gather(*(reference.logprobs(samples) for samples in groups)), 30)
+    assert reference.forwards == [[4]] * 5 + [[4] * 5]
+    for one, other in zip(alone, together, strict=True):
+        for row, again in zip(one, other, strict=True):
+            np.testing.assert_array_equal(row, again)
 
 
 async def test_the_token_budget_bounds_a_forward(tmp_path) -> None:

@@ -7,28 +7,38 @@ import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from flux_ray.config import Config, DataConfig, RewardConfig, RolloutConfig
-from flux_ray.records import Prompt, RolloutGroup, Trajectory
+from flux_ray.cluster.group import Members
+from flux_ray.config import Config, DataConfig, RewardConfig, RolloutConfig, from_dict
+from flux_ray.messages import Assignment, GroupReady, Orders, PartGenerated
+from flux_ray.records import Completion, Prompt, RolloutGroup, Sampled, Trajectory
 from flux_ray.reward.calls import BAD_RESULT, RAISED, TIMED_OUT, RewardError
 from flux_ray.reward.worker import RewardWorker
+from flux_ray.rollout.scoring import responses_of, scored_group
+from flux_ray.rollout.worker import RolloutWorker
 from flux_ray.toy.addition import CHARACTERS, character_tokenizer
+from tests.fakes.actors import LocalGroup
 
 pytestmark = pytest.mark.unit
 
 EOS = 1
+STEP, VERSION = 3, 8  # a run that went back to a step has published more versions than it has done steps
+TOKENIZER = PreTrainedTokenizerFast(
+    tokenizer_object=character_tokenizer(CHARACTERS), pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
+)
 
 
-@pytest.fixture(scope="module")
-def tokenizer_path(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tokenizer")
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=character_tokenizer(CHARACTERS), pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
-    )
-    tokenizer.save_pretrained(folder)
-    return str(folder)
+def responses_to(group):
+    """What a reward worker is given of the group, by a rollout worker."""
+    ids = [t.token_ids[t.prompt_length :].tolist() for t in group.trajectories]
+    return responses_of(group, TOKENIZER.batch_decode(ids, skip_special_tokens=True), STEP)
 
 
-def make_group(texts, *, prompt="12+30=", columns=None, versions=None, truncated=()):
+async def scored_by(worker, group):
+    """The ScoredGroup, as a rollout worker makes it of what the reward worker says."""
+    return scored_group(group, await worker.score(responses_to(group)))
+
+
+def make_group(texts, *, uid=9, prompt="12+30=", columns=None, versions=None, truncated=()):
     """A group whose responses are `texts`, each with its end token but for those truncated."""
     ids = {character: number for number, character in enumerate(CHARACTERS, start=3)}
     start = [ids[character] for character in "12+30="]
@@ -36,7 +46,7 @@ def make_group(texts, *, prompt="12+30=", columns=None, versions=None, truncated
     for place, text in enumerate(texts):
         response = [ids[character] for character in text] + ([] if place in truncated else [EOS])
         mask = np.array([False] * len(start) + [True] * len(response))
-        version = versions[place] if versions else 3
+        version = versions[place] if versions else VERSION
         trajectories.append(
             Trajectory(
                 token_ids=np.array(start + response, np.int32),
@@ -48,12 +58,12 @@ def make_group(texts, *, prompt="12+30=", columns=None, versions=None, truncated
             )
         )
     columns = {"answer": "42"} if columns is None else columns
-    row = Prompt(9, 4, prompt, np.array(start, np.int32), columns, len(texts), 1)
+    row = Prompt(uid, 4, prompt, np.array(start, np.int32), columns, len(texts), 1)
     return RolloutGroup(row, tuple(trajectories))
 
 
 @pytest.fixture
-def score(tokenizer_path, tmp_path):
+def score(tmp_path):
     """Score a group by functions of a file (or by rules), with the reward's knobs."""
 
     def run(group, code="", data=None, **knobs):
@@ -62,7 +72,7 @@ def score(tokenizer_path, tmp_path):
         knobs["functions"] = [name if name.isidentifier() else f"{path}{name}" for name in knobs.get("functions", [])]
         rollout = RolloutConfig(max_tokens=knobs.pop("max_tokens", 256))
         config = Config(reward=RewardConfig(**knobs), data=data or DataConfig(), rollout=rollout)
-        return asyncio.run(RewardWorker(config, tokenizer_path=tokenizer_path).score(group))
+        return asyncio.run(scored_by(RewardWorker(config), group))
 
     return run
 
@@ -126,7 +136,7 @@ def by_ids(completion_ids, **kwargs):
 def accuracy(completions, solution, log_extra=None, **kwargs):
     log_extra("solution", list(solution))
     kwargs["log_metric"]("seen", len(solution))
-    assert kwargs["trainer_state"].global_step == 3
+    assert kwargs["trainer_state"].global_step == 3, "the step, whatever version it was published as"
     assert "completion" not in kwargs and kwargs["level"] == ["easy", "easy"]
     contents = [completion[0]["content"] for completion in completions]
     return [1.0 if content == right else 0.0 for content, right in zip(contents, solution)]
@@ -195,23 +205,23 @@ def test_a_failure_names_function_row_sample_and_cause(score, keyword, body, kin
     assert (str(again), again.kind) == (str(error.value), kind)
 
 
-def test_a_late_call_does_not_hold_up_the_next_one(tokenizer_path, tmp_path):
+def test_a_late_call_does_not_hold_up_the_next_one(tmp_path):
     (tmp_path / "mine.py").write_text(
         "import time\ndef f(completions):\n    time.sleep(30 if completions == ['1'] else 0)\n    return [1.0]\n"
     )
     config = Config(reward=RewardConfig(functions=[f"{tmp_path}/mine.py:f"], deadline_s=1.0))
-    worker = RewardWorker(config, tokenizer_path=tokenizer_path)
+    worker = RewardWorker(config)
 
     async def both():
         groups = [make_group(["1"]), make_group(["2"])]
-        return await asyncio.gather(*(worker.score(group) for group in groups), return_exceptions=True)
+        return await asyncio.gather(*(scored_by(worker, group) for group in groups), return_exceptions=True)
 
     late, scored = asyncio.run(both())
     assert isinstance(late, RewardError) and late.kind == TIMED_OUT
     assert scored.rewards.tolist() == [1]
 
 
-def test_an_async_function_that_blocks_harms_no_other(tokenizer_path, tmp_path):
+def test_an_async_function_that_blocks_harms_no_other(tmp_path):
     """Each call's time counts from its own beginning, though they share a loop; one that blocks it for good is late
     alone, and those behind it and after it are answered by a loop of their own."""
     (tmp_path / "mine.py").write_text(
@@ -219,34 +229,34 @@ def test_an_async_function_that_blocks_harms_no_other(tokenizer_path, tmp_path):
         "    time.sleep({'1': 0.4, '2': 30}.get(completions[0], 0))\n    return [1.0]\n"
     )
     config = Config(reward=RewardConfig(functions=[f"{tmp_path}/mine.py:f"], deadline_s=1.0))
-    worker = RewardWorker(config, tokenizer_path=tokenizer_path)
+    worker = RewardWorker(config)
 
     async def all_of_them():
-        slow = await asyncio.gather(*(worker.score(make_group(["1"])) for _ in range(4)))  # 1.6 s together
+        slow = await asyncio.gather(*(scored_by(worker, make_group(["1"])) for _ in range(4)))  # 1.6 s together
         groups = [make_group([text]) for text in ("2", "3", "3")]
-        behind = await asyncio.gather(*(worker.score(group) for group in groups), return_exceptions=True)
-        return slow, behind, await worker.score(make_group(["3"]))
+        behind = await asyncio.gather(*(scored_by(worker, group) for group in groups), return_exceptions=True)
+        return slow, behind, await scored_by(worker, make_group(["3"]))
 
     slow, (late, *behind), after = asyncio.run(all_of_them())
     assert [scored.rewards.tolist() for scored in (*slow, *behind, after)] == [[1]] * 7
     assert isinstance(late, RewardError) and late.kind == TIMED_OUT
 
 
-def test_functions_that_are_not_async_take_turns(tokenizer_path, tmp_path):
+def test_functions_that_are_not_async_take_turns(tmp_path):
     (tmp_path / "mine.py").write_text(
         "import time\nRUNNING = []\ndef f(completions):\n    RUNNING.append(1)\n    time.sleep(0.01)\n"
         "    at_once = len(RUNNING)\n    RUNNING.pop()\n    return [at_once]\n"
     )
     config = Config(reward=RewardConfig(functions=[f"{tmp_path}/mine.py:f"]))
-    worker = RewardWorker(config, tokenizer_path=tokenizer_path)
+    worker = RewardWorker(config)
 
     async def many():
-        return await asyncio.gather(*(worker.score(make_group(["1"])) for _ in range(5)))
+        return await asyncio.gather(*(scored_by(worker, make_group(["1"])) for _ in range(5)))
 
     assert [scored.rewards.tolist() for scored in asyncio.run(many())] == [[1]] * 5
 
 
-def test_a_cancelled_call_leaves_the_line_and_a_running_one_keeps_its_turn_to_its_end(tokenizer_path, tmp_path):
+def test_a_cancelled_call_leaves_the_line_and_a_running_one_keeps_its_turn_to_its_end(tmp_path):
     (tmp_path / "mine.py").write_text(
         "import time\nRUNNING, CALLED = [], []\ndef f(completions):\n    CALLED.append(completions[0])\n"
         "    RUNNING.append(1)\n    time.sleep(0.3)\n    at_once = len(RUNNING)\n    RUNNING.pop()\n"
@@ -255,8 +265,8 @@ def test_a_cancelled_call_leaves_the_line_and_a_running_one_keeps_its_turn_to_it
     config = Config(reward=RewardConfig(functions=[f"{tmp_path / 'mine.py'}:f"]))
 
     async def three():
-        worker = RewardWorker(config, tokenizer_path=tokenizer_path)
-        first, second, third = (asyncio.create_task(worker.score(make_group([text]))) for text in "123")
+        worker = RewardWorker(config)
+        first, second, third = (asyncio.create_task(scored_by(worker, make_group([text]))) for text in "123")
         await asyncio.sleep(0.1)  # into the first one's call
         first.cancel()
         second.cancel()
@@ -267,9 +277,46 @@ def test_a_cancelled_call_leaves_the_line_and_a_running_one_keeps_its_turn_to_it
     assert scored.rewards.tolist() == [21.0], "the second was never called, and the first ran alone to its end"
 
 
-def test_decode_gives_the_responses_without_special_tokens(tokenizer_path):
-    worker = RewardWorker(Config(), tokenizer_path=tokenizer_path)
-    assert worker.decode(make_group(["42", "7+", ""])) == ["42", "7+", ""]
+class Says:
+    """An engine that gives each sample of a prompt its response."""
+
+    def __init__(self, *texts):
+        self.sampled = [t.token_ids[t.prompt_length :] for t in make_group(texts).trajectories]
+
+    async def context_length(self):
+        return 256
+
+    async def generate(self, request):
+        completions = [Completion(ids, np.zeros(len(ids), np.float32), np.full(len(ids), VERSION, np.int32), "stop")
+                       for ids in self.sampled[: request.n]]
+        return Sampled(tuple(completions), STEP)
+
+
+async def test_what_is_sampled_reaches_rewards_without_special_tokens(tmp_path):
+    """A rollout worker decodes each response once, for its rewards and for people."""
+    (tmp_path / "mine.py").write_text(
+        "def f(prompts, completions, completion_ids, trainer_state):\n"
+        "    assert trainer_state.global_step == 3 and [len(ids) for ids in completion_ids] == [3, 3, 1]\n"
+        "    return [float(['42', '7+', ''].index(text)) for text in completions]\n"
+    )
+    TOKENIZER.save_pretrained(tmp_path / "tokenizer")
+    config = from_dict({"reward.functions": [f"{tmp_path}/mine.py:f"], "rollout.group_size": 3})
+    groups = {"engine": LocalGroup("engine", lambda index: Says("42", "7+", ""), 1),
+              "reward": LocalGroup("reward", lambda index: RewardWorker(config), 1),
+              "rollout": LocalGroup("rollout", lambda index: RolloutWorker(
+                  config, index=index, tokenizer_path=str(tmp_path / "tokenizer"), most_groups=1), 1)}
+    worker = groups["rollout"][0].object
+    await worker.meet(Members(1, {role: tuple(group) for role, group in groups.items()}))
+    prompt = make_group(["42", "7+", ""]).prompt
+    await worker.order(Orders(assignments=[Assignment(prompt, attempt=0, engine=0, group_size=3)]))
+    news = []
+    async with asyncio.timeout(30):
+        while not any(isinstance(one, GroupReady) for one in news):
+            news += await worker.news()
+    (generated, ready) = news
+    assert isinstance(generated, PartGenerated) and generated.num_tokens == 3 + 3 + 1
+    assert ready.scored.rewards.tolist() == [0, 1, 2] and ready.scored.num_loss_tokens.tolist() == [3, 3, 1]
+    assert await worker.texts([(prompt.uid, 0)]) == ["42"]
 
 
 def test_a_hanging_reward_is_a_daemon_thread(score):
@@ -293,3 +340,147 @@ def test_a_logged_metric_never_takes_the_place_of_a_reward(score):
     assert scored.rewards.tolist() == scored.task_rewards.tolist() == [1, 1]
     assert scored.parts["mine"].tolist() == [1, 1] and scored.parts["overlong"].tolist() == [0, 0]
     assert scored.parts["other"].tolist() == [7, 7]
+
+
+GATED_CODE = """
+import asyncio
+from pathlib import Path
+HERE = Path(__file__).parent
+async def f(completions):
+    (HERE / f"began {completions[0]}").touch()
+    while not (HERE / f"open {completions[0]}").exists():
+        await asyncio.sleep(0.005)
+    return [1.0]
+"""
+
+
+@pytest.fixture
+def gated(tmp_path):
+    """A worker whose reward is given as soon as the test opens the gate of that text, and what has begun there."""
+    (tmp_path / "mine.py").write_text(GATED_CODE)
+    worker = RewardWorker(Config(reward=RewardConfig(functions=[f"{tmp_path}/mine.py:f"])))
+
+    class Gates:
+        def score(self, text):
+            return asyncio.create_task(worker.score(responses_to(make_group([text], uid=int(text)))))
+
+        def score_alone(self, text):
+            return asyncio.create_task(worker.score_alone(responses_to(make_group([text], uid=int(text)))))
+
+        def begun_alone(self, text):
+            return asyncio.create_task(worker.begun_alone(int(text)))
+
+        def open(self, *texts):
+            for text in texts:
+                (tmp_path / f"open {text}").touch()
+
+        async def began(self, text):
+            """Waits until the function has been called with that text."""
+            for _ in range(3000):
+                if (tmp_path / f"began {text}").exists():
+                    return
+                await asyncio.sleep(0.01)
+            raise AssertionError(f"{text} has not begun")
+
+        async def has_not_begun(self, text):
+            """It has had the time to, and does not."""
+            await asyncio.sleep(0.5)
+            return not (tmp_path / f"began {text}").exists()
+
+    return Gates()
+
+
+async def rewards_of(*scorings):
+    async with asyncio.timeout(30):
+        return [scores.rewards.tolist() for scores in await asyncio.gather(*scorings)]
+
+
+async def test_who_is_scored_alone_waits_for_those_that_run_and_others_wait_for_it(gated):
+    running = [gated.score("1"), gated.score("2")]
+    await gated.began("1")
+    await gated.began("2")
+    alone, begun = gated.score_alone("3"), gated.begun_alone("3")
+    await asyncio.sleep(0)
+    later = gated.score("4")
+    gated.open("1", "4")
+    assert await rewards_of(running[0]) == [[1]]
+    assert await gated.has_not_begun("3") and not begun.done(), "one of those before it still runs"
+    assert await gated.has_not_begun("4"), "it came after"
+    gated.open("2")
+    await gated.began("3")
+    assert begun.done(), "whoever waits is told before users' code begins"
+    assert await gated.has_not_begun("4"), "nobody is scored beside it"
+    gated.open("3")
+    assert await rewards_of(running[1], alone, later) == [[1]] * 3
+
+
+async def test_who_fails_alone_lets_others_go_on(tmp_path):
+    (tmp_path / "mine.py").write_text("def f(completions): return [1 / (completions[0] != '1')]")
+    worker = RewardWorker(Config(reward=RewardConfig(functions=[f"{tmp_path}/mine.py:f"])))
+    alone = asyncio.create_task(worker.score_alone(responses_to(make_group(["1"]))))
+    await asyncio.sleep(0)
+    other = asyncio.create_task(worker.score(responses_to(make_group(["2"]))))
+    with pytest.raises(RewardError, match="ZeroDivisionError"):
+        await asyncio.wait_for(alone, 30)
+    assert await rewards_of(other) == [[1]]
+
+
+@pytest.mark.parametrize("begins", [True, False])
+async def test_who_is_cancelled_alone_lets_others_go_on(gated, begins):
+    """While it is scored, and while it still waits for its turn."""
+    running = gated.score("1")
+    await gated.began("1")
+    alone, begun = gated.score_alone("2"), gated.begun_alone("2")
+    await asyncio.sleep(0)
+    later = gated.score("3")
+    gated.open("3")
+    if begins:
+        gated.open("1")
+        await gated.began("2")
+    assert await gated.has_not_begun("3")
+    alone.cancel()
+    assert await rewards_of(later) == [[1]]
+    gated.open("1")
+    assert await rewards_of(running) == [[1]]
+    assert alone.cancelled() and begun.done() == begins, "who never had the process to itself is not told as having had"
+
+
+async def test_two_are_each_scored_alone(gated):
+    one, other, begun = gated.score_alone("1"), gated.score_alone("2"), gated.begun_alone("2")
+    await gated.began("1")
+    later = gated.score("3")
+    assert await gated.has_not_begun("2") and not begun.done()
+    gated.open("1", "3")
+    await gated.began("2")
+    assert later.done() or await gated.has_not_begun("3"), "it is scored before or after, and not beside"
+    gated.open("2")
+    assert await rewards_of(one, other, later) == [[1]] * 3
+
+
+async def test_who_was_scored_alone_before_has_to_begin_again(gated):
+    """An evaluation's groups have the same uids each time: an innocent one must not be told as guilty."""
+    gated.open("1")
+    assert await rewards_of(gated.score_alone("1")) == [[1]]
+    running = gated.score("2")
+    await gated.began("2")
+    again, begun = gated.score_alone("1"), gated.begun_alone("1")
+    await asyncio.sleep(0.1)
+    assert not begun.done(), "another one runs, which may end the process"
+    gated.open("2")
+    assert await rewards_of(running, again) == [[1]] * 2
+    assert begun.done()
+
+
+async def test_who_waited_for_one_alone_is_not_overtaken_by_the_next(gated):
+    """What waited is scored beside nobody that is to be alone."""
+    one = gated.score_alone("1")
+    await gated.began("1")
+    waited = gated.score("2")
+    await asyncio.sleep(0)
+    gated.open("1")
+    assert await rewards_of(one) == [[1]]
+    other = gated.score_alone("3")
+    await gated.began("2")
+    assert await gated.has_not_begun("3")
+    gated.open("2", "3")
+    assert await rewards_of(waited, other) == [[1]] * 2

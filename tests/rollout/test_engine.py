@@ -6,25 +6,73 @@ import threading
 import numpy as np
 import psutil
 import pytest
+import pytest_asyncio
 import torch
 import transformers
 
-from flux_ray.records import FINISH_LENGTH, FINISH_STOP, Prompt
+from flux_ray.cluster.group import Members
+from flux_ray.messages import Assignment, GroupAt, GroupReady, Orders
+from flux_ray.protocols import ServesWeights
+from flux_ray.records import FINISH_LENGTH, FINISH_STOP, Prompt, RolloutGroup, SamplingRequest, Scores
 from flux_ray.rollout.dispatch import split
-from flux_ray.rollout.engine import CPU_BATCHED_TOKENS, PROBE_SAMPLES, RolloutEngine
+from flux_ray.rollout.engine import CPU_BATCHED_TOKENS, RolloutEngine
 from flux_ray.rollout.functions import Turns
+from flux_ray.rollout.generate import Limits, PromptGenerate
+from flux_ray.rollout.sampling import PROBE_SAMPLES, Sampling
+from flux_ray.rollout.worker import RolloutWorker
 from flux_ray.weights import sender
 from flux_ray.weights.publish import Publisher
+from tests.fakes.actors import LocalActor, LocalGroup
 from tests.rollout.conftest import TEMPERATURE
-from tests.tiny import EOS_ID
+from tests.tiny import EOS_ID, tiny_tokenizer
 
 pytestmark = [pytest.mark.system, pytest.mark.asyncio(loop_scope="session")]
 
 MAX_GAP = 2e-5  # of log-probs between engine and transformers, in fp32
+OWNER = "rollout 0 #1"
 
 
 def prompt_of(tokens, *, num_samples=4, seed=7):
     return Prompt(0, 0, "", np.array(tokens, np.int32), {}, num_samples, seed)
+
+
+class Rolls:
+    """What a rollout worker does with an engine."""
+
+    def __init__(self, served):
+        self.config, self.actor = served.config, LocalActor("engine", 0, lambda index: served.engine)
+        self.members = Members(1, {"engine": (self.actor,)})
+        self.sampling = Sampling(served.config, tokenizer=tiny_tokenizer(), tokenizer_path=str(served.path))
+
+    async def roll_and_step(self, prompt):
+        assignment = Assignment(prompt, 0, 0, prompt.num_samples)
+        trajectories, step = await self.sampling.sample(assignment, self.members, OWNER)
+        return RolloutGroup(prompt, tuple(trajectories)), step
+
+    async def roll(self, prompt):
+        return (await self.roll_and_step(prompt))[0]
+
+    async def probe(self, prompt):
+        return await self.sampling.probe(prompt, 0, self.members, OWNER)
+
+    async def generate_of(self, prompt):
+        """What a rollout function of a user's is given."""
+        limits = Limits(self.config.rollout.max_tokens, await self.actor.object.context_length(), 60.0)
+        return PromptGenerate(prompt, self.actor, limits, TEMPERATURE, tiny_tokenizer(), OWNER)
+
+    async def no_request_is_left(self):
+        for _ in range(100):
+            if not self.actor.object._engine.output_processor.has_unfinished_requests():
+                return True
+            await asyncio.sleep(0.02)
+        return False
+
+
+@pytest_asyncio.fixture(loop_scope="session")
+async def rolls(served):
+    rolls = Rolls(served)
+    await rolls.sampling.start(rolls.members)
+    return rolls
 
 
 def largest_gap(model, trajectories, *, from_version=None):
@@ -64,7 +112,7 @@ class Wire:
 
     def _call(self, method, payloads):
         (payload,) = payloads
-        calling = asyncio.run_coroutine_threadsafe(getattr(self._engine, method)(*payload), self._loop)
+        calling = asyncio.run_coroutine_threadsafe(getattr(self._engine, method.__name__)(*payload), self._loop)
         return [calling.result(timeout=30)]
 
     async def connect(self):
@@ -75,8 +123,10 @@ class Wire:
     def is_shared(self):
         return self._publisher._engine._wire.shared
 
-    async def publish(self, version):
-        assert await asyncio.to_thread(self._publisher.publish, version) == [str(version)]
+    async def publish(self, version, step=None):
+        """`step`: updates that these weights had; the version's number where none is given."""
+        step = version if step is None else step
+        assert await asyncio.to_thread(self._publisher.publish, version, step) == [str(version)]
 
 
 @pytest.fixture
@@ -91,69 +141,106 @@ def perturb(model, seed):
             p.add_(0.05 * p.std() * torch.randn(p.shape, generator=generator) if p.numel() > 1 else 0)
 
 
-async def test_logprobs_repeats_and_ends(served, model):
+async def test_logprobs_repeats_and_ends(rolls, model):
     prompt = prompt_of([5, 6, 7, 8])
-    group, numbers = await served.engine.roll(prompt)
-    again, _ = await served.engine.roll(prompt)
-    others = [served.engine.roll(prompt_of([9, 9, i + 3], seed=100 * i)) for i in range(8)]
-    beside = (await asyncio.gather(served.engine.roll(prompt), *others))[0][0]
+    group = await rolls.roll(prompt)
+    again = await rolls.roll(prompt)
+    others = [rolls.roll(prompt_of([9, 9, i + 3], seed=100 * i)) for i in range(8)]
+    beside = (await asyncio.gather(rolls.roll(prompt), *others))[0]
 
     assert largest_gap(model, group.trajectories) < MAX_GAP
     for repeat in (again, beside):
         for a, b in zip(group.trajectories, repeat.trajectories, strict=True):
             np.testing.assert_array_equal(a.token_ids, b.token_ids)
             np.testing.assert_array_equal(a.sampler_logprobs, b.sampler_logprobs)
-    assert numbers["num_tokens"] == sum(t.num_loss_tokens for t in group.trajectories)
     assert len({t.token_ids.tobytes() for t in group.trajectories}) > 1, "samples of a group have seeds of their own"
 
 
-async def test_a_group_drawn_in_parts_is_the_group_drawn_at_once(served):
-    """Whatever engine draws a part: its samples have the group's seeds."""
+class Worthless:
+    """A reward worker."""
+
+    async def score(self, responses):
+        self.responses, zeros = responses, np.zeros(len(responses.texts))
+        return Scores(zeros, zeros, {})
+
+
+async def test_a_group_drawn_in_parts_is_the_group_drawn_at_once(served, rolls):
+    """Whatever engine draws a part: its samples have the group's seeds. The rollout worker joins them."""
     prompt = prompt_of([5, 6, 7, 8], num_samples=5, seed=70)
-    whole, _ = await served.engine.roll(prompt)
-    parts = await asyncio.gather(*(served.engine.roll(part) for part in split(prompt, 3)))
-    joined, _ = served.engine.join(prompt, [part for part, _ in parts])
-    assert joined.prompt is prompt
+    whole = await rolls.roll(prompt)
+    rewards = LocalGroup("reward", lambda index: Worthless(), 1)
+    workers = LocalGroup("rollout", lambda index: RolloutWorker(
+        served.config, index=index, tokenizer_path=str(served.path), most_groups=1), 1)
+    worker = workers[0].object
+    await worker.meet(Members(1, {**rolls.members.actors, "reward": tuple(rewards), "rollout": tuple(workers)}))
+    parts = [Assignment(part, 0, 0, prompt.num_samples) for part in split(prompt, 3)]
+    await worker.order(Orders(assignments=[parts[1], parts[2], parts[0]]))
+    news = []
+    async with asyncio.timeout(60):
+        while not any(isinstance(one, GroupReady) for one in news):
+            news += await worker.news()
+    generated = {one.seed: one.num_tokens for one in news[:-1]}
+    lengths = [t.num_loss_tokens for t in whole.trajectories]
+    assert generated == {70: sum(lengths[:2]), 72: sum(lengths[2:4]), 74: lengths[4]}
+    ((joined, _),) = await worker.give([GroupAt(0, prompt.uid, 0)])
+    assert (joined.prompt.uid, joined.prompt.seed, joined.prompt.num_samples) == (prompt.uid, 70, 5)
     for a, b in zip(whole.trajectories, joined.trajectories, strict=True):
         np.testing.assert_array_equal(a.token_ids, b.token_ids)
         np.testing.assert_array_equal(a.sampler_logprobs, b.sampler_logprobs)
+    seen = rewards[0].object.responses
+    texts = tiny_tokenizer().batch_decode(seen.response_ids, skip_special_tokens=True)
+    assert list(seen.texts) == texts and seen.num_loss_tokens.tolist() == lengths
 
 
-async def test_a_request_that_is_cancelled_leaves_the_engine(served):
-    rolling = asyncio.create_task(served.engine.roll(prompt_of([5, 6], num_samples=64)))
+async def test_a_request_that_is_cancelled_leaves_the_engine(rolls):
+    rolling = asyncio.create_task(rolls.roll(prompt_of([5, 6], num_samples=64)))
     await asyncio.sleep(0.02)
     rolling.cancel()
     with pytest.raises(asyncio.CancelledError):
         await rolling
-    assert not served.engine._engine.output_processor.has_unfinished_requests()
+    assert await rolls.no_request_is_left()
 
 
-async def test_a_probe_waits_for_a_place_and_not_for_those_that_wait_longer(served):
+async def test_requests_of_those_that_are_no_member_any_more_leave_the_engine(served, rolls):
+    """Their rollout worker has died, and another stands in its place: nobody waits for them."""
+    living = LocalActor("rollout", 0, lambda index: None)
+    asked = [SamplingRequest(np.array([5, 6], np.int32), 32, seed, TEMPERATURE, 48, owner=owner)
+             for seed, owner in enumerate(["rollout 0 #dead", living.incarnation])]
+    dead, going_on = [asyncio.create_task(served.engine.generate(request)) for request in asked]
+    await asyncio.sleep(0.05)
+    await served.engine.meet(Members(2, {"rollout": (living,)}))
+    with pytest.raises(asyncio.CancelledError):
+        await dead
+    assert len((await going_on).completions) == 32
+    assert await rolls.no_request_is_left()
+
+
+async def test_a_probe_waits_for_a_place_and_not_for_those_that_wait_longer(rolls):
     """Four groups, of which the engine runs one at a time: the trainer is not to wait for all of them."""
     ended = []
 
     async def one(seed):
-        await served.engine.roll(prompt_of([5, 6, 7], num_samples=64, seed=1000 * seed))
+        await rolls.roll(prompt_of([5, 6, 7], num_samples=64, seed=1000 * seed))
         ended.append(seed)
 
     groups = [asyncio.create_task(one(seed)) for seed in range(4)]
     await asyncio.sleep(0.02)
-    probed, _ = await served.engine.probe(prompt_of([5, 6, 7]))
+    probed = await rolls.probe(prompt_of([5, 6, 7]))
     assert len(ended) <= 1 and len(probed.trajectories) == PROBE_SAMPLES
     await asyncio.gather(*groups)
 
 
-async def test_more_prompt_tokens_than_one_forward_takes(served, model):
+async def test_more_prompt_tokens_than_one_forward_takes(rolls, model):
     """Seeded requests whose prefill would be cut in two: on CPU that ends vLLM's engine, so none is cut."""
     prompts = [prompt_of([3 + (i + j) % 50 for j in range(400)], num_samples=1, seed=i) for i in range(40)]
     assert sum(len(p.token_ids) for p in prompts) > CPU_BATCHED_TOKENS
-    groups = await asyncio.gather(*(served.engine.roll(prompt) for prompt in prompts))
-    assert largest_gap(model, [t for group, _ in groups for t in group.trajectories]) < MAX_GAP
+    groups = await asyncio.gather(*(rolls.roll(prompt) for prompt in prompts))
+    assert largest_gap(model, [t for group in groups for t in group.trajectories]) < MAX_GAP
 
 
-async def test_the_end_token_belongs_to_the_response_and_a_cut_one_has_none(served):
-    groups = await asyncio.gather(*(served.engine.roll(prompt_of([5, i + 3], seed=i * 1000)) for i in range(30)))
-    trajectories = [t for group, _ in groups for t in group.trajectories]
+async def test_the_end_token_belongs_to_the_response_and_a_cut_one_has_none(served, rolls):
+    groups = await asyncio.gather(*(rolls.roll(prompt_of([5, i + 3], seed=i * 1000)) for i in range(30)))
+    trajectories = [t for group in groups for t in group.trajectories]
     ended = [t for t in trajectories if t.finish_reason == FINISH_STOP]
     cut = [t for t in trajectories if t.finish_reason == FINISH_LENGTH]
     assert ended and cut
@@ -164,7 +251,7 @@ async def test_the_end_token_belongs_to_the_response_and_a_cut_one_has_none(serv
 
 @pytest.mark.parametrize("staged", [False, True, None])
 @pytest.mark.parametrize("shared", [False, True, "elsewhere"])
-async def test_every_update_reaches_the_tied_head(served, model, staged, shared, monkeypatch):
+async def test_every_update_reaches_the_tied_head(served, rolls, model, staged, shared, monkeypatch):
     """Through memory of this machine, and through gloo alone, as between machines; staged where it costs nothing."""
     if shared != True:  # noqa: E712
         memory = {False: lambda num_bytes: None, "elsewhere": lambda num_bytes: ("not-here", torch.empty(num_bytes))}
@@ -175,22 +262,25 @@ async def test_every_update_reaches_the_tied_head(served, model, staged, shared,
     assert served.engine._staged == (wire.is_shared if staged is None else staged)
     for version in (1, 2, 3):
         perturb(model, version)
-        await wire.publish(version)
-        group, _ = await served.engine.roll(prompt_of([5, 6, 7], seed=version))
+        await wire.publish(version, step=version + 40)
+        group, step = await rolls.roll_and_step(prompt_of([5, 6, 7], seed=version))
         assert largest_gap(model, group.trajectories) < MAX_GAP
+        assert step == version + 40, "the updates that it had, whatever its number"
         assert all((t.versions[t.loss_mask] == version).all() for t in group.trajectories)
 
 
 @pytest.mark.parametrize("staged", [False, True])
-async def test_a_running_request_goes_on_under_the_new_weights(served, model, staged):
+async def test_a_running_request_goes_on_under_the_new_weights(served, rolls, model, staged):
     wire = Wire(served, model, staged=staged)
     await wire.connect()
-    await wire.publish(10)
-    rolls = [asyncio.create_task(served.engine.roll(prompt_of([5, 6, i + 3], seed=50 * i))) for i in range(40)]
+    await wire.publish(10, step=3)
+    rolling = [asyncio.create_task(rolls.roll_and_step(prompt_of([5, 6, i + 3], seed=50 * i))) for i in range(40)]
     await asyncio.sleep(0.05)  # into the generation; how far does not matter, the versions tell
     perturb(model, 11)
-    await wire.publish(11)
-    trajectories = [t for group, _ in await asyncio.gather(*rolls) for t in group.trajectories]
+    await wire.publish(11, step=4)
+    rolled = await asyncio.gather(*rolling)
+    assert all(step == max(t.newest_version for t in group.trajectories) - 7 for group, step in rolled), "the newest's"
+    trajectories = [t for group, _ in rolled for t in group.trajectories]
     spanning = [t for t in trajectories if t.newest_version == 11]
     assert spanning, "the update came after every request had ended"
     assert any(t.oldest_version == 10 for t in spanning), "no request was running when the update came"
@@ -199,7 +289,7 @@ async def test_a_running_request_goes_on_under_the_new_weights(served, model, st
     assert largest_gap(model, spanning, from_version=11) < MAX_GAP
 
 
-async def test_a_second_turn_after_a_tool(served, model):
+async def test_a_second_turn_after_a_tool(served, rolls, model):
     """Two turns: the policy speaks, a tool answers, the policy goes on, for so long as it is let. Only the policy's
     tokens are trained on."""
     tool_ids = [20, 21, 22]
@@ -217,14 +307,13 @@ async def test_a_second_turn_after_a_tool(served, model):
 
     wire = Wire(served, model)
     await wire.connect()
-    await wire.publish(20)
-    served.engine._rollout, single = with_tool, served.engine._rollout
-    try:
-        group, _ = await served.engine.roll(prompt_of([5, 6], seed=3))
-        again, _ = await served.engine.roll(prompt_of([5, 6], seed=3))
-    finally:
-        served.engine._rollout = single
-    for t, repeat in zip(group.trajectories, again.trajectories, strict=True):
+    await wire.publish(20, step=19)
+    prompt = prompt_of([5, 6], seed=3)
+    generate = await rolls.generate_of(prompt)
+    trajectories = await with_tool(prompt, generate)
+    assert generate.step == 19
+    again = await with_tool(prompt, await rolls.generate_of(prompt))
+    for t, repeat in zip(trajectories, again, strict=True):
         np.testing.assert_array_equal(t.token_ids, repeat.token_ids)
         response = t.token_ids[t.prompt_length:]
         unmasked = response[~t.loss_mask[t.prompt_length:]]
@@ -232,15 +321,15 @@ async def test_a_second_turn_after_a_tool(served, model):
         second_turn = t.loss_mask[np.flatnonzero(~t.loss_mask)[-4] + 1:]   # after the first answer of the tool
         assert second_turn.sum() <= 3
         assert (t.sampler_logprobs[~t.loss_mask] == 0).all() and (t.versions[~t.loss_mask] == -1).all()
-    assert largest_gap(model, group.trajectories) < MAX_GAP
+    assert largest_gap(model, trajectories) < MAX_GAP
 
 
-async def test_an_engine_that_nobody_sends_to_gives_up_by_its_deadline(served, model):
+async def test_an_engine_that_nobody_sends_to_gives_up_by_its_deadline(served, rolls, model):
     """A sender that dies before the send: the wait ends by itself, and a new connection works again."""
     publisher = Publisher(ModelWeights(model), rank=0, backend="gloo", bucket_bytes=8192, deadline_s=2.0)
 
     def nobody_answers(method, payloads):
-        if method == "init_weight_transfer_engine":
+        if method is ServesWeights.init_weight_transfer_engine:
             threading.Event().wait(0.1)
         return [None]
 
@@ -250,7 +339,7 @@ async def test_an_engine_that_nobody_sends_to_gives_up_by_its_deadline(served, m
     wire = Wire(served, model)
     await wire.connect()
     await wire.publish(30)
-    group, _ = await served.engine.roll(prompt_of([5, 6, 7]))
+    group = await rolls.roll(prompt_of([5, 6, 7]))
     assert largest_gap(model, group.trajectories) < MAX_GAP
 
 
@@ -273,10 +362,10 @@ async def test_a_call_that_vllm_holds_when_it_dies_fails_soon(served):
         await engine.close()
 
 
-async def test_a_rollout_that_gives_up_by_itself_is_not_told_as_late(served, monkeypatch):
+async def test_a_rollout_that_gives_up_by_itself_is_not_told_as_late(rolls, monkeypatch):
     async def gives_up(prompt, generate):
         raise TimeoutError("the tool did not answer")
 
-    monkeypatch.setattr(served.engine, "_rollout", gives_up)
+    monkeypatch.setattr(rolls.sampling, "_function", gives_up)
     with pytest.raises(TimeoutError, match=r"^the tool did not answer$"):
-        await served.engine.roll(prompt_of([5, 6, 7]))
+        await rolls.roll(prompt_of([5, 6, 7]))

@@ -1,4 +1,4 @@
-"""Rollouts by themselves: the documentation's calculator, and the registry."""
+"""Rollouts by themselves: the documentation's calculator, the registry, and what an engine is asked for them."""
 
 from __future__ import annotations
 
@@ -8,8 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from flux_ray.records import FINISH_LENGTH, FINISH_STOP, Completion, Prompt
-from flux_ray.rollout.functions import get_rollout, register_rollout
+from flux_ray.cluster.group import Members
+from flux_ray.config import from_dict
+from flux_ray.errors import UserError
+from flux_ray.messages import Assignment
+from flux_ray.records import FINISH_LENGTH, FINISH_STOP, Completion, Prompt, Sampled, SamplingRequest
+from flux_ray.rollout.functions import get_rollout, register_rollout, single_turn
+from flux_ray.rollout.generate import Limits, PromptGenerate
+from flux_ray.rollout.sampling import PROBE_SAMPLES, Sampling
+from tests.fakes.actors import LocalActor
 from tests.tiny import tiny_tokenizer
 
 pytestmark = pytest.mark.unit
@@ -70,31 +77,129 @@ def test_a_name_is_taken_once():
         register_rollout("made for this test")(other)
 
 
-def test_every_call_of_a_rollout_draws_afresh():
+class Noted:
+    """An engine that notes what it is asked, and answers each with one token of the newest version."""
+
+    def __init__(self, *, answers_after_s: float = 0.0) -> None:
+        self.asked: list[SamplingRequest] = []
+        self.cancelled = 0
+        self._answers_after_s = answers_after_s
+
+    async def context_length(self) -> int:
+        return 20
+
+    async def generate(self, request: SamplingRequest) -> Sampled:
+        self.asked.append(request)
+        try:
+            await asyncio.sleep(self._answers_after_s)
+        except asyncio.CancelledError:
+            self.cancelled += 1
+            raise
+        one = Completion(np.array([5], np.int32), np.zeros(1, np.float32), np.array([7], np.int32), FINISH_STOP)
+        return Sampled((one,) * request.n, step=10 - len(self.asked))
+
+    @property
+    def seeds(self) -> list[int]:
+        """As vLLM gives them to the samples of one request."""
+        return [seed for request in self.asked for seed in range(request.seed, request.seed + request.n)]
+
+
+def made_prompt(*, num_samples: int = 4, length: int = 1) -> Prompt:
+    return Prompt(0, 2, "a", np.full(length, 5, np.int32), {}, num_samples, 100)
+
+
+def generate_of(engine: Noted, prompt: Prompt, **limits) -> PromptGenerate:
+    limits = Limits(**{"max_tokens": 8, "context_length": 20, "deadline_s": 10.0, **limits})
+    return PromptGenerate(prompt, LocalActor("engine", 0, lambda index: engine), limits, 0.9, None, "rollout 0 #1")
+
+
+async def test_every_call_of_a_rollout_draws_afresh():
     """A turn that is drawn for the whole group counts as one of each sample: their next has other seeds."""
-    from flux_ray.rollout.engine import _Generate
+    engine, prompt = Noted(), made_prompt()
+    generate = generate_of(engine, prompt)
+    await generate(prompt.token_ids, n=4)
+    for sample in range(4):
+        await generate(prompt.token_ids, sample=sample)
+    await generate(prompt.token_ids, n=2, sample=1)
+    await generate(prompt.token_ids, n=2, sample=2)
+    assert len(engine.seeds) == len(set(engine.seeds)) == 12 and engine.seeds[:4] == [100, 101, 102, 103]
 
-    seeds: list[int] = []
 
-    class Engine:
-        tokenizer = None
+async def test_a_turn_has_what_is_left_of_the_response_and_of_the_engines_context():
+    engine, prompt = Noted(), made_prompt(length=10)
+    generate = generate_of(engine, prompt)
+    await generate(prompt.token_ids)                              # 8 of the response, 10 of the context
+    await generate(np.full(13, 5, np.int32))                      # 3 are used
+    await generate(np.full(13, 5, np.int32), max_tokens=2)
+    await generate_of(engine, prompt, context_length=15)(np.full(13, 5, np.int32))
+    assert [request.max_tokens for request in engine.asked] == [8, 5, 2, 2]
+    for full in (await generate(np.full(18, 5, np.int32), n=2),
+                 await generate_of(engine, prompt, context_length=15)(np.full(15, 5, np.int32), n=2)):
+        assert [(turn.num_tokens, turn.finish_reason) for turn in full] == [(0, FINISH_LENGTH)] * 2
+    assert len(engine.asked) == 4, "an engine is not asked for an empty turn"
 
-        def room_for(self, num_tokens, *, prompt_length):
-            return 8
 
-        async def generate(self, token_ids, *, n, seed, temperature, max_tokens):
-            seeds.extend(range(seed, seed + n))  # as vLLM gives them to the samples of one request
-            return []
+async def test_an_engine_is_told_the_tokens_the_temperature_and_who_asks():
+    engine, prompt = Noted(), made_prompt()
+    generate = generate_of(engine, prompt)
+    await generate([5, 6, 7], n=3)
+    await generate([5], sample=1)
+    (asked, _) = engine.asked
+    assert asked.token_ids.tolist() == [5, 6, 7] and asked.token_ids.dtype == np.int32
+    assert (asked.n, asked.temperature, asked.owner, asked.first) == (3, 0.9, "rollout 0 #1", False)
+    assert generate.step == 9, "of the newest policy that answered, and not of the last"
 
-    prompt = Prompt(0, 0, "a", np.array([5], np.int32), {}, 4, 100)
 
-    async def rollout():
-        generate = _Generate(Engine(), prompt, 1.0)
-        await generate(prompt.token_ids, n=4)
-        for sample in range(4):
-            await generate(prompt.token_ids, sample=sample)
-        await generate(prompt.token_ids, n=2, sample=1)
-        await generate(prompt.token_ids, n=2, sample=2)
+def sampling_over(engine: Noted, **options) -> tuple[Sampling, Members]:
+    config = from_dict({"rollout.max_tokens": 8, "rollout.temperature": 0.9, **options})
+    members = Members(1, {"engine": (LocalActor("engine", 0, lambda index: engine),)})
+    return Sampling(config, tokenizer=tiny_tokenizer(), tokenizer_path="unused"), members
 
-    asyncio.run(rollout())
-    assert len(seeds) == len(set(seeds)) == 12 and seeds[:4] == [100, 101, 102, 103]
+
+async def test_a_rollout_that_takes_too_long_is_told_with_its_engine_and_its_row():
+    engine = Noted(answers_after_s=30.0)
+    sampling, members = sampling_over(engine, **{"rollout.deadline_s": 0.2})
+    await sampling.start(members)
+    late = r"^engine 0: prompt row 3 \(from 1\) took longer than rollout\.deadline_s=0\.2 s$"
+    with pytest.raises(TimeoutError, match=late):
+        await sampling.sample(Assignment(made_prompt(), 0, 0, 4), members, "rollout 0 #1")
+    await asyncio.sleep(0.05)
+    assert engine.cancelled == len(engine.asked) == 1, "nobody waits for its request any more"
+
+
+async def test_a_rollout_that_gives_up_by_itself_is_not_told_as_late(monkeypatch):
+    async def gives_up(prompt, generate):
+        raise TimeoutError("the tool did not answer")
+
+    sampling, members = sampling_over(Noted())
+    await sampling.start(members)
+    monkeypatch.setattr(sampling, "_function", gives_up)
+    with pytest.raises(TimeoutError, match=r"^the tool did not answer$"):
+        await sampling.sample(Assignment(made_prompt(), 0, 0, 4), members, "rollout 0 #1")
+
+
+async def test_a_rollout_that_gives_another_number_of_trajectories_is_refused(monkeypatch):
+    async def gives_one(prompt, generate):
+        return (await single_turn(prompt, generate))[:1]
+
+    sampling, members = sampling_over(Noted())
+    await sampling.start(members)
+    monkeypatch.setattr(sampling, "_function", gives_one)
+    with pytest.raises(UserError, match=r"^rollout\.function=single_turn gave 1 trajectories for row 3 \(from 1\); it "
+                                        r"must give prompt\.num_samples=4$"):
+        await sampling.sample(Assignment(made_prompt(), 0, 0, 4), members, "rollout 0 #1")
+
+
+async def test_an_evaluation_has_a_temperature_of_its_own_and_a_probe_goes_first():
+    engine = Noted()
+    sampling, members = sampling_over(engine)
+    await sampling.start(members)
+    trajectories, step = await sampling.sample(Assignment(made_prompt(), 0, 0, 4), members, "rollout 0 #1")
+    assert len(trajectories) == 4 and step == 9
+    await sampling.sample(Assignment(made_prompt(), 0, 0, 4, temperature=0.0, evaluates=True), members, "rollout 0 #1")
+    probed = await sampling.probe(made_prompt(length=18), 0, members, "rollout 0 #1")
+    sampled, evaluated, probe = engine.asked
+    assert (sampled.temperature, evaluated.temperature) == (0.9, 0.0) and not sampled.first
+    assert (probe.first, probe.temperature, probe.owner) == (True, 0.9, "rollout 0 #1")
+    assert (probe.n, probe.max_tokens) == (PROBE_SAMPLES, 2), "no more tokens than the engine has a place for"
+    assert len(probed.trajectories) == PROBE_SAMPLES

@@ -10,7 +10,7 @@ import pytest
 
 from flux_ray.__main__ import main
 from flux_ray.config import from_dict
-from flux_ray.driver.preflight import prepare
+from flux_ray.run.prepare import prepare
 from tests.tiny import tiny_model
 
 pytestmark = pytest.mark.unit

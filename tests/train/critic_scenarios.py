@@ -47,8 +47,8 @@ def critic(rank: Rank, **overrides: Any) -> Critic:
                   master_address="127.0.0.1", master_port=rank.port, device="cpu")
 
 
-def step(model: Critic, groups: Sequence[RolloutGroup], version: int = 0) -> dict[str, float]:
-    return model.train_step(groups=groups, scores=[scored(g) for g in groups], version=version,
+def step(model: Critic, groups: Sequence[RolloutGroup], done: int = 0) -> dict[str, float]:
+    return model.train_step(groups=groups, scores=[scored(g) for g in groups], step=done,
                             values=[old_values_of(g) for g in groups], returns=[returns_of(g) for g in groups]).metrics
 
 
@@ -84,7 +84,7 @@ def resume(rank: Rank) -> dict[str, Any]:
     again.load_checkpoint(rank.folder / "critic_checkpoint")
     resumed = step(again, groups_of(rank, SECOND), 1)
     rank.write("critic_resumed", weights(again))
-    return {"went_on": went_on, "resumed": resumed, "updates": again.engine.num_updates, "version": again.version}
+    return {"went_on": went_on, "resumed": resumed, "updates": again.engine.num_updates, "step": again.step}
 
 
 def policy(rank: Rank) -> dict[str, Any]:
@@ -93,14 +93,14 @@ def policy(rank: Rank) -> dict[str, Any]:
     groups = groups_of(rank, FIRST)
     given = {"groups": groups, "scores": [scored(g) for g in groups], "reference_logprobs": None,
              "values": [old_values_of(g) for g in groups]}
-    returns, report = trainer.returns_and_train_step(**given, version=0)
+    report = trainer.train_step(**given, step=0)
     rank.write("returns", {f"{g.prompt.uid}.{i}": torch.from_numpy(row)
-                           for g, of in zip(groups, returns, strict=True) for i, row in enumerate(of)})
+                           for g, of in zip(groups, trainer.returns, strict=True) for i, row in enumerate(of)})
     trainer.config = replace(trainer.config, critic=CriticConfig(warmup_steps=5))
     before = weights(trainer)
-    still = trainer.train_step(**given, version=1)
+    still = trainer.train_step(**given, step=1)
     moved = any(not torch.equal(w, before[name]) for name, w in weights(trainer).items())
-    return {"metrics": report.metrics, "warm_up": still.metrics, "moved": moved, "version": still.version}
+    return {"metrics": report.metrics, "warm_up": still.metrics, "moved": moved, "step": still.step}
 
 
 def policy_with_adapter(rank: Rank) -> dict[str, Any]:
@@ -110,12 +110,12 @@ def policy_with_adapter(rank: Rank) -> dict[str, Any]:
     groups = groups_of(rank, FIRST)
     given = {"groups": groups, "scores": [scored(g) for g in groups], "reference_logprobs": None,
              "values": [old_values_of(g) for g in groups]}
-    steps = [trainer.train_step(**given, version=version).metrics for version in range(2)]
+    steps = [trainer.train_step(**given, step=done).metrics for done in range(2)]
     coefs = []
     for warmup_steps in (5, 0):
         trainer.config = replace(trainer.config, critic=CriticConfig(warmup_steps=warmup_steps),
                                  algo=replace(trainer.config.algo, kl_target=100.0, kl_horizon=100.0))
-        trainer.train_step(**given, version=2)
+        trainer.train_step(**given, step=2)
         coefs.append(trainer.kl_coef)
     return {"steps": steps, "coefs": coefs}
 

@@ -105,11 +105,13 @@ class Rank:
             trainer.accumulate(**part)
         return trainer.train_step(**last)
 
-    def part(self, trainer: Trainer, uids: tuple[int, ...], spoil: int = -1) -> dict[str, Any]:
-        groups = [rollout_group(uid, version=trainer.version) for uid in uids]
+    def part(self, trainer: Trainer, uids: tuple[int, ...], spoil: int = -1, *, version: int | None = None,
+             ) -> dict[str, Any]:
+        """`version`: that sampled the groups, where it is not the step's own number."""
+        groups = [rollout_group(uid, version=trainer.step if version is None else version) for uid in uids]
         reference = [[row + (np.nan if g.prompt.uid == spoil else 0) for row in reference_logprobs(g)] for g in groups]
         return {"groups": groups, "scores": [scored(g) for g in groups], "reference_logprobs": reference,
-                "version": trainer.version}
+                "step": trainer.step}
 
     def write(self, name: str, tensors: dict[str, torch.Tensor]) -> None:
         if self.rank == 0:
@@ -191,11 +193,20 @@ def lora_saved(rank: Rank) -> dict[str, Any]:
     trainer = rank.trainer(model="untied", train__zero_stage=3, train__lora=LORA)
     fill(trainer)
     groups = [rollout_group(uid) for uid in ((0, 1, 2) if rank.rank == 0 else (3,))]
-    report = trainer.train_step(groups=groups, scores=[scored(g) for g in groups], reference_logprobs=None, version=0)
+    report = trainer.train_step(groups=groups, scores=[scored(g) for g in groups], reference_logprobs=None, step=0)
     trainer.save_model(rank.folder / "lora" / "model")
     rows = trainer.reference_logprobs(scoring_samples(groups), temperature=0.7)
     rank.write("reference_lora", {str(i): torch.from_numpy(row) for i, row in enumerate(rows)})
     return report.metrics
+
+
+def published_again(rank: Rank) -> list[dict[str, float]]:
+    """A first step whose groups are of a version that holds its weights too, and one where it does not."""
+    measured = []
+    for versions in ([0, 9], None):
+        trainer = rank.trainer()
+        measured.append(trainer.train_step(**rank.part(trainer, FIRST, version=9), versions=versions).metrics)
+    return measured
 
 
 def resume(rank: Rank, name: str, **overrides: Any) -> dict[str, Any]:
@@ -213,7 +224,7 @@ def resumed(rank: Rank, name: str, saved: str, **overrides: Any) -> dict[str, An
     trainer.load_checkpoint(rank.folder / f"checkpoint_{saved}")
     report = rank.step(trainer, SECOND)
     rank.write(f"resumed_{name}", weights(trainer))
-    return report.metrics | {"version": report.version}
+    return report.metrics | {"step": report.step}
 
 
 def saved_model(rank: Rank, model: str) -> dict[str, Any]:
@@ -310,6 +321,7 @@ def one_rank(rank: Rank) -> dict[str, Any]:
         "resumed_elsewhere": resumed(rank, "elsewhere", "3"), "lora": lora(rank, "one"),
         "lora_first": lora(rank, "first", from_zero=True),
         "lora_checkpointing": lora(rank, "checkpointing", train__gradient_checkpointing=True),
+        "published_again": published_again(rank),
     }
 
 

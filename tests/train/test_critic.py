@@ -73,7 +73,7 @@ def test_values_and_gradient(folder, two, stage):
 
 def test_resume_is_exact(folder, two):
     assert two["resume"]["resumed"] == two["resume"]["went_on"]
-    assert (two["resume"]["updates"], two["resume"]["version"]) == (8, 2)
+    assert (two["resume"]["updates"], two["resume"]["step"]) == (8, 2)
     went_on, again = (load_file(folder / f"critic_{name}.safetensors") for name in ("went_on", "resumed"))
     assert "score.weight" in again and all(np.array_equal(again[name], w) for name, w in went_on.items())
     hf = AutoModelForSequenceClassification.from_pretrained(folder / "critic").state_dict()
@@ -102,7 +102,7 @@ def test_the_policy_leaves_the_returns_of_gae(folder, two):
 
 
 def test_in_the_warm_up_the_policy_stays_as_it_is(two):
-    assert two["policy"]["moved"] is False and two["policy"]["version"] == 2
+    assert two["policy"]["moved"] is False and two["policy"]["step"] == 2
     assert "actor/loss" not in two["policy"]["warm_up"]
 
 

@@ -97,10 +97,19 @@ def test_metrics_do_not_depend_on_ranks(two: dict, one: dict, name: str) -> None
         assert got[metric] > 0
 
 
+def test_the_gap_to_the_sampler_is_of_samples_of_the_present_steps_weights(one: dict) -> None:
+    """Whatever version they were published as: a run that went back to a step has published it more than once."""
+    again, of_another_step = one["published_again"]
+    assert again == one["one"]
+    gap = {name for name in again if name.startswith("weights/logprob_gap")}
+    assert gap and not gap & of_another_step.keys()
+    assert of_another_step == {name: value for name, value in again.items() if name not in gap}
+
+
 @pytest.mark.parametrize("name", [*STAGES, "bf16"])
 def test_resume_is_exact(folder: Path, two: dict, name: str) -> None:
     reports = two["resume_bf16"] if name == "bf16" else two["resume"][name]
-    assert reports["resumed"].pop("version") == 2
+    assert reports["resumed"].pop("step") == 2
     assert reports["resumed"] == reports["went_on"]
     went_on, again = tensors_of(folder, f"went_on_{name}"), tensors_of(folder, f"resumed_{name}")
     assert all(torch.equal(again[k], went_on[k]) for k in went_on)
@@ -122,7 +131,7 @@ def test_resume_with_another_world_size_and_stage(folder: Path, two: dict, one: 
 def test_resume_with_an_adapter_is_exact(folder: Path, two: dict, stage: str) -> None:
     """Dropout included; its checkpoint holds the factors alone."""
     reports = two["resume_lora"][stage]
-    assert reports["resumed"].pop("version") == 2
+    assert reports["resumed"].pop("step") == 2
     assert reports["resumed"] == reports["went_on"]
     went_on, again = tensors_of(folder, f"went_on_lora_{stage}"), tensors_of(folder, f"resumed_lora_{stage}")
     assert all(torch.equal(again[k], went_on[k]) for k in went_on)

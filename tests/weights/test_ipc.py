@@ -37,6 +37,7 @@ def test_handles_arrive_as_they_were(sent):
 def test_the_sender_s_client_makes_them_plain():
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
+    from flux_ray.protocols import ServesWeights
     from flux_ray.weights.gloo import register
     from flux_ray.weights.publish import EngineClient
 
@@ -46,7 +47,7 @@ def test_the_sender_s_client_makes_them_plain():
     client = EngineClient(lambda method, payloads: calls.append((method, payloads)) or [], [1, 1])
     client.update_weights({**UPDATE, "ipc_handles": {"GPU-1": ARGUMENTS}})
     ((method, payloads),) = calls
-    assert method == "update_weights" and len(payloads) == 2
+    assert method is ServesWeights.update_weights and len(payloads) == 2
     assert payloads[0][0]["ipc_handles"]["GPU-1"][4:6] == ["TypedStorage", "uint8"]
 
 

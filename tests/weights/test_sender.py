@@ -14,7 +14,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from flux_ray.protocols import ServesWeights
 from flux_ray.weights.buckets import Announcement, Param, buckets, size_of, unpack
+from flux_ray.weights.publish import EngineClient, Publisher
 from flux_ray.weights.sender import GlooSender
 from flux_ray.weights.source import TrainerSource
 from flux_ray.weights.wire import Wire, join_group, map_memory
@@ -164,10 +166,43 @@ def test_a_bucket_is_packed_while_the_one_before_is_on_its_way(shared, monkeypat
     assert did == (all_on_their_way if shared else one_on_its_way)
 
 
+def test_every_engine_is_told_version_and_step_and_says_what_it_serves():
+    calls = []
+
+    def call(method, payloads):
+        calls.append((method, payloads))
+        return ["7"] * len(payloads) if "finish" in method.__name__ else [None] * len(payloads)
+
+    client = EngineClient(call, [1, 1, 1])
+    client.version, client.step = 7, 5
+    client.begin_weight_update({"names": ["a"]})
+    client.finish_weight_update()
+    client.finish_staged_update(2)
+    assert calls == [(ServesWeights.begin_weight_update, [({"names": ["a"]},)] * 3),
+                     (ServesWeights.finish_weight_update, [(7, 5)] * 3),
+                     (ServesWeights.finish_staged_update, [(2, 7, 5)] * 3)]
+    assert client.served == ["7"] * 3
+
+
+def test_an_engines_first_worker_comes_after_all_workers_of_those_before_it():
+    infos = []
+    client = EngineClient(lambda method, payloads: infos.extend(info for (info,) in payloads) or [], [2, 1, 4])
+    client.init_weight_transfer_engine({"rank_offset": 1, "world_size": 8})
+    assert [info["rank_offset"] for info in infos] == [1, 3, 4]
+
+
+def test_a_rank_without_an_end_of_the_wire_joins_the_gathers_alone():
+    gathered = []
+    weights = SimpleNamespace(iter_weights=lambda bucket_bytes: (gathered.append(name) for name in "ab"))
+    publisher = Publisher(weights, rank=1, backend="gloo", bucket_bytes=1, deadline_s=1.0)
+    publisher.connect(None, workers_per_engine=[1], address="127.0.0.1", port=0, wire_dtype="float32")
+    assert publisher.publish(version=3, step=2) == [] and gathered == ["a", "b"]
+
+
 def test_a_training_rank_needs_no_vllm_where_weights_go_by_gloo():
     """Its import costs every start seconds of a core, and the rank's process its memory."""
     code = ("import sys; sys.modules['vllm'] = None\n"
-            "import flux_ray.driver.roles, flux_ray.weights.publish as publish\n"
+            "import flux_ray.run.actors, flux_ray.weights.publish as publish\n"
             "publish.Publisher(None, rank=0, backend='gloo', bucket_bytes=1, deadline_s=1.0).prepare()")
     done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

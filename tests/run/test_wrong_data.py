@@ -6,11 +6,12 @@ import json
 from typing import Any
 
 import pytest
-from flux_ray.driver.preflight import Prepared, prepare
 
 from flux_ray.config import from_dict, preset
 from flux_ray.data import GroupSource, PairSource, SftSource
 from flux_ray.errors import UserError
+from flux_ray.offline.data import OfflineData
+from flux_ray.run.prepare import Prepared, prepare
 from tests.tiny import tiny_model
 
 pytestmark = pytest.mark.unit
@@ -70,8 +71,8 @@ def test_what_is_evaluated_must_be_of_the_same_kind(prepared, tmp_path):
 ])
 def test_the_right_kind_needs_no_engine(prepared, algorithm, rows, kind, asks):
     got = prepared(algorithm, rows)
-    assert got.offline is not None and isinstance(got.offline.train, kind)
-    assert got.prompts is None and got.needs_reference == asks
+    assert isinstance(got.task, OfflineData) and isinstance(got.task.train, kind)
+    assert got.needs_reference == asks
     if kind is GroupSource:
         assert got.config.rollout.group_size == 2 and got.config.reward.functions == []
 

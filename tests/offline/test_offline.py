@@ -4,26 +4,28 @@ from __future__ import annotations
 
 import asyncio
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from flux_ray.driver.kept_reference import KeptReference
-from flux_ray.driver.offline_data import OfflineData
-from flux_ray.driver.offline_rooms import OfflineRooms
-from flux_ray.driver.recorder import Recorder
-from flux_ray.driver.state import LoopState
-from tests.driver.local import LocalGroup
 
 from flux_ray.config import Config, from_dict
 from flux_ray.data import GroupSource, PairSource, SftSource
 from flux_ray.data.rows import load_rows
-from flux_ray.driver import kept_reference, offline
 from flux_ray.observability.run_folder import EVAL, METRICS, RunFolder, read_lines
 from flux_ray.observability.terminal import Terminal
-from flux_ray.records import StepReport
+from flux_ray.offline import kept_reference
+from flux_ray.offline.data import OfflineData
+from flux_ray.offline.kept_reference import KeptReference
+from flux_ray.offline.loop import OfflineLoop, make_work
+from flux_ray.offline.stages import OfflineStages
+from flux_ray.records import LoopState, PreferencePair, RolloutGroup, StepReport
+from flux_ray.run.recorder import Recorder
+from flux_ray.run.training import Training
+from tests.fakes.actors import LocalGroup
 from tests.tiny import tiny_tokenizer
 from tests.train.batches import pairs
 
@@ -32,6 +34,7 @@ pytestmark = pytest.mark.unit
 PAIRS = [{"prompt": f"{i}+{i}=", "chosen": str(2 * i), "rejected": "x"} for i in range(12)]
 GROUPS = [{"prompt": f"{i}+{i}=", "responses": [str(2 * i), "x"], "rewards": [1, 0]} for i in range(12)]
 STEPS = 5
+A_FOLDER = str(Path(__file__).parent)  # in the place of a model: nobody asks a hub what it says of its end tokens
 
 
 @dataclass
@@ -44,7 +47,10 @@ class Noting:
     def pair_step(self, *, pairs: Any, reference_logprobs: Any) -> StepReport:
         self.calls.append(("pair_step", reference_logprobs))
         assert reference_logprobs is None or len(reference_logprobs) == len(pairs) > 0
-        return StepReport(len(self.calls), {"train/loss": 0.5})
+        return self._report("pair_step")
+
+    def _report(self, method: str) -> StepReport:
+        return StepReport(sum(call == method for call, _ in self.calls), {"train/loss": 0.5})
 
     def pair_metrics(self, *, pairs: Any, reference_logprobs: Any) -> dict[str, float]:
         self.calls.append(("pair_metrics", len(pairs)))
@@ -56,20 +62,26 @@ class Noting:
 
     def sft_step(self, samples: Any) -> StepReport:
         self.calls.append(("sft_step", len(samples)))
-        return StepReport(len(self.calls), {"train/loss": 0.5})
+        return self._report("sft_step")
 
     def sft_metrics(self, samples: Any) -> dict[str, float]:
         self.calls.append(("sft_metrics", len(samples)))
         return {"train/loss": 0.4, "train/num_tokens": 7.0}
 
-    async def train_step(self, *, groups: Any, scores: Any, reference_logprobs: Any, version: int) -> StepReport:
-        rows = None if reference_logprobs is None else [await row for row in reference_logprobs]
-        self.calls.append(("train_step", (len(groups), version, rows)))
-        return StepReport(version + 1, {"actor/loss": 0.5})
+    def train_step(self, *, groups: Any, scores: Any, reference_logprobs: Any, step: int) -> StepReport:
+        assert [group.prompt.uid for group in groups] == [score.uid for score in scores]
+        for group, logprobs in zip(groups, reference_logprobs or [], strict=reference_logprobs is not None):
+            assert all((of_sample == -group.prompt.row).all() for of_sample in logprobs), "each has its own"
+        self.calls.append(("train_step", (len(groups), step, reference_logprobs)))
+        return StepReport(step + 1, {"actor/loss": 0.5})
 
-    def logprobs_and_done(self, group: Any) -> tuple[list[np.ndarray], bool]:
-        self.asked.append(group.prompt.row)
-        return [np.zeros(t.num_tokens, np.float32) for t in group.trajectories], True
+    async def pair_logprobs(self, pairs: Sequence[PreferencePair]) -> list[tuple[float, float]]:
+        return self.pair_reference(pairs)
+
+    async def group_logprobs(self, groups: Sequence[RolloutGroup]) -> list[list[np.ndarray]]:
+        self.asked += [group.prompt.row for group in groups]
+        return [[np.full(t.num_tokens, -group.prompt.row, np.float32) for t in group.trajectories]
+                for group in groups]
 
 
 def run(config: Config, data: OfflineData, folder: Path, *, ranks: list[Noting], reference: Noting | None) -> None:
@@ -77,18 +89,19 @@ def run(config: Config, data: OfflineData, folder: Path, *, ranks: list[Noting],
         run_folder = RunFolder(folder)
         run_folder.create(config, resume_step=None)
         recorder = Recorder(config, folder=run_folder, terminal=Terminal(io.StringIO(), enabled=False))
-        rooms = OfflineRooms(config, trainer=LocalGroup("trainer", ranks),  # type: ignore[arg-type]
-                             reference=LocalGroup("reference", [reference]) if reference else None)  # type: ignore[arg-type]
-        work = offline.make_work(config, data=data, rooms=rooms, recorder=recorder)
-        await offline.OfflineLoop(config, rooms=rooms, work=work, recorder=recorder,
-                                  start=LoopState(0, next_uid=0)).run()
+        stages = OfflineStages(config, trainer=LocalGroup("trainer", lambda index: ranks[index], len(ranks)),
+                               reference=LocalGroup("reference", lambda index: reference, 1) if reference else None)
+        loop = OfflineLoop(make_work(config, data=data, stages=stages, folder=run_folder), start=LoopState(0))
+        steps: list[int] = []
+        await Training(config, loop, recorder, trained=[], progress=lambda: steps.append(loop.step)).run()
+        assert steps == [*range(1, STEPS + 1)], "each step is told"
 
     asyncio.run(whole())
 
 
 def config_of(algorithm: str, **more: Any) -> Config:
-    return from_dict({"algo.name": algorithm, "batch.prompts_per_step": 6, "driver.num_steps": STEPS, "model.path": "m",
-                      "eval.every": 2, "eval.data": "e", "data.shuffle": False, **more})
+    return from_dict({"algo.name": algorithm, "batch.prompts_per_step": 6, "driver.num_steps": STEPS,
+                      "model.path": A_FOLDER, "eval.every": 2, "eval.data": "e", "data.shuffle": False, **more})
 
 
 def test_pairs_with_evaluations_and_a_reference_that_is_asked_once(tmp_path):

@@ -1,16 +1,17 @@
-"""What the actors of each role are told by their environment."""
+"""What the actors of each role are told by their environment, and what their death means."""
 
 import math
 
 import pytest
-from flux_ray.driver.build import KEEP_MEMORY, _env, part_tokens
-from flux_ray.driver.roles import staged
 
-from flux_ray.cluster.plan import CRITIC, ENGINE, REFERENCE, REWARD, REWARD_MODEL, TRAINER, Plan
+from flux_ray.cluster.plan import CRITIC, ENGINE, REFERENCE, REWARD, REWARD_MODEL, ROLLOUT, TRAINER, Plan
+from flux_ray.cluster.supervisor import OnDeath
 from flux_ray.config import from_dict
+from flux_ray.run.actors import staged
+from flux_ray.run.build import KEEP_MEMORY, _env, on_death, part_tokens
 
 pytestmark = pytest.mark.unit
-ROLES = (ENGINE, REWARD, REFERENCE, TRAINER, CRITIC, REWARD_MODEL)
+ROLES = (ENGINE, ROLLOUT, REWARD, REFERENCE, TRAINER, CRITIC, REWARD_MODEL)
 
 
 def test_on_cpu_a_role_computes_with_its_threads_and_those_with_a_model_of_transformers_keep_their_memory():
@@ -49,3 +50,10 @@ def test_backward_begins_before_the_batch_is_whole_where_that_may_gain_something
     """A micro-batch for each rank, at least; what needs all rows of the step waits for all, wherever it runs."""
     config = from_dict({"train.num_ranks": 2, "batch.max_tokens_per_micro_batch": 500, **values})
     assert part_tokens(config, Plan(device, "gloo" if device == "cpu" else "nccl", ())) == (math.inf if waits else 1000)
+
+
+@pytest.mark.parametrize(("on_failure", "replaced"), [("stop", {ROLLOUT}), ("drop", {ROLLOUT, REWARD})])
+def test_a_run_outlives_its_rollout_workers_and_where_it_drops_failed_rewards_its_reward_workers(on_failure, replaced):
+    policies = on_death(from_dict({"reward.on_failure": on_failure}))
+    assert policies.keys() == set(ROLES)
+    assert {role for role, policy in policies.items() if policy is OnDeath.REPLACE} == replaced
