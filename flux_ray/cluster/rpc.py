@@ -136,7 +136,7 @@ class RayCall:
                                    f"log: {actor.log_file}") from None
             cause = getattr(error, "cause", None)
             raise self._failed(cause if isinstance(cause, BaseException) else error, what) from cause
-        except ray.exceptions.RayActorError as error:
+        except (ray.exceptions.RayActorError, ray.exceptions.ObjectLostError) as error:  # it, or where its answer lay
             raise actor.died(error, f" during {what}") from error
 
     def _failed(self, cause: BaseException, what: str) -> Exception:

@@ -40,6 +40,7 @@ class Supervisor:
         self._watches: list[asyncio.Task[None]] = []
         self._begun = False
         self.members = Members()
+        self._told = Members()  # the newest that everybody has
         #: The error that ends the run.
         self.failure: asyncio.Future[Exception] = asyncio.get_running_loop().create_future()
 
@@ -76,7 +77,7 @@ class Supervisor:
     async def replaced(self, role: str, index: int, incarnation: str, deadline_s: float) -> None:
         """Until another stands in that one's place, and everybody knows. TimeoutError after the deadline."""
         async with asyncio.timeout(deadline_s), self._changed:
-            await self._changed.wait_for(lambda: self.members.of(role)[index].incarnation != incarnation)
+            await self._changed.wait_for(lambda: self._told.of(role)[index].incarnation != incarnation)
 
     async def _watch(self, group: Group[Any], index: int) -> None:
         """One place in a group, through all its incarnations."""
@@ -110,6 +111,7 @@ class Supervisor:
         self.members = members
         await first_failure([self._tell(actor, members) for role in sorted(self._informed)
                              for actor in self._groups[role]])
+        self._told = max(self._told, members, key=lambda members: members.epoch)
 
     async def _tell(self, actor: Actor[Any], members: Members) -> None:
         try:

@@ -124,7 +124,7 @@ class Stages:
         try:
             call = self.workers[entry.worker].call(RolloutWorker.texts, [entry.key])
             (text,) = await call.within(SILENCE_S)
-        except ActorDied:
+        except (ActorDied, TimeoutError):  # who listens to the worker sees to it
             return None
         return text
 

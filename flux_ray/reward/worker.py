@@ -48,6 +48,7 @@ class RewardWorker:
         self._idle, self._not_alone = asyncio.Event(), asyncio.Event()
         self._idle.set()
         self._not_alone.set()
+        self._one_alone = asyncio.Lock()
         self._begun: dict[int, asyncio.Event] = defaultdict(asyncio.Event)  # by uid
         self._caller = Caller(deadline_s=config.reward.deadline_s)
 
@@ -71,14 +72,17 @@ class RewardWorker:
 
     async def score_alone(self, responses: Responses) -> Scores:
         """As `score`, once all others are scored; what comes meanwhile waits. For a group that may end the process."""
-        self._not_alone.clear()
-        try:
-            await self._idle.wait()
-            self._begun[responses.prompt.uid].set()
-            await asyncio.sleep(BEGUN_TRAVELS_S)
-            return await self._score(responses)
-        finally:
-            self._not_alone.set()
+        async with self._one_alone:
+            self._not_alone.clear()
+            begun = self._begun[responses.prompt.uid]
+            try:
+                await self._idle.wait()
+                begun.set()
+                await asyncio.sleep(BEGUN_TRAVELS_S)
+                return await self._score(responses)
+            finally:
+                self._not_alone.set()
+                self._begun.pop(responses.prompt.uid, None)  # tried again, it has to begin again
 
     async def begun_alone(self, uid: int) -> None:
         """Returns when `score_alone` of that group has the process to itself: who then ends it is that group."""

@@ -80,7 +80,9 @@ class RolloutEngine:
         return "ipc_plain" if self._weights_backend == "ipc" else self._weights_backend
 
     async def start(self) -> None:
-        """Load the model."""
+        """Load the model; nothing where that is done."""
+        if self._engine is not None:
+            return
         if self._device == "cpu":
             fork_engine_core()
         from vllm.engine.arg_utils import AsyncEngineArgs

@@ -63,8 +63,8 @@ def engine_alone(folder: Path) -> list[tuple[int, float]]:
 
 def whole_run(folder: Path, name: str) -> dict[str, float]:
     """Medians over the steps of a run, and the driver's own CPU time for a group."""
-    from flux_ray.run import run
     from flux_ray.observability.callbacks import as_callback
+    from flux_ray.run import run
 
     engines, prompts = RUNS[name]
     cpu_s: list[float] = []

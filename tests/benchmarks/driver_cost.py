@@ -121,7 +121,7 @@ def bare_calls(folder: Path, work: Path) -> list[float]:
     awaited one after another with a moment between them, as a step's come; what the moment costs is taken off."""
     import ray
 
-    from flux_ray.cluster.on_ray import Cluster
+    from flux_ray.cluster.groups import Cluster
 
     class Empty:
         async def call(self, letter: bytes) -> bytes:
@@ -148,17 +148,17 @@ def bare_calls(folder: Path, work: Path) -> list[float]:
 
 
 def _counted_letters() -> list[None]:
-    """Grows by one for each letter that the driver sends from now on: what is made at once goes in one."""
-    from flux_ray.cluster.mail import Mailbox
+    """Grows by one for each call that the driver makes from now on."""
+    from flux_ray.cluster.rpc import RayActor
 
     letters: list[None] = []
-    send = Mailbox._send
+    call = RayActor.call
 
-    def counted(self: Mailbox) -> None:
+    def counted(self: Any, method: Any, /, *args: Any, **kwargs: Any) -> Any:
         letters.append(None)
-        send(self)
+        return call(self, method, *args, **kwargs)
 
-    Mailbox._send = counted  # type: ignore[method-assign]
+    RayActor.call = counted  # type: ignore[method-assign, assignment]
     return letters
 
 

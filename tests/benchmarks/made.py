@@ -14,68 +14,108 @@ from typing import Any
 
 import numpy as np
 
+from flux_ray.cluster.group import all_within
 from flux_ray.config import Config
-from flux_ray.records import FINISH_LENGTH, Prompt, RolloutGroup, StepReport, Trajectory
-from flux_ray.weights.publish import CallEngines
+from flux_ray.messages import GroupAt
+from flux_ray.protocols import Engine
+from flux_ray.records import (
+    FINISH_LENGTH,
+    Completion,
+    Responses,
+    RolloutGroup,
+    Sampled,
+    SamplingRequest,
+    Scores,
+    StepReport,
+)
+from flux_ray.run.holder import Holder
 
 HOLD_S = "BENCH_HOLD_S"
 NUM_METRICS = 30  # as many as a training step of GRPO reports
 
 
 class MadeEngine:
-    """Answers each prompt with responses of rollout.max_tokens tokens, all alike."""
+    """Answers each request with responses of its max_tokens tokens, all alike."""
 
     def __init__(self, config: Config, *, index: int, **_: Any) -> None:
-        self._config, self._version = config, 0
+        self._config, self._version, self._step = config, 0, 0
 
-    async def start(self) -> dict[str, Any]:
-        return {"context_length": 10**6}
+    async def meet(self, members: Any) -> None: ...
 
-    async def roll(self, prompt: Prompt, temperature: float | None) -> tuple[RolloutGroup, dict[str, int]]:
-        await asyncio.sleep(float(os.environ[HOLD_S]))
-        num_tokens = len(prompt.token_ids) + self._config.rollout.max_tokens
-        mask = np.arange(num_tokens) >= len(prompt.token_ids)
-        ids = np.where(mask, 5, 4).astype(np.int32)
-        versions = np.where(mask, self._version, -1).astype(np.int32)
-        made = [Trajectory(ids + i % 2, mask, np.full(num_tokens, -0.5, np.float32), versions, len(prompt.token_ids),
-                           FINISH_LENGTH) for i in range(prompt.num_samples)]
-        return RolloutGroup(prompt, tuple(made)), {"num_tokens": int(mask.sum()) * len(made), "num_spanning": 0}
+    async def start(self) -> None: ...
 
-    async def probe(self, prompt: Prompt) -> tuple[None, bool]:
-        return None, True
+    async def context_length(self) -> int:
+        return 10**6
 
-    async def finish_weight_update(self, version: int) -> str:
-        self._version = version
+    async def generate(self, request: SamplingRequest) -> Sampled:
+        if not request.first:
+            await asyncio.sleep(float(os.environ[HOLD_S]))
+        num = request.max_tokens
+        made = [Completion(np.full(num, 5 + i % 2, np.int32), np.full(num, -0.5, np.float32),
+                           np.full(num, self._version, np.int32), FINISH_LENGTH) for i in range(request.n)]
+        return Sampled(tuple(made), self._step)
+
+    async def finish_weight_update(self, version: int, step: int) -> str:
+        self._version, self._step = version, step
         return str(version)
 
 
-class MadeRank:
-    """Takes its groups as a rank does, and reports at once."""
+class MadeReward:
+    """Scores each group at once, its samples unlike."""
 
-    def __init__(self, config: Config, **_: Any) -> None: ...
+    def __init__(self, config: Config) -> None: ...
+
+    async def meet(self, members: Any) -> None: ...
+
+    async def score(self, responses: Responses) -> Scores:
+        values = np.arange(len(responses.texts), dtype=np.float64)
+        return Scores(values, values, {"made": values})
+
+
+class MadeReference:
+    def __init__(self, **_: Any) -> None: ...
+
+    async def group_logprobs(self, groups: list[RolloutGroup]) -> list[list[np.ndarray]]:
+        return [[np.full(t.num_tokens, -0.5, np.float32) for t in group.trajectories] for group in groups]
+
+
+class MadeRank:
+    """Holds its groups as a rank does, and reports at once."""
+
+    def __init__(self, config: Config, **_: Any) -> None:
+        self._holder, self._engines = Holder(), []
+
+    async def meet(self, members: Any) -> None:
+        self._holder.members = members
+
+    async def hold(self, groups: list[GroupAt]) -> list[GroupAt]:
+        return await self._holder.hold(groups)
 
     def prepare_wire(self) -> None: ...
 
-    def connect(self, call: CallEngines, *, workers_per_engine: list[int], **_: Any) -> None:
-        self._call, self._num_engines = call, len(workers_per_engine)
+    async def connect(self, engines: list[Any], **_: Any) -> None:
+        self._engines = engines
 
-    def publish(self, version: int) -> list[str]:
-        return self._call("finish_weight_update", [(version,)] * self._num_engines)
+    async def publish(self, version: int, step: int) -> list[str]:
+        return await all_within([engine.call(Engine.finish_weight_update, version, step) for engine in self._engines],
+                                60.0)
 
-    def accumulate(self, **_: Any) -> None: ...
+    def accumulate_held(self, scores: Any, **_: Any) -> None: ...
 
-    def train_step(self, *, version: int, **_: Any) -> StepReport:
-        return StepReport(version + 1, {f"actor/metric_{i}": 0.5 + i for i in range(NUM_METRICS)})
+    def train_held(self, scores: Any, *, step: int, **_: Any) -> StepReport:
+        return StepReport(step + 1, {f"actor/metric_{i}": 0.5 + i for i in range(NUM_METRICS)})
 
-    def logprob_gap(self, groups: Any) -> tuple[float, float]:
+    def logprob_gap(self) -> tuple[float, float]:
         return 0.0, 0.0
 
     def save_model(self, folder: str) -> None:
         Path(folder).mkdir(parents=True, exist_ok=True)
 
 
-def put_in_place() -> None:
-    """Runs of this process build these in the place of engines and training ranks."""
-    from flux_ray.driver import build
+def put_in_place(*, rewards: bool = False) -> None:
+    """Runs of this process build these in the place of engines and training ranks; `rewards`: and of what scores."""
+    from flux_ray.run import build
 
     build.RolloutEngine, build.TrainingRank = MadeEngine, MadeRank  # type: ignore[misc, assignment]
+    if rewards:
+        build.RewardWorker, build.ReferencePolicy = MadeReward, MadeReference  # type: ignore[misc, assignment]

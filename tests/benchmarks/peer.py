@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from flux_ray.driver.build import KEEP_MEMORY
+from flux_ray.run.build import KEEP_MEMORY
 from tests.benchmarks.figures import Measured
 from tests.benchmarks.session import COMPILED, EQUAL, UNEQUAL, Session
 from tests.benchmarks.work import GROUP_SIZE, NUM_PROMPTS, PROMPT_TOKENS, VOCAB, Phase, equal, make_data, options
@@ -106,10 +106,11 @@ def _trl(session: Session, threads: int, batch: int, phases: list[dict[str, Any]
 
 def _trainer(folder: Path, work: Path, values: dict[str, Any], callback: Any) -> Any:
     """TRL's trainer of a config as our own backend makes it."""
+    from flux_ray.driver.recorder import Recorder
+
     from flux_ray.backends.trl import make_trainer
     from flux_ray.config import from_dict
     from flux_ray.data import PromptSource
-    from flux_ray.driver.recorder import Recorder
     from flux_ray.model import load_tokenizer
     from flux_ray.observability.callbacks import as_callback
     from flux_ray.observability.run_folder import RunFolder

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from flux_ray.driver.build import KEEP_MEMORY
+from flux_ray.run.build import KEEP_MEMORY
 from tests.benchmarks.parts import run_part
 from tests.benchmarks.side_by_side import Beside
 from tests.benchmarks.work import Phase, equal, log_normal

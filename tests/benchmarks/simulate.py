@@ -21,9 +21,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tests.driver.simulated import Costs, SimulatedTime, World, simulate
+
 from tests.benchmarks.costs import GROUP_SIZE, RUNS, TOKENS
 from tests.driver.schedules import RandomSchedule, check
-from tests.driver.simulated import Costs, SimulatedTime, World, simulate
 
 DOCS = Path(__file__).parents[2] / "docs" / "scaling.md"
 TABLE = re.compile(r"(?<=<!-- predicted -->\n).*?(?=<!-- end -->)", re.DOTALL)

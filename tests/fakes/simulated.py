@@ -316,6 +316,7 @@ class Rewards:
         self._idle, self._not_alone = asyncio.Event(), asyncio.Event()
         self._idle.set()
         self._not_alone.set()
+        self._one_alone = asyncio.Lock()
         self._begun: dict[int, asyncio.Event] = defaultdict(asyncio.Event)
 
     async def meet(self, members: Any) -> None:

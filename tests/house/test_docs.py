@@ -7,7 +7,7 @@ import pytest
 from flux_ray import algo
 from flux_ray.algo import preferences
 from flux_ray.backends.trl import METRICS as OF_TRL
-from flux_ray.driver.drops import CAUSES
+from flux_ray.driver.drop_stats import CAUSES
 from tests.house.documented import names, undocumented
 
 pytestmark = pytest.mark.unit

@@ -1,7 +1,7 @@
 """A cluster whose processes outlive a run, so that several short runs pay for their start once.
 
 Takes:  runs after one another, of one model and one set of rollout options, on equally many actors.
-Gives:  KeptCluster, in the place of cluster.on_ray.Cluster: each run makes its trainer, reference and rewards anew in
+Gives:  KeptCluster, in the place of cluster.groups.Cluster: each run makes its trainer, reference and rewards anew in
         processes that are there already, and opens its own wire to engines that go on serving.
 Never:  leaves a process behind: `end` ends them.
 """
@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 import ray
 
-from flux_ray.cluster.on_ray import Cluster, RayGroup
+from flux_ray.cluster.groups import Cluster, RayGroup
 from flux_ray.cluster.plan import ENGINE, Plan, Role
 
 NUM_CPUS = 8  # declared: actors share the cores that there are
@@ -31,11 +31,6 @@ class KeptGroup(RayGroup):
     async def build(self, cls: Any, each: list[dict[str, Any]], *, deadline_s: float) -> None:
         if not self._serving:
             await super().build(cls, each, deadline_s=deadline_s)
-
-    async def call_all(self, method: str, *args: Any, deadline_s: float, **kwargs: Any) -> list[Any]:
-        if self._serving and method == "start":
-            return []
-        return await super().call_all(method, *args, deadline_s=deadline_s, **kwargs)
 
 
 class KeptCluster(Cluster):
@@ -54,17 +49,16 @@ class KeptCluster(Cluster):
         self._kept_places.update(self._placements)
         self._placements = dict(self._kept_places)
 
-    def spawn(self, role: Role, *, env: dict[str, str], may_die: bool = False) -> RayGroup:
+    def spawn(self, role: Role, *, env: dict[str, str], plugins: bool = True) -> RayGroup:
         if role.name not in self._actors:
-            self._actors[role.name] = super().spawn(role, env=env, may_die=may_die).actors
+            self._actors[role.name] = [actor.handle for actor in super().spawn(role, env=env, plugins=plugins)]
         group = KeptGroup(self._actors[role.name], self._built, role.name,
                           [self._log_dir / f"{role.name}-{i}.log" for i in range(role.count)])
         self._groups.append(group)
         return group
 
     async def close(self) -> None:
-        for watch in self._watches:
-            watch.cancel()
+        """All of it stays for the next run."""
 
     @classmethod
     def end(cls) -> None:

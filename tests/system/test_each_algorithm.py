@@ -44,7 +44,7 @@ def _kept():
 @pytest.fixture
 def run(_kept, toys, tmp_path, monkeypatch):
     """The lines of a short run of an algorithm; its model is in tmp_path/run/model."""
-    monkeypatch.setattr("flux_ray.cluster.on_ray.Cluster", _kept)
+    monkeypatch.setattr("flux_ray.cluster.groups.Cluster", _kept)
 
     def fit(name: str, **more) -> list[dict]:
         options = {"model.path": str(toys.tied), "rollout.max_tokens": 8, "batch.prompts_per_step": 4, "num_ranks": 2,
