@@ -153,6 +153,7 @@ class Child:
         try:
             while True:
                 message = asyncio.ensure_future(self._message())
+                message.add_done_callback(_looked_at)
                 await asyncio.wait({message, ending}, return_when=asyncio.FIRST_COMPLETED)
                 if not message.done():
                     message.cancel()
@@ -186,6 +187,11 @@ class Child:
                 self._send("refusal", question, str(error))
             if number in self._calls and not self._calls[number].done():
                 self._calls[number].set_exception(error)
+
+
+def _looked_at(message: asyncio.Future[Any]) -> None:
+    if not message.cancelled():
+        message.exception()  # a child may be killed while it is waited for: asyncio needn't tell of it
 
 
 def _settle(future: asyncio.Future[None]) -> None:
