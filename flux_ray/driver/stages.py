@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from flux_ray.algo.filters import REWARD_FAILED
@@ -43,6 +44,7 @@ class Stages:
     def __init__(self, config: Config, ledger: Ledger, *, workers: Group[RolloutWorker], supervisor: Supervisor,
                  warn: Callable[[str, str], None], step: int = 0) -> None:
         """`warn` is given what kind of thing it was, and a text. `step`: done."""
+        self.log_dir: Path | None = None  # where the actors' own output lies, for who is told of a failure
         self._config, self.ledger, self._warn, self.step = config, ledger, warn, step
         self.workers = Workers(workers, supervisor)
         # What still waits in an engine when new weights come would find its prefix as the old ones computed it.
@@ -190,4 +192,4 @@ class Stages:
             self._on_dropped(worker, entry, GroupDropped(*entry.key, REWARD_FAILED, news.why))
 
     def _on_failed(self, worker: int, entry: Entry, news: GroupFailed) -> None:
-        raise news.failure.as_error(ROLLOUT, worker, what=news.what, log_dir=None)
+        raise news.failure.as_error(ROLLOUT, worker, what=news.what, log_dir=self.log_dir)

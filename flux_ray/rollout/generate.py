@@ -50,6 +50,10 @@ class PromptGenerate:
     step: int = 0  # updates that the newest policy had which answered
     _turns: Counter[int] = field(default_factory=Counter)
 
+    def restart(self) -> None:
+        """The rollout function begins anew: its calls draw with the seeds that they had the first time."""
+        self._turns.clear()
+
     async def __call__(
         self, token_ids: Sequence[int] | np.ndarray, *, n: int = 1, sample: int = 0, max_tokens: int | None = None
     ) -> list[Completion]:

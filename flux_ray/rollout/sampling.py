@@ -30,7 +30,7 @@ class Sampling:
         self._sandbox: SandboxedRollout | None = None
         if config.rollout.function != "single_turn":
             self._sandbox = SandboxedRollout(config, tokenizer_path=tokenizer_path)
-        self._function: Rollout = self._sandbox or single_turn
+        self._function: Rollout = single_turn  # what runs in this process
         self._limits: Limits | None = None
 
     async def start(self, members: Members) -> None:
@@ -55,7 +55,7 @@ class Sampling:
         if self._sandbox is None:
             trajectories = await self._within_deadline(prompt, generate, assignment.engine)
         else:
-            trajectories = await self._function(prompt, generate)
+            trajectories = await self._sandbox(prompt, generate)
         if len(trajectories) != prompt.num_samples:
             raise UserError(
                 f"rollout.function={config.function} gave {len(trajectories)} trajectories for row {prompt.row + 1} "

@@ -119,8 +119,10 @@ class Build:
         num_parts = min(config.rollout.split_groups, config.rollout.group_size)
         ledger = Ledger(bound, DropStats(config, total=start.prompts_dropped), num_parts=num_parts,
                         num_steps=config.driver.num_steps, next_uid=start.next_uid, unfinished=start.unfinished)
-        return Stages(config, ledger, workers=self._groups[ROLLOUT], supervisor=self.supervisor,
-                      warn=recorder.warn_of, step=start.step)
+        stages = Stages(config, ledger, workers=self._groups[ROLLOUT], supervisor=self.supervisor,
+                        warn=recorder.warn_of, step=start.step)
+        stages.log_dir = recorder.folder.logs
+        return stages
 
     async def _offline_loop(self, task: OfflineData, recorder: Recorder) -> OfflineLoop:
         """The training ranks, and reference actors where they are asked for."""

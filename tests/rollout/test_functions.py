@@ -125,6 +125,16 @@ async def test_every_call_of_a_rollout_draws_afresh():
     assert len(engine.seeds) == len(set(engine.seeds)) == 12 and engine.seeds[:4] == [100, 101, 102, 103]
 
 
+async def test_a_rollout_that_begins_anew_draws_what_it_drew_the_first_time():
+    engine, prompt = Noted(), made_prompt()
+    generate = generate_of(engine, prompt)
+    for _ in range(2):
+        await generate(prompt.token_ids, n=4)
+        await generate(prompt.token_ids, sample=1)
+        generate.restart()
+    assert engine.seeds[:5] == engine.seeds[5:]
+
+
 async def test_a_turn_has_what_is_left_of_the_response_and_of_the_engines_context():
     engine, prompt = Noted(), made_prompt(length=10)
     generate = generate_of(engine, prompt)

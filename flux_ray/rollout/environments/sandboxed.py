@@ -15,6 +15,7 @@ from flux_ray.config import Config
 from flux_ray.records import Prompt, Trajectory
 from flux_ray.rollout.environments.child import plain
 from flux_ray.rollout.functions import Generate
+from flux_ray.rollout.generate import PromptGenerate
 from flux_ray.sandbox import Child, ChildEnded, Entry, warm_up
 
 SECOND_TRIES_AT_ONCE = 2  # children with one group each, beside the one that all others share
@@ -46,7 +47,7 @@ class SandboxedRollout:
     async def _new(self) -> Child:
         return await Child.start(self._entry, deadline_s=self._start_deadline_s)
 
-    async def __call__(self, prompt: Prompt, generate: Generate) -> list[Trajectory]:
+    async def __call__(self, prompt: Prompt, generate: PromptGenerate) -> list[Trajectory]:
         """The function's trajectories. Raises what it raises; RuntimeError where it fails with its process, twice."""
         try:
             return await self._run(await self._shared(), prompt, generate)
@@ -54,6 +55,7 @@ class SandboxedRollout:
             first = error
         async with self._second_tries:
             alone = await self._new()
+            generate.restart()
             try:
                 return await self._run(alone, prompt, generate)
             except ChildEnded as second:
