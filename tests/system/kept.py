@@ -17,7 +17,7 @@ import ray
 from flux_ray.cluster.groups import Cluster, RayGroup
 from flux_ray.cluster.plan import ENGINE, Plan, Role
 
-NUM_CPUS = 8  # declared: actors share the cores that there are
+NUM_CPUS = 12  # declared: actors share the cores that there are
 
 
 class KeptGroup(RayGroup):
