@@ -14,6 +14,8 @@ from flux_ray.messages import GroupAt, GroupReady
 
 NOBODY = -1
 
+Key = tuple[int, int]  # uid and attempt
+
 
 class State(enum.Enum):
     """WAITING ► RUNNING ► GENERATED ► READY ► TRAINING ► TRAINED, or GENERATED ► DROPPED, a spare by way of REFUSED."""
@@ -46,7 +48,7 @@ class Entry:
     total_tokens: int = 0  # then; prompts' included
 
     @property
-    def key(self) -> tuple[int, int]:
+    def key(self) -> Key:
         return self.uid, self.attempt
 
     @property

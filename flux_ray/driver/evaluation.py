@@ -8,6 +8,7 @@ Knows:  it runs between steps; where generation is asynchronous, prompts of late
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from typing import Any
 
 from flux_ray.clock import now_s
@@ -15,7 +16,9 @@ from flux_ray.cluster.group import first_failure
 from flux_ray.config import Config
 from flux_ray.data import PromptSource
 from flux_ray.driver.stages import Stages
+from flux_ray.messages import GroupReady
 from flux_ray.observability.reward_metrics import length_metrics, reward_metrics
+from flux_ray.records import Prompt
 from flux_ray.rollout.dispatch import Lengths
 
 NUM_ANSWERS = 16  # answers kept as text, for people
@@ -27,7 +30,7 @@ Evaluated = tuple[dict[str, float], list[dict[str, Any]]]
 
 class Evaluation:
     def __init__(self, config: Config, prompts: PromptSource, stages: Stages) -> None:
-        self._prompts, self._stages = prompts, stages
+        self._config, self._prompts, self._stages = config, prompts, stages
         self._temperature = config.rollout.temperature if config.eval.temperature is None else config.eval.temperature
         self._lengths = Lengths(config.rollout.max_tokens)  # of these rows, from one evaluation to the next
 
@@ -42,8 +45,7 @@ class Evaluation:
         """RuntimeError where every reward failed."""
         start_s = now_s()
         prompts = [self._prompts.prompt(uid) for uid in range(self._prompts.num_rows)]
-        everyone = await first_failure([
-            self._stages.evaluate(prompt, lengths=self._lengths, temperature=self._temperature) for prompt in prompts])
+        everyone = await first_failure([self._group(prompt) for prompt in prompts])
         answered = [(prompt, ready) for prompt, ready in zip(prompts, everyone, strict=True) if ready is not None]
         groups = [ready.scored for _, ready in answered]
         if not groups:
@@ -53,3 +55,15 @@ class Evaluation:
         metrics |= {"eval/prompts": float(len(groups)), "eval/failed": failed, "eval/s": now_s() - start_s}
         return metrics, [{"prompt": prompt.text, "completion": ready.text, "reward": ready.scored.rewards[0]}
                          for prompt, ready in answered[:NUM_ANSWERS]]
+
+    async def _group(self, prompt: Prompt) -> GroupReady | None:
+        """The prompt's group, scored; None where its reward failed and the run goes on.
+
+        Its calls to actors have their deadlines in the worker.
+        """
+        stages, num_parts = self._stages, min(self._config.rollout.split_groups, prompt.num_samples)
+        entry = stages.ledger.evaluate(-1 - prompt.uid, stages.step, num_parts)
+        stages.evaluated[entry.uid] = asyncio.get_running_loop().create_future()
+        stages.generate(entry, replace(prompt, uid=entry.uid), priority=stages.step, lengths=self._lengths,
+                        temperature=self._temperature)
+        return await stages.evaluated[entry.uid]

@@ -9,12 +9,12 @@ Never:  waits; throws a group away to keep the bound: a group that would pass it
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 from flux_ray.driver.drop_stats import DropStats
 from flux_ray.driver.entry import NOBODY, Entry, State, Taken
-from flux_ray.driver.staleness import Bound, chosen, core_and_spares
+from flux_ray.driver.slots import Slots, ready_tokens
+from flux_ray.driver.staleness import Bound, chosen
 from flux_ray.messages import GroupReady
 
 
@@ -27,41 +27,39 @@ class Ledger:
         self._num_parts, self._num_steps = num_parts, num_steps
         self.next_uid = next_uid
         self._queue = [(uid, 0) for uid in unfinished]  # uid and attempt: they start before the next prompt
-        self._slots: dict[int, Entry] = {}  # oldest first
+        self._slots = Slots()
         self._evaluations: dict[int, Entry] = {}
-        self._counts: Counter[State] = Counter()  # of those with slots
         self._awaited: set[int] = set()  # the next batch waits for one of these to end, if there are any
 
     def find(self, uid: int, attempt: int) -> Entry | None:
         """The group at that attempt; None where it has ended, or has started again."""
-        entry = (self._evaluations if uid < 0 else self._slots).get(uid)
+        entry = self._evaluations.get(uid) or self._slots.get(uid)
         return entry if entry is not None and entry.attempt == attempt else None
 
     @property
     def unfinished(self) -> tuple[int, ...]:
         """Prompts that were drawn and are not trained on yet: what a resume must start again."""
-        return tuple(sorted([*self._slots, *(uid for uid, _ in self._queue)]))
+        return tuple(sorted([*(entry.uid for entry in self._slots), *(uid for uid, _ in self._queue)]))
 
     @property
     def in_flight(self) -> list[Entry]:
         """The groups that hold slots, oldest first."""
-        return list(self._slots.values())
+        return list(self._slots)
 
     def may_admit(self, step: int) -> bool:
         """Whether another prompt may start after so many steps: in the core, or as a spare for what runs there."""
         steps_left = self._num_steps - step
         return steps_left > 0 and (
             self._bound.may_start(len(self._slots), step, steps_left)
-            or self._bound.may_spare(self._untrained(), len(self._slots), self._counts))
+            or self._bound.may_spare(self._slots.untrained, len(self._slots), self._slots.counts))
 
     def admit(self, step: int) -> tuple[Entry, bool]:
         """The next prompt gets a slot: WAITING. And whether it is a spare."""
         assert self.may_admit(step), "no slot is free"
         uid, attempt = self._queue.pop(0) if self._queue else (self.next_uid, 0)
         self.next_uid = max(self.next_uid, uid + 1)
-        assert uid not in self._slots, uid
-        self._slots[uid] = entry = Entry(uid, attempt, step, self._num_parts)
-        self._counts[State.WAITING] += 1
+        entry = Entry(uid, attempt, step, self._num_parts)
+        self._slots.add(entry)
         return entry, not self._bound.in_time(step, len(self._slots) - 1, step)
 
     def evaluate(self, uid: int, step: int, num_parts: int) -> Entry:
@@ -72,7 +70,7 @@ class Ledger:
     def running(self, entry: Entry, worker: int, now_s: float) -> None:
         """A part goes to an engine, carried by the worker: WAITING ► RUNNING with the first of them."""
         if entry.state is State.WAITING:
-            self._move(entry, State.RUNNING)
+            self._slots.move(entry, State.RUNNING)
             entry.worker, entry.start_s = worker, now_s
 
     def generated(self, entry: Entry, num_tokens: int, now_s: float) -> None:
@@ -82,12 +80,12 @@ class Ledger:
         entry.num_tokens += num_tokens
         entry.end_s = now_s
         if entry.num_generated == entry.num_parts:
-            self._move(entry, State.GENERATED)
+            self._slots.move(entry, State.GENERATED)
 
     def is_ready(self, entry: Entry, news: GroupReady) -> None:
         """GENERATED ► READY. An evaluation's group ends here."""
         assert entry.state is State.GENERATED, entry
-        self._move(entry, State.READY)
+        self._slots.move(entry, State.READY)
         entry.news, entry.total_tokens = news, int(news.scored.num_tokens.sum())
         if self._evaluations.pop(entry.uid, None):
             return
@@ -102,13 +100,13 @@ class Ledger:
         RuntimeError where a step would draw too many prompts.
         """
         assert entry.state is State.GENERATED, entry
-        self._move(entry, State.REFUSED)
+        self._slots.move(entry, State.REFUSED)
         if self._evaluations.pop(entry.uid, None):
             return
         self._awaited, spent = set(), 0
-        while gone := [one for one in self._sorted(step)[0] if one.state is State.REFUSED]:
+        while gone := [one for one in self._slots.core_and_spares(self._bound, step)[0] if one.state is State.REFUSED]:
             spent += len(gone)
-            self._end(gone, State.DROPPED)
+            self._slots.end(gone, State.DROPPED)
         self.drops.dropped(cause, num_tokens=entry.num_tokens, spent=spent)
 
     def take(self, step: int, at_least: float = math.inf) -> Taken | None:
@@ -118,36 +116,37 @@ class Ledger:
         step is then taken in several parts. Those born first go first. None is taken of the core while that would
         leave others of it behind that could no longer all be trained on in time.
         """
-        needed = self._bound.prompts_per_step - self._counts[State.TRAINING]
-        if self._awaited or (self._counts[State.READY] < needed and _ready_tokens(self._untrained()) < at_least):
+        num_training, num_ready = self._slots.counts[State.TRAINING], self._slots.counts[State.READY]
+        needed = self._bound.prompts_per_step - num_training
+        if self._awaited or (num_ready < needed and ready_tokens(self._slots.untrained) < at_least):
             return None
-        core, spares = self._sorted(step)
-        taken, awaited = chosen(core, self._bound, step=step, num_training=self._counts[State.TRAINING])
+        core, spares = self._slots.core_and_spares(self._bound, step)
+        taken, awaited = chosen(core, self._bound, step=step, num_training=num_training)
         self._awaited = {entry.uid for entry in awaited}
-        if len(taken) < needed and _ready_tokens(taken) < at_least:
+        if len(taken) < needed and ready_tokens(taken) < at_least:
             return None
         for entry in taken:
-            self._move(entry, State.TRAINING)
+            self._slots.move(entry, State.TRAINING)
         complete = len(taken) == needed
         surplus = [one for one in spares if complete and not self._bound.in_time(one.born, 0, step + 1)]
         self.drops.surplus(len(surplus), [entry.num_tokens for entry in surplus if entry.is_ready])
         self._queue = [*((entry.uid, entry.attempt + 1) for entry in surplus), *self._queue]
-        self._end(surplus, State.WAITING)  # without a slot; their prompts start again, first
+        self._slots.end(surplus, State.WAITING)  # without a slot; their prompts start again, first
         return Taken(taken, complete, surplus)
 
     def back(self, part: Iterable[Entry]) -> None:
         """TRAINING ► READY: a rank was lost, or hasn't got all arrays, before the part's first collective."""
         for entry in part:
             assert entry.state is State.TRAINING, entry
-            self._move(entry, State.READY)
+            self._slots.move(entry, State.READY)
 
     def trained(self) -> None:
         """TRAINING ► TRAINED: the new version is served, and the slots of the step's groups are free."""
-        self._end([entry for entry in self._slots.values() if entry.state is State.TRAINING], State.TRAINED)
+        self._slots.end((entry for entry in self._slots if entry.state is State.TRAINING), State.TRAINED)
 
     def lost(self, worker: int) -> list[Entry]:
         """The worker has died: its groups are WAITING again, but for those that ranks hold. Gives them."""
-        carried = [entry for entry in (*self._evaluations.values(), *self._untrained()) if entry.worker == worker]
+        carried = [entry for entry in (*self._evaluations.values(), *self._slots.untrained) if entry.worker == worker]
         return self.again([entry for entry in carried if entry.state is not State.REFUSED])
 
     def again(self, lost: list[Entry]) -> list[Entry]:
@@ -155,29 +154,7 @@ class Ledger:
         for entry in lost:
             if entry.is_ready:
                 self.drops.kept(num_tokens=entry.num_tokens, sign=-1)
-            self._move(entry, State.WAITING)
+            self._slots.move(entry, State.WAITING)
             entry.attempt, entry.worker, entry.news = entry.attempt + 1, NOBODY, None
             entry.num_generated = entry.num_tokens = 0
         return lost
-
-    def _move(self, entry: Entry, state: State) -> None:
-        if entry.uid >= 0:
-            self._counts[entry.state] -= 1
-            self._counts[state] += 1
-        entry.state = state
-
-    def _end(self, entries: list[Entry], state: State) -> None:
-        for entry in entries:
-            self._counts[entry.state] -= 1
-            entry.state = state
-            del self._slots[entry.uid]
-
-    def _untrained(self) -> Iterator[Entry]:
-        return (entry for entry in self._slots.values() if entry.state is not State.TRAINING)
-
-    def _sorted(self, step: int) -> tuple[list[Entry], list[Entry]]:
-        return core_and_spares(self._untrained(), self._bound, step=step, num_training=self._counts[State.TRAINING])
-
-
-def _ready_tokens(entries: Iterable[Entry]) -> int:
-    return sum(entry.total_tokens for entry in entries if entry.is_ready)

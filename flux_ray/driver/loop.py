@@ -68,7 +68,9 @@ class Loop:
         train_s = now_s() - start_s - begun["driver/wait_s"]
         together: list[Any] = [self._publish(report.step), self.ranks.learn(step)]
         publish_s, learned = await first_failure(together)
-        metrics = batch_metrics(self._batch, self._ages(step)) | report.metrics | learned | begun
+        oldest = [entry.ready.scored.oldest_version for entry in self._batch]
+        staleness = self._versions.staleness(step, oldest)
+        metrics = batch_metrics(self._batch, staleness) | report.metrics | learned | begun
         metrics |= {"train/step_s": train_s, "weights/publish_s": publish_s} | self.ledger.drops.step_metrics()
         metrics |= await self.ranks.probe(self._prompts.prompt(0), self.stages.workers)
         self.ledger.trained()
@@ -110,18 +112,13 @@ class Loop:
     async def _publish(self, step: int) -> float:
         return await self.ranks.publish(self._versions.publish(step), step)
 
-    def _ages(self, step: int) -> list[int]:
-        """Steps that the oldest token of each group is behind; of those that have sampled tokens."""
-        oldest = [entry.ready.scored.oldest_version for entry in self._batch]
-        return [step - self._versions.step_of(version) for version in oldest if version >= 0]
-
     async def evaluate(self) -> Evaluated | None:
         return await self.evaluation.evaluate() if self.evaluation is not None else None
 
     async def samples(self, count: int) -> list[tuple[Prompt, str, ScoredGroup]]:
         """Some of the last step's groups, with their first responses; then nobody needs its arrays any more."""
         shown = self._batch[:count]
-        texts = await first_failure([self.stages.text(entry) for entry in shown])
+        texts = await first_failure([self.stages.workers.text(entry.worker, entry.key) for entry in shown])
         self.stages.forget(self._batch)
         return [(self._prompts.prompt(entry.uid), text, entry.ready.scored)
                 for entry, text in zip(shown, texts, strict=True) if text is not None]

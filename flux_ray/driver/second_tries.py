@@ -14,18 +14,19 @@ from collections.abc import Callable
 
 from flux_ray.cluster.plan import REWARD
 from flux_ray.cluster.supervisor import Supervisor
+from flux_ray.driver.entry import Key
 from flux_ray.driver.workers import Workers
 from flux_ray.messages import RewardWorkerLost
 
 
 class SecondTries:
     def __init__(self, supervisor: Supervisor, workers: Workers, *, deadline_s: float,
-                 is_wanted: Callable[[tuple[int, int]], bool]) -> None:
+                 is_wanted: Callable[[Key], bool]) -> None:
         """`deadline_s`: for another reward worker to stand there. `is_wanted`: whether the group still runs."""
         self._supervisor, self._workers, self._deadline_s = supervisor, workers, deadline_s
         self._is_wanted = is_wanted
         self._waiting: asyncio.Queue[tuple[int, RewardWorkerLost]] = asyncio.Queue()
-        self._tried: dict[tuple[int, int], asyncio.Event] = {}  # at most one
+        self._tried: dict[Key, asyncio.Event] = {}  # at most one
 
     def add(self, worker: int, news: RewardWorkerLost) -> bool:
         """Whether the group has another try."""
@@ -36,7 +37,7 @@ class SecondTries:
             self._waiting.put_nowait((worker, news))
         return not news.guilty
 
-    def ended(self, key: tuple[int, int]) -> None:
+    def ended(self, key: Key) -> None:
         """The group is scored, dropped, or needed by nobody."""
         if key in self._tried:
             self._tried[key].set()

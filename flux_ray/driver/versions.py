@@ -7,6 +7,8 @@ Never:  forgets a version that a token in flight may have.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 
 class Versions:
     """`highest`: the last version that any earlier process of the run published; -1: none.
@@ -30,6 +32,10 @@ class Versions:
 
     def step_of(self, version: int) -> int:
         return self._step_of[version]
+
+    def staleness(self, step: int, oldest: Iterable[int]) -> list[int]:
+        """Steps that each of these versions is behind; -1 is none: nothing was sampled."""
+        return [step - self.step_of(version) for version in oldest if version >= 0]
 
     def holding(self, step: int) -> tuple[int, ...]:
         """More than one where a run went back to a step and published it again."""

@@ -16,6 +16,7 @@ from flux_ray.clock import now_s
 from flux_ray.cluster.group import ActorDied, Call, Group
 from flux_ray.cluster.plan import ROLLOUT
 from flux_ray.cluster.supervisor import Supervisor
+from flux_ray.driver.entry import Key
 from flux_ray.messages import Assignment, GroupAt, News, Orders
 from flux_ray.protocols import RolloutWorker
 from flux_ray.records import Prompt
@@ -36,9 +37,6 @@ class Workers:
         self._tasks: asyncio.TaskGroup | None = None
         for serves in self._serves:
             serves.set()
-
-    def __getitem__(self, index: int) -> Any:
-        return self._workers[index]
 
     def __len__(self) -> int:
         return len(self._orders)
@@ -61,11 +59,11 @@ class Workers:
     def generated(self, index: int, num_tokens: int) -> None:
         self._tokens[index] -= num_tokens
 
-    def forget(self, index: int, key: tuple[int, int]) -> None:
+    def forget(self, index: int, key: Key) -> None:
         self._orders[index].forgotten.append(key)
         self._send_soon(index)
 
-    def score_again(self, index: int, key: tuple[int, int]) -> None:
+    def score_again(self, index: int, key: Key) -> None:
         self._orders[index].scored_again.append(key)
         self._send_soon(index)
 
@@ -75,6 +73,14 @@ class Workers:
             return await self._workers[engine % len(self)].call(RolloutWorker.probe, prompt, engine).within(deadline_s)
         except ActorDied:
             return None
+
+    async def text(self, index: int, key: Key) -> str | None:
+        """Of the group's first response, for people; None where it is lost."""
+        try:
+            (text,) = await self._workers[index].call(RolloutWorker.texts, [key]).within(SILENCE_S)
+        except (ActorDied, TimeoutError):  # who listens to the worker sees to it
+            return None
+        return text
 
     def lost(self, index: int) -> None:
         """Its orders are void. New ones wait until another stands there."""

@@ -9,13 +9,14 @@ Never:  waits for another actor.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
-from flux_ray.messages import Assignment, GroupAt, News, OwnedGroup
+from flux_ray.cluster.group import CallFailed
+from flux_ray.messages import Assignment, GroupAt, GroupFailed, News, OwnedGroup
 from flux_ray.records import RolloutGroup, Trajectory
 
 BATCHING_WINDOW_S = 0.005  # so long news waits for more, while other groups run
@@ -36,6 +37,20 @@ class Carried:
     reference: list[np.ndarray] | None = None
     tasks: set[asyncio.Task[None]] = field(default_factory=set)
 
+    @property
+    def is_generated(self) -> bool:
+        """Whether all parts are there."""
+        return sum(len(part) for part, _ in self.parts.values()) == self.first.group_size
+
+    def join(self, decode: Callable[[list[list[int]]], list[str]]) -> RolloutGroup:
+        """One group of the parts, in the order of their samples' seeds, and its texts."""
+        parts = [self.parts[seed] for seed in sorted(self.parts)]
+        whole = replace(self.first.prompt, seed=min(self.parts), num_samples=self.first.group_size)
+        self.group = RolloutGroup(whole, tuple(t for part, _ in parts for t in part))
+        self.step = max(step for _, step in parts)
+        self.texts = tuple(decode([t.token_ids[t.prompt_length :].tolist() for t in self.group.trajectories]))
+        return self.group
+
 
 class Owned:
     def __init__(self) -> None:
@@ -44,13 +59,21 @@ class Owned:
         self._news: list[News] = []
         self._has_news = asyncio.Event()
 
-    def run(self, carried: Carried, work: Coroutine[Any, Any, None]) -> None:
+    def run(self, carried: Carried, work: Coroutine[Any, Any, None], what: str) -> None:
+        """Work on a group. What it raises is told: GroupFailed."""
         def ended(task: asyncio.Task[None]) -> None:
             carried.tasks.discard(task)
             self._num_running -= 1
 
+        async def guarded() -> None:
+            try:
+                await work
+            except Exception as error:
+                row = f"prompt row {carried.first.prompt.row + 1} (from 1)"
+                self.tell(GroupFailed(*carried.first.key, f"{what} of {row}", CallFailed.of(error)))
+
         self._num_running += 1
-        task = asyncio.create_task(work)
+        task = asyncio.create_task(guarded())
         carried.tasks.add(task)
         task.add_done_callback(ended)
 

@@ -25,13 +25,17 @@ PROBE_SAMPLES, PROBE_TOKENS = 4, 4  # enough to show weights that differ; few st
 
 
 class Sampling:
-    def __init__(self, config: Config, *, tokenizer: Any, tokenizer_path: str) -> None:
-        self._config, self._tokenizer = config, tokenizer
+    def __init__(self, config: Config, *, tokenizer_path: str, tokenizer: Any = None) -> None:
+        """`tokenizer`: that of the path, where it is read already."""
+        self._config, self._tokenizer = config, tokenizer or _load_tokenizer(tokenizer_path)
         self._sandbox: SandboxedRollout | None = None
         if config.rollout.function != "single_turn":
             self._sandbox = SandboxedRollout(config, tokenizer_path=tokenizer_path)
         self._function: Rollout = single_turn  # what runs in this process
         self._limits: Limits | None = None
+
+    def decode(self, token_ids: list[list[int]]) -> list[str]:
+        return self._tokenizer.batch_decode(token_ids, skip_special_tokens=True)
 
     async def start(self, members: Members) -> None:
         """Ask the engines what they hold, and start the sandbox where there is one."""
@@ -87,3 +91,9 @@ class Sampling:
     def close(self) -> None:
         if self._sandbox is not None:
             self._sandbox.close()
+
+
+def _load_tokenizer(path: str) -> Any:
+    from transformers import AutoTokenizer  # seconds to import
+
+    return AutoTokenizer.from_pretrained(path)

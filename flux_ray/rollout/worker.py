@@ -9,16 +9,15 @@ Never:  runs users' code; waits for another actor without a deadline.
 
 from __future__ import annotations
 
-from collections.abc import Coroutine
 from dataclasses import replace
 from typing import Any
 
 from flux_ray.algo import filters
 from flux_ray.clock import now_s
-from flux_ray.cluster.group import ActorError, CallFailed, Members
+from flux_ray.cluster.group import ActorError, Members
 from flux_ray.cluster.plan import ROLLOUT
 from flux_ray.config import Config
-from flux_ray.messages import Assignment, GroupAt, GroupDropped, GroupFailed, GroupReady, Orders, PartGenerated
+from flux_ray.messages import Assignment, GroupAt, GroupDropped, GroupReady, Orders, PartGenerated
 from flux_ray.records import Prompt, RolloutGroup
 from flux_ray.rollout.owned import Carried, Owned
 from flux_ray.rollout.sampling import Sampling
@@ -30,20 +29,14 @@ PROBE_UID = -(10**12)  # less the engine's index: no prompt's
 class RolloutWorker(Owned):
     """Orders start groups; `news` says what became of them."""
 
-    def __init__(self, config: Config, *, index: int, tokenizer_path: str, most_groups: int) -> None:
+    def __init__(self, config: Config, *, index: int, tokenizer_path: str, most_groups: int, tokenizer: Any = None
+                 ) -> None:
         """`most_groups`: that may wait in one reward worker at once."""
         super().__init__()
         self._config, self._index = config, index
-        self._tokenizer = self._load_tokenizer(tokenizer_path)
-        self._sampling = Sampling(config, tokenizer=self._tokenizer, tokenizer_path=tokenizer_path)
+        self._sampling = Sampling(config, tokenizer_path=tokenizer_path, tokenizer=tokenizer)
         self._scoring = Scoring(config, most_groups=most_groups)
         self._members = Members()
-
-    @staticmethod
-    def _load_tokenizer(path: str) -> Any:
-        from transformers import AutoTokenizer  # seconds to import
-
-        return AutoTokenizer.from_pretrained(path)
 
     async def meet(self, members: Members) -> None:
         before, self._members = self._members, max(self._members, members, key=lambda members: members.epoch)
@@ -59,19 +52,10 @@ class RolloutWorker(Owned):
             self.forget(key)
         for assignment in orders.assignments:
             carried = self.carried.setdefault(assignment.key, Carried(assignment))
-            self._start(carried, self._part(carried, assignment), "rollout")
+            self.run(carried, self._part(carried, assignment), "rollout")
         for carried in (self.carried[key] for key in orders.scored_again if key in self.carried):
-            self._start(carried, self._finish(carried, alone=True), "score")
-
-    def _start(self, carried: Carried, work: Coroutine[Any, Any, None], what: str) -> None:
-        async def guarded() -> None:
-            try:
-                await work
-            except Exception as error:
-                row = f"prompt row {carried.first.prompt.row + 1} (from 1)"
-                self.tell(GroupFailed(*carried.first.key, f"{what} of {row}", CallFailed.of(error)))
-
-        self.run(carried, guarded())
+            assert carried.group is not None, carried.first.key
+            self.run(carried, self._finish(carried, carried.group, alone=True), "score")
 
     async def _part(self, carried: Carried, assignment: Assignment) -> None:
         """Generate a part; the last one to come goes on with the group."""
@@ -79,23 +63,12 @@ class RolloutWorker(Owned):
         trajectories, step = await self._sampling.sample(assignment, self._members, self._incarnation)
         carried.parts[seed] = trajectories, step
         self.tell(PartGenerated(*assignment.key, seed, sum(t.num_loss_tokens for t in trajectories)))
-        if sum(len(part) for part, _ in carried.parts.values()) == assignment.group_size:
-            self._join(carried)
-            await self._finish(carried)
+        if carried.is_generated:
+            await self._finish(carried, carried.join(self._sampling.decode))
 
-    def _join(self, carried: Carried) -> None:
-        """One group of the parts, in the order of their samples' seeds, and its texts."""
-        parts = [carried.parts[seed] for seed in sorted(carried.parts)]
-        whole = replace(carried.first.prompt, seed=min(carried.parts), num_samples=carried.first.group_size)
-        carried.group = RolloutGroup(whole, tuple(t for part, _ in parts for t in part))
-        carried.step = max(step for _, step in parts)
-        ids = [t.token_ids[t.prompt_length :].tolist() for t in carried.group.trajectories]
-        carried.texts = tuple(self._tokenizer.batch_decode(ids, skip_special_tokens=True))
-
-    async def _finish(self, carried: Carried, *, alone: bool = False) -> None:
+    async def _finish(self, carried: Carried, group: RolloutGroup, *, alone: bool = False) -> None:
         """Score ► filter ► reference ► ready. An evaluation's group is only scored, and not kept."""
-        key, group, start_s = carried.first.key, carried.group, now_s()
-        assert group is not None
+        key, start_s = carried.first.key, now_s()
         score = self._scoring.score_alone if alone else self._scoring.score
         try:
             scores = await score(responses_of(group, carried.texts, carried.step), self._members)

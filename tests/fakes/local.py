@@ -148,12 +148,8 @@ class Worker(RolloutWorker):
     """The real one; it notes whose requests the engines will get."""
 
     def __init__(self, config: Config, index: int, parts: Parts) -> None:
-        super().__init__(config, index=index, tokenizer_path="", most_groups=1)
+        super().__init__(config, index=index, tokenizer_path="", most_groups=1, tokenizer=Tokenizer())
         self._number, self._parts = index, parts
-
-    @staticmethod
-    def _load_tokenizer(path: str) -> Any:
-        return Tokenizer()
 
     async def order(self, orders: Orders) -> None:
         for assignment in orders.assignments:

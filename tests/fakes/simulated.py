@@ -273,21 +273,17 @@ class CountedWorker(RolloutWorker):
 
     def __init__(self, config: Config, index: int, world: World) -> None:
         self._world = world
-        super().__init__(config, index=index, tokenizer_path="", most_groups=1)
+        super().__init__(config, index=index, tokenizer_path="", most_groups=1, tokenizer=NoTexts())
         self._free_s = 0.0
-
-    @staticmethod
-    def _load_tokenizer(path: str) -> Any:
-        return NoTexts()
 
     async def order(self, orders: Orders) -> None:
         self._world.driver_free_s = await _busy(self._world.driver_free_s,
                                                 self._world.costs.driver_s * len(orders.assignments))
         await super().order(orders)
 
-    async def _finish(self, carried: Any, *, alone: bool = False) -> None:
+    async def _finish(self, carried: Any, group: Any, *, alone: bool = False) -> None:
         self._free_s = await _busy(self._free_s, self._world.costs.worker_s)
-        await super()._finish(carried, alone=alone)
+        await super()._finish(carried, group, alone=alone)
 
     async def texts(self, keys: Any) -> list[str | None]:
         await asyncio.sleep(self._world.costs.text_s)

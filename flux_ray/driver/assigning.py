@@ -1,0 +1,101 @@
+"""Who makes a group: the engine that samples each part of it, the worker that carries it.
+
+Takes:  the ledger's entries that are WAITING, each with its prompt.
+Gives:  assignments to the workers, as engines have capacity.
+Knows:  all that are asked for at one moment are put in order before any of them starts.
+Keeps:  what each group is made from, until it ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import NamedTuple
+
+from flux_ray.clock import now_s
+from flux_ray.config import Config
+from flux_ray.driver.entry import Entry, Key
+from flux_ray.driver.ledger import Ledger
+from flux_ray.driver.workers import Workers
+from flux_ray.messages import Assignment
+from flux_ray.records import Prompt
+from flux_ray.rollout.dispatch import QUEUED_SHARE, Dispatch, Lengths, Request, split
+
+
+class Asked(NamedTuple):
+    """What a group is made from."""
+
+    prompt: Prompt
+    parts: dict[int, Prompt]  # by seed
+    priority: int  # the least goes first
+    lengths: Lengths
+    temperature: float | None  # of an evaluation
+
+
+class Assigning:
+    def __init__(self, config: Config, ledger: Ledger, workers: Workers) -> None:
+        self._ledger, self._workers = ledger, workers
+        self._num_parts = config.rollout.split_groups
+        # What still waits in an engine when new weights come would find its prefix as the old ones computed it.
+        keeps = config.rollout.kv_after_update == "keep" and config.driver.max_staleness > 0
+        self._dispatch: Dispatch[tuple[int, int, int]] = Dispatch(  # uid, attempt, seed of a part
+            config.rollout.num_engines, capacity=config.rollout.max_num_seqs,
+            queued_share=0.0 if keeps else QUEUED_SHARE)
+        self._asked: dict[Key, Asked] = {}
+        self._due = False
+
+    def __contains__(self, key: Key) -> bool:
+        """Whether the group at that attempt has not ended."""
+        return key in self._asked
+
+    def prompt(self, key: Key) -> Prompt:
+        return self._asked[key].prompt
+
+    def ask(self, entry: Entry, prompt: Prompt, *, priority: int, lengths: Lengths, temperature: float | None) -> None:
+        """The group is to be made. `temperature`: of an evaluation."""
+        parts = {part.seed: part for part in split(prompt, self._num_parts)}
+        self._ask(entry, Asked(prompt, parts, priority, lengths, temperature))
+
+    def ask_again(self, entry: Entry) -> None:
+        """The ledger has put it back to WAITING, for its next attempt."""
+        self._ask(entry, self.end((entry.uid, entry.attempt - 1)))
+
+    def generated(self, entry: Entry, seed: int) -> None:
+        """A part has left its engine, which has capacity for another."""
+        self._workers.generated(entry.worker, self._dispatch.done((*entry.key, seed)))
+        self._assign_soon()
+
+    def saw_length(self, entry: Entry) -> None:
+        """All its parts are there: what to expect of the next group of that row."""
+        asked = self._asked[entry.key]
+        asked.lengths.saw(asked.prompt.row, entry.num_tokens / asked.prompt.num_samples)
+
+    def end(self, key: Key) -> Asked:
+        """The group has ended at that attempt: engines have capacity for others."""
+        asked = self._asked.pop(key)
+        for seed in asked.parts:
+            self._dispatch.done((*key, seed))
+        self._assign_soon()
+        return asked
+
+    def _ask(self, entry: Entry, asked: Asked) -> None:
+        self._asked[entry.key] = asked
+        expected = asked.lengths.expected(asked.prompt.row)
+        for seed, part in asked.parts.items():
+            request = Request(asked.priority, part.num_samples, len(part.token_ids), expected)
+            self._dispatch.ask((*entry.key, seed), request)
+        self._assign_soon()
+
+    def _assign_soon(self) -> None:
+        if not self._due:
+            self._due = True
+            asyncio.get_running_loop().call_soon(self._assign)
+
+    def _assign(self) -> None:
+        self._due = False
+        for (uid, attempt, seed), request, engine in self._dispatch.starts():
+            entry, asked = self._ledger.find(uid, attempt), self._asked[uid, attempt]
+            assert entry is not None, (uid, attempt)
+            self._ledger.running(entry, self._workers.choose(), now_s())
+            assignment = Assignment(asked.parts[seed], attempt, engine, asked.prompt.num_samples, asked.temperature,
+                                    evaluates=uid < 0)
+            self._workers.assign(entry.worker, assignment, request.num_tokens)
