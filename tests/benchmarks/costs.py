@@ -40,6 +40,7 @@ def config_of(folder: Path, **values: Any) -> Any:
 
 def engine_alone(folder: Path) -> list[tuple[int, float]]:
     """(sequences, seconds of a decode step with so many): the least of three, first token and rest told apart."""
+    from flux_ray.records import SamplingRequest
     from flux_ray.rollout.engine import RolloutEngine
 
     async def measure() -> list[tuple[int, float]]:
@@ -48,7 +49,8 @@ def engine_alone(folder: Path) -> list[tuple[int, float]]:
 
         async def seconds(n: int, tokens: int) -> float:
             start_s = time.perf_counter()
-            await engine.generate([5] * 16, n=n, seed=1, temperature=1.0, max_tokens=tokens)
+            await engine.generate(SamplingRequest(np.full(16, 5, np.int32), n, seed=1, temperature=1.0,
+                                                  max_tokens=tokens))
             return time.perf_counter() - start_s
 
         points = []

@@ -9,12 +9,14 @@ Knows:  a whole run as the command line starts it; the reward workers are real, 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import os
 import re
 import statistics
 import subprocess
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,8 @@ STEPS_LONG, QUICK_LONG = 40, 20
 LOOK_EVERY = 10  # steps: to look at the sockets starts a process, which is CPU time of the driver's
 MEMORY_WARM_UP = 50  # steps in which the driver grows to what it needs
 MIB = 2**20
+WORKERS, GROUPS_EACH, WORKER_STEPS = 32, 64, 8
+CARRIERS = ("rollout", "reward")  # roles whose actors' CPU time is counted beside the driver's
 CALLS, CALL_ROUNDS, CALL_EVERY_S, CALL_BYTES = 50, 10, 0.01, 400
 
 
@@ -57,11 +61,26 @@ def cpu(session: Session) -> list[Measured]:
     results = [Measured.of(f"driver_{groups}", of, unit="ms", goal="<= 1.0", in_flight=groups)
                for groups, of in values.items()]
     if not session.quick:
-        letters = statistics.mean(step["letters"] for step in _run(session, in_flight[0])) / in_flight[0]
+        calls = statistics.mean(step["calls"] for step in _run(session, in_flight[0])) / in_flight[0]
         bare = session.part("bare_calls")
-        results.append(Measured.of(f"driver_{in_flight[0]}_bare", [letters * call_ms for call_ms in bare], unit="ms",
-                                   letters=letters, call_ms=statistics.median(bare)))
+        results.append(Measured.of(f"driver_{in_flight[0]}_bare", [calls * call_ms for call_ms in bare], unit="ms",
+                                   calls=calls, call_ms=statistics.median(bare)))
     return [*results, Measured.of("driver_flat", [max(many) / few], unit="x", goal=f"<= {FLAT}")]
+
+
+def workers(session: Session) -> list[Measured]:
+    """CPU time of a group with 32 rollout workers, 64 groups each: the driver's, and that of all that carry and score
+    it. Engines and ranks are made; with `_made` so are rewards."""
+    results = []
+    for ending, rewards in (("", False), ("_made", True)):
+        steps = session.part("driver", groups=WORKERS * GROUPS_EACH, steps=WARM_UP + WORKER_STEPS, tokens=SHORT,
+                             hold_s=HELD_S[1000], num_workers=WORKERS, made_rewards=rewards)[WARM_UP:]
+        each = {name: [1000 * step[name] / WORKERS / GROUPS_EACH for step in steps] for name in ("cpu_s", *CARRIERS)}
+        about = {f"{name}_ms": round(statistics.median(each[name]), 3) for name in CARRIERS}
+        results += [Measured.of(f"driver_workers{ending}", each["cpu_s"], unit="ms", goal="<= 0.25"),
+                    Measured.of(f"workers{ending}", [sum(of) for of in zip(*each.values(), strict=True)], unit="ms",
+                                **about)]
+    return results
 
 
 def sockets(session: Session) -> list[Measured]:
@@ -69,7 +88,7 @@ def sockets(session: Session) -> list[Measured]:
     steps = {tokens: _run(session, 10, tokens) for tokens in (SHORT, LONG)}
     values = {tokens: _bytes_a_group(of, groups=10) for tokens, of in steps.items()}
     results = [Measured.of(f"driver_bytes_{tokens}", [count / 1024 for count in of], unit="KiB", goal="<= 2",
-                           letters=statistics.mean(step["letters"] for step in steps[tokens]) / 10)
+                           calls=statistics.mean(step["calls"] for step in steps[tokens]) / 10)
                for tokens, of in values.items()]
     equal = statistics.median(values[LONG]) / statistics.median(values[SHORT])
     return [*results, Measured.of("driver_bytes_equal", [equal], unit="x", goal="<= 1.05")]
@@ -88,43 +107,47 @@ def memory(session: Session) -> list[Measured]:
     return [Measured.of("memory", [grown], unit="MB", goal="<= 20", steps=len(steps))]
 
 
-def run(folder: Path, work: Path, *, groups: int, steps: int, tokens: int, hold_s: float) -> list[dict[str, float]]:
-    """After each step: CPU seconds and letters since the one before, resident memory, now and then the bytes of all
-    TCP sockets."""
+def run(folder: Path, work: Path, *, groups: int, steps: int, tokens: int, hold_s: float, num_workers: int = 0,
+        made_rewards: bool = False) -> list[dict[str, float]]:
+    """After each step: CPU seconds and calls since the one before, resident memory, now and then the bytes of all
+    TCP sockets; with `num_workers` the CPU seconds of rollout and reward workers."""
     from flux_ray.config import from_dict
-    from flux_ray.driver import run as train
     from flux_ray.observability.callbacks import as_callback
+    from flux_ray.run import run as train
 
     os.environ[made.HOLD_S] = str(hold_s)
-    made.put_in_place()
+    made.put_in_place(rewards=made_rewards)
     seen: list[dict[str, float]] = []
-    process, letters = psutil.Process(), _counted_letters()
+    process, calls = psutil.Process(), _counted_calls()
 
     def stepped(step: int, metrics: dict[str, float]) -> None:
-        seen.append({"cpu_s": time.process_time(), "letters": len(letters), "resident": process.memory_info().rss,
-                     "tcp_bytes": tcp_bytes(process.pid) if step % LOOK_EVERY == 0 else 0})
+        seen.append({"cpu_s": time.process_time(), "calls": len(calls), "resident": process.memory_info().rss,
+                     "tcp_bytes": tcp_bytes(process.pid) if step % LOOK_EVERY == 0 else 0}
+                    | (cpu_of(CARRIERS, work / "run") if num_workers else {}))
 
     phase = Phase("made", [tokens] * 64, 0, steps)
     make_data(work / "data.jsonl", [phase])
     train(from_dict(options(folder, dtype="float32", phases=[phase]) | {
         "data.train": str(work / "data.jsonl"), "run_dir": str(work / "run"),
         "rollout.max_tokens": tokens, "batch.prompts_per_step": groups, "rollout.num_engines": 2,
-        "rollout.max_num_seqs": 100_000, "rollout.max_model_len": PROMPT_TOKENS + tokens,
+        "rollout.num_workers": num_workers, "rollout.max_num_seqs": 100_000,
+        "rollout.max_model_len": PROMPT_TOKENS + tokens,
     }), callbacks=[as_callback(stepped)])
     before = [seen[0], *seen]
-    return [{**now, **{name: now[name] - then[name] for name in ("cpu_s", "letters")}}
+    counted = {"cpu_s", "calls", *CARRIERS}
+    return [{name: value - then[name] if name in counted else value for name, value in now.items()}
             for then, now in zip(before, seen, strict=False)]
 
 
 def bare_calls(folder: Path, work: Path) -> list[float]:
-    """CPU milliseconds of this process, all its threads, for a call of an empty actor and its answer: a letter's size,
+    """CPU milliseconds of this process, all its threads, for a call of an empty actor and its answer: an order's size,
     awaited one after another with a moment between them, as a step's come; what the moment costs is taken off."""
     import ray
 
     from flux_ray.cluster.groups import Cluster
 
     class Empty:
-        async def call(self, letter: bytes) -> bytes:
+        async def call(self, order: bytes) -> bytes:
             return bytes(CALL_BYTES)
 
     async def milliseconds(actor: Any) -> float:
@@ -147,19 +170,31 @@ def bare_calls(folder: Path, work: Path) -> list[float]:
         ray.shutdown()
 
 
-def _counted_letters() -> list[None]:
+def _counted_calls() -> list[None]:
     """Grows by one for each call that the driver makes from now on."""
     from flux_ray.cluster.rpc import RayActor
 
-    letters: list[None] = []
+    calls: list[None] = []
     call = RayActor.call
 
     def counted(self: Any, method: Any, /, *args: Any, **kwargs: Any) -> Any:
-        letters.append(None)
+        calls.append(None)
         return call(self, method, *args, **kwargs)
 
     RayActor.call = counted  # type: ignore[method-assign, assignment]
-    return letters
+    return calls
+
+
+def cpu_of(roles: Iterable[str], run_dir: Path) -> dict[str, float]:
+    """CPU seconds so far of all actors of each role: their output goes to a file that has their name."""
+    seconds = dict.fromkeys(roles, 0.0)
+    for process in psutil.process_iter():
+        with contextlib.suppress(OSError, psutil.Error):
+            output = Path(os.readlink(f"/proc/{process.pid}/fd/1"))
+            role = output.stem.rpartition("-")[0]
+            if run_dir in output.parents and role in seconds:
+                seconds[role] += sum(process.cpu_times()[:2])
+    return seconds
 
 
 def tcp_bytes(pid: int) -> int:

@@ -41,6 +41,8 @@ FIGURES = {figure.name: figure for figure in (
     Figure("publish", "optimizer step to the first token of the new version on every engine; the stall",
            "publish:publish"),
     Figure("driver", "driver's CPU time for a group, with 10, 100 and 1,000 in flight", "driver_cost:cpu"),
+    Figure("workers", "CPU time for a group of the driver and of all that carry it, 32 rollout workers with 64 each",
+           "driver_cost:workers"),
     Figure("driver_bytes", "bytes through the driver's sockets for a group, short and long", "driver_cost:sockets"),
     Figure("memory", "growth of the driver over 1,000 steps", "driver_cost:memory"),
 )}

@@ -1,7 +1,7 @@
 """A plugin that every process of a measured run imports: what can't be told from outside.
 
 Takes:  BENCH_CORES (role and index ► cores, as JSON) and BENCH_NOTES (a folder) from the environment.
-Gives:  `forced` and `watched`, rollouts whose responses have the row's `lengths`; notes, a JSON line each.
+Gives:  engines whose responses have the row's `lengths`; notes, a JSON line each.
 Knows:  which actor this process is by the file that its output goes to.
 """
 
@@ -11,16 +11,16 @@ import asyncio
 import json
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from flux_ray.data.order import stable_seed
 from flux_ray.data.prompts import TRAIN
-from flux_ray.records import Completion, Prompt, Trajectory
-from flux_ray.rollout.functions import Generate, one_turn
+from flux_ray.records import Completion, Sampled, SamplingRequest
 
-CORES, NOTES = "BENCH_CORES", "BENCH_NOTES"
-SEED = 0  # of every measured run
+CORES, NOTES, WATCHED = "BENCH_CORES", "BENCH_NOTES", "BENCH_WATCHED"
+EPOCHS = 2  # an asynchronous run starts prompts that it does not train on
 KEPT = 8  # tokens of a watched response that are trained on
 
 
@@ -41,57 +41,66 @@ def stay_on(cores: list[int]) -> None:
         os.sched_setaffinity(int(thread.name), cores)
 
 
-async def forced(prompt: Prompt, generate: Generate) -> list[Trajectory]:
-    """Sample i of the row has lengths[i] tokens. Where all are alike, one request for the group, as single_turn."""
-    lengths = lengths_of(prompt)
-    if len(set(lengths)) == 1:
-        completions = await generate(prompt.token_ids, n=len(lengths), max_tokens=lengths[0])
-    else:
-        completions = [one for (one,) in await asyncio.gather(*(
-            generate(prompt.token_ids, sample=i, max_tokens=length) for i, length in enumerate(lengths)))]
-    return [one_turn(prompt, completion) for completion in completions]
+def lengths_of(config: Any) -> dict[int, int]:
+    """Seed of a sample ► tokens of its response, as the rows' `lengths` have it. A run goes over its rows in order."""
+    rows = [json.loads(line)["lengths"] for line in Path(config.data.train).read_text().splitlines()]
+    uids = range(EPOCHS * len(rows))
+    return {stable_seed(config.seed, TRAIN, uid) + i: length
+            for uid in uids for i, length in enumerate(rows[uid % len(rows)])}
 
 
-async def watched(prompt: Prompt, generate: Generate) -> list[Trajectory]:
-    """As `forced`; the first sample is streamed, and each of its tokens noted with time and version.
-
-    Only the first few tokens are trained on: the trainer is done while engines generate, and updates find requests that
-    run, as many each time.
+def force_lengths() -> None:
+    """In an engine: each response gets its row's length. With BENCH_WATCHED the first sample of each request is
+    streamed, each of its tokens noted with time and version, and only the first few tokens of a response are trained
+    on: the trainer is done while engines generate, and updates find requests that run, as many each time.
     """
-    lengths = lengths_of(prompt)
-    first, rest = await asyncio.gather(
-        _streamed(generate._engine, prompt, lengths[0]),  # type: ignore[attr-defined]
-        asyncio.gather(*(generate(prompt.token_ids, sample=i, max_tokens=length)
-                         for i, length in enumerate(lengths) if i)))
-    return [one_turn(prompt, _begun(completion)) for completion in (first, *(one for (one,) in rest))]
+    from flux_ray.rollout.engine import RolloutEngine
+
+    generate, lengths = RolloutEngine.generate, {}
+    watched = bool(os.environ.get(WATCHED))
+
+    async def sample(engine: RolloutEngine, request: SamplingRequest, is_first: bool) -> Sampled:
+        if watched and is_first:
+            return Sampled((await _streamed(engine, request),), 0)
+        return await generate(engine, request)
+
+    async def forced(self: RolloutEngine, request: SamplingRequest) -> Sampled:
+        if request.first:
+            return await generate(self, request)
+        if not lengths:
+            lengths.update(lengths_of(self._config))
+        wanted = [lengths[request.seed + i] for i in range(request.n)]
+        if len(set(wanted)) == 1 and not watched:  # one request for the group, as it came
+            return await generate(self, replace(request, max_tokens=wanted[0]))
+        each = await asyncio.gather(*(
+            sample(self, replace(request, n=1, seed=request.seed + i, max_tokens=length), i == 0)
+            for i, length in enumerate(wanted)))
+        completions = tuple(_begun(sampled.completions[0]) if watched else sampled.completions[0] for sampled in each)
+        return Sampled(completions, max(sampled.step for sampled in each))
+
+    RolloutEngine.generate = forced  # type: ignore[method-assign]
 
 
 def _begun(completion: Completion) -> Completion:
     return Completion(completion.token_ids[:KEPT], completion.logprobs[:KEPT], completion.versions[:KEPT], "length")
 
 
-async def _streamed(engine: Any, prompt: Prompt, length: int) -> Completion:
+async def _streamed(engine: Any, request: SamplingRequest) -> Completion:
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
     from flux_ray.rollout.engine import completion_of
 
-    params = SamplingParams(seed=prompt.seed, max_tokens=length, ignore_eos=True, logprobs=0, flat_logprobs=True,
-                            detokenize=False, output_kind=RequestOutputKind.CUMULATIVE)
-    tokens, times_s, final = {"prompt_token_ids": prompt.token_ids.tolist()}, [], None
-    async for final in engine._engine.generate(tokens, params, f"watched-{prompt.uid}-{prompt.seed}"):
+    params = SamplingParams(seed=request.seed, max_tokens=request.max_tokens, ignore_eos=True, logprobs=0,
+                            flat_logprobs=True, detokenize=False, output_kind=RequestOutputKind.CUMULATIVE)
+    tokens, times_s, final = {"prompt_token_ids": request.token_ids.tolist()}, [], None
+    async for final in engine._engine.generate(tokens, params, f"watched-{request.seed}"):
         new = len(final.outputs[0].token_ids) - len(times_s)
         times_s += [time.monotonic()] * new
     assert final is not None
     completion = completion_of(final.outputs[0])
     note(times_s=times_s, versions=completion.versions.tolist())
     return completion
-
-
-def lengths_of(prompt: Prompt) -> list[int]:
-    """Of the samples of this prompt, or of this part of a group."""
-    first = prompt.seed - stable_seed(SEED, TRAIN, prompt.uid)
-    return prompt.columns["lengths"][first : first + prompt.num_samples]
 
 
 def count_tokens() -> None:
@@ -129,3 +138,5 @@ if NOTES in os.environ:
         stay_on(of_actor)
     if actor().startswith("trainer-"):
         count_tokens()
+    if actor().startswith("engine-"):
+        force_lengths()

@@ -98,8 +98,8 @@ def ours(folder: Path, work: Path, *, phases: list[dict[str, Any]], dtype: str, 
     planned = [*measured, Phase("last", measured[-1].lengths, warm_up=more.get("driver.max_staleness", 0), runs=0)]
     make_data(work / "data.jsonl", planned)
     result = run(from_dict(options(folder, dtype=dtype, phases=planned) | {
-        "data.train": str(work / "data.jsonl"), "run_dir": str(work / "run"), "plugins": [inside.__file__],
-        "rollout.function": f"{inside.__file__}:forced"} | more))
+        "data.train": str(work / "data.jsonl"), "run_dir": str(work / "run"), "plugins": [inside.__file__]}
+        | more))
     ranks = [[json.loads(line) for line in file.read_text().splitlines()] for file in sorted(work.glob("trainer-*"))]
     given, at = {}, 0
     for phase in measured:

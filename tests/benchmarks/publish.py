@@ -62,16 +62,17 @@ def run(folder: Path, work: Path, *, steps: int, **more: Any) -> dict[str, list[
     """For each version after the warm-up: seconds from the optimizer step until all engines serve it, and the longest
     that a running request waited between its last token of the old version and its first of the new."""
     from flux_ray.config import from_dict
-    from flux_ray.driver import run as train
+    from flux_ray.run import run as train
 
     rows = [{"prompt": str(10 ** (PROMPT_TOKENS - 1) + i), "lengths": [TOKENS] * SAMPLES}
             for i in range(PROMPTS * (steps + 4))]
     (work / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    os.environ[inside.WATCHED] = "1"
     phase = Phase("publish", [TOKENS] * PROMPTS * SAMPLES, 0, steps)
     train(from_dict(options(folder, dtype="float32", phases=[phase]) | {
         "model.path": str(folder / "60M"), "data.train": str(work / "data.jsonl"), "run_dir": str(work / "run"),
-        "plugins": [inside.__file__], "rollout.function": f"{inside.__file__}:watched", "rollout.num_engines": 2,
-        "rollout.group_size": SAMPLES, "batch.prompts_per_step": PROMPTS, "driver.max_staleness": STALENESS} | more))
+        "plugins": [inside.__file__], "rollout.num_engines": 2, "rollout.group_size": SAMPLES,
+        "batch.prompts_per_step": PROMPTS, "driver.max_staleness": STALENESS} | more))
     updated = [json.loads(line)["at_s"] for line in (work / "trainer-0.jsonl").read_text().splitlines()]
     engines = [[json.loads(line) for line in (work / f"engine-{i}.jsonl").read_text().splitlines()]
                for i in range(more.get("rollout.num_engines", 2))]

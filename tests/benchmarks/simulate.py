@@ -4,7 +4,8 @@ python -m tests.benchmarks.simulate --schedules 100000        # each is checked;
 python -m tests.benchmarks.simulate --costs costs.json        # predicted beside measured, for the runs in the file
 python -m tests.benchmarks.simulate --costs costs.json --docs # and for 8 to 1,000 engines, into docs/scaling.md
 
-It runs the driver's own loop, slots, dispatch and rooms; actors and clock are simulated (tests/driver/simulated.py).
+It runs the driver's own loop, ledger, stages and the rollout workers; engines, rewards, ranks and clock are simulated
+(tests/fakes/simulated.py).
 The costs are those of tests.benchmarks.costs.
 """
 
@@ -21,10 +22,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tests.driver.simulated import Costs, SimulatedTime, World, simulate
-
 from tests.benchmarks.costs import GROUP_SIZE, RUNS, TOKENS
 from tests.driver.schedules import RandomSchedule, check
+from tests.fakes.simulated import Costs, SimulatedTime, World, simulate
 
 DOCS = Path(__file__).parents[2] / "docs" / "scaling.md"
 TABLE = re.compile(r"(?<=<!-- predicted -->\n).*?(?=<!-- end -->)", re.DOTALL)
