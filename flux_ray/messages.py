@@ -25,10 +25,11 @@ class GroupAt(NamedTuple):
 
 
 class OwnedGroup(NamedTuple):
-    """A group's arrays, as its rollout worker gives them to a rank."""
+    """What a rank trains on, as a group's rollout worker gives it."""
 
     group: RolloutGroup
     reference_logprobs: list[np.ndarray] | None  # (T,) float32 of each trajectory; None where no KL is asked for
+    scored: ScoredGroup | None  # None: of a probe
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,8 @@ B rows of a padded view, L its length, S the flat token axis of a micro-batch.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -91,6 +93,27 @@ class Sampled:
     completions: tuple[Completion, ...]  # n of them
     step: int  # updates that the newest policy among their tokens had
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """See `_joined`."""
+        rows = [(c.token_ids, c.logprobs, c.versions) for c in self.completions]
+        return _sampled, (*_joined(rows), [c.finish_reason for c in self.completions], self.step)
+
+
+def _sampled(lengths: list[int], arrays: list[np.ndarray], reasons: list[str], step: int) -> Sampled:
+    rows = zip(*(_split(array, lengths) for array in arrays), reasons, strict=True)
+    return Sampled(tuple(itertools.starmap(Completion, rows)), step)
+
+
+def _joined(rows: Sequence[tuple[np.ndarray, ...]]) -> tuple[list[int], list[np.ndarray]]:
+    """Lengths of rows, and each column's arrays in one: on the way to another process each small array costs several
+    times its numbers. A row has arrays of one length; `_split` undoes it."""
+    return [len(row[0]) for row in rows], [np.concatenate(column) for column in zip(*rows, strict=True)]
+
+
+def _split(array: np.ndarray, lengths: list[int]) -> list[np.ndarray]:
+    ends = list(itertools.accumulate(lengths))
+    return [array[end - length : end] for end, length in zip(ends, lengths, strict=True)]
+
 
 @dataclass(frozen=True)
 class Trajectory:
@@ -142,6 +165,19 @@ class RolloutGroup:
 
     prompt: Prompt
     trajectories: tuple[Trajectory, ...]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """See `_joined`."""
+        rows = [(t.token_ids, t.loss_mask, t.sampler_logprobs, t.versions) for t in self.trajectories]
+        others = [(t.prompt_length, t.finish_reason) for t in self.trajectories]
+        return _rollout_group, (self.prompt, *_joined(rows), others)
+
+
+def _rollout_group(
+    prompt: Prompt, lengths: list[int], arrays: list[np.ndarray], others: list[tuple[int, str]],
+) -> RolloutGroup:
+    rows = zip(*(_split(array, lengths) for array in arrays), others, strict=True)
+    return RolloutGroup(prompt, tuple(Trajectory(*row, *other) for *row, other in rows))
 
 
 @dataclass(frozen=True)
@@ -202,8 +238,7 @@ class ScoredGroup:
     oldest_version: int  # of the group's oldest token
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """As lists: it goes to the driver and from it to the ranks, and each small array costs several times its
-        numbers."""
+        """As lists: see `_joined`."""
         values = [values.tolist() for values in (self.rewards, self.task_rewards, *self.parts.values())]
         counts = [counts.tolist() for counts in (self.num_tokens, self.num_loss_tokens, self.truncated)]
         return _scored_group, (self.uid, tuple(self.parts), values, counts, self.oldest_version)

@@ -112,6 +112,9 @@ class Actor(Protocol[T_co]):
     @overload
     def call(self, method: Callable[Concatenate[Any, P], R], /, *args: P.args, **kwargs: P.kwargs) -> Call[R]: ...
 
+    def together(self) -> Actor[T_co]:
+        """The same actor, for many calls at one moment: those of this process travel together."""
+
     async def ping(self, within_s: float) -> bool:
         """Whether the process answers, as long as nothing blocks it. Raises ActorDied."""
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import gc
 import inspect
 import logging
 import os
@@ -24,6 +25,7 @@ import ray
 
 from flux_ray import ports
 from flux_ray.cluster.group import ActorDied, ActorError, CallFailed
+from flux_ray.cluster.together import Answer, Desk, Line, LineCall, Sent
 from flux_ray.errors import UserError
 from flux_ray.lifetime import end_with_parent
 
@@ -47,6 +49,7 @@ class Host:
         load_plugins(plugins)
         self._thread = concurrent.futures.ThreadPoolExecutor(1)
         self._object: Any = None
+        self._desks: dict[str, Desk] = {}
 
     def address(self) -> tuple[str, int]:
         """This node's address and a port that is held for the object."""
@@ -61,9 +64,19 @@ class Host:
 
     async def build(self, cls: Callable[..., Any], kwargs: dict[str, Any]) -> None:
         self._object = await asyncio.get_running_loop().run_in_executor(self._thread, lambda: cls(**kwargs))
+        gc.freeze()  # or each full collection looks at the hundred thousands of objects that the libraries made
 
     @ray.method(enable_task_events=False)  # no task that anybody looks for in Ray's list: a third of its cost
     async def call(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return await self._do(method, args, kwargs)
+
+    @ray.method(enable_task_events=False)
+    async def exchange(self, caller: str, calls: list[Sent], given_up: list[int]) -> list[Answer]:
+        """Of a Line. `caller` is its process."""
+        desk = self._desks.setdefault(caller, Desk(self._do))
+        return await desk.exchange(calls, given_up)
+
+    async def _do(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         function = getattr(self._object, method)
         try:
             if inspect.iscoroutinefunction(function):
@@ -98,6 +111,10 @@ class RayActor:
     def call(self, method: Callable[..., Any], /, *args: Any, **kwargs: Any) -> RayCall:
         return RayCall(self, method.__name__, self.handle.call.remote(method.__name__, args, kwargs))
 
+    def together(self) -> Together:
+        """The same actor: what this process calls through it travels together."""
+        return Together(self, _line(self))
+
     def host(self, method: Callable[..., Any], /, *args: Any) -> RayCall:
         """A call of a method of the Host itself."""
         return RayCall(self, method.__name__, getattr(self.handle, method.__name__).remote(*args))
@@ -116,6 +133,69 @@ class RayActor:
         return ActorDied(f"{self.role} {self.index} died{when} ({_why_died(error)})", role=self.role, index=self.index,
                          log_file=self.log_file)
 
+    def failed(self, cause: BaseException, what: str) -> Exception:
+        """What the caller raises for what a call raised there."""
+        if isinstance(cause, CallFailed):
+            return cause.as_error(self.role, self.index, what=what, log_dir=self.log_file.parent)
+        if isinstance(cause, UserError):
+            return cause
+        return ActorError(f"{self.role} {self.index}, {what}: {type(cause).__name__}: {cause}", role=self.role,
+                          index=self.index, log_file=self.log_file)
+
+    def late(self, what: str, deadline_s: float) -> TimeoutError:
+        return TimeoutError(f"{self.role} {self.index} did not finish {what} within {deadline_s:g} s; its log: "
+                            f"{self.log_file}")
+
+
+@dataclass(frozen=True)
+class Together:
+    """An Actor over a Line."""
+
+    actor: RayActor
+    line: Line
+
+    @property
+    def role(self) -> str:
+        return self.actor.role
+
+    @property
+    def index(self) -> int:
+        return self.actor.index
+
+    @property
+    def incarnation(self) -> str:
+        return self.actor.incarnation
+
+    def call(self, method: Callable[..., Any], /, *args: Any, **kwargs: Any) -> LineCall:
+        return self.line.call(method.__name__, args, kwargs)
+
+    def together(self) -> Together:
+        return self
+
+    async def ping(self, within_s: float) -> bool:
+        return await self.actor.ping(within_s)
+
+    def kill(self) -> None:
+        self.actor.kill()
+
+
+_lines: dict[str, Line] = {}  # of this process, by the incarnation of who is called
+
+
+def _line(actor: RayActor) -> Line:
+    async def exchange(calls: list[Sent], given_up: list[int]) -> list[Answer]:
+        """Without a deadline of its own: each call has one, and an actor's death ends all of them."""
+        caller = f"{ray.util.get_node_ip_address()} {os.getpid()}"
+        try:
+            return await actor.handle.exchange.remote(caller, calls, given_up)
+        except ray.exceptions.RayTaskError as error:
+            raise actor.failed(error.cause or error, "exchange") from error
+        except (ray.exceptions.RayActorError, ray.exceptions.ObjectLostError) as error:
+            _lines.pop(actor.incarnation, None)
+            raise actor.died(error, "") from error
+
+    return _lines.setdefault(actor.incarnation, Line(actor, exchange))
+
 
 class RayCall:
     def __init__(self, actor: RayActor, method: str, reference: Any) -> None:
@@ -132,21 +212,11 @@ class RayCall:
         except (TimeoutError, ray.exceptions.RayTaskError) as error:  # Ray's is of its cause's type too
             if limit.expired():
                 self.cancel()
-                raise TimeoutError(f"{actor.role} {actor.index} did not finish {what} within {deadline_s:g} s; its "
-                                   f"log: {actor.log_file}") from None
+                raise actor.late(what, deadline_s) from None
             cause = getattr(error, "cause", None)
-            raise self._failed(cause if isinstance(cause, BaseException) else error, what) from cause
+            raise actor.failed(cause if isinstance(cause, BaseException) else error, what) from cause
         except (ray.exceptions.RayActorError, ray.exceptions.ObjectLostError) as error:  # it, or where its answer lay
             raise actor.died(error, f" during {what}") from error
-
-    def _failed(self, cause: BaseException, what: str) -> Exception:
-        actor = self._actor
-        if isinstance(cause, CallFailed):
-            return cause.as_error(actor.role, actor.index, what=what, log_dir=actor.log_file.parent)
-        if isinstance(cause, UserError):
-            return cause
-        return ActorError(f"{actor.role} {actor.index}, {what}: {type(cause).__name__}: {cause}", role=actor.role,
-                          index=actor.index, log_file=actor.log_file)
 
     def cancel(self) -> None:
         try:

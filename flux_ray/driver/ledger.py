@@ -118,7 +118,9 @@ class Ledger:
         """
         num_training, num_ready = self._slots.counts[State.TRAINING], self._slots.counts[State.READY]
         needed = self._bound.prompts_per_step - num_training
-        if self._awaited or (num_ready < needed and ready_tokens(self._slots.untrained) < at_least):
+        enough = num_ready >= needed or (
+            at_least < math.inf and ready_tokens(self._slots.untrained) >= at_least)  # asked at each news: O(groups)
+        if self._awaited or not enough:
             return None
         core, spares = self._slots.core_and_spares(self._bound, step)
         taken, awaited = chosen(core, self._bound, step=step, num_training=num_training)

@@ -27,7 +27,6 @@ HOLD_DEADLINE_S = 600.0  # for a rank to bring the arrays of its part of a step
 class Ranks:
     def __init__(self, config: Config, *, trainer: Group[TrainingRank], critic: Group[CriticRank] | None) -> None:
         self._config, self.trainer, self.critic = config, trainer, critic
-        self._scores: list[list] = []  # of each rank's share of the part that is held
 
     async def hold(self, part: Sequence[Entry]) -> list[GroupAt]:
         """Every rank, and the critic's, brings the arrays of its share before anything collective begins.
@@ -35,7 +34,6 @@ class Ranks:
         Gives what can't be had: the part is not held then.
         """
         of_ranks = balance([entry.total_tokens for entry in part], len(self.trainer))
-        self._scores = [[part[i].ready.scored for i in share] for share in of_ranks]
         places = [[part[i].at for i in share] for share in of_ranks]
         holders = [self.trainer, *([self.critic] if self.critic is not None else [])]
         missing = await all_within(
@@ -45,9 +43,8 @@ class Ranks:
 
     async def accumulate(self, step: int, versions: tuple[int, ...]) -> None:
         """Backward of the part that is held, before `train` brings the step's last one."""
-        await all_within([rank.call(TrainingRank.accumulate_held, scores, step=step, versions=versions)
-                          for rank, scores in zip(self.trainer, self._scores, strict=True)],
-                         self._config.train.deadline_s)
+        await all_within([rank.call(TrainingRank.accumulate_held, step=step, versions=versions)
+                          for rank in self.trainer], self._config.train.deadline_s)
 
     async def train(self, step: int, versions: tuple[int, ...]) -> StepReport:
         """The step on the part that is held, and on those that were accumulated."""
@@ -55,8 +52,8 @@ class Ranks:
         if self.critic is not None:
             await all_within([rank.call(CriticRank.value_held) for rank in self.critic], deadline_s)
             await all_within([rank.call(TrainingRank.take_values) for rank in self.trainer], deadline_s)
-        reports = await all_within([rank.call(TrainingRank.train_held, scores, step=step, versions=versions)
-                                    for rank, scores in zip(self.trainer, self._scores, strict=True)], deadline_s)
+        reports = await all_within([rank.call(TrainingRank.train_held, step=step, versions=versions)
+                                    for rank in self.trainer], deadline_s)
         return reports[0]  # reduced over ranks already
 
     async def learn(self, step: int) -> dict[str, float]:
@@ -68,8 +65,7 @@ class Ranks:
             return {}
         start_s, deadline_s = now_s(), self._config.train.deadline_s
         await all_within([rank.call(CriticRank.take_returns) for rank in self.critic], deadline_s)
-        reports = await all_within([rank.call(CriticRank.train_held, scores, step=step)
-                                    for rank, scores in zip(self.critic, self._scores, strict=True)], deadline_s)
+        reports = await all_within([rank.call(CriticRank.train_held, step=step) for rank in self.critic], deadline_s)
         return reports[0].metrics | {"critic/step_s": now_s() - start_s}
 
     async def publish(self, version: int, step: int) -> float:

@@ -17,9 +17,10 @@ import numpy as np
 
 from flux_ray.cluster.group import CallFailed
 from flux_ray.messages import Assignment, GroupAt, GroupFailed, News, OwnedGroup
-from flux_ray.records import RolloutGroup, Trajectory
+from flux_ray.records import RolloutGroup, ScoredGroup, Trajectory
 
-BATCHING_WINDOW_S = 0.005  # so long news waits for more, while other groups run
+BATCHING_WINDOW_S = 0.005  # so long news waits for more, for each other group that runs
+MOST_BATCHING_S = 0.05
 NEWS_AT_LEAST_EVERY_S = 10.0  # an answer without news tells the driver that this process lives
 
 Key = tuple[int, int]  # uid and attempt
@@ -35,6 +36,7 @@ class Carried:
     step: int = 0  # updates that the newest policy among its tokens had
     texts: tuple[str, ...] = ()
     reference: list[np.ndarray] | None = None
+    scored: ScoredGroup | None = None
     tasks: set[asyncio.Task[None]] = field(default_factory=set)
 
     @property
@@ -42,13 +44,13 @@ class Carried:
         """Whether all parts are there."""
         return sum(len(part) for part, _ in self.parts.values()) == self.first.group_size
 
-    def join(self, decode: Callable[[list[list[int]]], list[str]]) -> RolloutGroup:
+    def join(self, decode: Callable[[list[np.ndarray]], list[str]]) -> RolloutGroup:
         """One group of the parts, in the order of their samples' seeds, and its texts."""
         parts = [self.parts[seed] for seed in sorted(self.parts)]
         whole = replace(self.first.prompt, seed=min(self.parts), num_samples=self.first.group_size)
         self.group = RolloutGroup(whole, tuple(t for part, _ in parts for t in part))
         self.step = max(step for _, step in parts)
-        self.texts = tuple(decode([t.token_ids[t.prompt_length :].tolist() for t in self.group.trajectories]))
+        self.texts = tuple(decode([t.token_ids[t.prompt_length :] for t in self.group.trajectories]))
         return self.group
 
 
@@ -94,7 +96,7 @@ class Owned:
         except TimeoutError:
             return []
         if self._num_running:
-            await asyncio.sleep(BATCHING_WINDOW_S)
+            await asyncio.sleep(min(MOST_BATCHING_S, self._num_running * BATCHING_WINDOW_S))
         self._has_news.clear()
         news, self._news = self._news, []
         return news
@@ -102,7 +104,7 @@ class Owned:
     async def give(self, groups: Sequence[GroupAt]) -> list[OwnedGroup | None]:
         """The arrays of these groups; None for one that is not here."""
         found = [self.carried.get((uid, attempt)) for _, uid, attempt in groups]
-        return [OwnedGroup(one.group, one.reference) if one and one.group else None for one in found]
+        return [OwnedGroup(one.group, one.reference, one.scored) if one and one.group else None for one in found]
 
     async def texts(self, keys: Sequence[Key]) -> list[str | None]:
         """The text of each group's first response; None for one that is not here."""

@@ -11,6 +11,8 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+import numpy as np
+
 from flux_ray.cluster.group import Members
 from flux_ray.config import Config
 from flux_ray.errors import UserError
@@ -34,7 +36,7 @@ class Sampling:
         self._function: Rollout = single_turn  # what runs in this process
         self._limits: Limits | None = None
 
-    def decode(self, token_ids: list[list[int]]) -> list[str]:
+    def decode(self, token_ids: list[np.ndarray]) -> list[str]:
         return self._tokenizer.batch_decode(token_ids, skip_special_tokens=True)
 
     async def start(self, members: Members) -> None:
@@ -54,8 +56,8 @@ class Sampling:
         assert self._limits is not None, "it has not started"
         prompt, config = assignment.prompt, self._config.rollout
         temperature = config.temperature if assignment.temperature is None else assignment.temperature
-        generate = PromptGenerate(
-            prompt, members.of("engine")[assignment.engine], self._limits, temperature, self._tokenizer, owner)
+        engine = members.of("engine")[assignment.engine].together()
+        generate = PromptGenerate(prompt, engine, self._limits, temperature, self._tokenizer, owner)
         if self._sandbox is None:
             trajectories = await self._within_deadline(prompt, generate, assignment.engine)
         else:

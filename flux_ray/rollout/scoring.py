@@ -49,7 +49,7 @@ class Scoring:
         """Raises ActorError where a reward failed; with reward.on_failure=drop LostRewardWorker for a lost one."""
         actor = self._rewards.choose(members.of(REWARD), 1)
         try:
-            return await self._watched(actor, actor.call(RewardScorer.score, responses), responses.prompt)
+            return await self._watched(actor, actor.together().call(RewardScorer.score, responses), responses.prompt)
         finally:
             self._rewards.done(actor, 1)
 
@@ -93,7 +93,7 @@ class Scoring:
         num_tokens = sum(t.num_tokens for t in group.trajectories)
         actor = self._references.choose(actors, num_tokens)
         try:
-            call = actor.call(ReferenceScorer.group_logprobs, [group])
+            call = actor.together().call(ReferenceScorer.group_logprobs, [group])
             return (await call.within(self._config.reference.deadline_s, what="log-probs"))[0]
         finally:
             self._references.done(actor, num_tokens)

@@ -78,7 +78,8 @@ class RolloutWorker(Owned):
             if self._config.reward.on_failure != "drop" or error.role != "reward":
                 raise
             return self._drop(key, filters.REWARD_FAILED, str(error))
-        scored, scored_s = scored_group(group, scores), now_s()
+        carried.scored = scored = scored_group(group, scores)
+        scored_s = now_s()
         evaluates = carried.first.evaluates
         if not evaluates:
             cause = filters.refusal(scored, self._config.filter)

@@ -25,7 +25,7 @@ from flux_ray.model.scoring import by_group, response_sums, scoring_samples
 from flux_ray.protocols import CriticRank as CriticRankStub
 from flux_ray.protocols import Engine, LogprobSums
 from flux_ray.protocols import TrainingRank as TrainingRankStub
-from flux_ray.records import PreferencePair, RolloutGroup, ScoredGroup, StepReport
+from flux_ray.records import PreferencePair, RolloutGroup, StepReport
 from flux_ray.reference import Reference
 from flux_ray.run.holder import Holder
 from flux_ray.train import Critic, Trainer
@@ -58,20 +58,20 @@ class TrainingRank(Trainer):
     async def hold(self, groups: Sequence[GroupAt]) -> list[GroupAt]:
         return await self._holder.hold(groups)
 
-    def accumulate_held(self, scores: Sequence[ScoredGroup], *, step: int, versions: Sequence[int]) -> None:
-        """`accumulate`, of groups that are held."""
-        self.accumulate(scores=scores, step=step, versions=versions, **self._batch_of(scores))
+    def accumulate_held(self, *, step: int, versions: Sequence[int]) -> None:
+        """`accumulate`, of the groups that are held."""
+        self.accumulate(step=step, versions=versions, **self._held)
 
-    def train_held(self, scores: Sequence[ScoredGroup], *, step: int, versions: Sequence[int]) -> StepReport:
-        """`train_step`, of groups that are held, with the values that were taken."""
+    def train_held(self, *, step: int, versions: Sequence[int]) -> StepReport:
+        """`train_step`, of the groups that are held, with the values that were taken."""
         values, self._values = self._values, None
-        return self.train_step(scores=scores, step=step, versions=versions, values=values, **self._batch_of(scores))
+        return self.train_step(step=step, versions=versions, values=values, **self._held)
 
-    def _batch_of(self, scores: Sequence[ScoredGroup]) -> dict[str, Any]:
-        held = self._holder.held([score.uid for score in scores])
+    @property
+    def _held(self) -> dict[str, Any]:
         from_actors = algo.needs_reference(self.config.algo) and not algo.reference_is_base(self.config)
-        reference = [one.reference_logprobs for one in held] if from_actors else None
-        return {"groups": [one.group for one in held], "reference_logprobs": reference}
+        reference = [one.reference_logprobs for one in self._holder.held] if from_actors else None
+        return {"groups": self._holder.groups, "scores": self._holder.scores, "reference_logprobs": reference}
 
     async def take_values(self) -> None:
         """Those of the critic's rank that holds the same groups."""
@@ -143,9 +143,9 @@ class CriticRank(Critic):
         trainer: Actor[Any] = self._holder.members.of(TRAINER)[self._rank]
         self._returns = await trainer.call(TrainingRankStub.give_returns).within(PEER_DEADLINE_S)
 
-    def train_held(self, scores: Sequence[ScoredGroup], *, step: int) -> StepReport:
-        return self.train_step(groups=self._holder.groups, scores=scores, values=self._values, returns=self._returns,
-                               step=step)
+    def train_held(self, *, step: int) -> StepReport:
+        return self.train_step(groups=self._holder.groups, scores=self._holder.scores, values=self._values,
+                               returns=self._returns, step=step)
 
 
 class ReferencePolicy(Reference):

@@ -15,7 +15,7 @@ from flux_ray.cluster.group import Actor, ActorError, Members, first_failure
 from flux_ray.cluster.plan import ROLLOUT
 from flux_ray.messages import GroupAt, OwnedGroup
 from flux_ray.protocols import GroupOwner
-from flux_ray.records import RolloutGroup
+from flux_ray.records import RolloutGroup, ScoredGroup
 
 GIVE_AT_ONCE = 64  # groups in one answer: a batch of long groups must not be one object in the store
 GIVE_DEADLINE_S = 300.0  # of one answer
@@ -46,9 +46,15 @@ class Holder:
         except (ActorError, TimeoutError):  # it is dead, or as good as that: its groups start again
             return [None] * len(groups)
 
-    def held(self, uids: Sequence[int]) -> list[OwnedGroup]:
-        return [self._held[uid] for uid in uids]
+    @property
+    def held(self) -> list[OwnedGroup]:
+        """In the order in which they were asked for."""
+        return list(self._held.values())
+
+    @property
+    def scores(self) -> list[ScoredGroup]:
+        return [one.scored for one in self.held if one.scored is not None]
 
     @property
     def groups(self) -> list[RolloutGroup]:
-        return [one.group for one in self._held.values()]
+        return [one.group for one in self.held]

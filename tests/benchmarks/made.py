@@ -100,9 +100,9 @@ class MadeRank:
         return await all_within([engine.call(Engine.finish_weight_update, version, step) for engine in self._engines],
                                 60.0)
 
-    def accumulate_held(self, scores: Any, **_: Any) -> None: ...
+    def accumulate_held(self, **_: Any) -> None: ...
 
-    def train_held(self, scores: Any, *, step: int, **_: Any) -> StepReport:
+    def train_held(self, *, step: int, **_: Any) -> StepReport:
         return StepReport(step + 1, {f"actor/metric_{i}": 0.5 + i for i in range(NUM_METRICS)})
 
     def logprob_gap(self) -> tuple[float, float]:

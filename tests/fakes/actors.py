@@ -62,6 +62,9 @@ class LocalActor:
     def call(self, method: Callable[..., Any], /, *args: Any, **kwargs: Any) -> LocalCall:
         return LocalCall(self, method.__name__, args, kwargs)
 
+    def together(self) -> LocalActor:
+        return self
+
     async def run(self, method: str, args: Any, kwargs: Any) -> Any:
         if not self.alive:
             raise ActorDied(f"{self.role} {self.index} died", role=self.role, index=self.index)

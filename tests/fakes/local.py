@@ -36,7 +36,6 @@ from flux_ray.records import (
     RolloutGroup,
     Sampled,
     SamplingRequest,
-    ScoredGroup,
     Scores,
     StepReport,
 )
@@ -110,11 +109,11 @@ class Parts:
                 self.holder.members.of("rollout")[at.worker].kill()
         return await self.holder.hold(groups)
 
-    def train_held(self, scores: Sequence[ScoredGroup], *, step: int, versions: Sequence[int]) -> StepReport:
+    def train_held(self, *, step: int, versions: Sequence[int]) -> StepReport:
         assert (self.version, self.step) == (versions[-1], step), "it was published before it is trained on"
-        uids = [score.uid for score in scores]
+        uids = [score.uid for score in self.holder.scores]
         self.trained.append(uids)
-        for uid, held in zip(uids, self.holder.held(uids), strict=True):
+        for uid, held in zip(uids, self.holder.held, strict=True):
             assert held.group.prompt.uid == uid and held.reference_logprobs is not None
             self.sampled[uid] = [int(t.token_ids[-1]) for t in held.group.trajectories]
         return StepReport(step + 1, {"actor/loss": 0.5})

@@ -42,7 +42,6 @@ from flux_ray.records import (
     Responses,
     Sampled,
     SamplingRequest,
-    ScoredGroup,
     Scores,
     StepReport,
 )
@@ -360,17 +359,18 @@ class Rank:
         lost = [at for at in groups if at.uid >= 0 and self._chance.random() < self._world.lost_arrays]
         return sorted({*missing, *lost})
 
-    async def accumulate_held(self, scores: list[ScoredGroup], *, step: int, versions: tuple[int, ...]) -> None:
+    async def accumulate_held(self, *, step: int, versions: tuple[int, ...]) -> None:
+        scores = self._holder.scores
         self._begun += [score.uid for score in scores]
-        for held in self._holder.held([score.uid for score in scores]):
+        for held in self._holder.held:
             steps = [self._world.step_of[v] for t in held.group.trajectories for v in t.versions[t.loss_mask].tolist()]
             self._world.staleness.append((step - min(steps), step - max(steps)))
         assert all(self._world.step_of[version] == step for version in versions) and versions
         tokens = sum(score.num_tokens.sum() for score in scores)
         await asyncio.sleep(float(tokens) * self._world.costs.train_token_s)
 
-    async def train_held(self, scores: list[ScoredGroup], *, step: int, versions: tuple[int, ...]) -> StepReport:
-        await self.accumulate_held(scores, step=step, versions=versions)
+    async def train_held(self, *, step: int, versions: tuple[int, ...]) -> StepReport:
+        await self.accumulate_held(step=step, versions=versions)
         self._world.trained.setdefault(step, []).extend(self._begun)
         self._begun = []
         await asyncio.sleep(self._world.costs.train_s)

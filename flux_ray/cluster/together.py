@@ -1,0 +1,171 @@
+"""Calls of one process to one actor that travel together: a call of Ray's costs either side a millisecond of CPU time.
+
+Takes:  calls as they are made; the actor's way to carry one out.
+Gives:  `Line`, the caller's end, whose calls are Calls; `Desk`, the actor's end.
+Knows:  an exchange takes along all calls made since the last one, and brings back all answers that are there. There is
+        one on its way as long as an answer is awaited: a newer one lets the older return at once.
+Never:  changes the order of calls, or holds an answer back for longer than the batching window.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+from flux_ray.cluster.group import ActorDied, CallFailed
+
+BATCHING_WINDOW_S = 0.005  # so long an answer waits for others, and the next exchange for calls
+
+Answer = tuple[int, bool, Any]  # number of the call; whether it failed; result, or CallFailed
+
+
+class Sent(NamedTuple):
+    """A call on its way. Numbers are the caller's."""
+
+    number: int
+    method: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+@dataclass
+class Desk:
+    """`do` carries out one call: it returns, or raises CallFailed."""
+
+    do: Callable[[str, tuple[Any, ...], dict[str, Any]], Awaitable[Any]]
+    _tasks: dict[int, asyncio.Task[None]] = field(default_factory=dict)
+    _answers: list[Answer] = field(default_factory=list)
+    _changed: asyncio.Event = field(default_factory=asyncio.Event)
+    _exchanges: int = 0
+
+    async def exchange(self, calls: Sequence[Sent], given_up: Sequence[int]) -> list[Answer]:
+        """Begin these calls, cancel those; as soon as there is an answer to any call, all that there are."""
+        self._exchanges += 1
+        this = self._exchanges
+        self._changed.set()  # for the one before
+        for number in given_up:
+            if number in self._tasks:
+                self._tasks.pop(number).cancel()
+        for call in calls:
+            self._tasks[call.number] = asyncio.create_task(self._answer(call))
+        while self._tasks and not self._answers and this == self._exchanges:
+            self._changed.clear()
+            await self._changed.wait()
+        if self._tasks and self._answers:
+            await asyncio.sleep(BATCHING_WINDOW_S)
+        answers, self._answers = self._answers, []
+        return answers
+
+    async def _answer(self, call: Sent) -> None:
+        try:
+            answer = call.number, False, await self.do(call.method, call.args, call.kwargs)
+        except CallFailed as failure:
+            answer = call.number, True, failure
+        if self._tasks.pop(call.number, None):
+            self._answers.append(answer)
+            self._changed.set()
+
+
+class Remote(Protocol):
+    """Whose line it is: tells what became of a call in readable words."""
+
+    def failed(self, cause: BaseException, what: str) -> Exception: ...
+
+    def late(self, what: str, deadline_s: float) -> TimeoutError: ...
+
+
+class Line:
+    def __init__(self, actor: Remote, exchange: Callable[[list[Sent], list[int]], Awaitable[list[Answer]]]) -> None:
+        """`exchange` is Desk.exchange over there. What it raises is the failure of all calls."""
+        self._actor, self._exchange = actor, exchange
+        self._waiting: dict[int, asyncio.Future[Any]] = {}
+        self._calls: list[Sent] = []  # for the next exchange
+        self._given_up: list[int] = []
+        self._number = 0
+        self._due: tuple[float, asyncio.Handle] | None = None  # when the next exchange begins
+        self._failure: Exception | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def call(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LineCall:
+        self._number += 1
+        future = asyncio.get_running_loop().create_future()
+        if self._failure is not None:
+            future.set_exception(self._failure)
+            return LineCall(self._actor, self, self._number, method, future)
+        self._waiting[self._number] = future
+        self._calls.append(Sent(self._number, method, args, kwargs))
+        self._exchange_after(0.0)
+        return LineCall(self._actor, self, self._number, method, future)
+
+    def give_up(self, number: int) -> None:
+        """Nobody waits for that call any more."""
+        if self._waiting.pop(number, None) is not None:
+            self._given_up.append(number)
+            self._exchange_after(BATCHING_WINDOW_S)
+
+    def _exchange_after(self, seconds: float) -> None:
+        loop = asyncio.get_running_loop()
+        at_s = loop.time() + seconds
+        if self._due is not None:
+            if self._due[0] <= at_s:
+                return
+            self._due[1].cancel()
+        self._due = at_s, loop.call_later(seconds, self._begin)
+
+    def _begin(self) -> None:
+        self._due = None
+        task = asyncio.get_running_loop().create_task(self._once())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _once(self) -> None:
+        calls, given_up = self._calls, self._given_up
+        self._calls, self._given_up = [], []
+        try:
+            answers = await self._exchange(calls, given_up)
+        except Exception as error:
+            return self._fail(error)
+        for number, failed, value in answers:
+            future = self._waiting.pop(number, None)
+            if future is not None and not future.done():
+                future.set_exception(value) if failed else future.set_result(value)
+        if self._waiting and len(self._tasks) == 1:  # no other exchange is on its way
+            self._exchange_after(BATCHING_WINDOW_S)
+
+    def _fail(self, error: Exception) -> None:
+        if isinstance(error, ActorDied):
+            self._failure = error
+        waiting, self._waiting = self._waiting, {}
+        for future in waiting.values():
+            if not future.done():
+                future.set_exception(error)
+
+
+@dataclass(frozen=True)
+class LineCall:
+    """A Call."""
+
+    actor: Remote
+    line: Line
+    number: int
+    method: str
+    future: asyncio.Future[Any]
+
+    async def within(self, deadline_s: float, *, what: str | None = None) -> Any:
+        what = what or self.method
+        try:
+            async with asyncio.timeout(deadline_s) as limit:
+                return await self.future
+        except CallFailed as failure:
+            raise self.actor.failed(failure, what) from failure
+        except (asyncio.CancelledError, TimeoutError):
+            self.cancel()
+            if limit.expired():
+                raise self.actor.late(what, deadline_s) from None
+            raise
+
+    def cancel(self) -> None:
+        self.future.cancel()
+        self.line.give_up(self.number)
