@@ -25,7 +25,7 @@ import ray
 
 from flux_ray import ports
 from flux_ray.cluster.group import ActorDied, ActorError, CallFailed
-from flux_ray.cluster.together import Answer, Desk, Line, LineCall, Sent
+from flux_ray.cluster.together import Answer, Desk, Line, LineCall, Lost, Sent
 from flux_ray.errors import UserError
 from flux_ray.lifetime import end_with_parent
 
@@ -129,7 +129,7 @@ class RayActor:
     def kill(self) -> None:
         ray.kill(self.handle, no_restart=True)
 
-    def died(self, error: Exception, when: str) -> ActorDied:
+    def died(self, error: BaseException, when: str) -> ActorDied:
         return ActorDied(f"{self.role} {self.index} died{when} ({_why_died(error)})", role=self.role, index=self.index,
                          log_file=self.log_file)
 
@@ -192,7 +192,7 @@ def _line(actor: RayActor) -> Line:
             raise actor.failed(error.cause or error, "exchange") from error
         except (ray.exceptions.RayActorError, ray.exceptions.ObjectLostError) as error:
             _lines.pop(actor.incarnation, None)
-            raise actor.died(error, "") from error
+            raise Lost from error
 
     return _lines.setdefault(actor.incarnation, Line(actor, exchange))
 
@@ -239,7 +239,7 @@ def redirect_output(file: str | Path) -> None:
     sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
 
 
-def _why_died(error: Exception) -> str:
+def _why_died(error: BaseException) -> str:
     """Ray's reason in a few words."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if not lines:

@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
-from flux_ray.cluster.group import ActorDied, CallFailed
+from flux_ray.cluster.group import CallFailed
 
 BATCHING_WINDOW_S = 0.005  # so long an answer waits for others, and the next exchange for calls
 
@@ -68,8 +68,14 @@ class Desk:
             self._changed.set()
 
 
+class Lost(Exception):
+    """The actor is gone; `__cause__` says how."""
+
+
 class Remote(Protocol):
     """Whose line it is: tells what became of a call in readable words."""
+
+    def died(self, error: BaseException, when: str) -> Exception: ...
 
     def failed(self, cause: BaseException, what: str) -> Exception: ...
 
@@ -78,7 +84,7 @@ class Remote(Protocol):
 
 class Line:
     def __init__(self, actor: Remote, exchange: Callable[[list[Sent], list[int]], Awaitable[list[Answer]]]) -> None:
-        """`exchange` is Desk.exchange over there. What it raises is the failure of all calls."""
+        """`exchange` is Desk.exchange over there. What it raises ends all calls; Lost: all later ones too."""
         self._actor, self._exchange = actor, exchange
         self._waiting: dict[int, asyncio.Future[Any]] = {}
         self._calls: list[Sent] = []  # for the next exchange
@@ -135,7 +141,7 @@ class Line:
             self._exchange_after(BATCHING_WINDOW_S)
 
     def _fail(self, error: Exception) -> None:
-        if isinstance(error, ActorDied):
+        if isinstance(error, Lost):
             self._failure = error
         waiting, self._waiting = self._waiting, {}
         for future in waiting.values():
@@ -160,6 +166,9 @@ class LineCall:
                 return await self.future
         except CallFailed as failure:
             raise self.actor.failed(failure, what) from failure
+        except Lost as lost:
+            assert lost.__cause__ is not None
+            raise self.actor.died(lost.__cause__, f" during {what}") from lost.__cause__
         except (asyncio.CancelledError, TimeoutError):
             self.cancel()
             if limit.expired():

@@ -250,6 +250,22 @@ async def test_who_stops_waiting_for_an_actor_that_waits_for_another_cancels_bot
     await until(second, (began + 1, abandoned + 1))
 
 
+async def test_calls_that_travel_together_end_as_others_do(group):
+    store = group[1].together()
+    assert (store.role, store.index, store.incarnation) == (group[1].role, 1, group[1].incarnation)
+    began, abandoned = await counts_of(store)
+    waits, named = store.call(Store.waits), store.call(Store.named)
+    assert await named.within(DEADLINE_S) == "second", "it doesn't wait for what was called before"
+    with pytest.raises(ActorError, match=r"^store 1, a look at it: KeyError: 'no such thing'$") as failed:
+        await store.call(Store.breaks).within(DEADLINE_S, what="a look at it")
+    assert "in breaks" in str(failed.value.__cause__) and failed.value.log_file == group[1].log_file
+    with pytest.raises(UserError, match=r"^data.jsonl, row 3: no answer$"):
+        await store.call(Store.refuses).within(DEADLINE_S)
+    with pytest.raises(TimeoutError, match=r"^store 1 did not finish waits within 0.5 s; its log: .*store-1.log$"):
+        await waits.within(0.5)
+    await until(group[1], (began + 1, abandoned + 1))
+
+
 async def test_a_process_that_is_blocked_does_not_answer_a_ping(group):
     blocked = group[0].call(Store.blocks, 3.0)
     await asyncio.sleep(0.5)  # it has begun by now
@@ -272,7 +288,7 @@ async def test_a_death_fails_all_that_wait_and_another_stands_in_the_place(group
     asked = other.call(Store.asks, first, Store.waits)
     await until(first, (began + 4, abandoned))
     assert not died.done()
-    waiting += [first.call(Store.dies), first.call(Store.waits)]
+    waiting += [first.together().call(Store.waits), first.call(Store.dies), first.call(Store.waits)]
     for call in waiting:
         with pytest.raises(ActorDied, match=r"^store 0 died during it \(.*exit") as failed:
             await call.within(DEADLINE_S, what="it")
