@@ -1,4 +1,4 @@
-"""Calls that travel together, over a Line and a Desk of this process: which ones, in which order, and their failures."""
+"""Calls that travel together, over a Line and a Desk of this process: which ones, in which order; their failures."""
 
 from __future__ import annotations
 
