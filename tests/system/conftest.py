@@ -47,8 +47,11 @@ def troubled(completions, prompts, trainer_state, **columns):
 
 @pytest.fixture(scope="session")
 def toys(tmp_path_factory) -> SimpleNamespace:
+    return make_toys(tmp_path_factory.mktemp("toys"))
+
+
+def make_toys(folder: Path) -> SimpleNamespace:
     """Three tiny models (tied and untied embeddings, GPT-2), 40 prompts and a file of rewards."""
-    folder = tmp_path_factory.mktemp("toys")
     for name, tied in (("tied", True), ("untied", False)):
         tiny_model(folder / name, tied=tied, context=64)
     tiny_gpt2(folder / "gpt2")

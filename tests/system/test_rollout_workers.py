@@ -40,13 +40,18 @@ def once(name):
 
 
 async def troubled(prompt, generate):
+    began_s = time.monotonic()
     if prompt.uid == 9 and once("exits"):
         os._exit(3)
     if prompt.uid == 17 and once("hangs"):
         time.sleep(3600)
     if prompt.uid == 25 and once("blocks"):
-        time.sleep(2)
-    return await single_turn(prompt, generate)
+        time.sleep(5)
+    trajectories = await single_turn(prompt, generate)
+    if folder := os.environ.get("TROUBLE"):
+        with Path(folder, "times").open("a") as times:
+            times.write(f"{prompt.uid} {began_s} {time.monotonic()}\n")
+    return trajectories
 '''
 
 
@@ -111,6 +116,12 @@ def test_rollouts_that_exit_hang_or_block_once_are_trained_on_after_all(toys, tm
     (tmp_path / "trouble").mkdir()
     troubled = run(start, toys, tmp_path, f"rollout.function={tmp_path}/rollouts.py:troubled",
                    f"cluster.env.TROUBLE={tmp_path}/trouble", "rollout.deadline_s=20", "rollout.max_model_len=64")
-    assert sorted(path.name for path in (tmp_path / "trouble").iterdir()) == ["blocks", "exits", "hangs"]
+    assert sorted(path.name for path in (tmp_path / "trouble").iterdir()) == ["blocks", "exits", "hangs", "times"]
     assert numbers(metrics(troubled)) == numbers(metrics(undisturbed))
     assert weights(troubled) == weights(undisturbed)
+    times = [line.split() for line in (tmp_path / "trouble" / "times").read_text().splitlines()]
+    spans = {int(uid): (float(began_s), float(ended_s)) for uid, began_s, ended_s in times}
+    began_s, ended_s = spans.pop(25)
+    beside = [end_s for other_s, end_s in spans.values() if began_s - 1 < other_s < began_s + 1]
+    assert ended_s > began_s + 5 and len(beside) >= 3, spans
+    assert max(beside) < began_s + 5, "a group that blocks delays no other"
