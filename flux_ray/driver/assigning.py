@@ -50,7 +50,8 @@ class Assigning:
     def prompt(self, key: Key) -> Prompt:
         return self._asked[key].prompt
 
-    def ask(self, entry: Entry, prompt: Prompt, *, priority: int, lengths: Lengths, temperature: float | None) -> None:
+    def ask(self, entry: Entry, prompt: Prompt, *, priority: int, lengths: Lengths,
+            temperature: float | None = None) -> None:
         """The group is to be made. `temperature`: of an evaluation."""
         parts = {part.seed: part for part in split(prompt, self._num_parts)}
         self._ask(entry, Asked(prompt, parts, priority, lengths, temperature))

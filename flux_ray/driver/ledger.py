@@ -1,9 +1,7 @@
 """The ledger: where every group of a run is in its life, and nothing else.
 
-Takes:  each transition of a group, as it happens.
-Gives:  which prompt may start, which groups a step takes, what a resume must start again, every count.
-Knows:  a group goes back to WAITING from a dead worker or as surplus, to READY from a lost rank.
-Never:  waits; throws a group away to keep the bound: a group that would pass it is in the next batch.
+Knows:  one method is one transition. A group goes back to WAITING from a dead worker or as surplus, to READY from a
+        lost rank. None is thrown away to keep the bound: a group that would pass it is in the next batch.
 """
 
 from __future__ import annotations
@@ -27,31 +25,26 @@ class Ledger:
         self._num_parts, self._num_steps = num_parts, num_steps
         self.next_uid = next_uid
         self._queue = [(uid, 0) for uid in unfinished]  # uid and attempt: they start before the next prompt
-        self._slots = Slots()
+        self.slots = Slots()  # of all groups but an evaluation's
         self._evaluations: dict[int, Entry] = {}
         self._awaited: set[int] = set()  # the next batch waits for one of these to end, if there are any
 
     def find(self, uid: int, attempt: int) -> Entry | None:
         """The group at that attempt; None where it has ended, or has started again."""
-        entry = self._evaluations.get(uid) or self._slots.get(uid)
+        entry = self._evaluations.get(uid) or self.slots.get(uid)
         return entry if entry is not None and entry.attempt == attempt else None
 
     @property
     def unfinished(self) -> tuple[int, ...]:
         """Prompts that were drawn and are not trained on yet: what a resume must start again."""
-        return tuple(sorted([*(entry.uid for entry in self._slots), *(uid for uid, _ in self._queue)]))
-
-    @property
-    def in_flight(self) -> list[Entry]:
-        """The groups that hold slots, oldest first."""
-        return list(self._slots)
+        return tuple(sorted([*(entry.uid for entry in self.slots), *(uid for uid, _ in self._queue)]))
 
     def may_admit(self, step: int) -> bool:
         """Whether another prompt may start after so many steps: in the core, or as a spare for what runs there."""
         steps_left = self._num_steps - step
         return steps_left > 0 and (
-            self._bound.may_start(len(self._slots), step, steps_left)
-            or self._bound.may_spare(self._slots.untrained, len(self._slots), self._slots.counts))
+            self._bound.may_start(len(self.slots), step, steps_left)
+            or self._bound.may_spare(self.slots.untrained, len(self.slots), self.slots.counts))
 
     def admit(self, step: int) -> tuple[Entry, bool]:
         """The next prompt gets a slot: WAITING. And whether it is a spare."""
@@ -59,8 +52,8 @@ class Ledger:
         uid, attempt = self._queue.pop(0) if self._queue else (self.next_uid, 0)
         self.next_uid = max(self.next_uid, uid + 1)
         entry = Entry(uid, attempt, step, self._num_parts)
-        self._slots.add(entry)
-        return entry, not self._bound.in_time(step, len(self._slots) - 1, step)
+        self.slots.add(entry)
+        return entry, not self._bound.in_time(step, len(self.slots) - 1, step)
 
     def evaluate(self, uid: int, step: int, num_parts: int) -> Entry:
         """A prompt of an evaluation: WAITING, without a slot."""
@@ -70,7 +63,7 @@ class Ledger:
     def running(self, entry: Entry, worker: int, now_s: float) -> None:
         """A part goes to an engine, carried by the worker: WAITING ► RUNNING with the first of them."""
         if entry.state is State.WAITING:
-            self._slots.move(entry, State.RUNNING)
+            self.slots.move(entry, State.RUNNING)
             entry.worker, entry.start_s = worker, now_s
 
     def generated(self, entry: Entry, num_tokens: int, now_s: float) -> None:
@@ -80,12 +73,12 @@ class Ledger:
         entry.num_tokens += num_tokens
         entry.end_s = now_s
         if entry.num_generated == entry.num_parts:
-            self._slots.move(entry, State.GENERATED)
+            self.slots.move(entry, State.GENERATED)
 
     def is_ready(self, entry: Entry, news: GroupReady) -> None:
         """GENERATED ► READY. An evaluation's group ends here."""
         assert entry.state is State.GENERATED, entry
-        self._slots.move(entry, State.READY)
+        self.slots.move(entry, State.READY)
         entry.news, entry.total_tokens = news, int(news.scored.num_tokens.sum())
         if self._evaluations.pop(entry.uid, None):
             return
@@ -100,13 +93,13 @@ class Ledger:
         RuntimeError where a step would draw too many prompts.
         """
         assert entry.state is State.GENERATED, entry
-        self._slots.move(entry, State.REFUSED)
+        self.slots.move(entry, State.REFUSED)
         if self._evaluations.pop(entry.uid, None):
             return
         self._awaited, spent = set(), 0
-        while gone := [one for one in self._slots.core_and_spares(self._bound, step)[0] if one.state is State.REFUSED]:
+        while gone := [one for one in self.slots.core_and_spares(self._bound, step)[0] if one.state is State.REFUSED]:
             spent += len(gone)
-            self._slots.end(gone, State.DROPPED)
+            self.slots.end(gone, State.DROPPED)
         self.drops.dropped(cause, num_tokens=entry.num_tokens, spent=spent)
 
     def take(self, step: int, at_least: float = math.inf) -> Taken | None:
@@ -116,39 +109,39 @@ class Ledger:
         step is then taken in several parts. Those born first go first. None is taken of the core while that would
         leave others of it behind that could no longer all be trained on in time.
         """
-        num_training, num_ready = self._slots.counts[State.TRAINING], self._slots.counts[State.READY]
+        num_training, num_ready = self.slots.counts[State.TRAINING], self.slots.counts[State.READY]
         needed = self._bound.prompts_per_step - num_training
         enough = num_ready >= needed or (
-            at_least < math.inf and ready_tokens(self._slots.untrained) >= at_least)  # asked at each news: O(groups)
+            at_least < math.inf and ready_tokens(self.slots.untrained) >= at_least)  # asked at each news: O(groups)
         if self._awaited or not enough:
             return None
-        core, spares = self._slots.core_and_spares(self._bound, step)
+        core, spares = self.slots.core_and_spares(self._bound, step)
         taken, awaited = chosen(core, self._bound, step=step, num_training=num_training)
         self._awaited = {entry.uid for entry in awaited}
         if len(taken) < needed and ready_tokens(taken) < at_least:
             return None
         for entry in taken:
-            self._slots.move(entry, State.TRAINING)
+            self.slots.move(entry, State.TRAINING)
         complete = len(taken) == needed
         surplus = [one for one in spares if complete and not self._bound.in_time(one.born, 0, step + 1)]
         self.drops.surplus(len(surplus), [entry.num_tokens for entry in surplus if entry.is_ready])
         self._queue = [*((entry.uid, entry.attempt + 1) for entry in surplus), *self._queue]
-        self._slots.end(surplus, State.WAITING)  # without a slot; their prompts start again, first
+        self.slots.end(surplus, State.WAITING)  # without a slot; their prompts start again, first
         return Taken(taken, complete, surplus)
 
     def back(self, part: Iterable[Entry]) -> None:
         """TRAINING ► READY: a rank was lost, or hasn't got all arrays, before the part's first collective."""
         for entry in part:
             assert entry.state is State.TRAINING, entry
-            self._slots.move(entry, State.READY)
+            self.slots.move(entry, State.READY)
 
     def trained(self) -> None:
         """TRAINING ► TRAINED: the new version is served, and the slots of the step's groups are free."""
-        self._slots.end((entry for entry in self._slots if entry.state is State.TRAINING), State.TRAINED)
+        self.slots.end((entry for entry in self.slots if entry.state is State.TRAINING), State.TRAINED)
 
     def lost(self, worker: int) -> list[Entry]:
         """The worker has died: its groups are WAITING again, but for those that ranks hold. Gives them."""
-        carried = [entry for entry in (*self._evaluations.values(), *self._slots.untrained) if entry.worker == worker]
+        carried = [entry for entry in (*self._evaluations.values(), *self.slots.untrained) if entry.worker == worker]
         return self.again([entry for entry in carried if entry.state is not State.REFUSED])
 
     def again(self, lost: list[Entry]) -> list[Entry]:
@@ -156,7 +149,7 @@ class Ledger:
         for entry in lost:
             if entry.is_ready:
                 self.drops.kept(num_tokens=entry.num_tokens, sign=-1)
-            self._slots.move(entry, State.WAITING)
+            self.slots.move(entry, State.WAITING)
             entry.attempt, entry.worker, entry.news = entry.attempt + 1, NOBODY, None
             entry.num_generated = entry.num_tokens = 0
         return lost

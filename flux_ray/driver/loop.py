@@ -1,9 +1,6 @@
 """The loop: prompts in, a better policy out.
 
-Takes:  the stream of prompts, the ledger, the stages before training and the ranks.
-Gives:  trained weights, served by every engine; the metrics of each step.
 Knows:  the order of the stages and nothing of how they are done. Synchronous training is max_staleness=0.
-Keeps:  the steps done and the versions published.
 Never:  holds a token, a log-prob or a weight: it moves small records.
 """
 
@@ -50,7 +47,7 @@ class Loop:
     async def begin(self, tasks: asyncio.TaskGroup) -> None:
         """Publish even the first weights: what is wrong with the wire shows here."""
         self.stages.begin(tasks)
-        await self._publish(self.step)
+        await self.ranks.publish(self._versions.publish(self.step), self.step)
 
     def go_on(self) -> None:
         """Let prompts in: a group starts in each slot that is free."""
@@ -66,17 +63,16 @@ class Loop:
         begun = await self._begin_step()
         report = await self.ranks.train(step, self._versions.holding(step))
         train_s = now_s() - start_s - begun["driver/wait_s"]
-        together: list[Any] = [self._publish(report.step), self.ranks.learn(step)]
+        together: list[Any] = [
+            self.ranks.publish(self._versions.publish(report.step), report.step), self.ranks.learn(step)]
         publish_s, learned = await first_failure(together)
-        oldest = [entry.ready.scored.oldest_version for entry in self._batch]
-        staleness = self._versions.staleness(step, oldest)
-        metrics = batch_metrics(self._batch, staleness) | report.metrics | learned | begun
+        metrics = batch_metrics(self._batch, step, self._versions) | report.metrics | learned | begun
         metrics |= {"train/step_s": train_s, "weights/publish_s": publish_s} | self.ledger.drops.step_metrics()
         metrics |= await self.ranks.probe(self._prompts.prompt(0), self.stages.workers)
         self.ledger.trained()
         self.stages.step = report.step
         if report.step == self._config.driver.num_steps:
-            self.stages.forget(self.ledger.in_flight)  # no failure of theirs is to keep the result from being saved
+            self.stages.forget(list(self.ledger.slots))  # no failure of theirs is to keep the result from being saved
         return metrics | {"driver/version": float(self._versions.highest), "driver/step_s": now_s() - start_s}
 
     async def _begin_step(self) -> dict[str, float]:
@@ -108,9 +104,6 @@ class Loop:
             self.ledger.back(part)
             self.stages.start_again(self.ledger.again([entry for entry in part if entry.at in missing]))
         return not missing
-
-    async def _publish(self, step: int) -> float:
-        return await self.ranks.publish(self._versions.publish(step), step)
 
     async def evaluate(self) -> Evaluated | None:
         return await self.evaluation.evaluate() if self.evaluation is not None else None

@@ -10,6 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from flux_ray.driver.entry import Entry
+from flux_ray.driver.versions import Versions
 from flux_ray.observability.reward_metrics import length_metrics, reward_metrics
 
 
@@ -19,13 +20,14 @@ def _all_alike(rewards_G: np.ndarray) -> bool:
     return not len(given) or bool(np.ptp(given) == 0)
 
 
-def batch_metrics(batch: list[Entry], staleness: list[int]) -> dict[str, float]:
+def batch_metrics(batch: list[Entry], step: int, versions: Versions) -> dict[str, float]:
     """All of them for one step. rollout/s: from the first request to the last answer; group_s: mean of a group;
-    spanning_frac: share of the samples that went on after new weights had come. `staleness`: steps that the oldest
-    token of each group is behind.
+    spanning_frac: share of the samples that went on after new weights had come; staleness: steps that the oldest token
+    of a group is behind.
     """
     ready = [entry.ready for entry in batch]
     groups = [news.scored for news in ready]
+    staleness = versions.staleness(step, [group.oldest_version for group in groups])
     seconds = max(entry.end_s for entry in batch) - min(entry.start_s for entry in batch)
     tokens = sum(entry.num_tokens for entry in batch)
     same = [group for group in groups if _all_alike(group.rewards)]

@@ -1,9 +1,6 @@
 """The stages of a group before training, as the loop sees them: `generate` starts one, and it is READY or gone.
 
-Takes:  the ledger's entries with their prompts; news of the rollout workers.
-Gives:  each transition to the ledger; the groups of an evaluation.
-Knows:  what is lost with a worker starts again.
-Never:  holds a token that was sampled.
+Takes:  news of the rollout workers, which becomes transitions of the ledger. What is lost with one starts again.
 """
 
 from __future__ import annotations
@@ -27,7 +24,6 @@ from flux_ray.driver.workers import Workers
 from flux_ray.messages import GroupDropped, GroupFailed, GroupReady, News, PartGenerated, RewardWorkerLost
 from flux_ray.protocols import RolloutWorker
 from flux_ray.records import Prompt
-from flux_ray.rollout.dispatch import Lengths
 
 
 class Stages:
@@ -38,6 +34,7 @@ class Stages:
         self._config, self.ledger, self._warn, self.step = config, ledger, warn, step
         self.workers = Workers(workers, supervisor)
         self._assigning = Assigning(config, ledger, self.workers)
+        self.generate = self._assigning.ask
         self._second_tries = SecondTries(supervisor, self.workers, is_wanted=self._assigning.__contains__,
                                          deadline_s=2 * config.cluster.start_deadline_s)
         self._listening: list[asyncio.Task[None]] = []
@@ -54,11 +51,6 @@ class Stages:
         """Listen no more."""
         for task in self._listening:
             task.cancel()
-
-    def generate(self, entry: Entry, prompt: Prompt, *, priority: int, lengths: Lengths,
-                 temperature: float | None = None) -> None:
-        """Carry the group until it is READY or gone. `temperature`: of an evaluation."""
-        self._assigning.ask(entry, prompt, priority=priority, lengths=lengths, temperature=temperature)
 
     def forget(self, entries: Iterable[Entry]) -> None:
         """Nobody needs these groups any more, whether they run or are finished."""

@@ -1,9 +1,6 @@
 """A rollout worker: carries groups from prompt to scored, filtered, referenced, and owns them until they are trained.
 
-Takes:  orders of the driver; who is alive.
-Gives:  news of its groups; their arrays to training ranks, their texts to the driver.
 Knows:  a text is decoded once. The driver chose the engine; reward worker and reference are chosen here.
-Keeps:  each group's arrays until the driver says that nobody needs them.
 Never:  runs users' code; waits for another actor without a deadline.
 """
 
@@ -40,12 +37,9 @@ class RolloutWorker(Owned):
 
     async def meet(self, members: Members) -> None:
         before, self._members = self._members, max(self._members, members, key=lambda members: members.epoch)
+        self._incarnation = self._members.of(ROLLOUT)[self._index].incarnation
         if not before.epoch:
             await self._sampling.start(members)
-
-    @property
-    def _incarnation(self) -> str:
-        return self._members.of(ROLLOUT)[self._index].incarnation
 
     async def order(self, orders: Orders) -> None:
         for key in orders.forgotten:

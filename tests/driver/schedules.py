@@ -125,6 +125,6 @@ def _check(schedule: RandomSchedule, world: World, loop: Loop) -> None:
     dropped = {uid for uid in drawn & world.scored if schedule._fate(uid) != "kept"}
     assert not waiting & set(trained)
     assert drawn == waiting | set(trained) | (dropped - waiting), "no prompt is lost"
-    assert all(entry.born + bound >= config.driver.num_steps for entry in loop.ledger.in_flight), "nobody starves"
+    assert all(entry.born + bound >= config.driver.num_steps for entry in loop.ledger.slots), "nobody starves"
     if bound or not config.filter.oversample:
         assert sum(metrics["filter/surplus"] for metrics in world.metrics) == 0, "nothing is thrown away for the bound"

@@ -56,11 +56,11 @@ def uids_of(entries: list[Entry]) -> list[int]:
 
 
 def in_flight(ledger: Ledger) -> list[int]:
-    return uids_of(ledger.in_flight)
+    return uids_of(list(ledger.slots))
 
 
 def entry_of(ledger: Ledger, uid: int) -> Entry:
-    (entry,) = (entry for entry in ledger.in_flight if entry.uid == uid)
+    (entry,) = (entry for entry in ledger.slots if entry.uid == uid)
     return entry
 
 
@@ -236,7 +236,7 @@ def test_asynchronous_runs_draw_no_spare_that_could_only_be_thrown_away(max_stal
             start(ledger, started, step=step)
             new.append(started)
             started += 1
-        assert len(ledger.in_flight) == 2 * (1 + max_staleness), "all of them run"
+        assert len(ledger.slots) == 2 * (1 + max_staleness), "all of them run"
         ready(ledger, *new)
         part = ledger.take(step)
         assert part is not None and part.surplus == []
@@ -378,7 +378,7 @@ def test_what_ranks_hold_is_untouched_by_the_death_of_its_worker():
     ready(ledger, 0, 1, 2, worker=1)
     assert taken(ledger, 0) == [0, 1]
     assert uids_of(ledger.lost(1)) == [2]
-    for entry in ledger.in_flight[:2]:
+    for entry in list(ledger.slots)[:2]:
         assert entry.state is State.TRAINING and entry.attempt == 0 and entry.news is not None
     ledger.trained()
     assert ledger.unfinished == (2, 3)
@@ -393,8 +393,8 @@ def test_a_part_goes_back_from_a_lost_rank_and_is_taken_again():
     ready(ledger, 2, 3, num_tokens=10)
     part = ledger.take(0, at_least=100)
     ledger.back(part.groups)
-    assert [entry.state for entry in ledger.in_flight] == [State.TRAINING] * 2 + [State.READY] * 2
-    assert all(entry.attempt == 0 and entry.news is not None for entry in ledger.in_flight)
+    assert [entry.state for entry in ledger.slots] == [State.TRAINING] * 2 + [State.READY] * 2
+    assert all(entry.attempt == 0 and entry.news is not None for entry in ledger.slots)
     again = ledger.take(0, at_least=100)
     assert (uids_of(again.groups), again.complete) == ([2, 3], True)
     ledger.trained()
@@ -449,7 +449,7 @@ def test_news_of_an_earlier_attempt_finds_nothing():
 def test_an_evaluation_holds_no_slot_and_counts_nowhere():
     ledger = make(2, 0, 1.0)
     groups = [ledger.evaluate(uid, 0, 2) for uid in (-1, -2, -3)]
-    assert ledger.in_flight == [] and ledger.unfinished == () and ledger.next_uid == 0
+    assert len(ledger.slots) == 0 and ledger.unfinished == () and ledger.next_uid == 0
     start(ledger, 0, 1, 2, 3)
     assert not ledger.may_admit(0), "two spares for the two"
     for entry in groups:
@@ -546,7 +546,7 @@ def run_randomly(
         trained |= set(uids)
         for _ in range(chance.randrange(3)):   # some end while the step trains
             go_on(ledger, chance, step, bad, unlucky)
-        held = [entry.uid for entry in ledger.in_flight if entry.state is State.TRAINING]
+        held = [entry.uid for entry in ledger.slots if entry.state is State.TRAINING]
         assert held == sorted(batches[-1]), "ranks hold them"
         if part.complete:
             assert len(batches[-1]) == bound.prompts_per_step
@@ -558,7 +558,7 @@ def run_randomly(
 
 
 def unended(ledger: Ledger) -> list[Entry]:
-    return [entry for entry in ledger.in_flight if entry.state in (State.WAITING, State.RUNNING, State.GENERATED)]
+    return [entry for entry in ledger.slots if entry.state in (State.WAITING, State.RUNNING, State.GENERATED)]
 
 
 def go_on(ledger: Ledger, chance: random.Random, step: int, bad: int, unlucky: float) -> None:
@@ -583,14 +583,14 @@ def go_on(ledger: Ledger, chance: random.Random, step: int, bad: int, unlucky: f
 
 
 def lose(ledger: Ledger, worker: int) -> None:
-    before = [(entry.uid, entry.born) for entry in ledger.in_flight]
-    attempts = {entry.uid: entry.attempt for entry in ledger.in_flight}
+    before = [(entry.uid, entry.born) for entry in ledger.slots]
+    attempts = {entry.uid: entry.attempt for entry in ledger.slots}
     lost = ledger.lost(worker)
-    assert [(entry.uid, entry.born) for entry in ledger.in_flight] == before, "each at its place"
+    assert [(entry.uid, entry.born) for entry in ledger.slots] == before, "each at its place"
     for entry in lost:
         assert entry.state is State.WAITING and entry.attempt == attempts[entry.uid] + 1
         assert ledger.find(entry.uid, attempts[entry.uid]) is None
-    assert all(entry.state in (State.TRAINING, State.REFUSED) for entry in ledger.in_flight if entry.worker == worker)
+    assert all(entry.state in (State.TRAINING, State.REFUSED) for entry in ledger.slots if entry.worker == worker)
 
 
 def go_back(ledger: Ledger, part: list[Entry], chance: random.Random) -> None:
