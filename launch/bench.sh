@@ -6,4 +6,4 @@ set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 flux_setup cpu,test >&2
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-exec python -m tests.benchmarks.bench "$@"
+exec python -m benchmarks.bench "$@"

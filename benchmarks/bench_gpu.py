@@ -1,6 +1,6 @@
 """What only a GPU can show: the log-prob path, a training step's share of the GPU, an update of the weights.
 
-    python -m tests.benchmarks.bench_gpu [--only head,train,publish] [--peak TFLOPS]
+    python -m benchmarks.bench_gpu [--only head,train,publish] [--peak TFLOPS]
 
 One JSON line each. head: forward and backward of log-probs and entropy at 8 x 4,096 tokens and 152k words, ours, whole
 logits, and a fused kernel (liger-kernel, where it is installed). train: our step of a model of Qwen2.5-0.5B's shape
@@ -25,10 +25,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from benchmarks.parts import run_part
+from benchmarks.work import log_normal
 from flux_ray.model import head as head_room
 from flux_ray.records import FINISH_STOP, Prompt, RolloutGroup, ScoredGroup, Trajectory
-from tests.benchmarks.parts import run_part
-from tests.benchmarks.work import log_normal
 
 TOKENS, HIDDEN, VOCAB = 8 * 4096, 896, 151_936
 LAYERS, HEADS, KV_HEADS, INTERMEDIATE = 24, 14, 2, 4864

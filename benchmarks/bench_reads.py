@@ -1,6 +1,6 @@
 """What estimators and losses cost at 4,096 x 2,048, in reads of their inputs.
 
-Takes:  rows and length, or nothing; run it: python -m tests.benchmarks.bench_reads [N L]
+Takes:  rows and length, or nothing; run it: python -m benchmarks.bench_reads [N L]
 Gives:  a line per estimator and loss (also with its gradient): bytes that its kernels read / bytes of its inputs, and
         the time it takes, in reads too (a read is a sum over every byte of the inputs).
 Knows:  bytes don't depend on the machine (what fits into a core's cache is not counted), time does: fresh pages cost

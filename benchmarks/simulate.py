@@ -1,12 +1,12 @@
 """The scheduler in simulated time: random schedules, and step times predicted from measured costs.
 
-python -m tests.benchmarks.simulate --schedules 100000        # each is checked; one that fails is told by its seed
-python -m tests.benchmarks.simulate --costs costs.json        # predicted beside measured, for the runs in the file
-python -m tests.benchmarks.simulate --costs costs.json --docs # and for 8 to 1,000 engines, into docs/scaling.md
+python -m benchmarks.simulate --schedules 100000        # each is checked; one that fails is told by its seed
+python -m benchmarks.simulate --costs costs.json        # predicted beside measured, for the runs in the file
+python -m benchmarks.simulate --costs costs.json --docs # and for 8 to 1,000 engines, into docs/scaling.md
 
 It runs the driver's own loop, ledger, stages and the rollout workers; engines, rewards, ranks and clock are simulated
 (tests/fakes/simulated.py).
-The costs are those of tests.benchmarks.costs.
+The costs are those of benchmarks.costs.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tests.benchmarks.costs import GROUP_SIZE, RUNS, TOKENS
+from benchmarks.costs import GROUP_SIZE, RUNS, TOKENS
 from tests.driver.schedules import RandomSchedule, check
 from tests.fakes.simulated import Costs, SimulatedTime, World, simulate
 
-DOCS = Path(__file__).parents[2] / "docs" / "scaling.md"
+DOCS = Path(__file__).parents[1] / "docs" / "scaling.md"
 TABLE = re.compile(r"(?<=<!-- predicted -->\n).*?(?=<!-- end -->)", re.DOTALL)
 ENGINES = (8, 32, 128, 1000)
 PROMPTS_PER_ENGINE, MEAN_TOKENS, SIGMA = 8, 256, 0.8
@@ -132,7 +132,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--schedules", type=int, default=0, metavar="N")
     parser.add_argument("--first", type=int, default=0, help="seed of the first schedule")
-    parser.add_argument("--costs", type=Path, help="a file of tests.benchmarks.costs")
+    parser.add_argument("--costs", type=Path, help="a file of benchmarks.costs")
     parser.add_argument("--docs", action="store_true", help=f"predict for {ENGINES} engines and write {DOCS.name}")
     arguments = parser.parse_args()
     if arguments.schedules:

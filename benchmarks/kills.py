@@ -1,6 +1,6 @@
 """A synchronous run whose rollout worker is killed at random moments, beside one that nothing disturbs.
 
-python -m tests.benchmarks.kills [--kills 10] [--steps 24]
+python -m benchmarks.kills [--kills 10] [--steps 24]
 
 It tells whether metrics and final weights are the same, bit for bit; then the exit code is 0.
 """

@@ -18,11 +18,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks import inside
+from benchmarks.figures import Measured
+from benchmarks.session import Session
+from benchmarks.work import PROMPT_TOKENS, Phase, options
 from flux_ray.config import WeightsConfig
-from tests.benchmarks import inside
-from tests.benchmarks.figures import Measured
-from tests.benchmarks.session import Session
-from tests.benchmarks.work import PROMPT_TOKENS, Phase, options
 
 #: Of a step: each engine has one prompt, and generates the next step's when an update comes.
 PROMPTS, SAMPLES, TOKENS, STALENESS = 2, 2, 96, 1

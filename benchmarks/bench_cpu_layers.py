@@ -1,6 +1,6 @@
 """What attention in blocks and RMSNorm in blocks save a training rank on a CPU, against torch's and transformers' own.
 
-    python -m tests.benchmarks.bench_cpu_layers [--processes 2]
+    python -m benchmarks.bench_cpu_layers [--processes 2]
 
 Forward and backward of a micro-batch of some 4,352 tokens, 8 heads of 64, ours and theirs by turns; one JSON line each:
 medians in ms, ours as a share of theirs. With two processes each does all of it beside the other, as two ranks do.

@@ -16,11 +16,11 @@ import time
 import traceback
 from pathlib import Path
 
+from benchmarks.figures import FIGURES, Failed, Figure, Measured, as_json, chosen, table
+from benchmarks.session import LENGTHS, Session
+from benchmarks.work import SIZES, make_model
 from flux_ray.errors import UserError
 from flux_ray.model import slow_dtype
-from tests.benchmarks.figures import FIGURES, Failed, Figure, Measured, as_json, chosen, table
-from tests.benchmarks.session import LENGTHS, Session
-from tests.benchmarks.work import SIZES, make_model
 
 DTYPES = ("bfloat16", "float32")
 
@@ -33,7 +33,7 @@ def usual_dtype() -> str:
 def measure(figure: Figure, session: Session) -> list[Measured | Failed]:
     module, _, function = figure.measure.partition(":")
     try:
-        return getattr(importlib.import_module(f"tests.benchmarks.{module}"), function)(session)
+        return getattr(importlib.import_module(f"benchmarks.{module}"), function)(session)
     except Exception as error:
         if not isinstance(error, RuntimeError):
             traceback.print_exc()

@@ -1,6 +1,6 @@
 """DPO and a reward model on the published preference pairs: held-out accuracy before and after, over five folds.
 
-python -m tests.benchmarks.hh_rlhf [--data FILE.jsonl.gz] [--folds N] [--processes N] [options of training]
+python -m benchmarks.hh_rlhf [--data FILE.jsonl.gz] [--folds N] [--processes N] [options of training]
 
 For each fold: a tokenizer and a small model are made from the other folds' transcripts alone, warmed up on their chosen
 ones (sft), then trained on their pairs by dpo, and from the same warm start as a reward model: the training ranks' own
@@ -27,7 +27,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-DATA = Path(__file__).parents[3] / "shared" / "data" / "hh_rlhf" / "harmless-base.jsonl.gz"
+DATA = Path(__file__).parents[2] / "shared" / "data" / "hh_rlhf" / "harmless-base.jsonl.gz"
 CONTEXT = 2048  # tokens: the longest transcript has about 1,300
 NUM_FOLDS = 5
 JUDGES = ("reward_model", "dpo", "dpo_logprob", "shorter")
@@ -209,7 +209,7 @@ def main() -> None:
     while waiting or running:
         while waiting and len(running) < given.processes:
             fold = waiting.pop(0)
-            command = [sys.executable, "-m", "tests.benchmarks.hh_rlhf", *sys.argv[1:], "--fold", str(fold)]
+            command = [sys.executable, "-m", "benchmarks.hh_rlhf", *sys.argv[1:], "--fold", str(fold)]
             running.append((fold, subprocess.Popen(command, stdout=subprocess.PIPE, text=True,
                                                    env={**os.environ, "OMP_NUM_THREADS": "1"})))
         fold, process = running.pop(0)

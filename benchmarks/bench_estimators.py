@@ -1,6 +1,6 @@
 """How much faster `grpo_vectorized` is than the per-group form.
 
-Prints one JSON line: seconds of each (median) and their ratio. Run: python -m tests.benchmarks.bench_estimators [N L G]
+Prints one JSON line: seconds of each (median) and their ratio. Run: python -m benchmarks.bench_estimators [N L G]
 """
 
 from __future__ import annotations

@@ -19,10 +19,10 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.figures import Measured
+from benchmarks.session import COMPILED, EQUAL, UNEQUAL, Session
+from benchmarks.work import GROUP_SIZE, NUM_PROMPTS, PROMPT_TOKENS, VOCAB, Phase, equal, make_data, options
 from flux_ray.run.build import KEEP_MEMORY
-from tests.benchmarks.figures import Measured
-from tests.benchmarks.session import COMPILED, EQUAL, UNEQUAL, Session
-from tests.benchmarks.work import GROUP_SIZE, NUM_PROMPTS, PROMPT_TOKENS, VOCAB, Phase, equal, make_data, options
 
 GOALS = {EQUAL: ("vs_trl", ">= 1.8"), UNEQUAL: ("vs_trl_sigma_0.8", ">= 2.5")}
 #: (threads, sequences of a forward pass): what is tried, and what was found best and is taken where time is short.

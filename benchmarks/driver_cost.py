@@ -3,7 +3,7 @@
 Takes:  a Session.
 Gives:  `cpu`, `sockets`, `memory`; the part `run`.
 Knows:  a whole run as the command line starts it; the reward workers are real, engines and ranks answer with made
-        records (tests/benchmarks/made.py).
+        records (benchmarks/made.py).
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from typing import Any
 
 import psutil
 
-from tests.benchmarks import made
-from tests.benchmarks.figures import Measured
-from tests.benchmarks.session import Session
-from tests.benchmarks.work import PROMPT_TOKENS, Phase, make_data, options
+from benchmarks import made
+from benchmarks.figures import Measured
+from benchmarks.session import Session
+from benchmarks.work import PROMPT_TOKENS, Phase, make_data, options
 
 IN_FLIGHT, QUICK_IN_FLIGHT = (10, 100, 1000), (10, 1000)
 FLAT = 1.5  # a group among 100 or 1,000 may cost so many times one among 10: then the driver counts as flat

@@ -1,6 +1,6 @@
 """Extra memory of the log-prob and entropy path, forward and backward, as a share of what it may take.
 
-Takes:  nothing; run it: python -m tests.benchmarks.bench_logprob_memory
+Takes:  nothing; run it: python -m benchmarks.bench_logprob_memory
 Gives:  a line per shape: the peak beyond weights, their gradients and the hidden states themselves, and its ratio to
         1.2 x hidden states + 3 fp32 chunks of logits (below 1 is within the bound).
 Knows:  the allocator's own events (torch's profiler), so nothing is sampled and nothing depends on the machine.

@@ -1,6 +1,6 @@
-"""What the parts cost on this machine, and what whole runs of one and two engines take: for tests.benchmarks.simulate.
+"""What the parts cost on this machine, and what whole runs of one and two engines take: for benchmarks.simulate.
 
-python -m tests.benchmarks.costs OUT.json [--hidden 128 --layers 4]
+python -m benchmarks.costs OUT.json [--hidden 128 --layers 4]
 
 An engine alone, at several numbers of running sequences; then short runs with one engine (two batch sizes) and two.
 The costs come from the engine and from the first run alone; the other two are there to be predicted. Equal lengths.
@@ -101,7 +101,7 @@ def costs_of(points: list[tuple[int, float]], run: dict[str, float]) -> dict[str
 def in_its_own_process(part: str, folder: Path) -> Any:
     env = os.environ | {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind",
                         "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_PLUGINS": "flux_ray_gloo"}
-    command = [sys.executable, "-m", "tests.benchmarks.costs", "-", "--part", part, "--folder", str(folder)]
+    command = [sys.executable, "-m", "benchmarks.costs", "-", "--part", part, "--folder", str(folder)]
     done = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, timeout=300, check=True)
     return json.loads(done.stdout.strip().splitlines()[-1])
 

@@ -24,9 +24,9 @@ from typing import Any
 
 import psutil
 
-from tests.benchmarks import inside
-from tests.benchmarks.side_by_side import DEADLINE_S, Beside
-from tests.benchmarks.work import (
+from benchmarks import inside
+from benchmarks.side_by_side import DEADLINE_S, Beside
+from benchmarks.work import (
     CONTEXT,
     GROUP_SIZE,
     PROMPT_TOKENS,
@@ -38,7 +38,7 @@ from tests.benchmarks.work import (
     options,
 )
 
-REPO = Path(__file__).parents[2]
+REPO = Path(__file__).parents[1]
 MARK = "FLUX_RAY_BENCH_PART"
 #: As ours have it. That vLLM computes where its engine core is saves the floor a process that spins on the other core.
 ENV = {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1",
@@ -59,7 +59,7 @@ def run_part(name: str, folder: Path, *, deadline_s: float, env: dict[str, str] 
     work = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=folder))
     (work / "asked.json").write_text(json.dumps(asked))
     environment = {**os.environ, **ENV, **(env or {}), MARK: mark, inside.NOTES: str(work)}
-    command = [sys.executable, "-m", "tests.benchmarks.parts", name, str(folder), str(work)]
+    command = [sys.executable, "-m", "benchmarks.parts", name, str(folder), str(work)]
     with (work / "output.txt").open("w") as output:
         process = subprocess.Popen(command, cwd=REPO, env=environment, stdout=output, stderr=output,
                                    start_new_session=True)
@@ -230,7 +230,7 @@ def bare_deepspeed(folder: Path, work: Path, *, phases: list[dict[str, Any]], dt
 def main() -> None:
     name, folder, work = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
     module, _, function = PARTS[name].partition(":")
-    part = getattr(importlib.import_module(f"tests.benchmarks.{module}"), function)
+    part = getattr(importlib.import_module(f"benchmarks.{module}"), function)
     gave = part(folder, work, **json.loads((work / "asked.json").read_text()))
     (work / "gave.json").write_text(json.dumps(gave))
     os._exit(0)  # else Python takes a second or two to take apart what was imported; `run_part` ends what is left

@@ -9,9 +9,9 @@ from __future__ import annotations
 import dataclasses
 import statistics
 
-from tests.benchmarks.figures import Measured
-from tests.benchmarks.session import EQUAL, FULL_TOKENS, RUNS, UNEQUAL, Session
-from tests.benchmarks.work import Phase, log_normal
+from benchmarks.figures import Measured
+from benchmarks.session import EQUAL, FULL_TOKENS, RUNS, UNEQUAL, Session
+from benchmarks.work import Phase, log_normal
 
 #: Phase ► ending of a figure's name, goal of async_gain.
 OF_PHASE = {EQUAL: ("", ">= 0.9"), UNEQUAL: ("_sigma_0.8", ">= 0.85")}

@@ -1,6 +1,6 @@
 """How far the engines' log-probs are from the trainer's, update after update, in the whole system.
 
-    python -m tests.benchmarks.agreement
+    python -m benchmarks.agreement
 
 Five runs of 50 updates on two engines and two ranks: tied and untied embeddings at temperatures 1 and 0.7 in float32,
 and one in bfloat16. One JSON line each: the largest gap and the mean over loss tokens (nats), over all updates, and how

@@ -17,10 +17,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from benchmarks.parts import run_part
+from benchmarks.side_by_side import Beside
+from benchmarks.work import Phase, equal, log_normal
 from flux_ray.run.build import KEEP_MEMORY
-from tests.benchmarks.parts import run_part
-from tests.benchmarks.side_by_side import Beside
-from tests.benchmarks.work import Phase, equal, log_normal
 
 EQUAL, UNEQUAL = "equal", "log_normal"
 LENGTHS = {EQUAL: equal, UNEQUAL: log_normal}

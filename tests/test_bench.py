@@ -7,13 +7,13 @@ import json
 
 import pytest
 
+from benchmarks.bench import main
+from benchmarks.driver_cost import count_bytes
+from benchmarks.figures import FIGURES, Failed, Measured, as_json, chosen, meets, quartiles, table
+from benchmarks.publish import first_token_s, waits_s
+from benchmarks.session import EQUAL, UNEQUAL, Session
+from benchmarks.work import NUM_SEQUENCES, Phase, equal, log_normal, make_data, micro_batches
 from flux_ray.errors import UserError
-from tests.benchmarks.bench import main
-from tests.benchmarks.driver_cost import count_bytes
-from tests.benchmarks.figures import FIGURES, Failed, Measured, as_json, chosen, meets, quartiles, table
-from tests.benchmarks.publish import first_token_s, waits_s
-from tests.benchmarks.session import EQUAL, UNEQUAL, Session
-from tests.benchmarks.work import NUM_SEQUENCES, Phase, equal, log_normal, make_data, micro_batches
 
 pytestmark = pytest.mark.unit
 
@@ -60,7 +60,7 @@ def test_only_names_figures():
 def test_each_figure_has_its_function():
     for figure in FIGURES.values():
         module, _, function = figure.measure.partition(":")
-        assert callable(getattr(importlib.import_module(f"tests.benchmarks.{module}"), function))
+        assert callable(getattr(importlib.import_module(f"benchmarks.{module}"), function))
 
 
 def test_a_session_may_have_one_kind_of_lengths(tmp_path):
@@ -81,7 +81,7 @@ def test_bare_parts_are_measured_before_and_after_each_run_of_ours(tmp_path, mon
         ran.append(name)
         return {EQUAL: [float(len(ran))], UNEQUAL: [float(len(ran))]}
 
-    monkeypatch.setattr("tests.benchmarks.session.run_part", part)
+    monkeypatch.setattr("benchmarks.session.run_part", part)
     session = Session(tmp_path, "float32", runs=2)
     assert session.of_ratios().floors("synchronous")[EQUAL] == ((1 + 4) / 2, (2 + 5) / 2)
     assert session.of_ratios().floors("asynchronous")[EQUAL] == ((4 + 7) / 2, (5 + 8) / 2)

@@ -1,6 +1,6 @@
 """Memory of training a 29M-parameter model with LoRA against training all its weights: one rank, on CPU, fp32.
 
-Takes:  nothing; run it: python -m tests.benchmarks.bench_lora_memory
+Takes:  nothing; run it: python -m benchmarks.bench_lora_memory
 Gives:  a line per variant: MiB of weights, optimizer state (fp32 copies included) and gradients that are alive, and the
         process's resident memory before the first step (libraries and weights) and its peak (VmHWM) over three
         supervised steps of that many tokens.
@@ -97,7 +97,7 @@ def main() -> None:
         make_model(Path(folder))
         print("tokens ZeRO rank    trained  weights   state gradients before   peak  (MiB)")
         for variant in VARIANTS:
-            command = [sys.executable, "-m", "tests.benchmarks.bench_lora_memory", folder, *map(str, variant)]
+            command = [sys.executable, "-m", "benchmarks.bench_lora_memory", folder, *map(str, variant)]
             output = subprocess.run(command, capture_output=True, text=True, check=True, timeout=600).stdout
             m = json.loads(output.splitlines()[-1])
             print(f"{SEQUENCES * variant[2]:>6} {m['zero']:>4} {m['lora']:>4} {m['trained']:>10} {m['weights']:>8.1f} "
