@@ -145,7 +145,7 @@ async def _measured(step: Callable[[str, Phase], Awaitable[float]], phases: Sequ
 
 async def _bare_vllm(folder: Path, phases: Sequence[Phase], dtype: str, enforce_eager: bool,
                      other: Beside | None) -> dict[str, list[float]]:
-    from flux_ray.rollout.forking import fork_engine_core
+    from flux_ray.rollout.cpu_startup.forking import fork_engine_core
 
     if enforce_eager:
         os.environ["TORCH_COMPILE_DISABLE"] = "1"  # as our engines

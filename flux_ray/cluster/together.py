@@ -93,6 +93,7 @@ class Line:
         self._due: tuple[float, asyncio.Handle] | None = None  # when the next exchange begins
         self._failure: Exception | None = None
         self._tasks: set[asyncio.Task[None]] = set()
+        self._on_the_way = 0  # exchanges
 
     def call(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LineCall:
         self._number += 1
@@ -129,15 +130,18 @@ class Line:
     async def _once(self) -> None:
         calls, given_up = self._calls, self._given_up
         self._calls, self._given_up = [], []
+        self._on_the_way += 1
         try:
             answers = await self._exchange(calls, given_up)
         except Exception as error:
             return self._fail(error)
+        finally:
+            self._on_the_way -= 1
         for number, failed, value in answers:
             future = self._waiting.pop(number, None)
             if future is not None and not future.done():
                 future.set_exception(value) if failed else future.set_result(value)
-        if self._waiting and len(self._tasks) == 1:  # no other exchange is on its way
+        if self._waiting and not self._on_the_way:
             self._exchange_after(BATCHING_WINDOW_S)
 
     def _fail(self, error: Exception) -> None:

@@ -22,7 +22,7 @@ from flux_ray.config import Config, RolloutConfig
 from flux_ray.lifetime import PLUGIN
 from flux_ray.records import FINISH_LENGTH, FINISH_STOP, Completion, Sampled, SamplingRequest
 from flux_ray.rollout.check import ENTRY_POINT, check_engine_args, check_installed
-from flux_ray.rollout.forking import fork_engine_core
+from flux_ray.rollout.cpu_startup.forking import fork_engine_core
 
 CPU_BATCHED_TOKENS = 8192  # tokens of one forward of an engine on CPU, at least
 LOOK_EVERY_S = 1.0  # whether vLLM's process lives, while it is waited for

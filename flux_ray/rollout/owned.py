@@ -19,8 +19,8 @@ from flux_ray.cluster.group import CallFailed
 from flux_ray.messages import Assignment, GroupAt, GroupFailed, News, OwnedGroup
 from flux_ray.records import RolloutGroup, ScoredGroup, Trajectory
 
-BATCHING_WINDOW_S = 0.005  # so long news waits for more, for each other group that runs
-MOST_BATCHING_S = 0.05
+BATCHING_WINDOW_S = 0.005  # so long news waits for more, while other groups run: the longer the more there are
+GROUPS_PER_WINDOW, MOST_WINDOWS = 16, 10
 NEWS_AT_LEAST_EVERY_S = 10.0  # an answer without news tells the driver that this process lives
 
 Key = tuple[int, int]  # uid and attempt
@@ -96,7 +96,8 @@ class Owned:
         except TimeoutError:
             return []
         if self._num_running:
-            await asyncio.sleep(min(MOST_BATCHING_S, self._num_running * BATCHING_WINDOW_S))
+            windows = min(MOST_WINDOWS, max(1, self._num_running // GROUPS_PER_WINDOW))
+            await asyncio.sleep(windows * BATCHING_WINDOW_S)
         self._has_news.clear()
         news, self._news = self._news, []
         return news

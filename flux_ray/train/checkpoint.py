@@ -21,7 +21,7 @@ from torch import Tensor
 
 from flux_ray.errors import UserError
 from flux_ray.model.save import atomic_folder, write_shards
-from flux_ray.train import gather
+from flux_ray.train import full_weights
 from flux_ray.train.engine import Engine
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -63,7 +63,7 @@ def load(engine: Engine, folder: str | Path) -> tuple[int, float]:
     _prepare_moments(engine)
     stored = _stored_tensors(folder)
     _refuse_unknown(stored, engine, folder)
-    for name, parameter in gather.parameters(engine.model):
+    for name, parameter in full_weights.parameters(engine.model):
         parts = {}
         for kind in ("master", *MOMENTS):
             key = f"{kind}.{name}"
@@ -71,7 +71,7 @@ def load(engine: Engine, folder: str | Path) -> tuple[int, float]:
                 raise UserError(f"checkpoint {str(folder)!r} is of another model: it lacks {key}")
             with safe_open(stored[key], framework="pt") as file:
                 parts[kind] = file.get_tensor(key).to(engine.device)
-        shape = gather.whole_shape(parameter)
+        shape = full_weights.whole_shape(parameter)
         if parts["master"].shape != shape:
             raise UserError(f"checkpoint {str(folder)!r} is of another model: {name} has shape "
                             f"{tuple(parts['master'].shape)} there, {tuple(shape)} here")
@@ -85,7 +85,7 @@ def load(engine: Engine, folder: str | Path) -> tuple[int, float]:
 
 def _refuse_unknown(stored: Iterable[str], engine: Engine, folder: Path) -> None:
     """UserError for a trained weight that would be left behind: fewer layers have an adapter now, say."""
-    known = {f"master.{name}" for name, _ in gather.parameters(engine.model)}
+    known = {f"master.{name}" for name, _ in full_weights.parameters(engine.model)}
     left = sorted(key for key in stored if key.startswith("master.") and key not in known)
     if left:
         raise UserError(f"checkpoint {str(folder)!r} is of another model: it has {left[0]}"
@@ -100,7 +100,7 @@ def _lora_alpha(engine: Engine) -> float | None:
 def _tensors(engine: Engine) -> Iterator[tuple[str, Tensor]]:
     """("master.NAME" | "exp_avg.NAME" | "exp_avg_sq.NAME", whole fp32 tensor). Collective."""
     _prepare_moments(engine)
-    for name, parameter in gather.parameters(engine.model):
+    for name, parameter in full_weights.parameters(engine.model):
         for kind in ("master", *MOMENTS):
             yield f"{kind}.{name}", _whole_state(engine, parameter, kind)
 
@@ -152,7 +152,7 @@ def _prepare_moments(engine: Engine) -> None:
 def _optimized_parts(engine: Engine) -> list[Tensor]:
     """The tensors that AdamW moves on this rank: flat fp32 partitions under ZeRO, the parameters themselves without."""
     if engine.zero_stage == 0:
-        return [parameter for _, parameter in gather.parameters(engine.model)]
+        return [parameter for _, parameter in full_weights.parameters(engine.model)]
     if engine.zero_stage == 3:
         return engine.deepspeed.optimizer.fp32_partitioned_groups_flat
     return [part for group in engine.deepspeed.basic_optimizer.param_groups for part in group["params"]]

@@ -29,7 +29,7 @@ from flux_ray.model import (
     resolve_dtype,
     save_model,
 )
-from flux_ray.train import checkpoint, gather, setup
+from flux_ray.train import checkpoint, full_weights, setup
 from flux_ray.train.engine import Engine
 
 Load = Callable[[Config, torch.dtype], PackedModel]
@@ -58,11 +58,11 @@ class Rank:
 
     def weight_metadata(self) -> list[tuple[str, torch.dtype, torch.Size]]:
         """(name, type, shape) of every weight that `iter_weights` gives, in its order."""
-        return gather.metadata(self.model)
+        return full_weights.metadata(self.model)
 
     def iter_weights(self, bucket_bytes: int) -> Iterator[tuple[str, Tensor]]:
         """Whole weights by checkpoint name, bucket by bucket; a tensor is valid until the next is asked for."""
-        return gather.iter_weights(self.model, bucket_bytes)
+        return full_weights.iter_weights(self.model, bucket_bytes)
 
     def save_checkpoint(self, folder: str | Path) -> None:
         """All that the next step depends on, in one folder, whole or not at all."""
@@ -96,7 +96,7 @@ class Rank:
         """`adapter` beside `model`, NAME_adapter beside any other NAME."""
         if self.model.adapter is None:
             return
-        trained = gather.iter_trained(self.model)
+        trained = full_weights.iter_trained(self.model)
         if self.engine.rank == 0:
             name = "adapter" if model_folder.name == "model" else f"{model_folder.name}_adapter"
             task = "SEQ_CLS" if isinstance(self.model, ScoreModel) else "CAUSAL_LM"

@@ -23,7 +23,7 @@ from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
 from flux_ray.weights.background import in_background
 from flux_ray.weights.buckets import Announcement, Invitation, Param, buckets, num_rounds, size_of, unpack
-from flux_ray.weights.twin import TiedHead, Twin, can_have_twin, tied_heads
+from flux_ray.weights.cpu.shadow_model import ShadowModel, TiedHead, can_have_shadow, tied_heads
 from flux_ray.weights.wire import Wire, join_group, map_memory
 
 BACKEND = "gloo"
@@ -56,7 +56,7 @@ class GlooUpdateInfo(Announcement, WeightTransferUpdateInfo):
 class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo]):
     """The engine worker's end: joins the group, receives buckets, loads them through vLLM's layerwise reload.
 
-    Staged: into a twin of the model, where it can have one.
+    Staged: into a shadow of the model, where it can have one.
     """
 
     init_info_cls = GlooInitInfo
@@ -65,8 +65,8 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
     _wire: Wire | None = None
     _arriving: Future[list[Bucket]] | None = None  # staged: what comes in beside the forward passes
     _tied: Sequence[TiedHead] = ()
-    _has_twin = False  # the model can be loaded beside itself
-    _twin: Twin | None = None
+    _has_shadow = False  # the model can be loaded beside itself
+    _shadow: ShadowModel | None = None
     _left: Sequence[Bucket] = ()  # for it to load
     _each_round = 0  # so many of them
 
@@ -75,7 +75,7 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
         self._forget_staged()
         self._tied = tied_heads(self.model)
         # A GPU loads in no time, and has no room for its weights twice.
-        self._has_twin = self.device.type == "cpu" and can_have_twin(self.model)
+        self._has_shadow = self.device.type == "cpu" and can_have_shadow(self.model)
         group = join_group(
             init_info.master_address,
             init_info.master_port,
@@ -95,9 +95,9 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
 
     def _forget_staged(self) -> None:
         """What is left of an update that failed half-way."""
-        if self._twin is not None:
-            self._twin.forget()
-        self._twin, self._arriving, self._left, self._each_round = None, None, (), 0
+        if self._shadow is not None:
+            self._shadow.forget()
+        self._shadow, self._arriving, self._left, self._each_round = None, None, (), 0
 
     def receive_weights(self, update_info: GlooUpdateInfo) -> None:
         """Load each bucket as it comes; staged: return at once, while they come in on a thread of their own. Then each
@@ -108,29 +108,29 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
         if not self._info.staged:
             return self._load(self._received(update_info))
         self._arriving = in_background(lambda: list(self._received(update_info)))
-        if self._has_twin:
-            self._twin = Twin(self.model, self._tied)  # now, while the trainer still packs
+        if self._has_shadow:
+            self._shadow = ShadowModel(self.model, self._tied)  # now, while the trainer still packs
 
     def _make_ready(self) -> None:
         assert self._arriving is not None, "an update comes first"
-        if self._twin is None:
+        if self._shadow is None:
             return
         if not self._each_round:
             self._left = self._arriving.result()
             self._each_round = -(-len(self._left) // num_rounds(len(self._left)))
         part, self._left = self._left[: self._each_round], self._left[self._each_round :]
         for run, place in part:
-            self._twin.load(unpack(place, run))
+            self._shadow.load(unpack(place, run))
         if part and not self._left:
-            self._twin.finish()
+            self._shadow.finish()
 
     def finish_weight_update(self) -> None:
         """The engine is paused. What could not be made ready before is loaded now."""
         from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
 
-        if self._twin is not None:
+        if self._shadow is not None:
             assert self._each_round and not self._left, "all of it is made ready before the engine is paused"
-            self._twin.put_in_place(self.model_config.dtype)
+            self._shadow.put_in_place(self.model_config.dtype)
             return self._forget_staged()
         if self._arriving is not None:
             arrived = self._arriving.result()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from typing import Any
 
 import pytest
@@ -150,3 +151,59 @@ async def test_nothing_is_on_its_way_once_all_are_answered():
     num_exchanges = len(over.taken)
     await asyncio.sleep(0.05)
     assert len(over.taken) == num_exchanges and not over.line._tasks and over.line._due is None
+
+
+async def test_what_is_still_waited_for_is_asked_for_again_when_two_exchanges_return_at_one_moment():
+    both, sent = asyncio.Event(), []
+
+    async def exchange(calls: list[Sent], given_up: list[int]) -> list[Answer]:
+        sent.append([call.number for call in calls])
+        if len(sent) > 2:
+            return [(1, False, 10), (2, False, 20)]
+        await both.wait()
+        return []
+
+    line = Line(Over(), exchange)
+    first = asyncio.ensure_future(line.call("double", (1,), {}).within(SOON_S))
+    await until(lambda: len(sent) == 1)
+    second = asyncio.ensure_future(line.call("double", (2,), {}).within(SOON_S))
+    await until(lambda: len(sent) == 2)
+    both.set()
+    assert await asyncio.gather(first, second) == [10, 20]
+    assert sent == [[1], [2], []]
+
+
+@pytest.mark.parametrize("seed", range(20))
+async def test_every_call_ends_whenever_exchanges_and_answers_come(seed):
+    """Exchanges and their returns take random times and overtake one another; some callers stop waiting."""
+    chance, begun = random.Random(seed), []
+
+    async def do(method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+        begun.append(args[0])
+        await asyncio.sleep(chance.choice((0.0, 0.0, 0.005, chance.uniform(0.0, 0.03))))
+        return 10 * args[0]
+
+    desk = Desk(do)
+
+    async def exchange(calls: list[Sent], given_up: list[int]) -> list[Answer]:
+        await asyncio.sleep(chance.choice((0.0, 0.005, chance.uniform(0.0, 0.01))))
+        answers = await desk.exchange(calls, given_up)
+        await asyncio.sleep(chance.choice((0.0, 0.005, chance.uniform(0.0, 0.01))))
+        return answers
+
+    line = Line(Over(), exchange)
+
+    async def caller(number: int) -> int | None:
+        await asyncio.sleep(chance.uniform(0.0, 0.2))
+        try:
+            call = line.call("double", (number,), {})
+            return await call.within(0.004 if chance.random() < 0.2 else SOON_S)
+        except TimeoutError:
+            return None
+
+    results = await asyncio.gather(*(caller(number) for number in range(100)))
+    assert all(result in (None, 10 * number) for number, result in enumerate(results))
+    assert sum(result is None for result in results) < 40, "only those that gave up"
+    assert len(begun) == len(set(begun)), "none is carried out twice"
+    await asyncio.sleep(0.1)
+    assert not line._waiting and not line._tasks and not desk._tasks and not desk._answers

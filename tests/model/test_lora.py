@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from flux_ray.config import LoraConfig
 from flux_ray.errors import UserError
 from flux_ray.model import PackedModel, adapt, check_targets, load_policy, load_score, skeleton
-from flux_ray.train import gather
+from flux_ray.train import full_weights
 from tests.tiny import tiny_model
 
 pytestmark = pytest.mark.unit
@@ -42,7 +42,7 @@ def adapted(model: PackedModel, lora: LoraConfig, *, train_head: bool = False) -
     """With factors that are not 0."""
     model.adapter = adapt(model.hf, lora, seed=0, train_head=train_head)
     generator = torch.Generator().manual_seed(1)
-    for _, parameter in gather.parameters(model):
+    for _, parameter in full_weights.parameters(model):
         parameter.data.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
     return model.eval()
 
@@ -52,7 +52,7 @@ def hidden(model: PackedModel) -> torch.Tensor:
 
 
 def whole(model: PackedModel) -> dict[str, torch.Tensor]:
-    return {name: weight.clone() for name, weight in gather.iter_weights(model, 20_000)}
+    return {name: weight.clone() for name, weight in full_weights.iter_weights(model, 20_000)}
 
 
 @pytest.mark.parametrize("kind", MAKERS)
@@ -62,10 +62,10 @@ def test_merged_weights_are_the_model(tmp_path: Path, kind: str) -> None:
     lora = LoraConfig(rank=4) if kind == "gpt2" else TWO
     base = opened(path)
     before, plain = whole(base), hidden(base).detach()
-    described = gather.metadata(base)
+    described = full_weights.metadata(base)
     model = opened(path)
     model.adapter = adapt(model.hf, lora, seed=0, train_head=False)
-    assert gather.metadata(model) == described
+    assert full_weights.metadata(model) == described
     assert all(torch.equal(weight, before[name]) for name, weight in whole(model).items()), "B is 0: nothing is changed"
 
     model = adapted(opened(path), lora)
@@ -87,7 +87,7 @@ def test_bf16_is_merged_in_fp32(tmp_path: Path) -> None:
     name, factors = next(iter(model.adapter.factors().items()))
     base = dict(model.hf.named_parameters())[name.replace(".weight", ".base_layer.weight")]
     wanted = base.double() + 1.5 * factors.b_OR.double() @ factors.a_RI.double()
-    got = dict(gather.iter_weights(model, 20_000))[name]
+    got = dict(full_weights.iter_weights(model, 20_000))[name]
     assert got.dtype == torch.bfloat16 and torch.equal(got, wanted.float().bfloat16())
 
 
@@ -117,7 +117,7 @@ def test_peft_opens_the_folder(tmp_path: Path, kind: str) -> None:
     path = MAKERS[kind](tmp_path / "base")
     model = adapted(opened(path), LoraConfig(rank=3, alpha=5.0))
     folder = tmp_path / "adapter"
-    model.adapter.save(folder, gather.iter_trained(model), base=str(path), task="CAUSAL_LM")
+    model.adapter.save(folder, full_weights.iter_trained(model), base=str(path), task="CAUSAL_LM")
     assert sorted(file.name for file in folder.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
     config = peft.PeftConfig.from_pretrained(folder)
     assert config.base_model_name_or_path == str(path)
@@ -131,9 +131,9 @@ def test_peft_opens_the_folder(tmp_path: Path, kind: str) -> None:
 def test_a_score_models_head_is_trained_wholly_and_saved(tmp_path: Path) -> None:
     path = tiny_model(tmp_path / "base", tied=True)
     model = adapted(load_score(path, dtype=torch.float32), TWO, train_head=True)
-    trained = [name for name, _ in gather.parameters(model)]
+    trained = [name for name, _ in full_weights.parameters(model)]
     assert "score.weight" in trained and all("lora_" in name or name == "score.weight" for name in trained)
-    model.adapter.save(tmp_path / "adapter", gather.iter_trained(model), base=str(path), task="SEQ_CLS")
+    model.adapter.save(tmp_path / "adapter", full_weights.iter_trained(model), base=str(path), task="SEQ_CLS")
     assert "base_model.model.score.weight" in load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     hf = AutoModelForSequenceClassification.from_pretrained(path, num_labels=1, pad_token_id=0)
     theirs = peft.PeftModel.from_pretrained(hf, tmp_path / "adapter").eval()

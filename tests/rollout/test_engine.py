@@ -182,7 +182,9 @@ async def test_a_group_drawn_in_parts_is_the_group_drawn_at_once(served, rolls):
     generated = {one.seed: one.num_tokens for one in news[:-1]}
     lengths = [t.num_loss_tokens for t in whole.trajectories]
     assert generated == {70: sum(lengths[:2]), 72: sum(lengths[2:4]), 74: lengths[4]}
-    ((joined, _),) = await worker.give([GroupAt(0, prompt.uid, 0)])
+    (owned,) = await worker.give([GroupAt(0, prompt.uid, 0)])
+    joined = owned.group
+    assert owned.scored.num_loss_tokens.tolist() == [t.num_loss_tokens for t in joined.trajectories]
     assert (joined.prompt.uid, joined.prompt.seed, joined.prompt.num_samples) == (prompt.uid, 70, 5)
     for a, b in zip(whole.trajectories, joined.trajectories, strict=True):
         np.testing.assert_array_equal(a.token_ids, b.token_ids)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from flux_ray.rollout import forking
+from flux_ray.rollout.cpu_startup import forking
 
 pytestmark = pytest.mark.unit
 

@@ -24,7 +24,7 @@ from flux_ray import register_adv_estimator
 from flux_ray.config import Config, from_dict
 from flux_ray.model.scoring import scoring_samples
 from flux_ray.records import StepReport
-from flux_ray.train import Trainer, checkpoint, gather
+from flux_ray.train import Trainer, checkpoint, full_weights
 from tests.train.batches import reference_logprobs, rollout_group, scored, supervised
 
 BETA_1 = 0.9
@@ -159,8 +159,8 @@ def streamed(rank: Rank) -> dict[str, Any]:
 def fill(trainer: Trainer) -> None:
     """Factors that are not 0, the same wherever they lie; moments that are."""
     checkpoint._prepare_moments(trainer.engine)
-    for i, (_, parameter) in enumerate(gather.parameters(trainer.model)):
-        values = 0.1 * torch.randn(gather.whole_shape(parameter), generator=torch.Generator().manual_seed(i))
+    for i, (_, parameter) in enumerate(full_weights.parameters(trainer.model)):
+        values = 0.1 * torch.randn(full_weights.whole_shape(parameter), generator=torch.Generator().manual_seed(i))
         zeros = dict.fromkeys(checkpoint.MOMENTS, torch.zeros_like(values))
         checkpoint._put(trainer.engine, parameter, {"master": values, **zeros})
 
@@ -170,7 +170,7 @@ def lora(rank: Rank, name: str, *, from_zero: bool = False, **overrides: Any) ->
     trainer = rank.trainer(train__lora=LORA, **overrides)
     if not from_zero:
         fill(trainer)
-    factors = {name: tensor.clone() for name, tensor in gather.iter_trained(trainer.model)}
+    factors = {name: tensor.clone() for name, tensor in full_weights.iter_trained(trainer.model)}
     before = base(trainer)
     metrics = rank.step(trainer).metrics
     assert all(torch.equal(tensor, before[key]) for key, tensor in base(trainer).items()), "the base is never changed"

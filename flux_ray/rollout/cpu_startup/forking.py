@@ -18,7 +18,7 @@ from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext
 from typing import Any
 
-PRELOAD = "flux_ray.rollout.preload"
+PRELOAD = "flux_ray.rollout.cpu_startup.preload"
 
 
 def fork_engine_core() -> None:

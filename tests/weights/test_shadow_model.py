@@ -1,4 +1,4 @@
-"""An update that is made ready beside the running model, on vLLM's own models (tests/weights/twins.py).
+"""An update that is made ready beside the running model, on vLLM's own models (tests/weights/shadow_models.py).
 
 That it comes over the wire while requests run is tests/rollout/test_engine.py's.
 """
@@ -18,9 +18,9 @@ REPO = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory):
-    """Model ► what `twins` says: with biases, tied, of experts."""
-    command = [sys.executable, "-m", "tests.weights.twins", str(tmp_path_factory.mktemp("twins")), "qwen2", "gpt2",
-               "mixtral"]
+    """Model ► what `shadows` says: with biases, tied, of experts."""
+    folder = tmp_path_factory.mktemp("shadows")
+    command = [sys.executable, "-m", "tests.weights.shadow_models", str(folder), "qwen2", "gpt2", "mixtral"]
     done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"name"')]
@@ -31,8 +31,8 @@ def compared(tmp_path_factory):
 def test_a_twin_gives_what_a_reload_gives_and_touches_nothing_before(compared, name):
     assert compared[name]["can"] and len(compared[name]["rounds"]) == 2  # the second after a reload of vLLM's own
     for said in compared[name]["rounds"]:
-        assert said["beside"] == said["before"] != said["twin"]
-        assert said["twin"] == said["reload"]
+        assert said["beside"] == said["before"] != said["shadow"]
+        assert said["shadow"] == said["reload"]
     assert compared[name]["left"] == 0  # else the weights of each update would stay
 
 

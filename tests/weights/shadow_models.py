@@ -1,8 +1,8 @@
-"""vLLM's own models, each updated through a twin and by a reload: `python -m tests.weights.twins FOLDER MODEL ...`.
+"""vLLM's own models, updated through a shadow or by a reload: `python -m tests.weights.shadow_models FOLDER MODEL ...`.
 
 Takes:  a folder for the models, and some of those that `make` knows.
-Gives:  a line of JSON a model: whether it can have a twin, what it then says beside what it says after a reload, and
-        how many layers of twins vLLM knows of at the end.
+Gives:  a line of JSON a model: whether it can have a shadow, what it then says beside what it says after a reload, and
+        how many layers of shadows vLLM knows of at the end.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def compare(path: Path) -> dict[str, Any]:
     from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
     from vllm.model_executor.model_loader.reload.layerwise import LAYERWISE_INFO
 
-    from flux_ray.weights.twin import Twin, can_have_twin, tied_heads
+    from flux_ray.weights.cpu.shadow_model import ShadowModel, can_have_shadow, tied_heads
 
     llm = LLM(model=str(path), dtype="float32", enforce_eager=True, kv_cache_memory_bytes=2**26, max_model_len=128,
               disable_log_stats=True, distributed_executor_backend="uni", enable_prefix_caching=False, max_num_seqs=4,
@@ -76,19 +76,19 @@ def compare(path: Path) -> dict[str, Any]:
                 head.renew()
 
     known = set(LAYERWISE_INFO)
-    given: dict[str, Any] = {"can": can_have_twin(model), "rounds": []}
+    given: dict[str, Any] = {"can": can_have_shadow(model), "rounds": []}
     for _ in range(2 if given["can"] else 0):
         before = says()
         new_weights()
-        twin = Twin(model, tied)
+        shadow = ShadowModel(model, tied)
         for name, tensor in weights.items():
-            twin.load([(name, tensor)])
-        twin.finish()
+            shadow.load([(name, tensor)])
+        shadow.finish()
         beside = says()
-        twin.put_in_place(torch.float32)
+        shadow.put_in_place(torch.float32)
         after = says()
         reload()
-        given["rounds"].append({"before": before, "beside": beside, "twin": after, "reload": says()})
+        given["rounds"].append({"before": before, "beside": beside, "shadow": after, "reload": says()})
     given["left"] = len(set(LAYERWISE_INFO) - known)
     llm.llm_engine.engine_core.shutdown()
     cleanup_dist_env_and_memory()

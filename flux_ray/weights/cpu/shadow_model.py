@@ -1,7 +1,7 @@
 """New weights of a running model on CPU, made ready beside its forward passes and put in place between two of them.
 
 Takes:  a vLLM model whose layers hold plain weights; tensors by their names in a checkpoint.
-Gives:  `Twin` and `can_have_twin`; `tied_heads`.
+Gives:  `ShadowModel` and `can_have_shadow`; `tied_heads`.
 Knows:  most of a load is what vLLM does with a layer's weights before it computes with them: on CPU it packs them for
         oneDNN. Its reload does that to whatever modules it is given, here to ones that the forward passes don't use.
 Never:  touches the running model before `put_in_place`.
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-OWN = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")  # of a twin; it shares all else at first
+OWN = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")  # of a shadow; it shares all else at first
 
 
 class TiedHead(NamedTuple):
@@ -44,7 +44,7 @@ def tied_heads(model: nn.Module) -> list[TiedHead]:
     return [TiedHead(head, others[id(head.weight)]) for head in heads if id(head.weight) in others]
 
 
-def can_have_twin(model: nn.Module) -> bool:
+def can_have_shadow(model: nn.Module) -> bool:
     """Whether each layer's weights are made ready by what stands in the layer alone: not of experts, not quantized."""
     from vllm.model_executor.layers.linear import UnquantizedLinearMethod
     from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
@@ -53,40 +53,40 @@ def can_have_twin(model: nn.Module) -> bool:
     return all(type(getattr(module, "quant_method", None)) in plain for module in model.modules())
 
 
-class Twin:
+class ShadowModel:
     """One update: `load` all tensors, `finish`, both beside the running model; then `put_in_place`, where it stands."""
 
     def __init__(self, model: nn.Module, tied: Iterable[TiedHead]) -> None:
         from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
         from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
-        self._twins: dict[nn.Module, nn.Module] = {}
+        self._shadows: dict[nn.Module, nn.Module] = {}
         self._tied = list(tied)
-        self._model = self._twin_of(model)
-        for layer, twin in self._twins.items():
-            known, info = get_layerwise_info(layer), get_layerwise_info(twin)
+        self._model = self._shadow_of(model)
+        for layer, shadow in self._shadows.items():
+            known, info = get_layerwise_info(layer), get_layerwise_info(shadow)
             parameters, buffers = known.restore_metadata
-            info.restore_metadata = _for_twin(parameters, layer, twin), _for_twin(buffers, layer, twin)
+            info.restore_metadata = _for_shadow(parameters, layer, shadow), _for_shadow(buffers, layer, shadow)
             info.restore_device = known.restore_device
-            for name, parameter in twin._parameters.items():
+            for name, parameter in shadow._parameters.items():
                 if parameter is not None and name not in parameters:  # one that vLLM loads in place, such as a bias
-                    twin._parameters[name] = _copied(parameter)
-            for name, buffer in twin._buffers.items():
-                if buffer is not None and name not in buffers and name not in twin._non_persistent_buffers_set:
-                    twin._buffers[name] = buffer.clone()
+                    shadow._parameters[name] = _copied(parameter)
+            for name, buffer in shadow._buffers.items():
+                if buffer is not None and name not in buffers and name not in shadow._non_persistent_buffers_set:
+                    shadow._buffers[name] = buffer.clone()
         initialize_layerwise_reload(self._model)
-        for twin in self._twins.values():
-            get_layerwise_info(twin).kernel_tensors = None  # the running model's: they are not to be written into
+        for shadow in self._shadows.values():
+            get_layerwise_info(shadow).kernel_tensors = None  # the running model's: they are not to be written into
 
-    def _twin_of(self, module: nn.Module) -> nn.Module:
-        """A module of the same class and settings; a module that stands in two places stands there in the twin too."""
-        if module not in self._twins:
-            twin = self._twins[module] = object.__new__(type(module))
-            twin.__dict__.update(module.__dict__)
-            twin.__dict__.update({name: type(module.__dict__[name])(module.__dict__[name]) for name in OWN})
+    def _shadow_of(self, module: nn.Module) -> nn.Module:
+        """A module of the same class and settings. One that stands in two places stands there in the shadow too."""
+        if module not in self._shadows:
+            shadow = self._shadows[module] = object.__new__(type(module))
+            shadow.__dict__.update(module.__dict__)
+            shadow.__dict__.update({name: type(module.__dict__[name])(module.__dict__[name]) for name in OWN})
             for name, child in module._modules.items():
-                twin._modules[name] = None if child is None else self._twin_of(child)
-        return self._twins[module]
+                shadow._modules[name] = None if child is None else self._shadow_of(child)
+        return self._shadows[module]
 
     @torch.no_grad()
     def load(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
@@ -101,15 +101,15 @@ class Twin:
         from vllm.model_executor.model_loader.reload.layerwise import _layerwise_process, get_layerwise_info
 
         ready = set()
-        for layer, twin in self._twins.items():
-            info = get_layerwise_info(twin)
+        for layer, shadow in self._shadows.items():
+            info = get_layerwise_info(shadow)
             if info.can_load() and info.load_numel > 0:
-                _layerwise_process(twin, info)
+                _layerwise_process(shadow, info)
             if not info.can_load():
                 ready.add(layer)
         for head, embedding in self._tied:
-            TiedHead(self._twins[head], self._twins[embedding]).renew()
-        self._ready = [layer for layer in self._twins if layer in ready.union(tied.head for tied in self._tied)]
+            TiedHead(self._shadows[head], self._shadows[embedding]).renew()
+        self._ready = [layer for layer in self._shadows if layer in ready.union(tied.head for tied in self._tied)]
 
     @torch.no_grad()
     def put_in_place(self, dtype: torch.dtype) -> None:
@@ -118,25 +118,25 @@ class Twin:
 
         seen: set[int] = set()
         for layer in self._ready:
-            twin = self._twins[layer]
+            shadow = self._shadows[layer]
             for name, tensor in _loaded(layer):
                 if id(tensor) not in seen:
-                    tensor.data.copy_(getattr(twin, name))
+                    tensor.data.copy_(getattr(shadow, name))
                     seen.add(id(tensor))
-            layer.__dict__.update({name: value for name, value in twin.__dict__.items()
+            layer.__dict__.update({name: value for name, value in shadow.__dict__.items()
                                    if name not in OWN and value is not layer.__dict__.get(name)})
-        for layer in self._twins:
+        for layer in self._shadows:
             if is_deferred_attention_layer(layer):  # some derive from their projections what they compute with
                 layer.process_weights_after_loading(dtype)  # type: ignore[operator]
         self.forget()
 
     def forget(self) -> None:
-        """What vLLM knows of a twin knows the twin: neither would ever go, nor the weights of the update before."""
+        """What vLLM knows of a shadow knows the shadow: neither would ever go, nor the weights of the update before."""
         from vllm.model_executor.model_loader.reload.layerwise import LAYERWISE_INFO
 
-        for twin in self._twins.values():
-            LAYERWISE_INFO.pop(twin, None)
-            twin.__dict__.clear()
+        for shadow in self._shadows.values():
+            LAYERWISE_INFO.pop(shadow, None)
+            shadow.__dict__.clear()
 
 
 def _loaded(layer: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -149,8 +149,8 @@ def _loaded(layer: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield name, buffer
 
 
-def _for_twin(described: dict[str, Tensor], layer: nn.Module, twin: nn.Module) -> dict[str, Tensor]:
-    """What vLLM knows of the layer's tensors before it has packed them, with loaders of the twin's."""
+def _for_shadow(described: dict[str, Tensor], layer: nn.Module, shadow: nn.Module) -> dict[str, Tensor]:
+    """What vLLM knows of the layer's tensors before it has packed them, with loaders of the shadow's."""
     from vllm.model_executor.model_loader.reload.layerwise import _get_original_loader
     from vllm.model_executor.model_loader.reload.meta import to_meta_tensor
 
@@ -160,7 +160,7 @@ def _for_twin(described: dict[str, Tensor], layer: nn.Module, twin: nn.Module) -
             copy.weight_loader = _get_original_loader(copy)  # type: ignore[attr-defined]
         for key, value in copy.__dict__.items():
             if isinstance(value, MethodType) and value.__self__ is layer:
-                copy.__dict__[key] = MethodType(value.__func__, twin)
+                copy.__dict__[key] = MethodType(value.__func__, shadow)
     return copies
 
 
