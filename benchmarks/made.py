@@ -1,4 +1,4 @@
-"""Rooms that answer with made records: what is left to measure is the driver, and Ray between it and them.
+"""Actors that answer with made records: what is left to measure is the driver, and Ray between it and them.
 
 Takes:  the arguments that engines and training ranks are built with.
 Gives:  MadeEngine, MadeRank; `put_in_place`, which lets a run of this process build them.

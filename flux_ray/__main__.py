@@ -258,13 +258,13 @@ def _groups_help() -> str:
 
 
 def _options_help() -> str:
-    """Every option: key = default, meaning, choices and bounds, room by room."""
-    lines, last_room = [], None
+    """Every option: key = default, meaning, choices and bounds, section by section."""
+    lines, last_section = [], None
     for key, f in configs.options():
-        room = key.rpartition(".")[0]
-        if room != last_room:
-            lines.append(f"\n{room or 'The run'}:" if last_room is not None else "Options:")
-        last_room = room
+        section = key.rpartition(".")[0]
+        if section != last_section:
+            lines.append(f"\n{section or 'The run'}:" if last_section is not None else "Options:")
+        last_section = section
         default, choices = configs.default_of(f), f.metadata["choices"]
         limits = [f"{sign} {f.metadata['bounds'][b]}" for b, sign in
                   (("least", ">="), ("above", ">"), ("most", "<=")) if b in f.metadata["bounds"]]

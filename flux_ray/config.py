@@ -343,7 +343,7 @@ def to_dict(config: Config) -> dict[str, Any]:
 def schema() -> DictConfig:
     """Config's defaults and types as an OmegaConf tree to merge into (frozen dataclasses make read-only nodes)."""
     tree = OmegaConf.structured(Config)
-    for name in ("", *sorted({room for key, _ in options() for room in names.rooms_of(key)})):
+    for name in ("", *sorted({section for key, _ in options() for section in names.sections_of(key)})):
         OmegaConf.set_readonly(OmegaConf.select(tree, name) if name else tree, False)
     for key in open_options():
         OmegaConf.set_struct(OmegaConf.select(tree, key), False)

@@ -16,7 +16,7 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from flux_ray.errors import UserError
 
-#: Name that people bring ► option. Written alone (`n`), in the algorithm's room (`algo.n`) or in the option's own.
+#: Name that people bring ► option. Written alone (`n`), in the algorithm's section (`algo.n`) or in the option's own.
 ALIASES = {
     "model_path": "model.path", "model_name": "model.path", "dataset_name": "data.train", "prompts": "data.train",
     "algorithm": "algo.name", "algo": "algo.name",
@@ -29,7 +29,7 @@ ALIASES = {
     "kl_loss_coef": "algo.beta",
     "normalize_advantages": "algo.normalize_by_std",
     "lr": "train.learning_rate",
-    # The critic has options of these names too; without a room they are the policy's.
+    # The critic has options of these names too; without a section they are the policy's.
     "learning_rate": "train.learning_rate", "warmup_steps": "train.warmup_steps", "clip_range": "algo.clip_range",
     "lora_rank": "train.lora.rank", "lora_r": "train.lora.rank", "lora_alpha": "train.lora.alpha",
     "lora_dropout": "train.lora.dropout", "target_modules": "train.lora.targets",
@@ -39,8 +39,8 @@ ALIASES = {
 #: Other spellings of an algorithm's name.
 ALGORITHM_ALIASES = {"drgrpo": "dr_grpo", "dr-grpo": "dr_grpo"}
 
-#: Rooms by the names that people give them. `algorithm_config` may hold any option by its short name.
-ROOM_ALIASES = {"algorithm": "algo", "algorithm_config": "algo", "lora": "train.lora"}
+#: Sections by the names that people give them. `algorithm_config` may hold any option by its short name.
+SECTION_ALIASES = {"algorithm": "algo", "algorithm_config": "algo", "lora": "train.lora"}
 
 REWARD_MODEL = "model:"   # before a reward model's path in reward.functions
 NAMES_OF_A_REWARD_MODEL = ("reward_model_name", "reward_model_path", "reward_model")   # elsewhere: no option here
@@ -76,13 +76,13 @@ def canonical(key: str, *, options: Collection[str]) -> str:
     Traceback (most recent call last):
     flux_ray.errors.UserError: unknown option 'grop_size': did you mean 'rollout.group_size'?
     """
-    room, _, last = key.rpartition(".")
-    room = ROOM_ALIASES.get(room, room)
-    named = f"{room}.{last}" if room else last
+    section, _, last = key.rpartition(".")
+    section = SECTION_ALIASES.get(section, section)
+    named = f"{section}.{last}" if section else last
     if named in options or any(named.startswith(f"{option}.") for option in options):
         return named
     fits = [ALIASES[last]] if last in ALIASES else [o for o in options if o.rpartition(".")[2] == last]
-    fits = [option for option in fits if room in ("", "algo") or option.startswith(f"{room}.")]
+    fits = [option for option in fits if section in ("", "algo") or option.startswith(f"{section}.")]
     if len(fits) > 1:
         raise UserError(f"option {key!r} could be any of {', '.join(fits)}: write it in full")
     if not fits:
@@ -119,21 +119,21 @@ def refuse_ambiguous(algorithm: str | None, written: Collection[str]) -> None:
 
 
 def _leaves(values: Mapping[str, Any], *, prefix: str, options: Collection[str]) -> Iterator[tuple[str, Any]]:
-    rooms = {room for option in options for room in rooms_of(option)} | set(ROOM_ALIASES)
+    sections = {section for option in options for section in sections_of(option)} | set(SECTION_ALIASES)
     for name, value in values.items():
         key = f"{prefix}{name}"
-        if key in rooms and isinstance(value, Mapping):
+        if key in sections and isinstance(value, Mapping):
             yield from _leaves(value, prefix=f"{key}.", options=options)
-        elif key in rooms and key not in ALIASES:
+        elif key in sections and key not in ALIASES:
             raise UserError(f"{key}: holds several options, so it takes a mapping, not {value!r}")
         else:
             yield key, value
 
 
-def rooms_of(option: str) -> list[str]:
-    """The rooms that an option lies in, the outermost first.
+def sections_of(option: str) -> list[str]:
+    """The sections that an option lies in, the outermost first.
 
-    >>> rooms_of("train.lora.rank")
+    >>> sections_of("train.lora.rank")
     ['train', 'train.lora']
     """
     parts = option.split(".")
@@ -141,12 +141,12 @@ def rooms_of(option: str) -> list[str]:
 
 
 def unknown_option(key: str, *, options: Collection[str]) -> UserError:
-    """The error for an option that doesn't exist, with the nearest that does: of its own room, else of any."""
-    room, _, last = key.rpartition(".")
+    """The error for an option that doesn't exist, with the nearest that does: of its own section, else of any."""
+    section, _, last = key.rpartition(".")
     if last in NAMES_OF_A_REWARD_MODEL:
         return UserError(f"unknown option {key!r}: a reward model is one of reward.functions, as {REWARD_MODEL}PATH")
     meant = {option: option for option in options} | ALIASES   # name that could have been meant ► option
-    for candidates in ([name for name in meant if name.startswith(f"{room}.")], list(meant)):
+    for candidates in ([name for name in meant if name.startswith(f"{section}.")], list(meant)):
         by_last = {name.rpartition(".")[2] for name in candidates}
         near = difflib.get_close_matches(last, by_last, n=1, cutoff=NEAR_ENOUGH)
         if near:

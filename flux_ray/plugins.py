@@ -3,7 +3,7 @@
 Takes:  the paths of `plugins`, and names of the form path/to/file.py:function or package.module:function.
 Gives:  `load_plugins`, `load_function`: each file is imported once in a process; what it registers is then known there.
         `same_function`: whether a registration is the same once more; `refuse_while_importing`.
-Never:  imports anything of the project's rooms: a plugin imports what it registers with.
+Never:  imports anything of the project's own parts: a plugin imports what it registers with.
 """
 
 from __future__ import annotations

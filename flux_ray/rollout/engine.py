@@ -74,7 +74,7 @@ class RolloutEngine:
 
     @property
     def _transfer(self) -> str:
-        """The name that vLLM knows the worker's end of the wire by; the weights room registers those that are ours."""
+        """The name that vLLM knows the worker's end of the wire by; the weights folder registers ours."""
         if self._config.weights.staging == "device":
             return f"{self._weights_backend}_device"
         return "ipc_plain" if self._weights_backend == "ipc" else self._weights_backend

@@ -31,7 +31,7 @@ class Param:
         return self.dtype.itemsize * torch.Size(self.shape).numel()
 
     @property
-    def room(self) -> int:
+    def padded_bytes(self) -> int:
         """Bytes that it has in a bucket: whatever follows it begins where any type may."""
         return padded(self.num_bytes)
 
@@ -41,11 +41,11 @@ def buckets(params: Sequence[Param], bucket_bytes: int) -> Iterator[list[Param]]
     run: list[Param] = []
     size = 0
     for param in params:
-        if run and size + param.room > bucket_bytes:
+        if run and size + param.padded_bytes > bucket_bytes:
             yield run
             run, size = [], 0
         run.append(param)
-        size += param.room
+        size += param.padded_bytes
     if run:
         yield run
 
@@ -61,12 +61,12 @@ def num_rounds(num_buckets: int) -> int:
 
 def size_of(run: Sequence[Param]) -> int:
     """Bytes of one bucket."""
-    return sum(param.room for param in run)
+    return sum(param.padded_bytes for param in run)
 
 
 def unpack(bucket: torch.Tensor, run: Sequence[Param]) -> list[tuple[str, torch.Tensor]]:
     """Views of the bytes of one bucket, by name."""
-    pieces = bucket.split([param.room for param in run])
+    pieces = bucket.split([param.padded_bytes for param in run])
     return [(param.name, piece[: param.num_bytes].view(param.dtype).view(param.shape))
             for param, piece in zip(run, pieces, strict=True)]
 

@@ -29,13 +29,13 @@ def reads() -> list[set[str]]:
 
 
 def test_every_option_is_read():
-    """By its name; one whose name several rooms have, in a module that reads its room too."""
+    """By its name; one whose name several sections have, in a module that reads its section too."""
     lasts = [key.rpartition(".")[2] for key in OPTIONS]
     unread = []
     for key in OPTIONS:
-        room, _, last = key.rpartition(".")
+        section, _, last = key.rpartition(".")
         shared = lasts.count(last) > 1
-        if not any(last in module and (not shared or room in module) for module in reads()):
+        if not any(last in module and (not shared or section in module) for module in reads()):
             unread.append(key)
     assert unread == []
 

@@ -1,4 +1,4 @@
-"""Who may import whom, and which library lives in which room."""
+"""Who may import whom, and which library lives in which part."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.house.source import REPO, imports, modules
 
 pytestmark = pytest.mark.unit
 
-#: Module, or room, ► level; the longest name that fits counts. A module imports lower levels and its own room.
+#: Module, or part, ► level; the longest name that fits counts. A module imports lower levels and its own part.
 LEVELS = {
     "flux_ray": 0,
     "flux_ray.records": 0,
@@ -53,7 +53,7 @@ LEVELS = {
     "flux_ray.quickstart": 8,   # it calls the command line, as anybody would
 }
 
-#: Library ► the only rooms, or modules, that import it.
+#: Library ► the only parts, or modules, that import it.
 HOMES = {
     "vllm": {"rollout", "weights"},
     "deepspeed": {"train", "reference"},
@@ -71,7 +71,7 @@ def level(name: str) -> int | None:
     return LEVELS[max(fits, key=len)] if fits else None
 
 
-def room(name: str) -> str:
+def part(name: str) -> str:
     return name.split(".")[1] if "." in name else ""
 
 
@@ -83,7 +83,7 @@ def test_imports_go_down_or_stay_in_their_room():
     wrong = []
     for name, path, tree in modules():
         for target, line in imports(tree):
-            if not target.startswith("flux_ray") or target == "flux_ray" or room(target) == room(name):
+            if not target.startswith("flux_ray") or target == "flux_ray" or part(target) == part(name):
                 continue
             below, own = level(target), level(name)
             if below is None or own is None or not (below < own or below == own == 0):
@@ -117,7 +117,7 @@ def test_libraries_stay_in_their_rooms():
     for name, path, tree in modules():
         for target, line in imports(tree):
             homes = HOMES.get(target.split(".")[0])
-            if homes is not None and room(name) not in homes:
+            if homes is not None and part(name) not in homes:
                 wrong.append(f"{path.relative_to(REPO)}:{line}: {target} belongs to {', '.join(sorted(homes))}")
     assert wrong == []
 

@@ -1,4 +1,4 @@
-"""One real engine for all tests of the rollout room and of the wire."""
+"""One real engine for all tests of the rollout folder and of the wire."""
 
 import os
 from types import SimpleNamespace
