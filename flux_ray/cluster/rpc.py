@@ -1,7 +1,8 @@
 """Calls to actors, on Ray.
 
 Takes:  a method of the class that an actor is typed by, and its arguments.
-Gives:  `Host`, the Ray actor around one plain object; `RayActor`, its handle, an Actor; `RayCall`, a Call.
+Gives:  `Host`, the Ray actor around one plain object; `RayActor`, its handle, an Actor; `Together`, the same over a
+        Line; `RayCall`, a Call.
 Knows:  where a method runs, where an actor's output goes, and how its failure becomes one readable line.
 Never:  waits without a deadline.
 """
@@ -16,6 +17,7 @@ import logging
 import os
 import re
 import sys
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,13 +74,16 @@ class Host:
 
     @ray.method(enable_task_events=False)
     async def exchange(self, caller: str, calls: list[Sent], given_up: list[int]) -> list[Answer]:
-        """Of a Line. `caller` is its process."""
+        """Of the Line that `caller` names."""
         desk = self._desks.setdefault(caller, Desk(self._do))
-        return await desk.exchange(calls, given_up)
+        answers = await desk.exchange(calls, given_up)
+        if desk.is_idle:  # or those of callers that died would stay
+            self._desks.pop(caller, None)
+        return answers
 
     async def _do(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        function = getattr(self._object, method)
         try:
+            function = getattr(self._object, method)
             if inspect.iscoroutinefunction(function):
                 return await function(*args, **kwargs)
             return await asyncio.get_running_loop().run_in_executor(self._thread, lambda: function(*args, **kwargs))
@@ -183,18 +188,21 @@ _lines: dict[str, Line] = {}  # of this process, by the incarnation of who is ca
 
 
 def _line(actor: RayActor) -> Line:
+    caller = uuid.uuid4().hex  # of this line alone: its calls' numbers begin at 1
+
     async def exchange(calls: list[Sent], given_up: list[int]) -> list[Answer]:
         """Without a deadline of its own: each call has one, and an actor's death ends all of them."""
-        caller = f"{ray.util.get_node_ip_address()} {os.getpid()}"
         try:
             return await actor.handle.exchange.remote(caller, calls, given_up)
-        except ray.exceptions.RayTaskError as error:
-            raise actor.failed(error.cause or error, "exchange") from error
         except (ray.exceptions.RayActorError, ray.exceptions.ObjectLostError) as error:
             _lines.pop(actor.incarnation, None)
             raise Lost from error
+        except Exception as error:  # what can't travel
+            raise actor.failed(getattr(error, "cause", None) or error, "exchange") from error
 
-    return _lines.setdefault(actor.incarnation, Line(actor, exchange))
+    if actor.incarnation not in _lines:
+        _lines[actor.incarnation] = Line(actor, exchange)
+    return _lines[actor.incarnation]
 
 
 class RayCall:

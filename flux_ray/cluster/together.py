@@ -2,9 +2,9 @@
 
 Takes:  calls as they are made; the actor's way to carry one out.
 Gives:  `Line`, the caller's end, whose calls are Calls; `Desk`, the actor's end.
-Knows:  an exchange takes along all calls made since the last one, and brings back all answers that are there. There is
-        one on its way as long as an answer is awaited: a newer one lets the older return at once.
-Never:  changes the order of calls, or holds an answer back for longer than the batching window.
+Knows:  an exchange takes along all calls made since the last one, and brings back all answers that are there. While an
+        answer is awaited one is on its way, or begins within the batching window; a newer one lets the older return.
+Never:  carries a call out twice.
 """
 
 from __future__ import annotations
@@ -39,31 +39,51 @@ class Desk:
     _answers: list[Answer] = field(default_factory=list)
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
     _exchanges: int = 0
+    _waiting: int = 0
+    _ended_early: set[int] = field(default_factory=set)  # given up by an exchange that overtook the one that has them
+
+    @property
+    def is_idle(self) -> bool:
+        return not (self._tasks or self._answers or self._waiting)
 
     async def exchange(self, calls: Sequence[Sent], given_up: Sequence[int]) -> list[Answer]:
         """Begin these calls, cancel those; as soon as there is an answer to any call, all that there are."""
         self._exchanges += 1
         this = self._exchanges
         self._changed.set()  # for the one before
-        for number in given_up:
-            if number in self._tasks:
-                self._tasks.pop(number).cancel()
         for call in calls:
-            self._tasks[call.number] = asyncio.create_task(self._answer(call))
-        while self._tasks and not self._answers and this == self._exchanges:
-            self._changed.clear()
-            await self._changed.wait()
-        if self._tasks and self._answers:
-            await asyncio.sleep(BATCHING_WINDOW_S)
+            if call.number in self._ended_early:
+                self._ended_early.remove(call.number)
+            else:
+                self._tasks[call.number] = asyncio.create_task(self._answer(call))
+        for number in given_up:
+            self._end(number)
+        self._waiting += 1
+        try:
+            while self._tasks and not self._answers and this == self._exchanges:
+                self._changed.clear()
+                await self._changed.wait()
+            if self._tasks and self._answers:
+                await asyncio.sleep(BATCHING_WINDOW_S)
+        finally:
+            self._waiting -= 1
         answers, self._answers = self._answers, []
         return answers
+
+    def _end(self, number: int) -> None:
+        self._answers = [answer for answer in self._answers if answer[0] != number]
+        task = self._tasks.pop(number, None)
+        if task is not None:
+            task.cancel()
+        else:  # not begun yet, or its answer has left
+            self._ended_early.add(number)
 
     async def _answer(self, call: Sent) -> None:
         try:
             answer = call.number, False, await self.do(call.method, call.args, call.kwargs)
-        except CallFailed as failure:
-            answer = call.number, True, failure
-        if self._tasks.pop(call.number, None):
+        except BaseException as error:  # cancelled, too: by somebody over here, for whom the caller is to be told
+            answer = call.number, True, CallFailed.of(error)
+        if self._tasks.pop(call.number, None) is not None:  # else the caller has given it up
             self._answers.append(answer)
             self._changed.set()
 
@@ -86,7 +106,7 @@ class Line:
     def __init__(self, actor: Remote, exchange: Callable[[list[Sent], list[int]], Awaitable[list[Answer]]]) -> None:
         """`exchange` is Desk.exchange over there. What it raises ends all calls; Lost: all later ones too."""
         self._actor, self._exchange = actor, exchange
-        self._waiting: dict[int, asyncio.Future[Any]] = {}
+        self._waiting: dict[int, asyncio.Future[Any]] = {}  # by the calls' numbers
         self._calls: list[Sent] = []  # for the next exchange
         self._given_up: list[int] = []
         self._number = 0
@@ -108,9 +128,13 @@ class Line:
 
     def give_up(self, number: int) -> None:
         """Nobody waits for that call any more."""
-        if self._waiting.pop(number, None) is not None:
+        if self._waiting.pop(number, None) is None:
+            return
+        unsent = [call for call in self._calls if call.number != number]
+        if len(unsent) == len(self._calls):
             self._given_up.append(number)
             self._exchange_after(BATCHING_WINDOW_S)
+        self._calls = unsent
 
     def _exchange_after(self, seconds: float) -> None:
         loop = asyncio.get_running_loop()
@@ -147,7 +171,7 @@ class Line:
     def _fail(self, error: Exception) -> None:
         if isinstance(error, Lost):
             self._failure = error
-        waiting, self._waiting = self._waiting, {}
+        waiting, self._waiting, self._calls = self._waiting, {}, []
         for future in waiting.values():
             if not future.done():
                 future.set_exception(error)

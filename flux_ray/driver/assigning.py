@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from flux_ray.clock import now_s
 from flux_ray.config import Config
-from flux_ray.driver.entry import Entry, Key
+from flux_ray.driver.entry import NOBODY, Entry, Key
 from flux_ray.driver.ledger import Ledger
 from flux_ray.driver.workers import Workers
 from flux_ray.messages import Assignment
@@ -47,9 +47,6 @@ class Assigning:
         """Whether the group at that attempt has not ended."""
         return key in self._asked
 
-    def prompt(self, key: Key) -> Prompt:
-        return self._asked[key].prompt
-
     def ask(self, entry: Entry, prompt: Prompt, *, priority: int, lengths: Lengths,
             temperature: float | None = None) -> None:
         """The group is to be made. `temperature`: of an evaluation."""
@@ -70,11 +67,12 @@ class Assigning:
         asked = self._asked[entry.key]
         asked.lengths.saw(asked.prompt.row, entry.num_tokens / asked.prompt.num_samples)
 
-    def end(self, key: Key) -> Asked:
-        """The group has ended at that attempt: engines have capacity for others."""
+    def end(self, key: Key, worker: int = NOBODY) -> Asked:
+        """The group has ended at that attempt: there is capacity for others, at the worker too."""
         asked = self._asked.pop(key)
-        for seed in asked.parts:
-            self._dispatch.done((*key, seed))
+        num_tokens = sum(self._dispatch.done((*key, seed)) for seed in asked.parts)
+        if worker != NOBODY:
+            self._workers.generated(worker, num_tokens)
         self._assign_soon()
         return asked
 

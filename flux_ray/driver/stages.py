@@ -68,7 +68,7 @@ class Stages:
 
     def _end(self, entry: Entry) -> Prompt:
         self._second_tries.ended(entry.key)
-        return self._assigning.end(entry.key).prompt
+        return self._assigning.end(entry.key, entry.worker).prompt
 
     def _lost(self, worker: int) -> None:
         self.workers.lost(worker)

@@ -89,5 +89,3 @@ def chosen(
         most = min(most, steps * bound.prompts_per_step - 1 - place)
     awaited = [slot for slot in passed if not slot.is_ready] if len(taken) < needed and len(taken) >= most else []
     return taken, awaited
-
-

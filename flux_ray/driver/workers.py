@@ -68,7 +68,9 @@ class Workers:
         self._send_soon(index)
 
     async def probe(self, prompt: Prompt, engine: int, deadline_s: float) -> GroupAt | None:
-        """A few tokens that the engine samples now, by way of one of the workers; None where that dies meanwhile."""
+        """A few tokens that the engine samples now, by way of one of the workers; None where that is dead, or dies."""
+        if not self._serves[engine % len(self)].is_set():
+            return None
         try:
             return await self._workers[engine % len(self)].call(RolloutWorker.probe, prompt, engine).within(deadline_s)
         except ActorDied:

@@ -44,10 +44,11 @@ class Scoring:
         self._deadline_s = config.reward.deadline_s * calls
         self._rewards: Router[RewardScorer] = Router()
         self._references: Router[ReferenceScorer] = Router()
+        self._dead: set[str] = set()  # incarnations: members tell of a death once another stands there
 
     async def score(self, responses: Responses, members: Members) -> Scores:
         """Raises ActorError where a reward failed; with reward.on_failure=drop LostRewardWorker for a lost one."""
-        actor = self._rewards.choose(members.of(REWARD), 1)
+        actor = self._choose(members)
         try:
             return await self._watched(actor, actor.together().call(RewardScorer.score, responses), responses.prompt)
         finally:
@@ -55,7 +56,7 @@ class Scoring:
 
     async def score_alone(self, responses: Responses, members: Members) -> Scores:
         """As `score`, while nothing else is scored in the reward worker: if it is lost then, the group is guilty."""
-        actor, prompt = self._rewards.choose(members.of(REWARD), 1), responses.prompt
+        actor, prompt = self._choose(members), responses.prompt
         call = actor.call(RewardScorer.score_alone, responses)
         begun = asyncio.ensure_future(actor.call(RewardScorer.begun_alone, prompt.uid).within(self._deadline_s))
         try:
@@ -66,6 +67,11 @@ class Scoring:
         finally:
             begun.cancel()
             self._rewards.done(actor, 1)
+
+    def _choose(self, members: Members) -> Actor[RewardScorer]:
+        """Not a dead one, whose calls fail at once, so that it always has the fewest."""
+        actors = members.of(REWARD)
+        return self._rewards.choose([actor for actor in actors if actor.incarnation not in self._dead] or actors, 1)
 
     async def _watched(self, actor: Actor[RewardScorer], call: Call[Scores], prompt: Prompt) -> Scores:
         what, reward = f"score of prompt row {prompt.row + 1} (from 1)", self._config.reward
@@ -79,6 +85,7 @@ class Scoring:
         except ActorDied as error:
             if error.role != REWARD:
                 raise
+            self._dead.add(actor.incarnation)
             why = str(error)
         why = f"{why}; reward.functions={reward.functions}"
         if reward.on_failure == "drop":

@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
-from flux_ray.cluster.group import Actor, ActorError, Members, first_failure
+from flux_ray.cluster.group import Actor, ActorDied, Members, first_failure
 from flux_ray.cluster.plan import ROLLOUT
 from flux_ray.messages import GroupAt, OwnedGroup
 from flux_ray.protocols import GroupOwner
@@ -43,7 +43,7 @@ class Holder:
         worker: Actor[Any] = self.members.of(ROLLOUT)[groups[0].worker]
         try:
             return await worker.call(GroupOwner.give, groups).within(GIVE_DEADLINE_S)
-        except (ActorError, TimeoutError):  # it is dead, or as good as that: its groups start again
+        except (ActorDied, TimeoutError):  # it is dead, or as good as that: its groups start again
             return [None] * len(groups)
 
     @property

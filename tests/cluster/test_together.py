@@ -207,3 +207,32 @@ async def test_every_call_ends_whenever_exchanges_and_answers_come(seed):
     assert len(begun) == len(set(begun)), "none is carried out twice"
     await asyncio.sleep(0.1)
     assert not line._waiting and not line._tasks and not desk._tasks and not desk._answers
+
+
+async def test_a_call_that_is_given_up_before_it_is_sent_is_never_carried_out():
+    over = Over()
+    kept, given_up = over.call(1), over.line.call("double", (2,), {})
+    await asyncio.sleep(0)
+    given_up.cancel()
+    over.gates[1].set()
+    assert await kept == 10
+    assert over.begun == [1] and [number for calls in over.taken for number in calls] == [1]
+
+
+async def test_a_call_that_overtakes_its_own_end_is_not_begun():
+    over = Over()
+    over.gates[1] = over.gates[2] = asyncio.Event()
+    assert await over.desk.exchange([], [1]) == []
+    later = asyncio.ensure_future(over.desk.exchange([Sent(1, "double", (1,), {}), Sent(2, "double", (2,), {})], []))
+    over.gates[1].set()
+    assert await later == [(2, False, 20)] and over.begun == [2] and over.desk.is_idle
+
+
+async def test_a_call_that_somebody_else_ends_over_there_is_told():
+    over = Over()
+    call = over.call(1)
+    await until(lambda: over.begun == [1])
+    over.desk._tasks[1].cancel()
+    with pytest.raises(ActorError, match="made 3, double: CancelledError"):
+        await call
+    await until(lambda: over.desk.is_idle)
