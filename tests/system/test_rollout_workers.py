@@ -50,7 +50,7 @@ async def troubled(prompt, generate):
     trajectories = await single_turn(prompt, generate)
     if folder := os.environ.get("TROUBLE"):
         with Path(folder, "times").open("a") as times:
-            times.write(f"{prompt.uid} {began_s} {time.monotonic()}\n")
+            times.write(f"{prompt.uid} {began_s} {time.monotonic()}\\n")
     return trajectories
 '''
 
