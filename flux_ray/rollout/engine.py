@@ -67,6 +67,7 @@ class RolloutEngine:
         self._version = 0
         self._step_of = {0: 0}  # version ► updates that it had
         self._running: dict[asyncio.Task[Any], str] = {}  # requests, with who waits for each
+        self._epoch = 0  # of the members that it knows
         self._serving = asyncio.Event()  # not paused for an update
         self._serving.set()
         self._staged = False  # new weights come in beside running requests
@@ -144,6 +145,9 @@ class RolloutEngine:
 
     async def meet(self, members: Members) -> None:
         """Requests of those that are no member any more end: nobody waits for them."""
+        if members.epoch < self._epoch:  # it was overtaken
+            return
+        self._epoch = members.epoch
         for task, owner in list(self._running.items()):
             if owner not in members.incarnations:
                 task.cancel()

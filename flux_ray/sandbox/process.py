@@ -100,8 +100,8 @@ class Child:
         number = next(self._numbers)
         result: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self._calls[number], self._answers[number], self._asking[number] = result, answer, set()
-        self._send("call", number, payload, in_main_thread)
         try:
+            self._send("call", number, payload, in_main_thread)
             return await result
         except BaseException:
             if not self.ended:
@@ -160,8 +160,9 @@ class Child:
                     raise ChildEnded(await self._why())
                 kind, number, *rest = message.result()
                 handlers[kind](number, *rest)
-        except ChildEnded as error:
-            asyncio.get_running_loop().call_soon(self.kill, str(error))
+        except Exception as error:  # it has ended, or says what nobody understands
+            why = str(error) if isinstance(error, ChildEnded) else f"its process sent what can't be read: {error}"
+            asyncio.get_running_loop().call_soon(self.kill, why)
         finally:
             asyncio.get_running_loop().remove_reader(sentinel)
 
@@ -176,6 +177,8 @@ class Child:
     def _on_ask(self, number: int, question: int, payload: Any) -> None:
         if number in self._calls:
             self._asking[number].add(asyncio.create_task(self._answer(number, question, payload)))
+        else:  # it was cancelled before its thread had begun
+            self._send("refusal", question, "nobody waits for this call any more")
 
     async def _answer(self, number: int, question: int, payload: Any) -> None:
         try:
