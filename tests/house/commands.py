@@ -1,7 +1,7 @@
 """The commands that README and docs tell people to type.
 
 Takes:  the Markdown files of the repository.
-Gives:  `commands()`: (where, verb, overrides) of each `flux-ray VERB …`, `python -m flux_ray VERB …` and `launch/submit.sh …`.
+Gives:  `commands()`: (where, verb, overrides) of each `flux-ray VERB`, `python -m flux_ray VERB`, `launch/submit.sh`.
 Knows:  a shell's lines that go on, its comments and quotes; `...` stands for what a reader adds.
 """
 
@@ -50,6 +50,7 @@ def _ours(words: list[str]) -> tuple[str, list[str]] | None:
         return "train", rest[rest.index("--") + 1:] if "--" in rest else rest
     for start, length in STARTS.items():
         for at in range(len(words)):
-            if tuple(words[at:at + length]) == start and len(words) > at + length:
+            verb = words[at + length:at + length + 1]
+            if tuple(words[at:at + length]) == start and verb and not verb[0].startswith("-"):
                 return words[at + length], words[at + length + 1:]
     return None
