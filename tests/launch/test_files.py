@@ -117,10 +117,10 @@ def test_scripts_parse(path):
     assert path.name == "setup.sh" or path.stat().st_mode & 0o111, f"{path} can't be run"
 
 
-@pytest.mark.parametrize("script", ["quickstart.sh", "test.sh", "bench.sh"])
+@pytest.mark.parametrize("script", ["quickstart.sh", "test.sh", "bench.sh", "docs.sh"])
 def test_scripts_share_the_set_up(script):
     text = (REPO / "launch" / script).read_text()
-    extras = "docs" if script.name == "docs.sh" else "cpu,test"
+    extras = "docs" if script == "docs.sh" else "cpu,test"
     assert "/setup.sh\"" in text and f"flux_setup {extras}" in text and "pip install" not in text
 
 
