@@ -1,5 +1,6 @@
 # Sourced by the other scripts. `flux_setup EXTRAS` (e.g. cpu,test) makes .venv with the project in it, or does nothing
 # where that has been done; then activates it. Where .venv has the GPU builds, cpu means gpu: the two exclude one another.
+# docs alone is added to what .venv has.
 # Python >= 3.11 is all it needs. PYTHON names the interpreter to use.
 # The log of an installation is .venv/install.log.
 
@@ -15,7 +16,7 @@ UV_VERSION_RANGE="uv>=0.8"
 
 flux_setup() {
     local extras="$1" started=$SECONDS stamp
-    case "$(cat "$VENV/.installed" 2>/dev/null)" in gpu*) extras="${extras/cpu/gpu}" ;; esac
+    extras="$(_flux_extras "$extras" "$(cut -d ' ' -f 1 "$VENV/.installed" 2>/dev/null)")"
     cd "$REPO" || return 1
     unset PYTHONDONTWRITEBYTECODE   # without bytecode on disk every process compiles vLLM and transformers anew
     stamp="$(_flux_stamp "$extras")"
@@ -29,6 +30,16 @@ flux_setup() {
     . "$VENV/bin/activate"
     # Said beforehand, or DeepSpeed warns on every terminal that it found no GPU.
     [ -e /dev/nvidiactl ] || export DS_ACCELERATOR="${DS_ACCELERATOR:-cpu}"
+}
+
+# _flux_extras WANTED HAVE: what is to be installed where HAVE is already. docs comes beside it; test has what docs has.
+_flux_extras() {
+    local wanted="$1" have="$2"
+    case "$have" in gpu*) wanted="${wanted/cpu/gpu}" ;; esac
+    if [ "$wanted" = docs ] && [ -n "$have" ]; then
+        case ",$have," in *,test,*|*,docs,*) wanted="$have" ;; *) wanted="$have,docs" ;; esac
+    fi
+    echo "$wanted"
 }
 
 # What an installation depends on: changed, it is made again.

@@ -1,16 +1,34 @@
-"""docs/metrics.md names what is measured; the tests of whole runs hold what they write against it."""
+"""README and docs: every metric, every option in a command, every link; the site builds.
+
+docs/metrics.md names what is measured; the tests of whole runs hold what they write against it.
+"""
 
 from __future__ import annotations
+
+import re
+import subprocess
+import sys
 
 import pytest
 
 from flux_ray import algo
+from flux_ray import config as configs
+from flux_ray.__main__ import OVERRIDE, VERBS, compose
 from flux_ray.algo import preferences
 from flux_ray.backends.trl import METRICS as OF_TRL
 from flux_ray.driver.drop_stats import CAUSES
+from flux_ray.errors import UserError
+from flux_ray.names import sections_of
+from tests.house.commands import PAGES, REPO, commands
 from tests.house.documented import names, undocumented
 
 pytestmark = pytest.mark.unit
+
+MOST_README_LINES = 150
+FEWEST_COMMANDS = 30   # fewer found: the pages are written in a way that the search doesn't know
+OF_THE_READER = ("experiment=mine", "algo=NAME")
+NAMED = re.compile(r"`[+']*([a-z]+(?:\.[a-z_0-9]+)+)(?==|`|'|,| )")
+LINK = re.compile(r"\]\(([^)#\s]+)[^)]*\)")
 
 
 def test_every_formula_s_name_is_on_the_page():
@@ -27,3 +45,75 @@ def test_what_is_not_on_the_page_is_seen():
 
 def test_the_page_says_nothing_twice():
     assert len(names()) == len(set(names()))
+
+
+def test_every_command_on_a_page_has_options_that_exist():
+    """Composed as the command line does; an experiment of the reader's own and a run to go on with are left out."""
+    found, wrong = list(commands()), []
+    assert len(found) > FEWEST_COMMANDS
+    for where, verb, words in found:
+        overrides = [word for word in words if OVERRIDE.fullmatch(word) and "=" in word and not word.startswith("-")]
+        overrides = [word for word in overrides if word not in OF_THE_READER and not word.startswith("resume=")]
+        try:
+            assert verb in VERBS, f"unknown verb {verb}"
+            compose([word.replace("seed=0,1,2", "seed=0") for word in overrides], then=lambda config: None)
+        except (UserError, AssertionError) as error:
+            wrong.append(f"{where}: {error}")
+    assert wrong == []
+
+
+def test_a_wrong_option_on_a_page_would_be_seen():
+    with pytest.raises(UserError, match="did you mean"):
+        compose(["rollout.grop_size=4"], then=lambda config: None)
+
+
+def test_options_named_in_the_text_exist():
+    """`section.option`, with or without a value, wherever it stands in code marks."""
+    options = {key for key, _ in configs.options()}
+    sections = {section for key in options for section in sections_of(key)}
+    open_ones = configs.open_options()
+    wrong = []
+    for page in PAGES:
+        if page.name == "coming-from.md":   # half of its names are others'
+            continue
+        for name in NAMED.findall(page.read_text(encoding="utf-8")):
+            section = name.partition(".")[0]
+            known = name in options or name in sections or any(name.startswith(f"{key}.") for key in open_ones)
+            if section in sections and not known and name.rpartition(".")[2] not in ("py", "md", "jsonl", "yaml"):
+                wrong.append(f"{page.name}: {name}")
+    assert wrong == []
+
+
+def test_other_libraries_names_lead_to_options_of_ours():
+    options, wrong = {key for key, _ in configs.options()}, []
+    for line in (REPO / "docs" / "coming-from.md").read_text(encoding="utf-8").splitlines():
+        cells = line.split("|")
+        if len(cells) < 4:
+            continue
+        for name in NAMED.findall(cells[2]):
+            if name not in options and not any(name.startswith(f"{key}.") for key in configs.open_options()):
+                wrong.append(name)
+    assert wrong == []
+
+
+def test_the_site_builds_and_no_link_in_it_is_dead(tmp_path):
+    """mkdocs.yml makes a dead link or anchor a warning, which `--strict` fails for."""
+    pytest.importorskip("mkdocs", reason="mkdocs isn't installed: pip install -e '.[docs]'")
+    pytest.importorskip("material", reason="mkdocs-material isn't installed: pip install -e '.[docs]'")
+    pytest.importorskip("mkdocstrings", reason="mkdocstrings isn't installed: pip install -e '.[docs]'")
+    done = subprocess.run([sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")],
+                          cwd=REPO, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "site" / "index.html").is_file()
+
+
+def test_links_of_the_readme_lead_somewhere():
+    """The site doesn't hold README and CHANGELOG."""
+    for page in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md"):
+        targets = LINK.findall((REPO / page).read_text(encoding="utf-8"))
+        missing = [target for target in targets if "://" not in target and not (REPO / target).exists()]
+        assert missing == [], page
+
+
+def test_the_readme_is_short():
+    assert len((REPO / "README.md").read_text(encoding="utf-8").splitlines()) <= MOST_README_LINES

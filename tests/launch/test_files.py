@@ -117,10 +117,11 @@ def test_scripts_parse(path):
     assert path.name == "setup.sh" or path.stat().st_mode & 0o111, f"{path} can't be run"
 
 
-@pytest.mark.parametrize("script", ["quickstart.sh", "test.sh", "bench.sh"])
+@pytest.mark.parametrize("script", ["quickstart.sh", "test.sh", "bench.sh", "docs.sh"])
 def test_scripts_share_the_set_up(script):
     text = (REPO / "launch" / script).read_text()
-    assert "/setup.sh\"" in text and "flux_setup cpu,test" in text and "pip install" not in text
+    extras = "docs" if script == "docs.sh" else "cpu,test"
+    assert "/setup.sh\"" in text and f"flux_setup {extras}" in text and "pip install" not in text
 
 
 @pytest.mark.parametrize("dockerfile, extras", DOCKERFILES.items())
@@ -164,6 +165,23 @@ def test_an_environment_with_the_gpu_builds_stays_one(tmp_path):
     done = subprocess.run(["bash", "-c", script], cwd=REPO, timeout=60, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.startswith("gpu,test "), (done.stdout, done.stderr)
     assert not (tmp_path / "log").exists()
+
+
+@pytest.mark.parametrize("wanted, have, installed", [
+    ("cpu", "", "cpu"), ("docs", "", "docs"), ("cpu,test", "docs", "cpu,test"),
+    ("cpu,test", "gpu", "gpu,test"), ("docs", "cpu,test", "cpu,test"), ("docs", "gpu,test", "gpu,test"),
+    ("docs", "gpu", "gpu,docs"), ("docs", "cpu,docs", "cpu,docs"),
+])
+def test_docs_is_added_to_what_is_there(wanted, have, installed):
+    """So that it takes nothing away, and an environment with the GPU builds is still known as one."""
+    done = subprocess.run(["bash", "-c", f". launch/setup.sh && _flux_extras {wanted} '{have}'"], cwd=REPO, timeout=60,
+                          capture_output=True, text=True)
+    assert done.stdout.strip() == installed
+
+
+def test_what_builds_the_docs_is_tested_too():
+    extras = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert set(extras["docs"]) <= set(extras["test"])
 
 
 def test_set_up_shows_why_an_installation_failed(tmp_path):

@@ -1,4 +1,4 @@
-"""README's own algorithm, from Python: it reaches every process; callbacks are called; an evaluation follows."""
+"""The docs' own algorithm, from Python: it reaches every process; callbacks are called; an evaluation follows."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from flux_ray.observability.run_folder import EVAL, read_lines
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(400)]
 
-README = Path(__file__).parents[2] / "README.md"
+PAGE = Path(__file__).parents[2] / "docs" / "algorithm.md"
 NUM_STEPS = 3
 
 
@@ -29,7 +29,7 @@ class Seen(Callback):
 
 @pytest.fixture(scope="module")
 def plugin(tmp_path_factory) -> Path:
-    (block,) = re.findall(r"```python\n(# my_algo\.py\n.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    (block,) = re.findall(r"```python\n(# my_algo\.py\n.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
     file = tmp_path_factory.mktemp("plugin") / "my_algo.py"
     file.write_text(block)
     return file
