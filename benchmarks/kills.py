@@ -1,6 +1,6 @@
 """A synchronous run whose rollout worker is killed at random moments, beside one that nothing disturbs.
 
-python -m benchmarks.kills [--kills 10] [--steps 24]
+python -m benchmarks.kills [--kills 10] [--steps 30]
 
 It tells whether metrics and final weights are the same, bit for bit; then the exit code is 0.
 """
@@ -23,7 +23,7 @@ from tests.system.program import Program, metrics, numbers
 from tests.system.test_rollout_workers import weights, worker_of
 from tests.system.test_run import options
 
-MOST_APART_S = 8.0  # from one kill to the next, once another worker stands there
+MOST_APART_S = 1.5  # from one kill to the next, once another worker stands there: a step takes about a second
 
 
 def run(folder: Path, toys, *, num_steps: int, kills: int) -> Path:
@@ -49,7 +49,7 @@ def run(folder: Path, toys, *, num_steps: int, kills: int) -> Path:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=10)
-    parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--steps", type=int, default=30)
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         toys = make_toys(Path(temporary))
