@@ -100,7 +100,14 @@ class Supervisor:
     async def _replace(self, group: Group[Any], index: int) -> None:
         lost, replaced = self._listeners.get(group.role, (_ignored, _ignored))
         lost(index)
-        await group.replace(index, deadline_s=self._start_deadline_s)
+        while True:
+            try:
+                await group.replace(index, deadline_s=self._start_deadline_s)
+                break
+            except ActorDied:  # while it started
+                self._deaths[group.role] += 1
+                if self._deaths[group.role] > MOST_DEATHS:
+                    raise
         await self._tell_everybody()
         async with self._changed:
             self._changed.notify_all()

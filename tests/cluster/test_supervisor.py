@@ -301,3 +301,23 @@ async def test_after_the_end_nobody_is_replaced():
         watched[WORKER][0].kill()
         await asyncio.sleep(0.01)
         assert not watched[WORKER][0].alive and watched.events == [] and not watched.supervisor.failure.done()
+
+
+@pytest.mark.parametrize("times", [1, 3, MOST_DEATHS + 1])
+async def test_one_that_dies_while_it_starts_is_replaced_as_well(times, monkeypatch):
+    async with watching() as watched:
+        replace, left = watched[WORKER].replace, [times]
+
+        async def dies_at_first(index: int, *, deadline_s: float) -> None:
+            if left[0]:
+                left[0] -= 1
+                raise ActorDied(f"{WORKER} {index} died during start", role=WORKER, index=index)
+            await replace(index, deadline_s=deadline_s)
+
+        monkeypatch.setattr(watched[WORKER], "replace", dies_at_first)
+        watched[WORKER][0].kill()
+        if times > MOST_DEATHS:
+            assert "died during start" in str(await watched.failure())
+        else:
+            await watched.is_replaced()
+            assert watched.events == [("lost", 0), ("replaced", 0)] and not watched.supervisor.failure.done()
