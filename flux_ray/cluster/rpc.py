@@ -4,7 +4,7 @@ Takes:  a method of the class that an actor is typed by, and its arguments.
 Gives:  `Host`, the Ray actor around one plain object; `RayActor`, its handle, an Actor; `Together`, the same over a
         Line; `RayCall`, a Call.
 Knows:  where a method runs, where an actor's output goes, and how its failure becomes one readable line.
-Never:  waits without a deadline.
+Never:  waits for a call without a deadline.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class Host:
     @ray.method(enable_task_events=False)
     async def exchange(self, caller: str, calls: list[Sent], given_up: list[int]) -> list[Answer]:
         """Of the Line that `caller` names."""
-        desk = self._desks.setdefault(caller, Desk(self._do))
+        desk = self._desks[caller] = self._desks.get(caller) or Desk(self._do)
         answers = await desk.exchange(calls, given_up)
         if desk.is_idle:  # or those of callers that died would stay
             self._desks.pop(caller, None)
@@ -188,6 +188,12 @@ _lines: dict[str, Line] = {}  # of this process, by the incarnation of who is ca
 
 
 def _line(actor: RayActor) -> Line:
+    if actor.incarnation not in _lines:
+        _lines[actor.incarnation] = _new_line(actor)
+    return _lines[actor.incarnation]
+
+
+def _new_line(actor: RayActor) -> Line:
     caller = uuid.uuid4().hex  # of this line alone: its calls' numbers begin at 1
 
     async def exchange(calls: list[Sent], given_up: list[int]) -> list[Answer]:
@@ -200,9 +206,7 @@ def _line(actor: RayActor) -> Line:
         except Exception as error:  # what can't travel
             raise actor.failed(getattr(error, "cause", None) or error, "exchange") from error
 
-    if actor.incarnation not in _lines:
-        _lines[actor.incarnation] = Line(actor, exchange)
-    return _lines[actor.incarnation]
+    return Line(actor, exchange)
 
 
 class RayCall:

@@ -44,7 +44,8 @@ class Desk:
 
     @property
     def is_idle(self) -> bool:
-        return not (self._tasks or self._answers or self._waiting)
+        """Nothing would be lost with it: not even that a call which is still to come is given up."""
+        return not (self._tasks or self._answers or self._waiting or self._ended_early)
 
     async def exchange(self, calls: Sequence[Sent], given_up: Sequence[int]) -> list[Answer]:
         """Begin these calls, cancel those; as soon as there is an answer to any call, all that there are."""

@@ -25,9 +25,6 @@ class Slots:
     def __iter__(self) -> Iterator[Entry]:
         return iter(self._entries.values())
 
-    def __contains__(self, uid: int) -> bool:
-        return uid in self._entries
-
     def get(self, uid: int) -> Entry | None:
         return self._entries.get(uid)
 

@@ -223,6 +223,7 @@ async def test_a_call_that_overtakes_its_own_end_is_not_begun():
     over = Over()
     over.gates[1] = over.gates[2] = asyncio.Event()
     assert await over.desk.exchange([], [1]) == []
+    assert not over.desk.is_idle, "it must know when the call comes"
     later = asyncio.ensure_future(over.desk.exchange([Sent(1, "double", (1,), {}), Sent(2, "double", (2,), {})], []))
     over.gates[1].set()
     assert await later == [(2, False, 20)] and over.begun == [2] and over.desk.is_idle
