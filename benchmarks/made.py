@@ -91,7 +91,7 @@ class MadeRank:
     async def hold(self, groups: list[GroupAt]) -> list[GroupAt]:
         return await self._holder.hold(groups)
 
-    def prepare_wire(self) -> None: ...
+    def prepare_channel(self) -> None: ...
 
     async def connect(self, engines: list[Any], **_: Any) -> None:
         self._engines = engines

@@ -11,12 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from flux_ray.algo import register_adv_estimator, register_policy_loss
-    from flux_ray.api import FluxConfig, FluxTrainer
+    from flux_ray.api import FluxConfig, FluxTrainer, create_rl_trainer
     from flux_ray.config import Config
     from flux_ray.errors import UserError
     from flux_ray.observability.callbacks import Callback
     from flux_ray.reward import register_reward
-    from flux_ray.rl_trainer import create_rl_trainer
     from flux_ray.rollout.functions import register_rollout
     from flux_ray.run import TrainingResult
 
@@ -28,7 +27,7 @@ _HOMES = {
     "FluxTrainer": "flux_ray.api",
     "TrainingResult": "flux_ray.run",
     "UserError": "flux_ray.errors",
-    "create_rl_trainer": "flux_ray.rl_trainer",
+    "create_rl_trainer": "flux_ray.api",
     "register_adv_estimator": "flux_ray.algo",
     "register_policy_loss": "flux_ray.algo",
     "register_reward": "flux_ray.reward",
@@ -55,3 +54,7 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'flux_ray' has no attribute {name!r}")
     return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,7 +1,8 @@
 """The Python API: the one Config from the names that people use, and a trainer around the driver.
 
 Takes:  `FluxConfig(model_path=..., algorithm="grpo", algorithm_config={...})`; prompts as a file or in memory.
-Gives:  a Config; `FluxTrainer(config).fit(prompts=...)` ► TrainingResult, `.evaluate(prompts)` ► metrics.
+Gives:  a Config; `FluxTrainer(config).fit(prompts=...)` ► TrainingResult, `.evaluate(prompts)` ► metrics;
+        `create_rl_trainer(...)`, a FluxTrainer from the names of model, data set, algorithm and backend.
 Knows:  that rows and functions must reach other processes: rows become a file, functions go by their file.
 Never:  runs a loop of its own.
 """
@@ -23,7 +24,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from flux_ray import config as configs
 from flux_ray import names, run_dir
 from flux_ray.config import Config
-from flux_ray.errors import UserError
+from flux_ray.errors import UserError, unknown
 from flux_ray.observability.callbacks import Callback, Metrics, as_callback
 from flux_ray.plugins import refuse_while_importing
 
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from flux_ray.run import TrainingResult
 
 Result = TypeVar("Result")
+BACKENDS = ("ray", "trl", "unsloth")
 IN_MEMORY = "rows in memory"   # what data.train is until they have a file
 INTERRUPT_DEADLINE_S, LOOK_EVERY_S = 60.0, 0.2   # for a run in a thread to end its processes; between two looks at it
 
@@ -65,16 +67,20 @@ class FluxTrainer:
 
     `rewards`: one function, or several, as `reward.functions` has them: a rule's name, a registered name,
     "path/to/file.py:function", or a function itself, which must stand at the top of a file.
+    `backend`: ray (ours), trl (TRL's trainers), or unsloth (TRL's, on a model that Unsloth opened).
     """
 
-    def __init__(self, config: Config, *, rewards: Reward | Sequence[Reward] | None = None) -> None:
+    def __init__(
+        self, config: Config, *, rewards: Reward | Sequence[Reward] | None = None, backend: str = "ray",
+    ) -> None:
         if not isinstance(config, Config):
             raise UserError(f"FluxTrainer takes what FluxConfig(...) gives, not {type(config).__name__}")
+        _refuse_backend(backend, config)
         if rewards is not None:
             several = [rewards] if isinstance(rewards, str) or callable(rewards) else list(rewards)
             functions = [reward if isinstance(reward, str) else name_of(reward) for reward in several]
             config = dataclasses.replace(config, reward=dataclasses.replace(config.reward, functions=functions))
-        self.config = config
+        self.config, self.backend = config, backend
         self._callbacks: list[Callback] = []
         self._result: TrainingResult | None = None
         self._closed = False
@@ -113,10 +119,12 @@ class FluxTrainer:
             "checkpoint.every": checkpoint_interval,
         }
         config = self.prepare(prompts, eval_prompts=eval_prompts, **changes)
-        from flux_ray import run as runs
-
-        self._result = outside_loop(functools.partial(runs.run, callbacks=called), config)
+        self._result = outside_loop(functools.partial(_runner(self.backend), callbacks=called), config)
         return self._result
+
+    def train(self, *, callbacks: Sequence[Callback | Callable[[int, Metrics], None]] = ()) -> TrainingResult:
+        """`fit` on the config's own data."""
+        return self.fit(callbacks=callbacks)
 
     def evaluate(self, prompts: str | Path | Rows | None = None) -> Metrics:
         """eval/* of every prompt once (None: config.eval.data), under what `fit` trained, else under model.path.
@@ -174,6 +182,83 @@ class FluxTrainer:
         }
         written = {key: file for key, file in files.items() if file is not None}
         return configs.from_dict({**_flat(config), **written})
+
+
+def create_rl_trainer(
+    *, model_name: str, dataset_name: str, algorithm: str = "grpo", backend: str = "ray",
+    reward_model_name: str | None = None, rewards: Reward | Sequence[Reward] | None = None, **options: Any,
+) -> FluxTrainer:
+    """A trainer of `model_name` on `dataset_name` (a file, or a hub data set).
+
+    `rewards`: as FluxTrainer has them, beside the reward model if both are given; `reward_model_name`: a folder or hub
+    name of a sequence classification model with one label; `options`: as FluxConfig has them. algorithm="dpo" (ipo,
+    cdpo, reward_model) learns from preference rows (chosen, rejected); for the others such rows, without a prompt
+    column, give the prompt that both share.
+
+    >>> trainer = create_rl_trainer(model_name="Qwen/Qwen3-0.6B", dataset_name="data.jsonl", algorithm="drgrpo")
+    >>> trainer.backend, trainer.config.algo.name
+    ('ray', 'dr_grpo')
+
+    Raises UserError: an unknown algorithm or backend (with the nearest), an option that the backend hasn't, a reward
+    model where another one is named too or nothing is scored.
+    """
+    from flux_ray import algo
+
+    config = FluxConfig(model_path=model_name, algorithm=algorithm, **{"data.train": dataset_name}, **options)
+    if config.algo.name not in algo.KINDS and not config.plugins:   # a plugin's are known where it is loaded
+        algo.resolve(config.algo)
+    if reward_model_name is not None:
+        rewards = _with_model(config, rewards, reward_model_name)
+    trainer = FluxTrainer(config, rewards=rewards, backend=backend)
+    if reward_model_name is not None and backend != "ray":
+        raise UserError(f"backend={backend} has no reward models; use backend=ray (ours, the default)")
+    return trainer
+
+
+def _with_model(config: Config, rewards: Reward | Sequence[Reward] | None, model: str) -> list[Reward]:
+    """The run's rewards with the model among them. UserError where nothing is scored, or by another model too."""
+    from flux_ray import algo
+
+    if config.algo.name in algo.KINDS:
+        raise UserError(f"reward_model_name={model!r}: algorithm {config.algo.name!r} scores nothing: leave it out")
+    several: list[Reward] = list(config.reward.functions)
+    if rewards is not None:
+        several = [rewards] if isinstance(rewards, str) or callable(rewards) else list(rewards)
+    named = f"{names.REWARD_MODEL}{model}"
+    for reward in several:
+        if isinstance(reward, str) and names.reward_model_path(reward) not in (None, model):
+            raise UserError(f"reward_model_name={model!r} and reward.functions' {reward!r} are two reward models: give "
+                            "both in reward.functions, with reward.weights, or one of them")
+    return several if named in several else [*several, named]
+
+
+def _refuse_backend(backend: str, config: Config) -> None:
+    """UserError for a backend that isn't known, and for what TRL hasn't."""
+    from flux_ray import algo
+
+    if backend not in BACKENDS:
+        raise unknown("backend", backend, BACKENDS)
+    if backend == "ray":
+        return
+    from flux_ray.backends.trl_settings import check_trl, check_unsloth
+
+    if algo.needs_critic(config.algo):
+        raise UserError(f"backend={backend} has no {config.algo.name}: it has no critic; use backend=ray (ours, the "
+                        "default)")
+    check_trl(config)
+    if backend == "unsloth":
+        check_unsloth(config)
+
+
+def _runner(backend: str) -> Callable[..., TrainingResult]:
+    """What trains on that backend: (config, callbacks=...)."""
+    if backend == "ray":
+        from flux_ray import run as runs
+
+        return runs.run
+    from flux_ray.backends import trl, unsloth
+
+    return {"trl": trl.train, "unsloth": unsloth.train}[backend]
 
 
 def _files_of_registered(config: Config) -> list[str]:

@@ -27,12 +27,12 @@ _LLM, _CLIENT = "vllm.v1.engine.async_llm", "vllm.v1.engine.core_client"
 
 VLLM_INTERNALS = (
     # The engine and its updates.
-    Internal("vllm.config", "WeightTransferConfig", "which end of the wire a worker has"),
+    Internal("vllm.config", "WeightTransferConfig", "which end of the weight channel a worker has"),
     Internal("vllm.engine.arg_utils", "AsyncEngineArgs", "arguments by name; its fields are read from the source"),
     Internal("vllm.inputs", "TokensPrompt", "tokens in, and the salt of the prefix cache"),
     Internal("vllm.sampling_params", "RequestOutputKind", "one output a request"),
     Internal(_LLM, "AsyncLLM", "the engine"),
-    Internal(_LLM, "AsyncLLM.init_weight_transfer_engine", "the wire is opened"),
+    Internal(_LLM, "AsyncLLM.init_weight_transfer_engine", "the weight channel is opened"),
     Internal(_LLM, "AsyncLLM.start_weight_update", "an update"),
     Internal(_LLM, "AsyncLLM.update_weights", "an update"),
     Internal(_LLM, "AsyncLLM.finish_weight_update", "an update"),
@@ -43,7 +43,7 @@ VLLM_INTERNALS = (
     Internal(_LLM, "AsyncLLM.dead_error", "the same"),
     Internal(_CLIENT, "AsyncMPClient.pause_scheduler_async", "a pause without 20 ms of sleep"),
     Internal("vllm.v1.engine.exceptions", "EngineDeadError", "told in a few words"),
-    # The wire.
+    # The weight channel.
     Internal(f"{_TRANSFER}.base", "WeightTransferEngine", "gloo's end in the engine"),
     Internal(f"{_TRANSFER}.base", "WeightTransferInitInfo", "the same"),
     Internal(f"{_TRANSFER}.base", "WeightTransferInitRequest", "the same"),

@@ -22,7 +22,7 @@ from flux_ray.plugins import same_function
 EPS_STD = 1e-6  # in the reward's unit, added to a standard deviation that divides: far below any reward's resolution
 
 Reduce = Callable[[torch.Tensor], torch.Tensor]
-Pair = tuple[torch.Tensor, torch.Tensor]
+AdvantagesAndReturns = tuple[torch.Tensor, torch.Tensor]
 
 _DEFAULTS = AlgoConfig()
 
@@ -35,7 +35,7 @@ def on_one_rank(statistics: torch.Tensor) -> torch.Tensor:
 def grpo(
     token_level_rewards: torch.Tensor, response_mask: torch.Tensor, *, index: Sequence[Any] | torch.Tensor,
     config: AlgoConfig = _DEFAULTS, **_: Any,
-) -> Pair:
+) -> AdvantagesAndReturns:
     """A = (R − mean) / (std + ε_std) over the rows of one index, std with ddof 1 (2402.03300, eq. 3 and section 4.1.2).
 
     Without `config.normalize_by_std` there is no division. Equal rewards, and a group of one, give exactly 0.
@@ -50,7 +50,7 @@ def grpo(
 def grpo_vectorized(
     token_level_rewards: torch.Tensor, response_mask: torch.Tensor, group_size: int = 4, *,
     index: torch.Tensor | None = None, config: AlgoConfig = _DEFAULTS, **_: Any,
-) -> Pair:
+) -> AdvantagesAndReturns:
     """The same numbers as `grpo` where the batch is made of consecutive groups of `group_size` rows, all at once.
 
     Without an index the rows are taken to be so; with one whose groups lie otherwise, the per-group form is used.
@@ -67,7 +67,7 @@ def grpo_vectorized(
 
 def dr_grpo(
     token_level_rewards: torch.Tensor, response_mask: torch.Tensor, *, index: Sequence[Any] | torch.Tensor, **_: Any,
-) -> Pair:
+) -> AdvantagesAndReturns:
     """A = R − mean over the group, never divided (2503.20783, section 3.2)."""
     scores_N = _scores(token_level_rewards)
     return _spread(_less_group_mean(scores_N, index), token_level_rewards, response_mask)
@@ -75,7 +75,7 @@ def dr_grpo(
 
 def rloo(
     token_level_rewards: torch.Tensor, response_mask: torch.Tensor, *, index: Sequence[Any] | torch.Tensor, **_: Any,
-) -> Pair:
+) -> AdvantagesAndReturns:
     """A = R − mean of the other rows of the group (2402.14740, eq. 7), which is (R − mean)·G/(G−1).
 
     A group of one: 0.
@@ -88,7 +88,7 @@ def rloo(
     return _spread(advantages_N, token_level_rewards, response_mask)
 
 
-def reinforce(token_level_rewards: torch.Tensor, response_mask: torch.Tensor, **_: Any) -> Pair:
+def reinforce(token_level_rewards: torch.Tensor, response_mask: torch.Tensor, **_: Any) -> AdvantagesAndReturns:
     """A_t = Σ_{i≥t} r_i: the return to go, undiscounted; no baseline, no whitening."""
     returns_NL = _returns_to_go(token_level_rewards, response_mask)
     return returns_NL, returns_NL
@@ -96,7 +96,7 @@ def reinforce(token_level_rewards: torch.Tensor, response_mask: torch.Tensor, **
 
 def reinforce_pp(
     token_level_rewards: torch.Tensor, response_mask: torch.Tensor, *, reduce: Reduce = on_one_rank, **_: Any,
-) -> Pair:
+) -> AdvantagesAndReturns:
     """A_t = R − kl_coef·Σ_{i≥t} k1, whitened over all loss tokens of the batch (2501.03262)."""
     returns_NL = _returns_to_go(token_level_rewards, response_mask)
     return _whiten(returns_NL, response_mask, reduce), returns_NL
@@ -105,7 +105,7 @@ def reinforce_pp(
 def reinforce_pp_baseline(
     token_level_rewards: torch.Tensor, response_mask: torch.Tensor, *, index: Sequence[Any] | torch.Tensor,
     reduce: Reduce = on_one_rank, **_: Any,
-) -> Pair:
+) -> AdvantagesAndReturns:
     """R − group mean, whitened over all loss tokens of the batch (2501.03262). A group of one: 0 before whitening."""
     scores_N = _scores(token_level_rewards)
     centred_NL, _same = _spread(_less_group_mean(scores_N, index), token_level_rewards, response_mask)
@@ -115,7 +115,7 @@ def reinforce_pp_baseline(
 def gae(
     token_level_rewards: torch.Tensor, response_mask: torch.Tensor, *, values: torch.Tensor | None,
     config: AlgoConfig = _DEFAULTS, reduce: Reduce = on_one_rank, **_: Any,
-) -> Pair:
+) -> AdvantagesAndReturns:
     """A_t = Σ_k (γλ)^k δ_{t+k}, δ_t = r_t + γ·V_{t+1} − V_t, over loss tokens alone (1506.02438, eq. 16); R = A + V.
 
     What the policy didn't sample is stepped over: V_{t+1} is the next loss token's. Nothing comes after the last one:
@@ -124,7 +124,7 @@ def gae(
     assert values is not None, "gae needs a critic's values"
     kind, decay = token_level_rewards.dtype, config.gamma * config.gae_lambda
 
-    def of_rows(rewards: torch.Tensor, values: torch.Tensor, mask: torch.Tensor) -> Pair:
+    def of_rows(rewards: torch.Tensor, values: torch.Tensor, mask: torch.Tensor) -> AdvantagesAndReturns:
         values = values.double()
         deltas = (rewards.double() + config.gamma * _next_loss_token(values, mask) - values) * mask
         advantages = _discounted_to_go(deltas, torch.ones_like(values).masked_fill(mask, decay)) * mask
@@ -158,7 +158,7 @@ def _scores(token_level_rewards: torch.Tensor) -> torch.Tensor:
     return token_level_rewards.sum(-1).double()
 
 
-def _spread(advantages_N: torch.Tensor, like: torch.Tensor, response_mask: torch.Tensor) -> Pair:
+def _spread(advantages_N: torch.Tensor, like: torch.Tensor, response_mask: torch.Tensor) -> AdvantagesAndReturns:
     """A row's advantage at each of its loss tokens; the returns are the same numbers."""
     advantages_N1 = advantages_N.to(like.dtype)[:, None]
     advantages_NL = torch.where(response_mask.bool(), advantages_N1, torch.zeros_like(advantages_N1))
@@ -232,7 +232,7 @@ ESTIMATOR_KNOBS = (*GAE_KNOBS, "normalize_by_std")
 
 @dataclass(frozen=True)
 class Estimator:
-    function: Callable[..., Pair]
+    function: Callable[..., AdvantagesAndReturns]
     needs_groups: bool        # compares the rows of a group: a group of one teaches nothing
     needs_whole_batch: bool   # its numbers depend on every row of the step
     needs_values: bool = False  # a critic's
@@ -257,7 +257,7 @@ ESTIMATORS: dict[str, Estimator] = {
 
 def register_adv_estimator(
     name: str, *, needs_groups: bool = False, needs_whole_batch: bool = True, needs_values: bool = False,
-) -> Callable[[Callable[..., Pair]], Callable[..., Pair]]:
+) -> Callable[[Callable[..., AdvantagesAndReturns]], Callable[..., AdvantagesAndReturns]]:
     """Decorator: adds `f(token_level_rewards, response_mask, **kw) -> (advantages, returns)`, all (batch, length).
 
     kw: index (group id per row), group_size, old_log_prob, reference_log_prob, values (None where absent), config,
@@ -266,7 +266,7 @@ def register_adv_estimator(
 
     Raises ValueError for a name that is taken.
     """
-    def add(function: Callable[..., Pair]) -> Callable[..., Pair]:
+    def add(function: Callable[..., AdvantagesAndReturns]) -> Callable[..., AdvantagesAndReturns]:
         if name in ESTIMATORS and not same_function(ESTIMATORS[name].function, function):
             raise UserError(f"advantage estimator {name!r} is taken: choose another name")
         ESTIMATORS[name] = Estimator(
@@ -275,7 +275,7 @@ def register_adv_estimator(
     return add
 
 
-def get_adv_estimator(name: str) -> Callable[..., Pair]:
+def get_adv_estimator(name: str) -> Callable[..., AdvantagesAndReturns]:
     return find_adv_estimator(name).function
 
 

@@ -20,7 +20,7 @@ from flux_ray.config import Config, DataConfig
 from flux_ray.data.encode import checked_text, prompt_text
 from flux_ray.data.order import EpochOrder
 from flux_ray.data.rows import BadCell, BadRows, Row, Rows
-from flux_ray.data.sft import Pair, as_pair, completion_text, encode_pairs
+from flux_ray.data.sft import Example, as_example, completion_text, encode_examples
 from flux_ray.errors import UserError
 from flux_ray.records import FINISH_STOP, Prompt, RolloutGroup, Sample, ScoredGroup, Trajectory
 
@@ -52,14 +52,14 @@ class GroupSource:
         rows.require(config.data.prompt_column, "data.prompt_column")
         self.source, self.dropped = rows.source, Counter[str]()
         bad = BadRows(rows, RESPONSES, config.data.on_bad_row)
-        read: dict[int, tuple[list[Pair], np.ndarray]] = {}
+        read: dict[int, tuple[list[Example], np.ndarray]] = {}
         for number, row in enumerate(rows.rows):
             try:
                 read[number] = _read(row, config.data, tokenizer)
             except BadCell as error:
                 bad.add(number, error)
         each = [pair for pairs, _ in read.values() for pair in pairs]
-        samples = iter(encode_pairs(tokenizer, each, model_path=config.model.path))
+        samples = iter(encode_examples(tokenizer, each, model_path=config.model.path))
         self._groups: list[OfflineGroup] = []
         for number, (pairs, rewards_G) in read.items():
             mine = [next(samples) for _ in pairs]
@@ -95,7 +95,7 @@ class GroupSource:
         return OfflineGroup(replace(kept.group, prompt=prompt), replace(kept.scored, uid=position))
 
 
-def _read(row: Row, data: DataConfig, tokenizer: Any) -> tuple[list[Pair], np.ndarray]:
+def _read(row: Row, data: DataConfig, tokenizer: Any) -> tuple[list[Example], np.ndarray]:
     """The responses of a row as text after its prompt, and their rewards (G,): nan where none is given."""
     responses, rewards = row[RESPONSES], row[REWARDS]
     for column, value in ((RESPONSES, responses), (REWARDS, rewards)):
@@ -108,7 +108,7 @@ def _read(row: Row, data: DataConfig, tokenizer: Any) -> tuple[list[Pair], np.nd
     except BadCell as error:
         raise BadCell(str(error), data.prompt_column) from error
     texts = [completion_text(response) if isinstance(response, list) else _text(response) for response in responses]
-    return [as_pair(prompt, text, tokenizer) for text in texts], np.array([_reward(value) for value in rewards])
+    return [as_example(prompt, text, tokenizer) for text in texts], np.array([_reward(value) for value in rewards])
 
 
 def _text(response: Any) -> str:

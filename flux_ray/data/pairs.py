@@ -21,7 +21,7 @@ from flux_ray.data.encode import Text, checked_text, prompt_text
 from flux_ray.data.order import EpochOrder
 from flux_ray.data.preferences import CHOSEN, REJECTED, shared_prompt
 from flux_ray.data.rows import BadCell, BadRows, Row, Rows, load_rows
-from flux_ray.data.sft import Pair, as_pair, encode_pairs
+from flux_ray.data.sft import Example, as_example, encode_examples
 from flux_ray.errors import UserError
 from flux_ray.records import PreferencePair, Sample
 
@@ -47,7 +47,7 @@ class PairSource:
         self.source, self.skipped = rows.source, Counter({BAD: rows.num_broken})
         self.has_margins = config.data.margin_column in rows.columns
         bad = BadRows(rows, CHOSEN, config.data.on_bad_row)
-        texts: dict[int, tuple[Pair, Pair]] = {}
+        texts: dict[int, tuple[Example, Example]] = {}
         margins: dict[int, float] = {}
         for number, row in enumerate(rows.rows):
             try:
@@ -60,7 +60,7 @@ class PairSource:
                 texts.pop(number, None)
                 bad.add(number, error)
         each = [pair for both in texts.values() for pair in both]
-        samples = iter(encode_pairs(tokenizer, each, model_path=config.model.path))
+        samples = iter(encode_examples(tokenizer, each, model_path=config.model.path))
         self._pairs: list[PreferencePair] = []
         for number in texts:
             try:
@@ -129,7 +129,7 @@ def _require_pairs(rows: Rows, config: Config) -> None:
         )
 
 
-def _read(row: Row, data: DataConfig, tokenizer: Any) -> tuple[Pair, Pair]:
+def _read(row: Row, data: DataConfig, tokenizer: Any) -> tuple[Example, Example]:
     """The chosen and the rejected response after their prompt, as text."""
     if row[CHOSEN] is not None and row[CHOSEN] == row[REJECTED]:
         raise _NoPair(IDENTICAL)
@@ -137,7 +137,7 @@ def _read(row: Row, data: DataConfig, tokenizer: Any) -> tuple[Pair, Pair]:
     if not all(reply.strip() for reply in replies):
         raise _NoPair(EMPTY)
     text = prompt_text({**row, data.prompt_column: prompt}, data)
-    chosen, rejected = (as_pair(text, reply, tokenizer) for reply in replies)
+    chosen, rejected = (as_example(text, reply, tokenizer) for reply in replies)
     return chosen, rejected
 
 

@@ -39,14 +39,14 @@ class SftSource:
     def __init__(self, rows: Rows, config: Config, tokenizer: Any, *, context_length: int, shuffle: bool) -> None:
         column, read = _reader(rows, config)
         bad = BadRows(rows, column, config.data.on_bad_row)
-        pairs: dict[int, Pair] = {}
+        pairs: dict[int, Example] = {}
         for number, row in enumerate(rows.rows):
             try:
-                pairs[number] = as_pair(*read(row), tokenizer)
+                pairs[number] = as_example(*read(row), tokenizer)
             except BadCell as error:
                 bad.add(number, error)
         self._samples = []
-        encoded = encode_pairs(tokenizer, list(pairs.values()), model_path=config.model.path)
+        encoded = encode_examples(tokenizer, list(pairs.values()), model_path=config.model.path)
         for number, sample in zip(pairs, encoded, strict=True):
             if sample.num_tokens > context_length:
                 bad.add(number, BadCell(f"{sample.num_tokens} tokens, more than the context of {context_length}"))
@@ -97,7 +97,7 @@ def _load(rows: list[Row] | str | None, path: str | None, key: str, config: Conf
 
 
 @dataclass(frozen=True)
-class Pair:
+class Example:
     """The text before the loss and the text under it."""
 
     prompt: str       # empty for plain text, which is learned from its first token on
@@ -105,19 +105,19 @@ class Pair:
     is_chat: bool     # the template has written the special tokens; what follows its end token is no response
 
 
-def as_pair(prompt: Text, completion: str, tokenizer: Any) -> Pair:
+def as_example(prompt: Text, completion: str, tokenizer: Any) -> Example:
     """The texts before and under the loss; a chat as its template writes it. BadCell: the template refuses it."""
     if isinstance(prompt, str):
-        return Pair(prompt, completion, is_chat=False)
+        return Example(prompt, completion, is_chat=False)
     require_template(tokenizer, "the data are chats")
     before = render(tokenizer, prompt)
     after = render(tokenizer, [*prompt, {"role": "assistant", "content": completion}], whole=True)
     if not after.startswith(before):
         raise BadCell("the chat template writes the prompt in another way once it is answered: use plain text columns")
-    return Pair(before, after[len(before) :], is_chat=True)
+    return Example(before, after[len(before) :], is_chat=True)
 
 
-def encode_pairs(tokenizer: Any, pairs: list[Pair], *, model_path: str | None) -> list[Sample]:
+def encode_examples(tokenizer: Any, pairs: list[Example], *, model_path: str | None) -> list[Sample]:
     """Samples of the pairs: prompt and completion encoded each by itself, as in a rollout, then the end token.
 
     A chat ends where a rollout of this model does: at the first token that ends a response.

@@ -45,7 +45,7 @@ class Loop:
         return self.stages.step
 
     async def begin(self, tasks: asyncio.TaskGroup) -> None:
-        """Publish even the first weights: what is wrong with the wire shows here."""
+        """Publish even the first weights: what is wrong with the weight channel shows here."""
         self.stages.begin(tasks)
         await self.ranks.publish(self._versions.publish(self.step), self.step)
 

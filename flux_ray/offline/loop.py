@@ -30,8 +30,8 @@ Evaluated = tuple[dict[str, float], list[dict[str, Any]]]
 EVALUATED = {"train/loss": "eval/loss", "train/num_tokens": "eval/num_tokens"}
 
 
-class Work(Protocol):
-    """One kind of data at work."""
+class Learner(Protocol):
+    """Trains and evaluates on one kind of data."""
 
     async def step(self, step: int) -> StepReport:
         """Train step `step` (from 0)."""
@@ -96,7 +96,7 @@ class Groups:
         return None
 
 
-def make_work(config: Config, *, data: OfflineData, stages: OfflineStages, folder: RunFolder) -> Work:
+def make_learner(config: Config, *, data: OfflineData, stages: OfflineStages, folder: RunFolder) -> Learner:
     """What goes with the data. `folder`: where the reference's log-probs are kept."""
     train, evaluation = data.train, data.evaluation
     if isinstance(train, GroupSource):
@@ -116,8 +116,8 @@ def make_work(config: Config, *, data: OfflineData, stages: OfflineStages, folde
 class OfflineLoop:
     """Training without rollouts, a step at a time."""
 
-    def __init__(self, work: Work, *, start: LoopState) -> None:
-        self._work, self.step = work, start.step
+    def __init__(self, learner: Learner, *, start: LoopState) -> None:
+        self._learner, self.step = learner, start.step
 
     async def begin(self, tasks: asyncio.TaskGroup) -> None: ...
 
@@ -127,14 +127,14 @@ class OfflineLoop:
 
     async def train(self) -> dict[str, float]:
         start_s = time.monotonic()
-        report = await self._work.step(self.step)
+        report = await self._learner.step(self.step)
         self.step = report.step
         return report.metrics | {"driver/step_s": time.monotonic() - start_s, "driver/version": float(report.step)}
 
     async def evaluate(self) -> Evaluated | None:
         """As every other evaluation; None where there are no data for it."""
         start_s = time.monotonic()
-        measured = await self._work.evaluate()
+        measured = await self._learner.evaluate()
         if measured is None:
             return None
         metrics = {EVALUATED.get(name, name.replace("pairs/", "eval/", 1)): value for name, value in measured.items()}

@@ -53,7 +53,7 @@ def check_engine_args(config: RolloutConfig) -> None:
 
 
 def check_installed(entry_point: str = ENTRY_POINT) -> None:
-    """UserError where flux_ray is on the path but not installed: vLLM's processes would not find the wire."""
+    """UserError where flux_ray is on the path but not installed: vLLM's processes would not find the weight channel."""
     if not importlib.metadata.entry_points(group="vllm.general_plugins", name=entry_point):
         raise UserError(f"flux_ray isn't installed on {socket.gethostname()}, only on its path (as --working-dir puts "
                         "it): vLLM finds the weight transfer by an entry point. Install it there (pip, or our image)")

@@ -75,7 +75,7 @@ class RolloutEngine:
 
     @property
     def _transfer(self) -> str:
-        """The name that vLLM knows the worker's end of the wire by; the weights folder registers ours."""
+        """The name that vLLM knows the worker's end of the weight channel by; the weights folder registers ours."""
         if self._config.weights.staging == "device":
             return f"{self._weights_backend}_device"
         return "ipc_plain" if self._weights_backend == "ipc" else self._weights_backend
@@ -219,7 +219,7 @@ class RolloutEngine:
         await self._answered(self._engine.init_weight_transfer_engine(request))
 
     async def set_staged(self, staged: bool) -> None:
-        """What all members of a gloo wire have agreed on."""
+        """What all members of a gloo channel have agreed on."""
         self._staged = staged
 
     async def start_weight_update(self) -> None:

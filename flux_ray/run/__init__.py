@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from flux_ray.run.recorder import Recorder
 
 #: What is done with actors that have been spawned: (prepared, build, recorder).
-Work = Callable[["Prepared", "Build", "Recorder"], Coroutine[Any, Any, None]]
+RunBody = Callable[["Prepared", "Build", "Recorder"], Coroutine[Any, Any, None]]
 
 _running: dict[int, Callable[[], object]] = {}  # thread ► what cancels the run in it
 
@@ -67,7 +67,7 @@ def evaluate(config: Config, *, callbacks: Sequence[Callback] = ()) -> dict[str,
     return _whole_life(config, _evaluate, callbacks).last_evaluation
 
 
-def _whole_life(config: Config, work: Work, callbacks: Sequence[Callback]) -> Recorder:
+def _whole_life(config: Config, body: RunBody, callbacks: Sequence[Callback]) -> Recorder:
     """Check, make the folder, do the work on live actors; what was recorded."""
     if not Path("/dev/nvidiactl").exists():
         # Said beforehand, or DeepSpeed (which transformers may import) warns on the terminal that it found no GPU.
@@ -80,7 +80,7 @@ def _whole_life(config: Config, work: Work, callbacks: Sequence[Callback]) -> Re
     from flux_ray.run.recorder import Recorder
 
     prepared = prepare(config)
-    own_cpus = _own_cpus(prepared, trains=work is _train)
+    own_cpus = _own_cpus(prepared, trains=body is _train)
     config = run_dir.claim(prepared.config)
     prepared = dataclasses.replace(prepared, config=config)
     assert config.run_dir is not None
@@ -88,7 +88,7 @@ def _whole_life(config: Config, work: Work, callbacks: Sequence[Callback]) -> Re
     prepared = _above_all_versions(prepared)
     folder.create(config, resume_step=prepared.start.step if prepared.checkpoint else None)
     checkpoints = (folder.path / "checkpoints").resolve()
-    if work is _train and prepared.checkpoint and prepared.checkpoint.parent == checkpoints:
+    if body is _train and prepared.checkpoint and prepared.checkpoint.parent == checkpoints:
         forget_newer(checkpoints, prepared.start.step)
     with quiet(folder.path / LOG, progress=config.observability.progress) as terminal:
         recorder = Recorder(
@@ -98,12 +98,12 @@ def _whole_life(config: Config, work: Work, callbacks: Sequence[Callback]) -> Re
         for warning in prepared.warnings:
             recorder.warn(warning)
         try:
-            asyncio.run(_live(prepared, recorder, work, own_cpus))
+            asyncio.run(_live(prepared, recorder, body, own_cpus))
         except BaseException as error:
             raise _told(error, folder.path / LOG) from error
         finally:
             recorder.close()
-        terminal.say(f"done: model in {folder.model}" if work is _train else f"done: evaluation in {folder.path}")
+        terminal.say(f"done: model in {folder.model}" if body is _train else f"done: evaluation in {folder.path}")
     return recorder
 
 
@@ -147,7 +147,7 @@ def _plan(prepared: Prepared, *, gpus: int, trains: bool) -> Plan:
     return plan
 
 
-async def _live(prepared: Prepared, recorder: Recorder, work: Work, own_cpus: float) -> None:
+async def _live(prepared: Prepared, recorder: Recorder, body: RunBody, own_cpus: float) -> None:
     """Connect, place, do the work; then, whatever happened, end every process of the run."""
     from flux_ray.cluster.groups import Cluster
     from flux_ray.cluster.supervisor import Supervisor
@@ -162,14 +162,14 @@ async def _live(prepared: Prepared, recorder: Recorder, work: Work, own_cpus: fl
     try:
         cluster.connect(config.cluster.address, cpus=own_cpus, gpus=_visible_gpus(config))
         _end_on_sigterm()  # again: connecting puts a handler of Ray's own in its place
-        plan = _plan(prepared, gpus=cluster.num_gpus(), trains=work is _train)
+        plan = _plan(prepared, gpus=cluster.num_gpus(), trains=body is _train)
         await cluster.place(plan, deadline_s=config.cluster.placement_deadline_s)
         say("starting " + ", ".join(f"{role.count} {role.name}" for role in plan.roles) + f" on {plan.device}")
         slow = slow_dtype(config.model.dtype, plan.device)
         if slow:
             recorder.warn(slow)
         build = Build(prepared, cluster, plan, supervisor)
-        await _unless_one_dies(supervisor, work(prepared, build, recorder))
+        await _unless_one_dies(supervisor, body(prepared, build, recorder))
     finally:
         supervisor.close()
         await cluster.close()

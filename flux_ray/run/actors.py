@@ -36,7 +36,7 @@ PEER_DEADLINE_S = 600.0  # for the arrays that policy and critic exchange
 
 
 class TrainingRank(Trainer):
-    """A rank of the training group with its end of the wire to the engines."""
+    """A rank of the training group with its end of the weight channel to the engines."""
 
     def __init__(self, config: Config, *, rank: int, weights_backend: str, **group: Any) -> None:
         super().__init__(config, rank=rank, **group)
@@ -81,11 +81,11 @@ class TrainingRank(Trainer):
     async def give_returns(self) -> list[list[np.ndarray]]:
         return self.returns
 
-    def prepare_wire(self) -> None:
+    def prepare_channel(self) -> None:
         self._publisher.prepare()
 
-    def connect(self, engines: Sequence[Actor[Engine]], *, address: str, port: int, wire_dtype: str) -> None:
-        """Open the wire to these engines."""
+    def connect(self, engines: Sequence[Actor[Engine]], *, address: str, port: int, send_dtype: str) -> None:
+        """Open the weight channel to these engines."""
         tensor_parallel_size = self.config.rollout.tensor_parallel_size
 
         def call(method: Callable[..., Any], payloads: list[tuple[Any, ...]]) -> list[Any]:
@@ -99,7 +99,7 @@ class TrainingRank(Trainer):
             return asyncio.run_coroutine_threadsafe(every(), self._loop).result(2 * deadline_s)
 
         self._publisher.connect(call, workers_per_engine=[tensor_parallel_size] * len(engines), address=address,
-                                port=port, wire_dtype=wire_dtype)
+                                port=port, send_dtype=send_dtype)
 
     def publish(self, version: int, step: int) -> list[str]:
         return self._publisher.publish(version, step)

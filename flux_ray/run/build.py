@@ -30,7 +30,7 @@ from flux_ray.errors import UserError
 from flux_ray.model import context_length, resolve_dtype
 from flux_ray.names import reward_model_path
 from flux_ray.offline.data import OfflineData
-from flux_ray.offline.loop import OfflineLoop, make_work
+from flux_ray.offline.loop import OfflineLoop, make_learner
 from flux_ray.offline.stages import OfflineStages
 from flux_ray.protocols import Engine
 from flux_ray.protocols import TrainingRank as Rank
@@ -93,7 +93,7 @@ class Build:
         return Evaluation(self._config, task.evaluation, self._stages(recorder))
 
     async def _rollout_loop(self, task: Rollouts, recorder: Recorder) -> Loop:
-        """All roles, started side by side; then the wire from trainer to engines."""
+        """All roles, started side by side; then the weight channel from trainer to engines."""
         config, groups, start = self._config, self._groups, self._prepared.start
         async with asyncio.TaskGroup() as tasks:
             await self._begin_sampling(task, tasks)
@@ -132,8 +132,8 @@ class Build:
                 tasks.create_task(self._build_reference())
         await self.supervisor.begin()
         stages = OfflineStages(self._config, trainer=self._groups[TRAINER], reference=self._groups.get(REFERENCE))
-        work = make_work(self._config, data=task, stages=stages, folder=recorder.folder)
-        return OfflineLoop(work, start=self._prepared.start)
+        learner = make_learner(self._config, data=task, stages=stages, folder=recorder.folder)
+        return OfflineLoop(learner, start=self._prepared.start)
 
     @property
     def trained(self) -> list[RayGroup[Any]]:
@@ -229,17 +229,17 @@ class Build:
 
     async def _build_sender(self) -> None:
         await self._build_trainer()
-        await all_within([rank.call(Rank.prepare_wire) for rank in self._groups[TRAINER]],
+        await all_within([rank.call(Rank.prepare_channel) for rank in self._groups[TRAINER]],
                          self._config.cluster.start_deadline_s)
 
     async def _connect(self) -> None:
-        """Open the wire: rank 0 meets every engine worker; the other ranks only learn that they needn't."""
+        """Open the weight channel: rank 0 meets every engine worker; the other ranks only learn that they needn't."""
         trainer, deadline_s = self._groups[TRAINER], self._config.weights.deadline_s
         address, port = await trainer.address(0, deadline_s=deadline_s)
-        wire_dtype = _dtype_name(self._config.model.dtype, self._plan.device)
+        send_dtype = _dtype_name(self._config.model.dtype, self._plan.device)
         engines = list(self._groups[ENGINE])
         # Rank 0 waits its deadline for each engine, and names the one that doesn't come.
-        await all_within([rank.call(Rank.connect, engines, address=address, port=port, wire_dtype=wire_dtype)
+        await all_within([rank.call(Rank.connect, engines, address=address, port=port, send_dtype=send_dtype)
                           for rank in trainer], 2 * deadline_s)
 
 

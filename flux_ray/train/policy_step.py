@@ -97,7 +97,7 @@ def _asked(config: Config) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Prepared:
+class PreparedBatch:
     """Groups with what an update needs of them beside tokens: by sample, (T,) each."""
 
     batch: RankBatch
@@ -107,11 +107,11 @@ class Prepared:
     metrics: dict[str, Metric]
 
 
-def _prepared(engine: Engine, config: Config, algorithm: Algorithm, batch: RankBatch) -> Prepared:
+def _prepared(engine: Engine, config: Config, algorithm: Algorithm, batch: RankBatch) -> PreparedBatch:
     batch = replace(batch, scores=[estimated(score, config.reward) for score in batch.scores])
     old = _old_logprobs(engine, config, batch) if algo.needs_old_logprobs(config.algo) else None
     (advantages, returns), kl_paid = _advantages(engine, config, algorithm, batch, old)
-    return Prepared(batch, old, advantages, returns, kl_paid)
+    return PreparedBatch(batch, old, advantages, returns, kl_paid)
 
 
 @dataclass(frozen=True)
@@ -201,7 +201,7 @@ def _advantages(
 
 
 def _mini_batch(
-    engine: Engine, config: Config, algorithm: Algorithm, prepared: Prepared, part: Part,
+    engine: Engine, config: Config, algorithm: Algorithm, prepared: PreparedBatch, part: Part,
 ) -> MiniBatch:
     samples = make_samples(
         part.batch.groups, part.batch.scores, advantages=prepared.advantages[part.samples],

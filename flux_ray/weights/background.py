@@ -1,6 +1,6 @@
 """What comes in beside the forward passes.
 
-Takes:  work that waits for the wire.
+Takes:  work that waits for the weight channel.
 Gives:  `in_background`: its result, to come.
 """
 

@@ -1,8 +1,8 @@
 """What both ends of a gloo transfer must agree on. No vLLM: the trainer's end has none of it to import.
 
-Takes:  parameters in the order of the wire: name, type on the wire, whole shape.
+Takes:  parameters in the order in which they are sent: name, type as sent, whole shape.
 Gives:  `buckets`, which cuts them; `unpack`; Invitation and Announcement, what an engine's worker is told.
-Knows:  both sides cut the same buckets from the same metadata, so only tensors travel over the wire (wire.py).
+Knows:  both sides cut the same buckets from the same metadata, so only tensors are sent (bucket_channel.py).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from flux_ray.weights.wire import padded
+from flux_ray.weights.bucket_channel import padded
 
 BUCKETS_A_ROUND = 2  # that are made ready at a time: so long running requests wait
 MOST_ROUNDS = 8  # of a staged update: each waits for a forward pass, whatever the model's size
@@ -88,7 +88,7 @@ class Invitation:
 
 @dataclass
 class Announcement:
-    """What one round sends: names, dtypes and full shapes, in the order of the wire.
+    """What one round sends: names, dtypes and full shapes, in the order of the weight channel.
 
     Without any it asks for the next of `num_rounds` parts of what was sent to be made ready.
     """

@@ -22,9 +22,9 @@ from vllm.distributed.weight_transfer.base import (
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
 from flux_ray.weights.background import in_background
+from flux_ray.weights.bucket_channel import BucketChannel, join_group, map_memory
 from flux_ray.weights.buckets import Announcement, Invitation, Param, buckets, num_rounds, size_of, unpack
 from flux_ray.weights.cpu.shadow_model import ShadowModel, TiedHead, can_have_shadow, tied_heads
-from flux_ray.weights.wire import Wire, join_group, map_memory
 
 BACKEND = "gloo"
 NCCL_STAGED = "nccl_device"  # rollout engines ask for it where weights.staging=device
@@ -62,7 +62,7 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
     init_info_cls = GlooInitInfo
     update_info_cls = GlooUpdateInfo
     _info: GlooInitInfo | None = None
-    _wire: Wire | None = None
+    _channel: BucketChannel | None = None
     _arriving: Future[list[Bucket]] | None = None  # staged: what comes in beside the forward passes
     _tied: Sequence[TiedHead] = ()
     _has_shadow = False  # the model can be loaded beside itself
@@ -83,9 +83,10 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
             world_size=init_info.world_size,
             timeout_s=init_info.timeout_s,
         )
-        self._wire = Wire(group, map_memory(init_info.memory, init_info.memory_bytes) if init_info.memory else None)
+        memory = map_memory(init_info.memory, init_info.memory_bytes) if init_info.memory else None
+        self._channel = BucketChannel(group, memory)
         if init_info.staged is None:
-            init_info.staged = self._wire.shared
+            init_info.staged = self._channel.shared
 
     def start_weight_update(self) -> None:
         assert self._info is not None, "init_transfer_engine comes first"
@@ -154,13 +155,13 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
                 self.model.load_weights(unpack(place, run))
 
     def _received(self, update_info: GlooUpdateInfo) -> Iterator[Bucket]:
-        assert self._info is not None and self._wire is not None
-        self._wire.rewind()
+        assert self._info is not None and self._channel is not None
+        self._channel.rewind()
         for run in buckets(update_info.params(), self._info.bucket_bytes):
             # A place of its own each: the reload keeps views of it until the layer they belong to is complete.
-            place = self._wire.place(size_of(run))
-            self._wire.broadcast(place).wait()
+            place = self._channel.place(size_of(run))
+            self._channel.broadcast(place).wait()
             yield run, place
 
     def shutdown(self) -> None:
-        self._wire = None
+        self._channel = None

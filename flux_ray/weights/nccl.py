@@ -1,6 +1,6 @@
 """The NCCL transfer that keeps a whole update on the GPU before it is loaded (weights.staging=device).
 
-Takes:  vLLM's own NCCL transfer: its sender, its wire, its packed buckets.
+Takes:  vLLM's own NCCL transfer: its sender, its channel, its packed buckets.
 Gives:  StagedNCCLWeightTransferEngine, the engine worker's end, registered by gloo.register as NCCL_STAGED.
 Knows:  buckets arrive on streams of their own, beside the forward passes; the running model is touched at the end.
 """

@@ -84,7 +84,7 @@ class EngineClient:
 
 
 class Publisher:
-    """One rank's end. Every rank calls `publish`; `connect` on rank 0 alone opens the wire."""
+    """One rank's end. Every rank calls `publish`; `connect` on rank 0 alone opens the weight channel."""
 
     def __init__(
         self, weights: Weights, *, rank: int, backend: str, bucket_bytes: int, deadline_s: float,
@@ -103,7 +103,7 @@ class Publisher:
 
     @property
     def _joins(self) -> bool:
-        """Whether this rank has an end of the wire."""
+        """Whether this rank has an end of the weight channel."""
         return self._rank == 0 or self._backend == "ipc"
 
     def prepare(self) -> None:
@@ -112,9 +112,9 @@ class Publisher:
             import vllm.distributed.weight_transfer.factory  # noqa: F401
 
     def connect(
-        self, call: CallEngines, *, workers_per_engine: Sequence[int], address: str, port: int, wire_dtype: str
+        self, call: CallEngines, *, workers_per_engine: Sequence[int], address: str, port: int, send_dtype: str
     ) -> None:
-        """Open the wire to these engines. A second call replaces the first: engines came or went.
+        """Open the weight channel to these engines. A second call replaces the first: engines came or went.
 
         Raises what the rendezvous raises: each member waits at most weights.deadline_s for the others.
         """
@@ -122,7 +122,7 @@ class Publisher:
             return
         if self._engine is not None:
             self._engine.shutdown()
-        source = TrainerSource(self._weights, bucket_bytes=self._bucket_bytes, dtype=getattr(torch, wire_dtype))
+        source = TrainerSource(self._weights, bucket_bytes=self._bucket_bytes, dtype=getattr(torch, send_dtype))
         held = ports.taken(port)
         if held is not None:
             held.close()  # the sender listens by itself

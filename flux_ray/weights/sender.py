@@ -19,9 +19,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from flux_ray.weights.bucket_channel import SENDER_RANK, BucketChannel, create_memory, forget, join_group, padded
 from flux_ray.weights.buckets import Announcement, Invitation, Param, buckets, num_rounds, size_of, unpack
 from flux_ray.weights.source import TrainerSource
-from flux_ray.weights.wire import SENDER_RANK, Wire, create_memory, forget, join_group, padded
 
 CAUSE_WAIT_S = 2.0  # for what an engine says of a send that failed: Ray tells of a dead one later than its socket does
 LOOK_EVERY_S = 0.002  # whether a bucket has been taken, while no engine has said anything
@@ -37,7 +37,7 @@ class GlooSender:
         self._world_size, self._bucket_bytes, self._timeout_s = world_size, bucket_bytes, timeout_s
         self._staged = staged
         self._store: Any = None
-        self._wire: Wire | None = None
+        self._channel: BucketChannel | None = None
 
     def connect(self, address: str) -> None:
         """Meet all engine workers: they find this end at `address`."""
@@ -70,7 +70,7 @@ class GlooSender:
                     timeout_s=self._timeout_s,
                     store=self._store,
                 )
-                self._wire = Wire(group, memory)
+                self._channel = BucketChannel(group, memory)
                 joined.result()
         finally:
             if name is not None:
@@ -79,8 +79,8 @@ class GlooSender:
     @property
     def staged(self) -> bool:
         """Whether an update comes in beside running requests: known once all have joined."""
-        assert self._wire is not None
-        return self._wire.shared if self._staged is None else self._staged
+        assert self._channel is not None
+        return self._channel.shared if self._staged is None else self._staged
 
     def send_weights(self) -> None:
         params = self._source.metadata()
@@ -106,25 +106,25 @@ class GlooSender:
         self, params: Sequence[Param], source: Iterable[tuple[str, torch.Tensor]], received: Future[None]
     ) -> None:
         """Pack bucket k + 1 while bucket k is on its way; all of them where there is memory for all of them anyway."""
-        assert self._wire is not None
-        self._wire.rewind()
+        assert self._channel is not None
+        self._channel.rewind()
         tensors = iter(source)
         sending: deque[tuple[Any, torch.Tensor]] = deque()
         for run in buckets(params, self._bucket_bytes):
-            place = self._wire.place(size_of(run))
+            place = self._channel.place(size_of(run))
             for (_, there), param in zip(unpack(place, run), run, strict=True):
                 name, tensor = next(tensors)
                 assert name == param.name, f"the source gave {name} where its metadata says {param.name}"
                 there.copy_(tensor)
-            if sending and not self._wire.shared:
+            if sending and not self._channel.shared:
                 _taken(sending.popleft()[0], received)
-            sending.append((self._wire.broadcast(place), place))
+            sending.append((self._channel.broadcast(place), place))
         for work, _ in sending:
             _taken(work, received)
         assert next(tensors, None) is None, "the source gave more than its metadata says"
 
     def shutdown(self) -> None:
-        self._wire = self._store = None
+        self._channel = self._store = None
 
 
 def _taken(work: Any, received: Future[None]) -> None:

@@ -25,13 +25,13 @@ class TrainerSource:
 
     def metadata(self) -> list[Param]:
         return [
-            Param(name, self._wire(dtype), tuple(shape)) for name, dtype, shape in self._weights.weight_metadata()
+            Param(name, self._send_dtype(dtype), tuple(shape)) for name, dtype, shape in self._weights.weight_metadata()
         ]
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
         for name, tensor in self._weights.iter_weights(self._bucket_bytes):
-            yield name, tensor.to(self._wire(tensor.dtype))
+            yield name, tensor.to(self._send_dtype(tensor.dtype))
 
-    def _wire(self, dtype: torch.dtype) -> torch.dtype:
+    def _send_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """Floating-point weights travel as the engines hold them (half the bytes for bfloat16); others as they are."""
         return self._dtype if dtype.is_floating_point else dtype

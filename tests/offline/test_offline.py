@@ -20,7 +20,7 @@ from flux_ray.observability.terminal import Terminal
 from flux_ray.offline import kept_reference
 from flux_ray.offline.data import OfflineData
 from flux_ray.offline.kept_reference import KeptReference
-from flux_ray.offline.loop import OfflineLoop, make_work
+from flux_ray.offline.loop import OfflineLoop, make_learner
 from flux_ray.offline.stages import OfflineStages
 from flux_ray.records import LoopState, PreferencePair, RolloutGroup, StepReport
 from flux_ray.run.recorder import Recorder
@@ -91,7 +91,7 @@ def run(config: Config, data: OfflineData, folder: Path, *, ranks: list[Noting],
         recorder = Recorder(config, folder=run_folder, terminal=Terminal(io.StringIO(), enabled=False))
         stages = OfflineStages(config, trainer=LocalGroup("trainer", lambda index: ranks[index], len(ranks)),
                                reference=LocalGroup("reference", lambda index: reference, 1) if reference else None)
-        loop = OfflineLoop(make_work(config, data=data, stages=stages, folder=run_folder), start=LoopState(0))
+        loop = OfflineLoop(make_learner(config, data=data, stages=stages, folder=run_folder), start=LoopState(0))
         steps: list[int] = []
         await Training(config, loop, recorder, trained=[], progress=lambda: steps.append(loop.step)).run()
         assert steps == [*range(1, STEPS + 1)], "each step is told"

@@ -117,11 +117,11 @@ class Wire:
 
     async def connect(self):
         await asyncio.to_thread(self._publisher.connect, self._call, workers_per_engine=[1], address="127.0.0.1",
-                                port=0, wire_dtype="float32")
+                                port=0, send_dtype="float32")
 
     @property
     def is_shared(self):
-        return self._publisher._engine._wire.shared
+        return self._publisher._engine._channel.shared
 
     async def publish(self, version, step=None):
         """`step`: updates that these weights had; the version's number where none is given."""
@@ -337,7 +337,7 @@ async def test_an_engine_that_nobody_sends_to_gives_up_by_its_deadline(served, r
 
     with pytest.raises(RuntimeError):
         await asyncio.wait_for(asyncio.to_thread(publisher.connect, nobody_answers, workers_per_engine=[1],
-                                                 address="127.0.0.1", port=0, wire_dtype="float32"), timeout=30)
+                                                 address="127.0.0.1", port=0, send_dtype="float32"), timeout=30)
     wire = Wire(served, model)
     await wire.connect()
     await wire.publish(30)

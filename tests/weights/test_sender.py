@@ -15,11 +15,11 @@ import pytest
 import torch
 
 from flux_ray.protocols import ServesWeights
+from flux_ray.weights.bucket_channel import BucketChannel, join_group, map_memory
 from flux_ray.weights.buckets import Announcement, Param, buckets, size_of, unpack
 from flux_ray.weights.publish import EngineClient, Publisher
 from flux_ray.weights.sender import GlooSender
 from flux_ray.weights.source import TrainerSource
-from flux_ray.weights.wire import Wire, join_group, map_memory
 
 REPO = Path(__file__).parents[2]
 
@@ -57,7 +57,7 @@ class Worker:
         group = join_group(init_info["master_address"], init_info["master_port"], rank=1,
                            world_size=init_info["world_size"], timeout_s=init_info["timeout_s"])
         memory = map_memory(init_info["memory"], init_info["memory_bytes"]) if self.same_machine else None
-        self.wire = Wire(group, memory)
+        self.wire = BucketChannel(group, memory)
 
     same_machine = True
     served = 0
@@ -195,7 +195,7 @@ def test_a_rank_without_an_end_of_the_wire_joins_the_gathers_alone():
     gathered = []
     weights = SimpleNamespace(iter_weights=lambda bucket_bytes: (gathered.append(name) for name in "ab"))
     publisher = Publisher(weights, rank=1, backend="gloo", bucket_bytes=1, deadline_s=1.0)
-    publisher.connect(None, workers_per_engine=[1], address="127.0.0.1", port=0, wire_dtype="float32")
+    publisher.connect(None, workers_per_engine=[1], address="127.0.0.1", port=0, send_dtype="float32")
     assert publisher.publish(version=3, step=2) == [] and gathered == ["a", "b"]
 
 

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from flux_ray.weights import wire as wires
-from flux_ray.weights.wire import Wire, create_memory, forget, join_group, map_memory
+from flux_ray.weights.bucket_channel import BucketChannel, create_memory, forget, join_group, map_memory
 
 pytestmark = pytest.mark.unit
 SIZES = (100, 64, 1000)  # bytes of each bucket
@@ -27,7 +27,7 @@ def members(memories):
     def member(rank):
         group = join_group("127.0.0.1", store.port, rank=rank, world_size=len(memories), timeout_s=20.0,
                            store=store if rank == 0 else None)
-        wire = Wire(group, memories[rank])
+        wire = BucketChannel(group, memories[rank])
         seen = []
         for update in range(2):
             wire.rewind()
@@ -71,7 +71,7 @@ def test_one_member_elsewhere_and_all_go_through_gloo():
 def test_a_bucket_may_hold_any_type():
     memory = torch.zeros(NUM_BYTES, dtype=torch.uint8)
     store = dist.TCPStore("127.0.0.1", 0, 1, is_master=True, timeout=datetime.timedelta(seconds=20))
-    wire = Wire(join_group("127.0.0.1", store.port, rank=0, world_size=1, timeout_s=20.0, store=store), memory)
+    wire = BucketChannel(join_group("127.0.0.1", store.port, rank=0, world_size=1, timeout_s=20.0, store=store), memory)
     assert [wire.place(size).storage_offset() for size in SIZES] == [0, 128, 192]
 
 

@@ -1,7 +1,7 @@
 """How the bytes of an update travel from the sender to the engine workers on CPU.
 
 Takes:  a gloo group of the sender (rank 0) and all workers; how many bytes an update has.
-Gives:  `join_group`; Wire: a place for each bucket, and its broadcast.
+Gives:  `join_group`; BucketChannel: a place for each bucket, and its broadcast.
 Knows:  on one machine the bytes are written once, into memory that all map; gloo then carries a byte a bucket.
 Never:  leaves a file behind: the memory's name is gone as soon as all have mapped it. Waits without a deadline.
 """
@@ -33,7 +33,7 @@ def join_group(address: str, port: int, *, rank: int, world_size: int, timeout_s
     return dist.ProcessGroupGloo(dist.PrefixStore("flux_ray/weights", store), rank, world_size, timeout)
 
 
-class Wire:
+class BucketChannel:
     """One member's end. All members ask for the same places in the same order, after a `rewind` each update."""
 
     def __init__(self, group: Any, memory: torch.Tensor | None) -> None:
@@ -55,7 +55,7 @@ class Wire:
         self._at = 0
 
     def place(self, num_bytes: int) -> torch.Tensor:
-        """(num_bytes,) uint8, of the next bucket. Valid until the wire is rewound."""
+        """(num_bytes,) uint8, of the next bucket. Valid until the weight channel is rewound."""
         if self._memory is None:
             return torch.empty(num_bytes, dtype=torch.uint8)
         start, self._at = self._at, self._at + padded(num_bytes)
