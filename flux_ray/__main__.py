@@ -218,12 +218,20 @@ def _by_our_name(override: str) -> str:
     if key in ("algo", "algorithm", "algo.name"):
         several = [names.ALGORITHM_ALIASES.get(name, name) for name in value.removeprefix("=").split(",")]
         key, value = ("algo" if key == "algorithm" else key), "=" + ",".join(several)
-    elif "." in key and not key.startswith("hydra."):
-        key = names.canonical(key, options=_keys())
-    elif key not in _groups():
-        with contextlib.suppress(UserError):   # it may be a group in a folder of the user's own: Hydra knows
-            key = names.canonical(key, options=_keys())
+    elif not key.startswith("hydra.") and ("." in key or key not in _groups()):
+        # Without a full stop it may be a group in a folder of the user's own: Hydra knows.
+        with contextlib.nullcontext() if "." in key else contextlib.suppress(UserError):
+            ours = names.canonical(key, options=_keys())
+            if ours != key and value:
+                value = f"={_in_our_words(key, value[1:])}"
+            key = ours
     return f"{sign}{key}{value}"
+
+
+def _in_our_words(their_name: str, text: str) -> str:
+    """A value's text as Hydra reads it."""
+    value = names.our_value(their_name, text)
+    return text if value is text else {None: "null", True: "true", False: "false"}.get(value, str(value))
 
 
 def _refuse_disagreement(overrides: list[str]) -> None:

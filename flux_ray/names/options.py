@@ -2,7 +2,7 @@
 
 Takes:  keys and nested values as users write them; the options that exist are given by the caller.
 Gives:  `canonical` (one key), `flatten` (dotted key ► value), `unknown_option`, `explain` (OmegaConf's errors).
-Knows:  the names that other libraries and papers use: one literal table.
+Knows:  short names and papers' names (ALIASES here), other libraries' names (`others`).
 Never:  guesses: two names of one option that disagree, and a name that fits several options, are refused.
 """
 
@@ -15,6 +15,8 @@ from typing import Any
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from flux_ray.errors import UserError
+from flux_ray.names import others
+from flux_ray.names.counterpart import Missing
 
 #: Name that people bring ► option. Written alone (`n`), in the algorithm's section (`algo.n`) or in the option's own.
 ALIASES = {
@@ -45,7 +47,7 @@ SECTION_ALIASES = {"algorithm": "algo", "algorithm_config": "algo", "lora": "tra
 REWARD_MODEL = "model:"   # before a reward model's path in reward.functions
 NAMES_OF_A_REWARD_MODEL = ("reward_model_name", "reward_model_path", "reward_model")   # elsewhere: no option here
 
-NEAR_ENOUGH = 0.5   # difflib's ratio from which a name is worth suggesting
+NEAR_ENOUGH = 0.75   # difflib's ratio from which a name is worth suggesting
 
 
 def reward_model_path(reference: str) -> str | None:
@@ -83,11 +85,15 @@ def canonical(key: str, *, options: Collection[str]) -> str:
         return named
     fits = [ALIASES[last]] if last in ALIASES else [o for o in options if o.rpartition(".")[2] == last]
     fits = [option for option in fits if section in ("", "algo") or option.startswith(f"{section}.")]
-    if len(fits) > 1:
+    if len(fits) == 1:
+        return fits[0]
+    theirs = others.counterpart(key)
+    option = None if theirs is None else others.option_of(theirs)
+    if option is not None:
+        return option
+    if fits and theirs is None:
         raise UserError(f"option {key!r} could be any of {', '.join(fits)}: write it in full")
-    if not fits:
-        raise unknown_option(key, options=options)
-    return fits[0]
+    raise unknown_option(key, options=options)
 
 
 def flatten(values: Mapping[str, Any], *, options: Collection[str]) -> dict[str, Any]:
@@ -102,6 +108,7 @@ def flatten(values: Mapping[str, Any], *, options: Collection[str]) -> dict[str,
     said_by: dict[str, str] = {}
     for written, value in _leaves(values, prefix="", options=options):
         key = canonical(written, options=options)
+        value = others.our_value(written, value) if written != key else value
         if key == "algo.name" and isinstance(value, str):
             value = ALGORITHM_ALIASES.get(value, value)
         if key in flat and flat[key] != value:
@@ -122,7 +129,7 @@ def _leaves(values: Mapping[str, Any], *, prefix: str, options: Collection[str])
     sections = {section for option in options for section in sections_of(option)} | set(SECTION_ALIASES)
     for name, value in values.items():
         key = f"{prefix}{name}"
-        if key in sections and isinstance(value, Mapping):
+        if isinstance(value, Mapping) and (key in sections or others.is_section(key)):
             yield from _leaves(value, prefix=f"{key}.", options=options)
         elif key in sections and key not in ALIASES:
             raise UserError(f"{key}: holds several options, so it takes a mapping, not {value!r}")
@@ -145,6 +152,12 @@ def unknown_option(key: str, *, options: Collection[str]) -> UserError:
     section, _, last = key.rpartition(".")
     if last in NAMES_OF_A_REWARD_MODEL:
         return UserError(f"unknown option {key!r}: a reward model is one of reward.functions, as {REWARD_MODEL}PATH")
+    theirs = others.counterpart(key)
+    if isinstance(theirs, Missing):
+        return UserError(f"no option {key!r} here: {theirs.instead}")
+    instead = others.section_counterpart(key)
+    if instead is not None and section.partition(".")[0] not in {option.partition(".")[0] for option in options}:
+        return UserError(f"no option {key!r} here: {instead.instead}")
     meant = {option: option for option in options} | ALIASES   # name that could have been meant ► option
     for candidates in ([name for name in meant if name.startswith(f"{section}.")], list(meant)):
         by_last = {name.rpartition(".")[2] for name in candidates}
@@ -153,6 +166,8 @@ def unknown_option(key: str, *, options: Collection[str]) -> UserError:
             same = [meant[name] for name in candidates if name.rpartition(".")[2] == near[0]]
             best = max(same, key=lambda option: difflib.SequenceMatcher(None, key, option).ratio())
             return UserError(f"unknown option {key!r}: did you mean {best!r}?")
+    if instead is not None:
+        return UserError(f"no option {key!r} here: {instead.instead}")
     return UserError(f"unknown option {key!r} (flux-ray train --help lists them all)")
 
 
