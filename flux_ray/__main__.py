@@ -14,6 +14,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 from flux_ray import config as configs
 from flux_ray import names, run_dir
@@ -35,6 +36,7 @@ flux-ray: reinforcement-learning post-training of language models on Ray, vLLM a
   flux-ray train [overrides]     train: GRPO and its kin, PPO; algo=sft; preferences with algo=dpo, reward_model
   flux-ray train --help          every option with its default and meaning
   flux-ray explain [overrides]   the objective that these options mean, and what is odd about it; starts nothing
+  flux-ray translate FILE        a configuration of verl, OpenRLHF or TRL as options of flux-ray train
 """
 
 TRAIN_HELP = """\
@@ -116,7 +118,22 @@ def _explain(config: Config) -> None:
         print(f"warning: {warning}")
 
 
-VERBS: dict[str, Callable[[list[str]], None]] = {"train": train, "explain": explain}
+def translate(arguments: list[str]) -> None:
+    """Prints the command; what has no counterpart stands below it, as comments."""
+    from flux_ray.translate import LIBRARIES
+    from flux_ray.translate import translate as translated
+
+    if len(arguments) != 1 or arguments[0].startswith("-"):
+        raise UserError("flux-ray translate FILE: a YAML or JSON file, or a script, of verl, OpenRLHF or TRL")
+    translation = translated(Path(arguments[0]))
+    print(" \\\n    ".join(["flux-ray train", *translation.overrides]))
+    if translation.without:
+        print(f"\n# Of {LIBRARIES[translation.library]} without a counterpart:")
+    for name, instead in translation.without:
+        print(f"#   {name}: {instead}")
+
+
+VERBS: dict[str, Callable[[list[str]], None]] = {"train": train, "explain": explain, "translate": translate}
 
 
 def compose(overrides: list[str], *, then: Callable[[Config], None]) -> None:
@@ -231,7 +248,9 @@ def _by_our_name(override: str) -> str:
 def _in_our_words(their_name: str, text: str) -> str:
     """A value's text as Hydra reads it."""
     value = names.our_value(their_name, text)
-    return text if value is text else {None: "null", True: "true", False: "false"}.get(value, str(value))
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return text if value is text else str(value)
 
 
 def _refuse_disagreement(overrides: list[str]) -> None:
