@@ -47,7 +47,7 @@ LEVELS = {
     "flux_ray.run": 5,
     "flux_ray.backends": 6,
     "flux_ray.api": 7,
-    "flux_ray.translate": 7,
+    "flux_ray.translate": 1,
     "flux_ray.__main__": 7,
     "flux_ray.learn": 8,
     "flux_ray.quickstart": 8,   # it calls the command line, as anybody would
