@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import io
 import os
 import re
 import sys
@@ -54,7 +55,8 @@ named beside it (with a group=choice among them all are named anew). Also --cfg 
 
 def main(argv: list[str] | None = None) -> int:
     """Run a verb; returns the exit code."""
-    arguments = sys.argv[1:] if argv is None else argv
+    _speak_utf8()
+    arguments = [_as_utf8(argument) for argument in (sys.argv[1:] if argv is None else argv)]
     verb, *rest = arguments or ["--help"]
     if verb in ("-h", "--help", "help"):
         print(ABOUT, end="")
@@ -75,6 +77,21 @@ def main(argv: list[str] | None = None) -> int:
         print("flux-ray: interrupted", file=sys.stderr)
         return INTERRUPTED
     return 0
+
+
+def _speak_utf8() -> None:
+    """UTF-8 on the terminal, whatever the locale: prompts, formulas and folders' names have more than ASCII."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(encoding="utf-8")
+
+
+def _as_utf8(argument: str) -> str:
+    """Bytes that the locale has no letters for, read as UTF-8."""
+    try:
+        return argument.encode("ascii", "surrogateescape").decode("utf-8")
+    except UnicodeError:   # letters that the locale has, or bytes that aren't UTF-8
+        return argument
 
 
 def train(overrides: list[str]) -> None:
@@ -217,13 +234,48 @@ def _groups() -> dict[str, list[str]]:
 def _by_our_names(overrides: list[str]) -> list[str]:
     """Each by our name for it. `algo.name=dapo` is `algo=dapo`, whose preset comes with it as in Python, but where the
     group is chosen as well."""
-    named = [_by_our_name(override) for override in overrides]
+    several = bool({"-m", "--multirun"} & set(overrides))
+    named = [_quoted(_by_our_name(override), several=several) for override in overrides]
     if any(override.startswith("algo=") for override in named):
         return named
     prefix, presets = "algo.name=", set(_groups()["algo"])
     return [override.replace(prefix, "algo=", 1)
             if override.startswith(prefix) and set(override.removeprefix(prefix).split(",")) <= presets else override
             for override in named]
+
+
+def _quoted(override: str, *, several: bool) -> str:
+    """With the quotes that Hydra's grammar wants around a text: a path, a prompt, a pattern may have any character.
+
+    Where several values may be meant (--multirun), a comma divides them as ever.
+    """
+    match = OVERRIDE.fullmatch(override)
+    value = (match["value"] or "")[1:] if match else ""
+    if not match or match["key"] not in _texts() or not value or value[0] in "'\"" or "${" in value:
+        return override
+    if _is_one_value(override, several=several):
+        return override
+    escaped = re.sub(r"(\\*)'", r"\1\1\\'", value)
+    escaped = re.sub(r"(\\+)$", r"\1\1", escaped)
+    return f"{match['sign']}{match['key']}='{escaped}'"
+
+
+def _is_one_value(override: str, *, several: bool) -> bool:
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    try:
+        parsed = OverridesParser.create().parse_override(override)
+    except HydraException:
+        return False
+    if parsed.is_sweep_override():
+        return several
+    return isinstance(parsed.value(), (str, int, float, bool, type(None)))
+
+
+def _texts() -> set[str]:
+    """The options that hold a text."""
+    return {key for key, f in configs.options() if str(f.type) in ("str", "str | None") and not f.metadata["choices"]}
 
 
 def _by_our_name(override: str) -> str:

@@ -121,7 +121,7 @@ def write_table(folder: Path, names: list[str], seeds: list[int]) -> None:
     results = [learned(name, seed, read_lines(run_dir / EVAL), ended=(run_dir / "model").is_dir())
                for name, seed, run_dir in runs if run_dir.is_dir()]
     text = table(results)
-    (folder / TABLE).write_text(text + "\n")
+    (folder / TABLE).write_text(text + "\n", encoding="utf-8")
     print(f"\nthe runs: {folder}\n{text}\n", flush=True)
 
 

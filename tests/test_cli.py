@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -148,7 +149,7 @@ def test_a_mistake_is_one_line(capsys, arguments, message):
 
 def test_unknown_verb(capsys):
     assert cli.main(["tran"]) == 2
-    assert capsys.readouterr().err == "flux-ray: unknown verb 'tran': did you mean 'train'? (known: explain, train)\n"
+    assert capsys.readouterr().err == "flux-ray: unknown verb 'tran': did you mean 'train'? (known: explain, train, translate)\n"
 
 
 def test_help_has_every_option_with_its_meaning(capsys):
@@ -219,3 +220,27 @@ def test_explain_knows_what_a_plugin_registers_and_refuses_what_train_refuses(el
     assert "what the registered loss from_a_plugin gives" in capsys.readouterr().out
     assert cli.main(["explain", "rollout.group_size=1"]) == 2
     assert "rollout.group_size must be >= 2 for grpo, got 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", [
+    "/data/runs/lr=1e-5/model", "~/models/x", "/a b/c,d [x]/m", "Be brief. Put it in \\boxed{}, # it's", "train[:100]",
+    "é", "ends with \\", "{question}?", "(a|b)+",
+])
+def test_a_text_needs_no_quotes(text):
+    configs: list[Config] = []
+    cli.compose([f"data.system_prompt={text}", f"model.path={text}"], then=configs.append)
+    assert configs[0].data.system_prompt == text and configs[0].model.path == text
+
+
+def test_quotes_and_sweeps_are_hydras():
+    assert cli._by_our_names(["data.system_prompt='a, b'"]) == ["data.system_prompt='a, b'"]
+    assert cli._by_our_names(["model.path=a,b", "--multirun"]) == ["model.path=a,b", "--multirun"]
+    assert cli._by_our_names(["rollout.stop=[a,b]"]) == ["rollout.stop=[a,b]"]
+    assert cli._by_our_names(["run_dir=${oc.env:X}/y"]) == ["run_dir=${oc.env:X}/y"]
+
+
+def test_a_locale_without_utf8():
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = subprocess.run([sys.executable, "-m", "flux_ray", "explain", "data.system_prompt=é"], env=environment,
+                          capture_output=True, timeout=120, check=False)
+    assert done.returncode == 0 and "π trained" in done.stdout.decode("utf-8")

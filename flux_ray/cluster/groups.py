@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import os
 import uuid
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import ray
+from ray._private import services
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -100,6 +102,21 @@ async def _quietly(actor: RayActor, deadline_s: float) -> None:
         await actor.host(Host.close).within(deadline_s)
 
 
+@contextlib.contextmanager
+def _own_session() -> Iterator[None]:
+    """Ray's processes that start within are in a session of their own.
+
+    A signal to the driver's process group (a scheduler's SIGTERM, a terminal's hang-up) reaches the driver alone, which
+    then ends them in their order. If Ray got it too, the driver would wait a minute for a Ray that is gone.
+    """
+    popen = services.ConsolePopen
+    services.ConsolePopen = functools.partial(popen, start_new_session=True)
+    try:
+        yield
+    finally:
+        services.ConsolePopen = popen
+
+
 class Cluster:
     """A connection to Ray: a running cluster, or one of the run's own that ends with it."""
 
@@ -134,14 +151,15 @@ class Cluster:
                 ray.init(address=address, **options)
             else:
                 self._owned = not ray.is_initialized()
-                ray.init(
-                    address="local",  # without it Ray looks for a cluster itself: RAY_ADDRESS, or what runs here
-                    num_cpus=max(1, round(cpus + 0.5)),
-                    num_gpus=gpus,
-                    include_dashboard=False,
-                    object_store_memory=object_store_bytes,
-                    **options,
-                )
+                with _own_session():
+                    ray.init(
+                        address="local",  # without it Ray looks for a cluster itself: RAY_ADDRESS, or what runs here
+                        num_cpus=max(1, round(cpus + 0.5)),
+                        num_gpus=gpus,
+                        include_dashboard=False,
+                        object_store_memory=object_store_bytes,
+                        **options,
+                    )
         except ConnectionError as error:
             raise UserError(
                 f"no Ray cluster answers at cluster.address={address}: {str(error).splitlines()[0]}"

@@ -8,6 +8,7 @@ Never:  leaves a half-written folder under the final name, or pickles.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -46,9 +47,13 @@ def atomic_folder(folder: str | Path) -> Iterator[Path]:
 
 
 def _fsync(path: Path) -> None:
+    """On disk when this returns. Some network file systems sync files but no folders: they answer EINVAL."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
     finally:
         os.close(descriptor)
 
@@ -98,4 +103,4 @@ def write_shards(folder: Path, items: Iterable[tuple[str, Tensor]]) -> None:
         (folder / f"part-{i}").rename(folder / file)
         weight_map.update(dict.fromkeys(names, file))
     index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")

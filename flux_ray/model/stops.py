@@ -20,7 +20,7 @@ def stop_token_ids(model_path: str | None, tokenizer: Any) -> list[int]:
     ids = {tokenizer.eos_token_id}
     file = Path(str(model_path)) / "generation_config.json"
     if file.is_file():
-        ids |= _listed(json.loads(file.read_text()).get("eos_token_id"))
+        ids |= _listed(json.loads(file.read_text(encoding="utf-8")).get("eos_token_id"))
     elif model_path is not None and not os.path.isdir(model_path):
         from transformers import GenerationConfig
 

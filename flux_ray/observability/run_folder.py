@@ -54,7 +54,7 @@ class RunFolder:
                 f"run_dir={self.path} holds a run already: choose another folder, or go on with resume={self.path}"
             )
         self.logs.mkdir(parents=True, exist_ok=True)
-        (self.path / CONFIG).write_text(OmegaConf.to_yaml(OmegaConf.create(to_dict(config))))
+        (self.path / CONFIG).write_text(OmegaConf.to_yaml(OmegaConf.create(to_dict(config))), encoding="utf-8")
         for name in (METRICS, SAMPLES, EVAL):
             file = self.path / name
             if resume_step is not None and file.exists():
@@ -64,7 +64,7 @@ class RunFolder:
 
     def append(self, name: str, record: dict[str, Any]) -> None:
         """One JSON object as one line; what JSON has no number for (nan, inf) becomes null."""
-        with (self.path / name).open("a") as file:
+        with (self.path / name).open("a", encoding="utf-8") as file:
             file.write(json.dumps(_plain(record)) + "\n")
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
@@ -83,7 +83,7 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
 
     A last line that broke off, as a killed run leaves it, is left out. UserError for any other broken line.
     """
-    lines = file.read_text().splitlines() if file.is_file() else []
+    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
     records = []
     for number, line in enumerate(lines, start=1):
         try:
@@ -102,7 +102,7 @@ def _keep_steps(file: Path, step: int, *, inclusive: bool) -> None:
 
 def _rewrite(file: Path, records: list[dict[str, Any]]) -> None:
     temporary = file.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(record) + "\n" for record in records))
+    temporary.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
     os.replace(temporary, file)
 
 

@@ -99,14 +99,14 @@ def quiet(log: Path, *, progress: bool) -> Iterator[Terminal]:
     streams = sys.stdout, sys.stderr
     # A stream that isn't the process's own (a notebook, a test's capture) goes on to show what the Terminal says.
     ours = _is_descriptor(streams[0], 1)
-    file = log.open("a", buffering=1)
+    file = log.open("a", buffering=1, encoding="utf-8")
     handler = logging.StreamHandler(file)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
     os.dup2(file.fileno(), 1)
     os.dup2(file.fileno(), 2)
-    terminal = os.fdopen(os.dup(saved[0]), "w", buffering=1) if ours else streams[0]
+    terminal = os.fdopen(os.dup(saved[0]), "w", buffering=1, encoding="utf-8") if ours else streams[0]
     sys.stdout = sys.stderr = file
     root.handlers[:], root.level = [handler], logging.INFO
     logging.captureWarnings(True)

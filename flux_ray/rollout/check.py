@@ -66,7 +66,8 @@ def _vllm_engine_args() -> frozenset[str]:
     file = Path(vllm.origin).parent / "engine" / "arg_utils.py" if vllm and vllm.origin else None
     if file is None or not file.is_file():
         return frozenset()
-    classes = {node.name: node for node in ast.parse(file.read_text()).body if isinstance(node, ast.ClassDef)}
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
     fields = [field for name in ("EngineArgs", "AsyncEngineArgs") if name in classes for field in classes[name].body]
     return frozenset(
         field.target.id for field in fields if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)

@@ -281,7 +281,7 @@ def _env(config: Config, plan: Plan, role: str) -> dict[str, str]:
 
     one OpenMP thread on CPU, whatever the machine has, and memory that is kept; the user's own variables above all.
     """
-    env = {"TOKENIZERS_PARALLELISM": "false"}
+    env = {"TOKENIZERS_PARALLELISM": "false", "PYTHONUTF8": "1"}
     if plan.device == "cpu":
         threads = config.train.num_threads if role in (TRAINER, CRITIC) else 1
         env |= {"OMP_NUM_THREADS": str(threads), "CUDA_VISIBLE_DEVICES": ""}

@@ -26,7 +26,7 @@ STATE = "driver.json"
 
 def save(folder: Path, state: LoopState) -> None:
     temporary = folder / f"{STATE}.tmp"
-    with temporary.open("w") as file:
+    with temporary.open("w", encoding="utf-8") as file:
         json.dump(asdict(state), file)
         file.flush()
         os.fsync(file.fileno())
@@ -35,7 +35,7 @@ def save(folder: Path, state: LoopState) -> None:
 
 def load(folder: Path) -> LoopState:
     """UserError for one that this version can't read."""
-    values = json.loads((folder / STATE).read_text())
+    values = json.loads((folder / STATE).read_text(encoding="utf-8"))
     values.setdefault("version", values.get("step"))  # of a time when a step and its version were one number
     try:
         return LoopState(**{**values, "unfinished": tuple(values["unfinished"])})

@@ -38,7 +38,7 @@ def save(engine: Engine, folder: str | Path, *, step: int, kl_coef: float) -> No
             save_file(random_states, temporary / RANDOM)
             state = {"format": FORMAT, "version": step, "num_updates": engine.num_updates, "kl_coef": kl_coef,
                      "lora_alpha": _lora_alpha(engine)}
-            (temporary / STATE).write_text(json.dumps(state))
+            (temporary / STATE).write_text(json.dumps(state), encoding="utf-8")
     else:
         for _ in _tensors(engine):
             pass
@@ -53,7 +53,7 @@ def load(engine: Engine, folder: str | Path) -> tuple[int, float]:
     folder = Path(folder)
     if not (folder / STATE).is_file():
         raise UserError(f"checkpoint {str(folder)!r}: no {STATE} in it")
-    state = json.loads((folder / STATE).read_text())
+    state = json.loads((folder / STATE).read_text(encoding="utf-8"))
     if state["format"] != FORMAT:
         raise UserError(f"checkpoint {str(folder)!r}: format {state['format']}, this version reads {FORMAT}")
     if state.get("lora_alpha") != _lora_alpha(engine):

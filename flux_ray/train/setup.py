@@ -72,7 +72,7 @@ def _top_level_keys() -> frozenset[str]:
     """
     texts = set()
     for file in _deepspeed_files("**/constants.py", "**/*config.py"):
-        nodes = ast.walk(ast.parse(file.read_text()))
+        nodes = ast.walk(ast.parse(file.read_text(encoding="utf-8")))
         texts |= {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
     return frozenset(text for text in texts if text.isidentifier())
 
@@ -81,7 +81,7 @@ def _zero_keys() -> frozenset[str]:
     """The fields of DeepSpeed's own class for `zero_optimization`, and the older names that they go by."""
     keys = set()
     for file in _deepspeed_files("runtime/zero/config.py"):
-        for node in ast.walk(ast.parse(file.read_text())):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
                 keys.add(node.target.id)
             if isinstance(node, ast.keyword) and node.arg == "alias" and isinstance(node.value, ast.Constant):
