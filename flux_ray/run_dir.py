@@ -63,7 +63,14 @@ def check_seen(run_dir: str) -> None:
                         "driver wrote there: name a folder that all machines share")
 
 
+#: Part of the path of the folder that Ray unpacks a job's --working-dir into. It is deleted with the job.
+OF_A_JOB = "runtime_resources/working_dir_files"
+
+
 def _new() -> Path:
+    if OF_A_JOB in str(Path.cwd()):
+        raise UserError("run_dir is missing: this job runs in a copy of its working directory, which Ray deletes with the "
+                        "job, and the run in it; name a folder that stays and that all machines share (run_dir=...)")
     name = f"{datetime.datetime.now():%Y-%m-%d_%H-%M-%S}"
     for count in itertools.count(1):
         folder = Path("runs", name if count == 1 else f"{name}_{count}").absolute()

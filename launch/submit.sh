@@ -19,6 +19,9 @@ for argument in "$@"; do
     fi
 done
 
+# A proxy is for other machines than this one.
+export no_proxy="${no_proxy:+$no_proxy,}127.0.0.1,localhost,::1" NO_PROXY="${NO_PROXY:+$NO_PROXY,}127.0.0.1,localhost,::1"
+
 ray="$VENV/bin/ray"
 [ -x "$ray" ] || ray="$(command -v ray)" || { flux_setup cpu,test; ray="$VENV/bin/ray"; }
 # ray quotes each word of the entrypoint for the shell that runs it on the cluster.

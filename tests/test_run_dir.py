@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from flux_ray import run_dir
+from flux_ray.config import from_dict
 from flux_ray.errors import UserError
 from flux_ray.rollout.check import check_installed
 
@@ -22,3 +23,13 @@ def test_on_the_path_alone_is_not_installed():
     check_installed()
     with pytest.raises(UserError, match="isn't installed on"):
         check_installed("no_such_entry_point")
+
+
+def test_a_run_is_not_put_into_a_folder_that_ray_deletes(tmp_path, monkeypatch):
+    job = tmp_path / "session/runtime_resources/working_dir_files/_ray_pkg_1"
+    job.mkdir(parents=True)
+    monkeypatch.chdir(job)
+    with pytest.raises(UserError, match="run_dir is missing: this job runs in a copy"):
+        run_dir.claim(from_dict({"model.path": "m"}))
+    named = run_dir.claim(from_dict({"run_dir": str(tmp_path / "runs/mine")}))
+    assert named.run_dir == str(tmp_path / "runs/mine")
