@@ -69,8 +69,9 @@ OF_A_JOB = "runtime_resources/working_dir_files"
 
 def _new() -> Path:
     if OF_A_JOB in str(Path.cwd()):
-        raise UserError("run_dir is missing: this job runs in a copy of its working directory, which Ray deletes with the "
-                        "job, and the run in it; name a folder that stays and that all machines share (run_dir=...)")
+        raise UserError("run_dir is missing: this job runs in a copy of its working directory, which Ray deletes with "
+                        "the job, and the run in it; name a folder that stays and that all machines share "
+                        "(run_dir=...)")
     name = f"{datetime.datetime.now():%Y-%m-%d_%H-%M-%S}"
     for count in itertools.count(1):
         folder = Path("runs", name if count == 1 else f"{name}_{count}").absolute()

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from flux_ray.cluster.group import ActorDied, ActorError
 from flux_ray.config import Config
 from flux_ray.errors import RunFailed, UserError
+from flux_ray.home import ensure_home
 from flux_ray.observability.callbacks import Callback
 
 if TYPE_CHECKING:
@@ -72,6 +73,7 @@ def _whole_life(config: Config, body: RunBody, callbacks: Sequence[Callback]) ->
     if not Path("/dev/nvidiactl").exists():
         # Said beforehand, or DeepSpeed (which transformers may import) warns on the terminal that it found no GPU.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    ensure_home()
     from flux_ray import run_dir
     from flux_ray.observability.run_folder import LOG, RunFolder
     from flux_ray.observability.terminal import quiet
