@@ -83,6 +83,7 @@ class FluxTrainer:
         self.config, self.backend = config, backend
         self._callbacks: list[Callback] = []
         self._result: TrainingResult | None = None
+        self._fits = 0
         self._closed = False
 
     def __enter__(self) -> FluxTrainer:
@@ -108,7 +109,8 @@ class FluxTrainer:
         """Train on `prompts`: a data file, a hub data set, a list of texts or of rows (dicts); None: config.data.train.
 
         Intervals are in steps; what isn't given is the config's. `callbacks` are called in this run, after those of
-        `add_callback`, in this process. Works inside a running event loop (a notebook) too.
+        `add_callback`, in this process. Works inside a running event loop (a notebook) too. A second `fit` goes on from
+        the model that the first one trained, with a new optimizer, in a folder of its own; the reference of a KL stays.
         Raises UserError for what the user can mend, before anything is started wherever it can be known then.
         """
         self._refuse_closed()
@@ -118,7 +120,8 @@ class FluxTrainer:
             "eval.every": eval_interval,
             "checkpoint.every": checkpoint_interval,
         }
-        config = self.prepare(prompts, eval_prompts=eval_prompts, **changes)
+        config = self.prepare(prompts, eval_prompts=eval_prompts, **changes, **self._going_on())
+        self._fits += 1
         self._result = outside_loop(functools.partial(_runner(self.backend), callbacks=called), config)
         return self._result
 
@@ -136,6 +139,9 @@ class FluxTrainer:
         source = prompts if prompts is not None else self.config.eval.data
         if source is None:
             raise UserError("evaluate: no prompts given, and eval.data names none")
+        from flux_ray import algo
+
+        pairs = algo.kind_of(self.config.algo).data == algo.PAIRS   # an evaluation compares them with the reference
         run = self._result.run_dir if self._result else self.config.run_dir
         # Of training alone, and `fit` may have been told what makes them fit together.
         nothing_to_train = dataclasses.replace(
@@ -143,20 +149,27 @@ class FluxTrainer:
             critic=dataclasses.replace(self.config.critic, warmup_steps=0))
         config = FluxTrainer(nothing_to_train).prepare(source, eval_prompts=source, **{
             "model.path": str(self._result.model_path) if self._result else None,
-            "reference.path": self._reference_path() if self._result else None,
+            "reference.path": self._reference_path() if self._result and pairs else None,
             "run_dir": str(Path(run, "evaluation")) if run else None,
         })
         from flux_ray import run as runs
 
         return outside_loop(functools.partial(runs.evaluate, callbacks=self._callbacks), config)
 
+    def _going_on(self) -> dict[str, str | None]:
+        """The options of a further `fit`: it starts with what the last one trained."""
+        if self._result is None:
+            return {}
+        folder = self.config.run_dir
+        return {"model.path": str(self._result.model_path), "reference.path": self._reference_path(),
+                "run_dir": f"{folder}_{self._fits + 1}" if folder else None}
+
     def _reference_path(self) -> str | None:
-        """The model that pairs were compared with: the policy as `fit` began with it, where no other was named."""
+        """The frozen policy, where one is asked: as the first `fit` began with it, where no other was named."""
         from flux_ray import algo
 
-        pairs = algo.kind_of(self.config.algo).data == algo.PAIRS
         path = self.config.reference.path or self.config.model.path
-        return path if pairs and algo.needs_reference(self.config.algo) else None
+        return path if algo.needs_reference(self.config.algo) else None
 
     def _refuse_closed(self) -> None:
         if self._closed:

@@ -7,11 +7,12 @@ import json
 import signal
 import sys
 import threading
+from pathlib import Path
 from types import ModuleType
 
 import pytest
 
-from flux_ray import FluxConfig, FluxTrainer, register_adv_estimator, register_policy_loss
+from flux_ray import FluxConfig, FluxTrainer, TrainingResult, register_adv_estimator, register_policy_loss
 from flux_ray.api import name_of, outside_loop
 from flux_ray.config import Config
 from flux_ray.errors import UserError
@@ -326,3 +327,22 @@ def test_what_a_notebook_registers_is_refused(registries):
     register_policy_loss("of_a_cell")(lambda old_log_prob, log_prob, advantages, response_mask, **kw: (log_prob, {}))
     with pytest.raises(UserError, match="other processes can't import it"):
         trainer(**{"algo.policy_loss": "of_a_cell"}).prepare("d.jsonl")
+
+
+def test_a_second_fit_goes_on_from_what_was_trained(monkeypatch, tmp_path):
+    """Its model, the first reference, a folder of its own."""
+    ran = []
+
+    def run(config, *, callbacks):
+        ran.append(config)
+        folder = Path(config.run_dir or tmp_path / "runs/first")
+        return TrainingResult(folder, 1, {}, ())
+
+    monkeypatch.setattr("flux_ray.run.run", run)
+    trainer = FluxTrainer(FluxConfig(model_path="base", run_dir=str(tmp_path / "mine"), beta=0.1))
+    for _ in range(3):
+        trainer.fit("d.jsonl")
+    trained = [str(tmp_path / name / "model") for name in ("mine", "mine_2")]
+    assert [config.model.path for config in ran] == ["base", *trained]
+    assert [config.reference.path for config in ran] == [None, "base", "base"]
+    assert [config.run_dir for config in ran] == [str(tmp_path / name) for name in ("mine", "mine_2", "mine_3")]

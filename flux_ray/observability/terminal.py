@@ -69,6 +69,12 @@ class Terminal:
         except BrokenPipeError:  # the reader went away (`| head`); the run goes on
             self._enabled = False
 
+    @contextlib.contextmanager
+    def shown(self) -> Iterator[None]:
+        """What is printed within, by a user's callback, reaches the person; elsewhere prints go to the log."""
+        with contextlib.redirect_stdout(self._stream):
+            yield
+
     def step(self, step: int, num_steps: int, metrics: dict[str, float]) -> None:
         shown = [f"{label} {form.format(metrics[name])}" for name, label, form in STEP_COLUMNS if name in metrics]
         line = f"step {step:>{len(str(num_steps))}}/{num_steps}  " + "  ".join(shown)

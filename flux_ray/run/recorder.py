@@ -43,8 +43,9 @@ class Recorder:
         self.folder.metrics(step, metrics)
         self.terminal.step(step + 1, self._num_steps, metrics)
         self._write_board(step, metrics)
-        for callback in self._callbacks:
-            callback.on_step(step, dict(metrics))
+        with self.terminal.shown():
+            for callback in self._callbacks:
+                callback.on_step(step, dict(metrics))
 
     def sample(self, step: int, prompt: Prompt, text: str, scored: ScoredGroup) -> None:
         self.folder.append(
@@ -68,8 +69,9 @@ class Recorder:
             f"{name} {value:.0f}" if name in COUNTS else f"{name} {value:.3f}"
             for name, value in shown.items() if value or name != "failed"))
         self._write_board(version, metrics)
-        for callback in self._callbacks:
-            callback.on_evaluation(version, dict(metrics))
+        with self.terminal.shown():
+            for callback in self._callbacks:
+                callback.on_evaluation(version, dict(metrics))
 
     def evaluated(self, version: int) -> dict[str, float] | None:
         """What this run's evaluation at the version gave, or that of the one that it resumes; None: there was none."""

@@ -8,8 +8,12 @@ import os
 
 import pytest
 
+from flux_ray.config import from_dict
 from flux_ray.observability import terminal as module
+from flux_ray.observability.callbacks import Callback
+from flux_ray.observability.run_folder import RunFolder
 from flux_ray.observability.terminal import Terminal
+from flux_ray.run.recorder import Recorder
 
 pytestmark = pytest.mark.unit
 
@@ -78,3 +82,22 @@ def test_a_silent_terminal_shows_nothing(clock):
     terminal.say("anything")
     terminal.step(1, 2, {})
     assert stream.getvalue() == ""
+
+
+def test_what_a_callback_prints_is_shown(tmp_path, capsys):
+    """It is a run's own output that goes to the log."""
+    class Prints(Callback):
+        def on_step(self, step, metrics):
+            print("of step", step)
+
+        def on_evaluation(self, step, metrics):
+            print("of evaluation", step)
+
+    with module.quiet(tmp_path / "run.log", progress=False) as terminal:
+        folder = RunFolder(tmp_path)
+        recorder = Recorder(from_dict({}), folder=folder, terminal=terminal, callbacks=[Prints()])
+        print("a library's words")
+        recorder.step(0, {"actor/loss": 1.0})
+        recorder.evaluation(0, {"eval/task_mean": 1.0}, [])
+    assert capsys.readouterr().out == "of step 0\nof evaluation 0\n"
+    assert (tmp_path / "run.log").read_text().startswith("a library's words\n")
