@@ -17,6 +17,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import flux_ray
 from flux_ray import config as configs
 from flux_ray import names, run_dir
 from flux_ray.config import Config
@@ -38,6 +39,8 @@ flux-ray: reinforcement-learning post-training of language models on Ray, vLLM a
   flux-ray train --help          every option with its default and meaning
   flux-ray explain [overrides]   the objective that these options mean, and what is odd about it; starts nothing
   flux-ray translate FILE        a configuration of verl, OpenRLHF or TRL as options of flux-ray train
+  flux-ray info                  versions, devices, and what is missing for what
+  flux-ray --version
 """
 
 TRAIN_HELP = """\
@@ -60,6 +63,9 @@ def main(argv: list[str] | None = None) -> int:
     verb, *rest = arguments or ["--help"]
     if verb in ("-h", "--help", "help"):
         print(ABOUT, end="")
+        return 0
+    if verb == "--version":
+        print(f"flux_ray {flux_ray.__version__}")
         return 0
     try:
         if verb not in VERBS:
@@ -150,7 +156,17 @@ def translate(arguments: list[str]) -> None:
         print(f"#   {name}: {instead}")
 
 
-VERBS: dict[str, Callable[[list[str]], None]] = {"train": train, "explain": explain, "translate": translate}
+def info(arguments: list[str]) -> None:
+    from flux_ray.info import info as known
+
+    if arguments:
+        raise UserError(f"flux-ray info takes nothing, got {' '.join(arguments)}")
+    for heading, text in known():
+        print(f"{heading:<12} {text}")
+
+
+VERBS: dict[str, Callable[[list[str]], None]] = {
+    "train": train, "explain": explain, "translate": translate, "info": info}
 
 
 def compose(overrides: list[str], *, then: Callable[[Config], None]) -> None:

@@ -7,11 +7,13 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import yaml
 
+import flux_ray
 from flux_ray import __main__ as cli
 from flux_ray import config as configs
 from flux_ray.config import Config
@@ -150,7 +152,7 @@ def test_a_mistake_is_one_line(capsys, arguments, message):
 def test_unknown_verb(capsys):
     assert cli.main(["tran"]) == 2
     assert capsys.readouterr().err == (
-        "flux-ray: unknown verb 'tran': did you mean 'train'? (known: explain, train, translate)\n")
+        "flux-ray: unknown verb 'tran': did you mean 'train'? (known: explain, info, train, translate)\n")
 
 
 def test_help_has_every_option_with_its_meaning(capsys):
@@ -245,3 +247,12 @@ def test_a_locale_without_utf8():
     done = subprocess.run([sys.executable, "-m", "flux_ray", "explain", "data.system_prompt=é"], env=environment,
                           capture_output=True, timeout=120, check=False)
     assert done.returncode == 0 and "π trained" in done.stdout.decode("utf-8")
+
+
+def test_version_and_info(capsys):
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"flux_ray {flux_ray.__version__}\n"
+    assert cli.main(["info"]) == 0
+    lines = dict(line.split(None, 1) for line in capsys.readouterr().out.splitlines())
+    assert lines["torch"].startswith(version("torch")) and lines["gpu"] and lines["cpu"].split()[1] == "cores,"
+    assert cli.main(["info", "x"]) == 2
