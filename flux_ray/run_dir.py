@@ -1,15 +1,20 @@
 """The folder of a run.
 
 Takes:  a Config, with or without run_dir.
-Gives:  the Config with an absolute run_dir that exists, a default one belonging to this run alone; `check_seen`.
+Gives:  the Config with an absolute run_dir that exists, a default one belonging to this run alone; `held`, its lock;
+        `check_seen`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
+import fcntl
 import itertools
+import os
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +24,7 @@ from flux_ray.config import Config
 from flux_ray.errors import UserError
 
 CONFIG = "config.yaml"  # the first file of a run, which the driver writes
+LOCK = ".lock"  # held by the process of a run as long as it lives
 
 
 def claim(config: Config) -> Config:
@@ -36,6 +42,27 @@ def claim(config: Config) -> Config:
     except OSError as error:
         raise UserError(f"run_dir={config.run_dir or 'runs/DATE_TIME'}: can't be made: {error}") from error
     return dataclasses.replace(config, run_dir=str(folder))
+
+
+@contextlib.contextmanager
+def held(run_dir: str) -> Iterator[None]:
+    """The folder is this process's alone. The system lets go of it when the process ends, however it ends.
+
+    Raises UserError, with who holds it, where another run writes to it.
+    """
+    with Path(run_dir, LOCK).open("a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise UserError(f"run_dir={run_dir}: a run that goes on writes to it ({file.read().strip()}); end it "
+                            "first, or name another folder") from None
+        except OSError:
+            pass   # a file system without locks
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        yield
 
 
 def run_of(resume: str) -> Path:

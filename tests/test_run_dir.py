@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 
 from flux_ray import run_dir
@@ -33,3 +36,28 @@ def test_a_run_is_not_put_into_a_folder_that_ray_deletes(tmp_path, monkeypatch):
         run_dir.claim(from_dict({"model.path": "m"}))
     named = run_dir.claim(from_dict({"run_dir": str(tmp_path / "runs/mine")}))
     assert named.run_dir == str(tmp_path / "runs/mine")
+
+
+HOLDER = """
+import sys
+from flux_ray.run_dir import held
+with held(sys.argv[1]):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_two_runs_never_write_to_one_folder(tmp_path):
+    """Not even where the first was killed can its lock outlive it."""
+    other = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], stdin=subprocess.PIPE,
+                             stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout.readline() == "held\n"
+        message = f"a run that goes on writes to it .process {other.pid} on "
+        with pytest.raises(UserError, match=message), run_dir.held(str(tmp_path)):
+            raise AssertionError("held twice")
+    finally:
+        other.kill()
+        other.wait(30)
+    with run_dir.held(str(tmp_path)):
+        pass

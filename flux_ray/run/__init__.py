@@ -69,24 +69,31 @@ def evaluate(config: Config, *, callbacks: Sequence[Callback] = ()) -> dict[str,
 
 
 def _whole_life(config: Config, body: RunBody, callbacks: Sequence[Callback]) -> Recorder:
-    """Check, make the folder, do the work on live actors; what was recorded."""
+    """Check, take the folder, do the work on live actors; what was recorded."""
     if not Path("/dev/nvidiactl").exists():
         # Said beforehand, or DeepSpeed (which transformers may import) warns on the terminal that it found no GPU.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     ensure_home()
     from flux_ray import run_dir
-    from flux_ray.observability.run_folder import LOG, RunFolder
-    from flux_ray.observability.terminal import quiet
-    from flux_ray.run.checkpoint import forget_newer
     from flux_ray.run.prepare import prepare
-    from flux_ray.run.recorder import Recorder
 
     prepared = prepare(config)
     own_cpus = _own_cpus(prepared, trains=body is _train)
     config = run_dir.claim(prepared.config)
-    prepared = dataclasses.replace(prepared, config=config)
     assert config.run_dir is not None
-    folder = RunFolder(config.run_dir)
+    with run_dir.held(config.run_dir):
+        return _recorded(dataclasses.replace(prepared, config=config), body, callbacks, own_cpus)
+
+
+def _recorded(prepared: Prepared, body: RunBody, callbacks: Sequence[Callback], own_cpus: float) -> Recorder:
+    """The work, in a run's folder that nobody else writes to; what was recorded."""
+    from flux_ray.observability.run_folder import LOG, RunFolder
+    from flux_ray.observability.terminal import quiet
+    from flux_ray.run.checkpoint import forget_newer
+    from flux_ray.run.recorder import Recorder
+
+    config = prepared.config
+    folder = RunFolder(str(config.run_dir))
     prepared = _above_all_versions(prepared)
     folder.create(config, resume_step=prepared.start.step if prepared.checkpoint else None)
     checkpoints = (folder.path / "checkpoints").resolve()
