@@ -17,6 +17,7 @@ import torch
 from flux_ray.algo.rows import blocks, by_rows
 from flux_ray.config import AlgoConfig
 from flux_ray.errors import UserError, unknown
+from flux_ray.formula import Formula
 from flux_ray.plugins import same_function
 
 EPS_STD = 1e-6  # in the reward's unit, added to a standard deviation that divides: far below any reward's resolution
@@ -233,6 +234,7 @@ ESTIMATOR_KNOBS = (*GAE_KNOBS, "normalize_by_std")
 @dataclass(frozen=True)
 class Estimator:
     function: Callable[..., AdvantagesAndReturns]
+    formula: Formula          # of A; an empty one: nobody said
     needs_groups: bool        # compares the rows of a group: a group of one teaches nothing
     needs_whole_batch: bool   # its numbers depend on every row of the step
     needs_values: bool = False  # a critic's
@@ -240,29 +242,52 @@ class Estimator:
     ours: bool = True
 
 
+WHITENED = "…, whitened: less the mean, then divided by (std + 1e-6), both over the batch's loss tokens, ddof 0"
+OVER_STD = {"normalize_by_std": "(…) / (std + 1e-6), std over the group with ddof 1"}
+TO_GO = "Σ_{i≥t} r_i, the return to go"
+
 #: name ► estimator; `register_adv_estimator` adds to it
 ESTIMATORS: dict[str, Estimator] = {
-    "grpo": Estimator(grpo, needs_groups=True, needs_whole_batch=False, reads=("normalize_by_std",)),
+    "grpo": Estimator(
+        grpo, Formula("R − mean over the group", "2402.03300, section 4.1.2", given=OVER_STD),
+        needs_groups=True, needs_whole_batch=False, reads=("normalize_by_std",)),
     "grpo_vectorized": Estimator(
-        grpo_vectorized, needs_groups=True, needs_whole_batch=False, reads=("normalize_by_std",)),
-    # false is what it always does; true is remarked on
-    "dr_grpo": Estimator(dr_grpo, needs_groups=True, needs_whole_batch=False, reads=("normalize_by_std",)),
-    "rloo": Estimator(rloo, needs_groups=True, needs_whole_batch=False),
-    "reinforce": Estimator(reinforce, needs_groups=False, needs_whole_batch=False),
-    "reinforce_pp": Estimator(reinforce_pp, needs_groups=False, needs_whole_batch=True),
-    "reinforce_pp_baseline": Estimator(reinforce_pp_baseline, needs_groups=True, needs_whole_batch=True),
-    "gae": Estimator(gae, needs_groups=False, needs_whole_batch=True, needs_values=True, reads=GAE_KNOBS),
+        grpo_vectorized, Formula("R − mean over the group", "2402.03300, section 4.1.2", given=OVER_STD),
+        needs_groups=True, needs_whole_batch=False, reads=("normalize_by_std",)),
+    # normalize_by_std=false is what it always does; true is remarked on
+    "dr_grpo": Estimator(
+        dr_grpo, Formula("R − mean over the group", "2503.20783, section 3.2"),
+        needs_groups=True, needs_whole_batch=False, reads=("normalize_by_std",)),
+    "rloo": Estimator(
+        rloo, Formula("R − mean of the group's other samples", "2402.14740, eq. 7"),
+        needs_groups=True, needs_whole_batch=False),
+    "reinforce": Estimator(
+        reinforce, Formula(f"{TO_GO}, no baseline", "Williams 1992"),
+        needs_groups=False, needs_whole_batch=False),
+    "reinforce_pp": Estimator(
+        reinforce_pp, Formula(WHITENED.replace("…", TO_GO), "2501.03262"),
+        needs_groups=False, needs_whole_batch=True),
+    "reinforce_pp_baseline": Estimator(
+        reinforce_pp_baseline, Formula(WHITENED.replace("…", "R − mean over the group"), "2501.03262"),
+        needs_groups=True, needs_whole_batch=True),
+    "gae": Estimator(
+        gae, Formula("Σ_{k≥0} ({gamma}·{gae_lambda})^k·δ_{t+k}", "1506.02438, eq. 16",
+                     "δ_t = r_t + {gamma}·V_{t+1} − V_t, t counts loss tokens, V after the last is 0",
+                     given={"whiten_advantages": WHITENED}),
+        needs_groups=False, needs_whole_batch=True, needs_values=True, reads=GAE_KNOBS),
 }
 
 
 def register_adv_estimator(
-    name: str, *, needs_groups: bool = False, needs_whole_batch: bool = True, needs_values: bool = False,
+    name: str, *, formula: str = "", needs_groups: bool = False, needs_whole_batch: bool = True,
+    needs_values: bool = False,
 ) -> Callable[[Callable[..., AdvantagesAndReturns]], Callable[..., AdvantagesAndReturns]]:
     """Decorator: adds `f(token_level_rewards, response_mask, **kw) -> (advantages, returns)`, all (batch, length).
 
     kw: index (group id per row), group_size, old_log_prob, reference_log_prob, values (None where absent), config,
     reduce and what `algo.options` holds. needs_values: a critic is trained, on the returns. needs_whole_batch: the rows
-    are those of all ranks, of a whole step; else some whole groups of one rank. Never called without rows.
+    are those of all ranks, of a whole step; else some whole groups of one rank. Never called without rows. formula: the
+    text of A that `flux-ray explain` prints; in it `{alpha}` is the option algo.options.alpha.
 
     Raises ValueError for a name that is taken.
     """
@@ -270,7 +295,7 @@ def register_adv_estimator(
         if name in ESTIMATORS and not same_function(ESTIMATORS[name].function, function):
             raise UserError(f"advantage estimator {name!r} is taken: choose another name")
         ESTIMATORS[name] = Estimator(
-            function, needs_groups, needs_whole_batch, needs_values, ours=False)
+            function, Formula(formula), needs_groups, needs_whole_batch, needs_values, ours=False)
         return function
     return add
 

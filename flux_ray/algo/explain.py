@@ -2,54 +2,26 @@
 
 Takes:  a Config.
 Gives:  `explain`: lines of (heading, text): rewards, advantage, terms with their signs, denominators, policies, masks.
-Knows:  the formula of each of our estimators, losses and aggregations, in one table each.
+Knows:  how terms make an objective; each term's formula stands beside its code.
 Never:  starts anything; says what `check` warns of (the command prints both).
 """
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 from collections.abc import Callable, Iterator
 
+from flux_ray.algo import preferences, supervised, values
 from flux_ray.algo.algorithms import Algorithm, estimator_config, masks_truncated, needs_old_logprobs, resolve
+from flux_ray.algo.estimators import find_adv_estimator
 from flux_ray.algo.kinds import PAIRS, REINFORCEMENT, kind_of, needs_reference, reference_is_base
+from flux_ray.algo.kl import KL_ESTIMATORS
+from flux_ray.algo.losses import find_policy_loss
+from flux_ray.algo.objective import CORRECTIONS
+from flux_ray.batch import AGGREGATIONS
 from flux_ray.config import AlgoConfig, Config
 from flux_ray.names import reward_name
-
-STD = "(R − mean) / (std + 1e-6) over the group (std with ddof 1)"
-CENTRED = "R − mean over the group"
-
-#: estimator ► A, told whether it divides by the standard deviation
-ADVANTAGES: dict[str, Callable[[bool], str]] = {
-    "grpo": lambda divides: STD if divides else CENTRED,
-    "grpo_vectorized": lambda divides: STD if divides else CENTRED,
-    "dr_grpo": lambda divides: CENTRED,
-    "rloo": lambda divides: "R − mean of the group's other samples",
-    "reinforce": lambda divides: "the return to go, no baseline",
-    "reinforce_pp": lambda divides: "the return to go, whitened over all loss tokens of the batch (ddof 0)",
-    "reinforce_pp_baseline": lambda divides: f"{CENTRED}, whitened over all loss tokens of the batch (ddof 0)",
-    "gae": lambda divides: "the sum of (γλ)^k·δ at the k-th loss token on, δ = r + γ·V' − V, V' that of the next loss "
-                           "token (0 after the last)",
-}
-
-#: loss ► (the term, what its ratio is), by the numbers of the clip: {low}, {high}
-POLICY_TERMS: dict[str, tuple[str, str]] = {
-    "ppo": ("−min(r·A, clip(r, 1 − {low:g}, 1 + {high:g})·A)", "r = π/{old} per token"),
-    "gspo": ("−min(s·A, clip(s, 1 − {low:g}, 1 + {high:g})·A)", "s = exp(mean_t log π/{old}), one per sequence"),
-    "gspo_token": ("−min(s_t·A, clip(s_t, 1 − {low:g}, 1 + {high:g})·A)",
-                   "s_t = sg[s]·π/sg[π] with s = exp(mean_t log π/{old})"),
-    "rloo": ("−min(r·A, clip(r, 1 − {low:g}, 1 + {high:g})·A)", "r = exp(Σ_t log π/{old}), one per sequence"),
-    "cispo": ("−sg(min(r, 1 + {high:g}))·A·log π", "r = π/{old} per token"),
-    "reinforce": ("−A·log π", "none"),
-}
-
-#: aggregation ► the weight w of a loss token
-WEIGHTS = {
-    "token_mean": "1/N_tokens: the mean over all loss tokens of the update",
-    "sequence_mean": "1/(N_sequences·L): the mean over sequences of the mean over their L loss tokens",
-    "constant_length": "1/(N_sequences·L_max), L_max = rollout.max_tokens = {max_tokens}: sums over tokens, never by "
-                       "their own length",
-    "sequence": "1/(N_sequences·L): each sequence counts once, its value spread over its L loss tokens",
-}
 
 
 def explain(config: Config) -> list[tuple[str, str]]:
@@ -69,11 +41,11 @@ def explain(config: Config) -> list[tuple[str, str]]:
         ("advantage A", _advantage(config, algorithm)),
         *([("critic", _critic(config))] if algorithm.needs_critic else []),
         ("minimised", "Σ over loss tokens of w·(" + " ".join(["policy term", *_extra_terms(algo)]) + ")"),
-        ("policy term", _policy_term(algo, algorithm)),
+        ("policy term", _policy_term(config, algorithm)),
         ("ratio", _ratio(algo, algorithm)),
-        ("correction", _correction(algo)),
+        ("correction", _correction(config)),
         ("KL", "; ".join(_kl(algo)) or "none: no reference is loaded"),
-        ("weight w", WEIGHTS[algorithm.aggregation].format(max_tokens=config.rollout.max_tokens)),
+        ("weight w", str(AGGREGATIONS[algorithm.aggregation].formula.at(_values(config)))),
         ("masked", "; ".join(_masked(config))),
         ("updates", f"{algo.epochs * algo.mini_batches} per batch (algo.epochs={algo.epochs} × "
                     f"algo.mini_batches={algo.mini_batches}) of {config.batch.prompts_per_step} prompts × "
@@ -82,26 +54,18 @@ def explain(config: Config) -> list[tuple[str, str]]:
     ]
 
 
-#: objective on pairs ► what each pair adds, by beta {b:g} and label smoothing {e:g}
-PAIR_TERMS = {
-    "dpo": "−log σ({b:g}·h)",
-    "cdpo": "−(1 − {e:g})·log σ({b:g}·h) − {e:g}·log σ(−{b:g}·h)",
-    "ipo": "(h − 1/(2·{b:g}))²",
-    "reward_model": "−log σ(s_w − s_l − margin)",
-}
-
-
 def _without_rollouts(config: Config) -> Iterator[tuple[str, str]]:
     """What sft and the objectives on pairs mean."""
     algo = config.algo
     yield "algorithm", algo.name
     if kind_of(algo).data != PAIRS:
-        yield "minimised", "Σ w·(−log π) over the loss tokens, w = 1/N_tokens"
+        yield "minimised", f"Σ over loss tokens of w·({supervised.FORMULA.text})"
+        yield "weight w", AGGREGATIONS[supervised.AGGREGATION].formula.text
         yield "masked", "all but the completion and its end token"
         return
-    yield "minimised", f"1/N·Σ over pairs of {PAIR_TERMS[algo.name].format(b=algo.beta, e=algo.label_smoothing)}"
+    yield "minimised", f"the mean over pairs of {preferences.FORMULAS[algo.name].at(_values(config)).text}"
     if algo.name == "reward_model":
-        yield "score s", "of the chosen (w) and the rejected (l) text, read at its last token"
+        yield "score s", preferences.FORMULAS[algo.name].where
         return
     of_one = "log π" if algo.reference_free else "(log π − log π_ref)"
     form = "mean" if algo.pair_logprobs == "mean" else "sum"
@@ -144,23 +108,18 @@ def _filter(config: Config) -> str:
 
 
 def _advantage(config: Config, algorithm: Algorithm) -> str:
-    known = ADVANTAGES.get(algorithm.estimator)
-    if known is None:
-        return f"what the registered estimator {algorithm.estimator} gives"
-    text = known(estimator_config(config).normalize_by_std)
-    if not algorithm.needs_critic:
-        return text
-    algo = config.algo
-    whitened = ", whitened over all loss tokens of the batch (ddof 0)" if algo.whiten_advantages else ""
-    return f"{text}; γ = {algo.gamma:g}, λ = {algo.gae_lambda:g}{whitened}"
+    estimator = find_adv_estimator(algorithm.estimator)
+    told = dataclasses.replace(config, algo=estimator_config(config))
+    return (str(estimator.formula.at(_values(told, estimator.function)))
+            or f"what the registered estimator {algorithm.estimator} gives")
 
 
 def _critic(config: Config) -> str:
     critic = config.critic
     start = critic.path or "the policy's start"
     alone = f"; the first {critic.warmup_steps} steps train it alone" if critic.warmup_steps else ""
-    return (f"V, from {start}: mean over loss tokens of ½·max((V − R_t)², (clip(V, V_old ± {critic.clip_range:g}) − "
-            f"R_t)²), R_t = A_t + V_old before whitening, as many updates as the policy's{alone}")
+    return (f"V, from {start}: mean over loss tokens of {values.FORMULA.at(_values(config))}; "
+            f"as many updates as the policy's{alone}")
 
 
 def _extra_terms(algo: AlgoConfig) -> Iterator[str]:
@@ -170,21 +129,19 @@ def _extra_terms(algo: AlgoConfig) -> Iterator[str]:
         yield f"− {algo.entropy_coef:g}·H"
 
 
-def _policy_term(algo: AlgoConfig, algorithm: Algorithm) -> str:
-    if algorithm.policy_loss not in POLICY_TERMS:
-        return f"what the registered loss {algorithm.policy_loss} gives"
-    high = algo.clip_range if algo.clip_range_high is None else algo.clip_range_high
-    text = POLICY_TERMS[algorithm.policy_loss][0].format(low=algo.clip_range, high=high)
-    if algo.dual_clip:
-        text += f"; where A < 0 at most {algo.dual_clip:g}·|A|"
-    return text
+def _policy_term(config: Config, algorithm: Algorithm) -> str:
+    loss = find_policy_loss(algorithm.policy_loss)
+    return (loss.formula.at(_values(config, loss.function)).text
+            or f"what the registered loss {algorithm.policy_loss} gives")
 
 
 def _ratio(algo: AlgoConfig, algorithm: Algorithm) -> str:
+    loss = find_policy_loss(algorithm.policy_loss)
     old = "μ" if algo.old_logprobs == "sampler" else "π_old"
-    _, ratio = POLICY_TERMS.get(algorithm.policy_loss, ("", "the registered loss's own, of π and {old}"))
-    text = ratio.format(old=old)
-    if old == "μ" or not algorithm.ratio_loss:
+    if not loss.ratio:
+        return "none"
+    text = (loss.formula.where or "the registered loss's own, of π and π_old").replace("π_old", old)
+    if old == "μ":
         return text
     if needs_old_logprobs(algo):
         return f"{text}; π_old is computed by the trainer before the first update"
@@ -192,22 +149,21 @@ def _ratio(algo: AlgoConfig, algorithm: Algorithm) -> str:
             "clip never binds")
 
 
-def _correction(algo: AlgoConfig) -> str:
-    ratio = "π_old/μ" if algo.off_policy_level == "token" else "exp(Σ_t log π_old/μ)"
-    if algo.off_policy == "tis":
-        return f"policy term × sg(min({ratio}, {algo.tis_cap:g}))"
-    if algo.off_policy == "icepop":
-        return f"policy term × sg({ratio}) inside [{algo.icepop_low:g}, {algo.icepop_high:g}], × 0 outside"
-    return "none of the trainer's policy against the sampler's"
+def _correction(config: Config) -> str:
+    correction = CORRECTIONS.get(config.algo.off_policy)
+    if correction is None:
+        return "none of the trainer's policy against the sampler's"
+    form = "π_old/μ per token" if config.algo.off_policy_level == "token" else "exp(Σ_t log π_old/μ), one per sequence"
+    return f"policy term × {correction.formula.at(_values(config)).text}, ρ = {form}"
 
 
 def _kl(algo: AlgoConfig) -> Iterator[str]:
-    formulas = {"k1": "k1 = log π/π_ref", "k2": "k2 = (log π/π_ref)²/2", "k3": "k3 = π_ref/π − 1 + log π/π_ref"}
+    name = algo.kl_estimator
     if algo.beta:
-        yield f"in the loss, weight {algo.beta:g}: {formulas[algo.kl_estimator]} per token"
+        yield f"in the loss, weight {algo.beta:g}: {name} = {KL_ESTIMATORS[name].formula.text} per token"
     if algo.kl_coef:
         adapted = f", adapted to {algo.kl_target:g} nats a sequence" if algo.kl_target else ", fixed"
-        yield f"in the reward, weight {algo.kl_coef:g}{adapted}: R less k1 = log π_old/π_ref at each token"
+        yield f"in the reward, weight {algo.kl_coef:g}{adapted}: r_t less the weight times k1 = log π_old/π_ref"
 
 
 def _masked(config: Config) -> Iterator[str]:
@@ -215,3 +171,14 @@ def _masked(config: Config) -> Iterator[str]:
     yield "samples that no reward scored"
     if masks_truncated(config):
         yield "truncated responses (they stay in their group's statistics)"
+
+
+def _values(config: Config, function: Callable[..., object] | None = None) -> dict[str, object]:
+    """Option ► value, as formulas name them: of algo, of other groups, and what `function` takes from algo.options."""
+    found = {f"{name}.{option}": value for name, section in vars(config).items() if dataclasses.is_dataclass(section)
+             for option, value in vars(section).items()}
+    found |= vars(config.algo)
+    if found.get("clip_range_high") is None:
+        found["clip_range_high"] = found.get("clip_range")
+    arguments = inspect.signature(function).parameters.values() if function else ()
+    return found | {a.name: a.default for a in arguments if a.default is not a.empty} | config.algo.options

@@ -19,6 +19,7 @@ from flux_ray.algo.kl import MAX_LOG_RATIO
 from flux_ray.algo.rows import by_rows, with_slope
 from flux_ray.config import AlgoConfig
 from flux_ray.errors import UserError, unknown
+from flux_ray.formula import Formula
 from flux_ray.plugins import same_function
 
 LossAndMetrics = tuple[torch.Tensor, dict[str, Any]]
@@ -144,36 +145,61 @@ def _clipped(ratio: torch.Tensor, advantages: torch.Tensor, config: AlgoConfig) 
 @dataclass(frozen=True)
 class PolicyLoss:
     function: Callable[..., LossAndMetrics]
+    formula: Formula       # of the term that a token adds; an empty one: nobody said
     ratio: bool            # has π/π_old in it: the sampler's distribution must be the policy's
     sequence_level: bool   # one ratio per sequence: corrections take their sequence form
     reads: tuple[str, ...] = ("clip_range", "clip_range_high", "dual_clip")  # those of these knobs that it reads
     ours: bool = True
 
 
+CLIPPED = "−min({r}·A, clip({r}, 1 − {{clip_range}}, 1 + {{clip_range_high}})·A)"
+DUAL_CLIP = {"dual_clip": "…, at most {dual_clip}·|A| where A < 0"}
+
+
+def _clipped_formula(r: str, where: str, source: str) -> Formula:
+    return Formula(CLIPPED.format(r=r), source, where, given=DUAL_CLIP)
+
+
 #: name ► loss; `register_policy_loss` adds to it
 POLICY_LOSSES: dict[str, PolicyLoss] = {
-    "ppo": PolicyLoss(ppo, ratio=True, sequence_level=False),
-    "gspo": PolicyLoss(gspo, ratio=True, sequence_level=True),
-    "gspo_token": PolicyLoss(gspo_token, ratio=True, sequence_level=True),
-    "rloo": PolicyLoss(rloo, ratio=True, sequence_level=True),
-    "cispo": PolicyLoss(cispo, ratio=True, sequence_level=False, reads=("clip_range", "clip_range_high")),
-    "reinforce": PolicyLoss(reinforce, ratio=False, sequence_level=False, reads=()),
+    "ppo": PolicyLoss(
+        ppo, _clipped_formula("r", "r = π/π_old per token",
+                              "1707.06347, eq. 7; two bounds: 2503.14476, eq. 10; dual clip: 1912.09729, eq. 5"),
+        ratio=True, sequence_level=False),
+    "gspo": PolicyLoss(
+        gspo, _clipped_formula("s", "s = exp(mean_t log π/π_old), one per sequence", "2507.18071, eq. 5 and 7"),
+        ratio=True, sequence_level=True),
+    "gspo_token": PolicyLoss(
+        gspo_token, _clipped_formula("s_t", "s_t = sg[s]·π/sg[π] with s = exp(mean_t log π/π_old)",
+                                     "2507.18071, eq. 13 and 14"),
+        ratio=True, sequence_level=True),
+    "rloo": PolicyLoss(
+        rloo, _clipped_formula("r", "r = exp(Σ_t log π/π_old), one per sequence", "2402.14740, clipped as in ppo"),
+        ratio=True, sequence_level=True),
+    "cispo": PolicyLoss(
+        cispo, Formula("−sg(min(r, 1 + {clip_range_high}))·A·log π", "2506.13585, eq. 4 and 5",
+                       "r = π/π_old per token"),
+        ratio=True, sequence_level=False, reads=("clip_range", "clip_range_high")),
+    "reinforce": PolicyLoss(
+        reinforce, Formula("−A·log π", "Williams 1992"), ratio=False, sequence_level=False, reads=()),
 }
 
 
 def register_policy_loss(
-    name: str, *, ratio: bool = True, sequence_level: bool = False,
+    name: str, *, formula: str = "", ratio: bool = True, sequence_level: bool = False,
 ) -> Callable[[Callable[..., LossAndMetrics]], Callable[..., LossAndMetrics]]:
     """Decorator: adds `f(old_log_prob, log_prob, advantages, response_mask, **kw) -> (loss, metrics)`.
 
     loss: per token (batch, length), which the step's weights aggregate, or a scalar, taken as this micro-batch's mean.
     metrics: name ► per-token tensor (batch, length), a number, or an observability.metrics type. kw: config and what
-    `algo.options` holds. Raises ValueError for a name that is taken.
+    `algo.options` holds. formula: the text of the loss that `flux-ray explain` prints; in it `{slope}` is the option
+    algo.options.slope. Raises ValueError for a name that is taken.
     """
     def add(function: Callable[..., LossAndMetrics]) -> Callable[..., LossAndMetrics]:
         if name in POLICY_LOSSES and not same_function(POLICY_LOSSES[name].function, function):
             raise UserError(f"policy loss {name!r} is taken: choose another name")
-        POLICY_LOSSES[name] = PolicyLoss(function, ratio=ratio, sequence_level=sequence_level, ours=False)
+        POLICY_LOSSES[name] = PolicyLoss(
+            function, Formula(formula), ratio=ratio, sequence_level=sequence_level, ours=False)
         return function
     return add
 

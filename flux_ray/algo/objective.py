@@ -8,6 +8,8 @@ Never:  averages by itself.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from flux_ray.algo.losses import find_policy_loss, token_ratio
 from flux_ray.algo.metrics import advantage_metrics, over_loss_tokens
 from flux_ray.config import AlgoConfig
 from flux_ray.errors import UserError
+from flux_ray.formula import Formula
 from flux_ray.observability.metrics import Metric, Sum
 
 
@@ -80,18 +83,33 @@ def policy_objective(
 def off_policy_weight(
     old_log_prob: torch.Tensor, sampler_log_prob: torch.Tensor, mask: torch.Tensor, config: AlgoConfig,
 ) -> torch.Tensor:
-    """The weight of π_old/μ, without gradient: (B, L) in token form, (B, 1) in sequence form, exp(Σ log π_old/μ).
-
-    tis: min(ratio, tis_cap). icepop: the ratio inside [icepop_low, icepop_high], else 0.
-    """
+    """The weight of ρ, without gradient: ρ = π_old/μ per token, (B, L), or exp(Σ log π_old/μ) per sequence, (B, 1)."""
     log_ratio = (old_log_prob - sampler_log_prob).detach().masked_fill(~mask, 0.0)
     if config.off_policy_level == "sequence":
         log_ratio = log_ratio.sum(-1, keepdim=True)
     ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
-    if config.off_policy == "tis":
-        return ratio.clamp(max=config.tis_cap)
-    assert config.off_policy == "icepop", config.off_policy
+    return CORRECTIONS[config.off_policy].function(ratio, config)
+
+
+def _tis(ratio: torch.Tensor, config: AlgoConfig) -> torch.Tensor:
+    return ratio.clamp(max=config.tis_cap)
+
+
+def _icepop(ratio: torch.Tensor, config: AlgoConfig) -> torch.Tensor:
     return ratio.masked_fill((ratio < config.icepop_low) | (ratio > config.icepop_high), 0.0)
+
+
+@dataclass(frozen=True)
+class Correction:
+    function: Callable[[torch.Tensor, AlgoConfig], torch.Tensor]  # of ρ
+    formula: Formula  # of what the policy term is multiplied by
+
+
+#: the names are those of algo.off_policy
+CORRECTIONS = {
+    "tis": Correction(_tis, Formula("sg(min(ρ, {tis_cap}))", "F. Yao et al. 2025")),
+    "icepop": Correction(_icepop, Formula("sg(ρ) inside [{icepop_low}, {icepop_high}], 0 outside", "2510.18855")),
+}
 
 
 def _weighted(values: torch.Tensor, mask: torch.Tensor, loss_weights: torch.Tensor) -> torch.Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from flux_ray.config import AlgoConfig
+from flux_ray.formula import Formula
 from flux_ray.observability.metrics import Mean, Metric
 
 #: name ► (formula, unit, over what). Evaluations have the same after eval/.
@@ -53,6 +54,19 @@ LOSSES: dict[str, Callable[[Tensor, AlgoConfig], Tensor]] = {
     "dpo": lambda gap_B, config: dpo(gap_B, beta=config.beta),
     "cdpo": lambda gap_B, config: cdpo(gap_B, beta=config.beta, label_smoothing=config.label_smoothing),
     "ipo": lambda gap_B, config: ipo(gap_B, beta=config.beta),
+}
+
+H = "h = log π/π_ref of the chosen response less that of the rejected, each the {} over its tokens"
+
+#: objective ► what each pair adds to the mean over pairs
+FORMULAS = {
+    "dpo": Formula("−log σ({beta}·h)", "2305.18290, eq. 7", H.format("sum"), reads=("reference_free",)),
+    "cdpo": Formula("−(1 − {label_smoothing})·log σ({beta}·h) − {label_smoothing}·log σ(−{beta}·h)",
+                    "E. Mitchell 2023", H.format("sum"), reads=("reference_free",)),
+    "ipo": Formula("(h − 1/(2·{beta}))²", "2310.12036, eq. 17 (there of sums)", H.format("mean, or the sum,"),
+                   reads=("reference_free", "pair_logprobs")),
+    "reward_model": Formula("−log σ(s_w − s_l − margin)", "2203.02155, eq. 1; the margin: 2307.09288, eq. 2",
+                            "s_w and s_l are the scores of the chosen and the rejected text, each at its last token"),
 }
 
 

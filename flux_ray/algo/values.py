@@ -9,7 +9,11 @@ from __future__ import annotations
 
 import torch
 
+from flux_ray.formula import Formula
 from flux_ray.observability.metrics import Explained, Mean, Metric, Sum
+
+FORMULA = Formula("½·max((V − R_t)², (clip(V, V_old ± {critic.clip_range}) − R_t)²)",
+                  "2005.12729, section 3", "R_t = A_t + V_old before whitening")
 
 
 def value_loss(

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from flux_ray.errors import unknown
+from flux_ray.formula import Formula
 from flux_ray.records import ScoredGroup
 
 
@@ -35,6 +36,7 @@ class StepCounts:
 class Aggregation:
     """A token weighs token(its sequence's loss tokens, the longest response allowed) over a count of the update."""
 
+    formula: Formula  # of the weight: N_tokens and N_sequences are those of StepCounts, L its sequence's loss tokens
     token: Callable[[int, int], float]
     divisor: Callable[[StepCounts], int]
 
@@ -44,15 +46,23 @@ def _num_sequences(counts: StepCounts) -> int:
 
 
 AGGREGATIONS: dict[str, Aggregation] = {
-    # mean over all loss tokens of the step
-    "token_mean": Aggregation(lambda length, max_tokens: 1.0, lambda counts: counts.num_tokens),
-    # mean over sequences of the mean over their tokens
-    "sequence_mean": Aggregation(lambda length, max_tokens: 1 / length, _num_sequences),
-    # mean over sequences of the sum over their tokens divided by a constant
-    "constant_length": Aggregation(lambda length, max_tokens: 1 / max_tokens, _num_sequences),
-    # one value per sequence: each weighs 1/N. It is spread evenly over the loss tokens, so that a loss which is the
-    # same at each of them counts once, and per-token terms beside it (KL, entropy) are sequence means of token means.
-    "sequence": Aggregation(lambda length, max_tokens: 1 / length, _num_sequences),
+    "token_mean": Aggregation(
+        Formula("1/N_tokens: the mean over all loss tokens of the update",
+                "2503.14476, eq. 12 (there over the tokens of a group)"),
+        lambda length, max_tokens: 1.0, lambda counts: counts.num_tokens),
+    "sequence_mean": Aggregation(
+        Formula("1/(N_sequences·L): the mean over sequences of the mean over their L loss tokens", "2402.03300, eq. 3"),
+        lambda length, max_tokens: 1 / length, _num_sequences),
+    "constant_length": Aggregation(
+        Formula("1/(N_sequences·{rollout.max_tokens}): sums over tokens, divided by rollout.max_tokens and never by "
+                "their own length", "2503.20783, section 3.2"),
+        lambda length, max_tokens: 1 / max_tokens, _num_sequences),
+    # It is spread evenly over the loss tokens, so that a loss which is the same at each of them counts once, and
+    # per-token terms beside it (KL, entropy) are sequence means of token means.
+    "sequence": Aggregation(
+        Formula("1/(N_sequences·L): each sequence counts once, its value spread over its L loss tokens",
+                "2507.18071, eq. 5"),
+        lambda length, max_tokens: 1 / length, _num_sequences),
 }
 
 

@@ -13,6 +13,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from flux_ray.algo import supervised
 from flux_ray.batch import MicroBatch, loss_weights
 from flux_ray.config import Config
 from flux_ray.observability.metrics import Mean, Metric, Sum, merge
@@ -26,7 +27,7 @@ ASKED = {"temperature": 1.0, "with_entropy": False}  # of the policy
 def run(engine: Engine, config: Config, samples: Sequence[Sample]) -> dict[str, Metric]:
     """One update on all ranks' samples, whose weights are made here. Collective."""
     tokens = engine.sum(torch.tensor([sum(int(s.loss_mask.sum()) for s in samples)]))
-    weighted = [replace(s, loss_weights=loss_weights("token_mean", loss_mask=s.loss_mask, max_tokens=1))
+    weighted = [replace(s, loss_weights=loss_weights(supervised.AGGREGATION, loss_mask=s.loss_mask, max_tokens=1))
                 for s in samples]
     return engine.update(packed(engine, config, weighted), _next_token_loss, total_updates=config.driver.num_steps,
                          divisor=max(int(tokens), 1), **ASKED)
@@ -42,7 +43,8 @@ def measure(engine: Engine, config: Config, samples: Sequence[Sample]) -> dict[s
 def _next_token_loss(
     i: int, micro_batch: MicroBatch, logprobs_S: Tensor, entropy_S: Tensor | None,
 ) -> tuple[Tensor, dict[str, Metric]]:
-    return -(logprobs_S * micro_batch.loss_weights_S).sum(), _measured(micro_batch, logprobs_S)
+    loss = supervised.next_token_loss(logprobs_S, loss_weights=micro_batch.loss_weights_S)
+    return loss, _measured(micro_batch, logprobs_S)
 
 
 def _measured(micro_batch: MicroBatch, logprobs_S: Tensor) -> dict[str, Metric]:

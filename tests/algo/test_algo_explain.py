@@ -5,9 +5,16 @@ from __future__ import annotations
 import pytest
 
 from flux_ray import FluxConfig, algo
-from flux_ray.algo.explain import ADVANTAGES, POLICY_TERMS, WEIGHTS, explain
+from flux_ray.algo.estimators import EPS_STD, ESTIMATORS
+from flux_ray.algo.explain import explain
+from flux_ray.algo.kl import KL_ESTIMATORS
+from flux_ray.algo.losses import POLICY_LOSSES
+from flux_ray.algo.objective import CORRECTIONS
+from flux_ray.algo.preferences import FORMULAS
 from flux_ray.batch import AGGREGATIONS
+from flux_ray.config import options
 from flux_ray.errors import UserError
+from flux_ray.formula import full_name
 
 pytestmark = pytest.mark.unit
 
@@ -16,18 +23,69 @@ def text_of(**values) -> dict[str, str]:
     return dict(explain(FluxConfig(**values)))
 
 
-def test_everything_of_ours_has_its_formula():
+def test_everything_of_ours_has_its_formula_and_source():
     """What others registered in this process is not ours to know."""
-    assert {name for name, e in algo.estimators.ESTIMATORS.items() if e.ours} == set(ADVANTAGES)
-    assert {name for name, e in algo.losses.POLICY_LOSSES.items() if e.ours} == set(POLICY_TERMS)
-    assert set(AGGREGATIONS) == set(WEIGHTS)
+    ours = [entry for registry in (ESTIMATORS, POLICY_LOSSES) for entry in registry.values() if entry.ours]
+    entries = [*ours, *AGGREGATIONS.values(), *KL_ESTIMATORS.values(), *CORRECTIONS.values()]
+    for formula in (*(entry.formula for entry in entries), *FORMULAS.values()):
+        assert formula.text and formula.source
+    assert set(FORMULAS) == {name for name, kind in algo.KINDS.items() if kind.data == algo.PAIRS}
+
+
+def test_formulas_name_the_options_that_the_code_reads():
+    keys = {key for key, _ in options()}
+    for entry in [*ESTIMATORS.values(), *POLICY_LOSSES.values()]:
+        if entry.ours:
+            assert {full_name(option) for option in entry.formula.options} <= keys
+            assert set(entry.formula.options) <= set(entry.reads)
+    unnamed = {(name, option) for registry in (ESTIMATORS, POLICY_LOSSES) for name, entry in registry.items()
+               for option in set(entry.reads) - set(entry.formula.options) if entry.ours}
+    # dr_grpo never divides, whatever is set; cispo's bound is clip_range where clip_range_high isn't set.
+    assert unnamed == {("dr_grpo", "normalize_by_std"), ("cispo", "clip_range")}
+    assert all(set(formula.options) == set(algo.KINDS[name].reads) for name, formula in FORMULAS.items())
+
+
+def test_the_epsilon_of_the_text_is_that_of_the_code():
+    assert EPS_STD == 1e-6
+    assert "(std + 1e-6)" in text_of()["advantage A"] and "(std + 1e-6)" in ESTIMATORS["reinforce_pp"].formula.text
+
+
+@pytest.mark.parametrize(("values", "advantage"), [
+    ({}, "(R − mean over the group) / (std + 1e-6), std over the group with ddof 1"),
+    ({"algo.normalize_by_std": False}, "R − mean over the group"),
+    ({"algo.name": "ppo", "algo.gamma": 0.5, "algo.whiten_advantages": False},
+     "Σ_{k≥0} (0.5·0.95)^k·δ_{t+k}, where δ_t = r_t + 0.5·V_{t+1} − V_t, t counts loss tokens, V after the last is 0"),
+])
+def test_an_advantage_follows_its_options(values, advantage):
+    assert text_of(**values)["advantage A"] == advantage
+
+
+def test_what_a_user_registers_explains_itself():
+    """Braces that name none of its options stay; an option that isn't set has the function's own default."""
+    def median(*args, index, slope=2.0, **kw): ...
+    def soft(*args, **kw): ...
+
+    try:
+        algo.register_adv_estimator("median", formula="{slope}·(R − median_{i})")(median)
+        algo.register_policy_loss("soft", formula="−tanh({sharpness}·log r)·A, clipped at {clip_range}")(soft)
+        algo.register_policy_loss("silent", ratio=False)(soft)
+        lines = text_of(**{"algo.estimator": "median", "algo.policy_loss": "soft", "algo.options": {"sharpness": 3}})
+        assert lines["advantage A"] == "2·(R − median_{i})"
+        assert lines["policy term"] == "−tanh(3·log r)·A, clipped at 0.2"
+        assert lines["ratio"].startswith("the registered loss's own, of π and π_old")
+        assert "{slope}" not in text_of(**{"algo.estimator": "median", "algo.options": {"slope": 4}})["advantage A"]
+        lines = text_of(**{"algo.policy_loss": "silent"})
+        assert (lines["policy term"], lines["ratio"]) == ("what the registered loss silent gives", "none")
+    finally:
+        for registry, name in ((ESTIMATORS, "median"), (POLICY_LOSSES, "soft"), (POLICY_LOSSES, "silent")):
+            registry.pop(name, None)
 
 
 @pytest.mark.parametrize("name", algo.ALGORITHMS)
 def test_every_algorithm_is_explained(name):
     lines = text_of(**{"algo.name": name})
     assert algo.ALGORITHMS[name].aggregation in lines["algorithm"]
-    assert all(lines.values()) and "{" not in "".join(lines.values())
+    assert all(lines.values()) and "{clip" not in "".join(lines.values())
 
 
 def test_signs_clips_and_denominators_are_the_configs():
@@ -42,8 +100,11 @@ def test_which_policy_enters_the_ratio():
     assert "π_old is sg[π]" in text_of()["ratio"] and "never binds" in text_of()["ratio"]
     assert "computed by the trainer before the first update" in text_of(**{"algo.mini_batches": 2})["ratio"]
     assert text_of(**{"algo.old_logprobs": "sampler"})["ratio"] == "r = π/μ per token"
-    assert text_of(**{"algo.off_policy": "tis", "algo.tis_cap": 3.0})["correction"].endswith("sg(min(π_old/μ, 3))")
-    assert "inside [0.5, 5]" in text_of(**{"algo.off_policy": "icepop"})["correction"]
+    truncated = {"algo.off_policy": "tis", "algo.tis_cap": 3.0}
+    assert text_of(**truncated)["correction"] == "policy term × sg(min(ρ, 3)), ρ = π_old/μ per token"
+    of_sequences = {"algo.off_policy": "icepop", "algo.off_policy_level": "sequence"}
+    assert text_of(**of_sequences)["correction"] == (
+        "policy term × sg(ρ) inside [0.5, 5], 0 outside, ρ = exp(Σ_t log π_old/μ), one per sequence")
 
 
 def test_where_the_kl_is_and_which():

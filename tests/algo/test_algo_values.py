@@ -161,6 +161,7 @@ def test_explained():
     from flux_ray.config import preset
 
     told = dict(explain(from_dict({**preset("ppo"), "critic.warmup_steps": 3, "algo.gamma": 0.5})))
-    assert "γ = 0.5, λ = 0.95, whitened" in told["advantage A"]
+    assert told["advantage A"].startswith("Σ_{k≥0} (0.5·0.95)^k·δ_{t+k}, whitened")
+    assert "clip(V, V_old ± 0.2)" in told["critic"]
     assert "from the policy's start" in told["critic"] and "the first 3 steps train it alone" in told["critic"]
     assert "weight 0.05" in told["KL"]

@@ -15,6 +15,7 @@ from flux_ray import algo
 from flux_ray import config as configs
 from flux_ray.__main__ import OVERRIDE, VERBS, compose
 from flux_ray.algo import preferences
+from flux_ray.algo.table import with_tables
 from flux_ray.backends.trl import METRICS as OF_TRL
 from flux_ray.driver.drop_stats import CAUSES
 from flux_ray.errors import UserError
@@ -105,6 +106,17 @@ def test_the_site_builds_and_no_link_in_it_is_dead(tmp_path):
                           cwd=REPO, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
     assert (tmp_path / "site" / "index.html").is_file()
+
+
+def test_the_tables_of_formulas_are_those_of_the_code():
+    page = REPO / "docs" / "choosing.md"
+    text = page.read_text(encoding="utf-8")
+    assert text == with_tables(text), "the formulas have changed: python -m flux_ray.algo.table docs/choosing.md"
+
+
+def test_a_page_without_its_marks_is_refused():
+    with pytest.raises(UserError, match="the page has no lines"):
+        with_tables("# Choosing\n")
 
 
 def test_links_of_the_readme_lead_somewhere():

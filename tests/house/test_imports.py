@@ -18,6 +18,7 @@ LEVELS = {
     "flux_ray.config": 0,
     "flux_ray.names": 0,
     "flux_ray.errors": 0,
+    "flux_ray.formula": 0,
     "flux_ray.lifetime": 0,
     "flux_ray.plugins": 0,
     "flux_ray.ports": 0,
@@ -30,6 +31,7 @@ LEVELS = {
     "flux_ray.model": 1,
     "flux_ray.algo": 1,
     "flux_ray.batch": 1,
+    "flux_ray.algo.explain": 2, "flux_ray.algo.table": 2,   # what they tell of is in algo and in batch
     "flux_ray.reward.rules": 1,
     "flux_ray.cluster.plan": 1,
     "flux_ray.sandbox": 1,
