@@ -135,12 +135,17 @@ async def _measured(step: Callable[[str, Phase], Awaitable[float]], phases: Sequ
         seconds[phase.name] = [await step(f"{phase.name}-{i}", phase) for i in range(phase.runs)]
         if other:
             other.done(phase.name)
-            ends_s = time.monotonic() + DEADLINE_S
-            while other.goes_on(phase.name):
-                if time.monotonic() > ends_s:
-                    raise TimeoutError(f"{other.other} was not done within {DEADLINE_S:g} s")
-                await step(f"{phase.name}-more-{time.monotonic()}", phase)
+            await _go_on(step, phase, other)
     return seconds
+
+
+async def _go_on(step: Callable[[str, Phase], Awaitable[float]], phase: Phase, other: Beside) -> None:
+    """Unmeasured steps, until the other part is done with its own."""
+    ends_s = time.monotonic() + DEADLINE_S
+    while other.goes_on(phase.name):
+        if time.monotonic() > ends_s:
+            raise TimeoutError(f"{other.other} was not done within {DEADLINE_S:g} s")
+        await step(f"{phase.name}-more-{time.monotonic()}", phase)
 
 
 async def _bare_vllm(folder: Path, phases: Sequence[Phase], dtype: str, enforce_eager: bool,
