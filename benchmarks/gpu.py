@@ -129,7 +129,7 @@ def run_all(report: Report, planned: Sequence[Section], *, ends_s: float, run: C
         if missing:
             outcome = Outcome(SKIPPED, f"it needs {', '.join(missing)}, which is not there")
         elif deadline_s < section.least_s:
-            outcome = Outcome(SKIPPED, f"of the time {deadline_s:.0f} s were its share, and it needs {section.least_s:g}")
+            outcome = Outcome(SKIPPED, f"its share of the time is {deadline_s:.0f} s, and it needs {section.least_s:g}")
         else:
             entry["state"] = INTERRUPTED  # what stands there unless it comes to its end
             write(report)

@@ -88,7 +88,7 @@ def test_time_that_a_section_has_no_need_of_is_passed_on():
 def test_a_section_without_time_or_without_its_model_is_skipped_and_says_why():
     entries, _, given = ran(FOUR, {}, minutes=0.2)
     assert list(given) == ["model", "b", "c"], "what a had no use for is theirs"
-    assert entries["a"]["reason"] == "of the time 5 s were its share, and it needs 5"
+    assert entries["a"]["reason"] == "its share of the time is 5 s, and it needs 5"
     assert [entries[name]["state"] for name in "abc"] == ["skipped", "done", "done"]
     entries, _, given = ran(FOUR, {}, outcomes={"model": Outcome("failed", "no space left", output=["…"])})
     assert list(given) == ["model"]
