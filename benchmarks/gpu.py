@@ -72,14 +72,14 @@ def sections(*, device: str, tiny: bool) -> list[Section]:
     """In the order of their worth: time may end before the last."""
     size, cpu = asdict(TINY if tiny else HALF_BILLION), device == "cpu"
     rows = {name: {"model.layout": name} for name in ("block_diagonal" if cpu else "varlen", "padded")}
-    publishing = {"gloo": 20.0} if cpu else {"ipc": 60.0, "gloo": 50.0}
+    publishing = {"gloo": 20.0} if cpu else {"ipc": 90.0, "gloo": 45.0}
 
     def of_model(name: str, meaning: str, part: str, share: float, least_s: float, **asked: Any) -> Section:
         return Section(name, meaning, part, share, least_s, {"device": device, "size": size, **asked}, needs=(MODEL,))
 
     first, *others = [
         of_model(f"publish_{backend}", f"new weights to an engine that samples, by {backend}", "gpu_publish", share, 15,
-                 backend=backend, steps=6 if tiny else 10)
+                 backend=backend, steps=6 if tiny else 8)
         for backend, share in publishing.items()]
     return [
         Section(MACHINE, "the machine, its libraries, what it multiplies", "gpu_machine", 45, 5, {"device": device}),
@@ -87,11 +87,11 @@ def sections(*, device: str, tiny: bool) -> list[Section]:
         of_model("synchronous", "the whole loop, synchronous", "gpu_loop", 180, 20, tiny=tiny, staleness=0),
         of_model("asynchronous", "the whole loop, max_staleness=1", "gpu_loop", 150, 20, tiny=tiny, staleness=1),
         first,
-        of_model("packed_rows", "a training step: packed rows, padded ones, transformers alone", "gpu_train", 80, 10,
+        of_model("packed_rows", "a training step: packed rows, padded ones, transformers alone", "gpu_train", 75, 10,
                  variants=rows if cpu else rows | {BARE: {}}),
-        of_model("lora", "a training step with LoRA, and with all weights", "gpu_train", 45, 10,
+        of_model("lora", "a training step with LoRA, and with all weights", "gpu_train", 40, 10,
                  variants={f"rank_{LORA_RANK}": {"train.lora.rank": LORA_RANK}, "all_weights": {}}),
-        of_model("head", "log-probs and entropy alone", "gpu_head", 25, 5),
+        of_model("head", "log-probs and entropy alone", "gpu_head", 20, 5),
         *others,
     ]
 
