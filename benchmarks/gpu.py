@@ -228,7 +228,7 @@ def run_section(section: Section, deadline_s: float, *, folder: Path, device: st
         except RuntimeError as error:
             kept = work / SO_FAR
             part, reason = json.loads(kept.read_text()) if kept.exists() else {}, str(error)
-            output = (work / "output.txt").read_text(errors="replace").splitlines()[-OUTPUT_LINES:]
+            output = (work / "output.txt").read_text(encoding="utf-8", errors="replace").splitlines()[-OUTPUT_LINES:]
             print(f"{section.name}: {reason}", file=sys.stderr, flush=True)
     figures = part.get("figures", {})
     state = DONE if reason is None else CUT if figures else FAILED
