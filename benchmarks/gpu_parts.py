@@ -12,6 +12,7 @@ import os
 import platform
 import shutil
 import statistics
+import sysconfig
 import time
 from collections.abc import Callable, Sequence
 from importlib import metadata
@@ -147,8 +148,9 @@ def _micro_batch(size: Size, device: str) -> int:
 
 
 def _can_compile() -> bool:
-    """What vLLM compiles its model with."""
-    return any(shutil.which(name) for name in ("gcc", "clang"))
+    """What vLLM compiles its model with: Triton builds its launchers with a C compiler and Python's headers."""
+    headers = Path(sysconfig.get_paths()["include"], "Python.h")
+    return headers.exists() and any(shutil.which(name) for name in ("gcc", "clang"))
 
 
 def loop_figures(steps: Sequence[dict[str, float]], size: Size, *, model_bytes: int) -> dict[str, Any]:
