@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.figures import FIGURES, Failed, Figure, Measured, as_json, chosen, table
@@ -40,6 +41,18 @@ def measure(figure: Figure, session: Session) -> list[Measured | Failed]:
         return [Failed(figure.name, f"{type(error).__name__}: {error}")]
 
 
+def measure_all(figures: Sequence[Figure], session: Session, *, as_lines: bool) -> list[Measured | Failed]:
+    """`as_lines`: each result is printed as soon as it is there."""
+    started_s, results = time.monotonic(), []
+    for figure in figures:
+        print(f"{time.monotonic() - started_s:5.0f} s  {figure.name}: {figure.meaning}", file=sys.stderr, flush=True)
+        for result in measure(figure, session):
+            results.append(result)
+            if as_lines:
+                print(as_json(result), flush=True)
+    return results
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="launch/bench.sh", description="Measures what docs/benchmarks.md describes.")
     parser.add_argument("--quick", action="store_true", help="shorter responses, fewer runs")
@@ -63,7 +76,7 @@ def main() -> int:
         if value is not None and min([value] if isinstance(value, int) else value) < least:
             parser.error(f"--{option} {value}: at least {least}")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that what runs is ended with us
-    started, results = time.monotonic(), []
+    started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="flux-ray-bench-") as folder:
         for size in SIZES:
             make_model(Path(folder, size), size)
@@ -72,12 +85,7 @@ def main() -> int:
         session.ratio_tokens = arguments.tokens or session.ratio_tokens
         session.lengths = (arguments.lengths,) if arguments.lengths else session.lengths
         session.peer_setting = tuple(arguments.trl) if arguments.trl else None
-        for figure in figures:
-            print(f"{time.monotonic() - started:5.0f} s  {figure.name}: {figure.meaning}", file=sys.stderr, flush=True)
-            for result in measure(figure, session):
-                results.append(result)
-                if arguments.json:
-                    print(as_json(result), flush=True)
+        results = measure_all(figures, session, as_lines=arguments.json)
     if not arguments.json:
         print(f"{session.dtype}, 64 sequences of {session.ratio_tokens} tokens on average (beside TRL "
               f"{session.tokens}), a thread a process\n")

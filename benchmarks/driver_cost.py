@@ -3,7 +3,7 @@
 Takes:  a Session.
 Gives:  `cpu`, `sockets`, `memory`; the part `run`.
 Knows:  a whole run as the command line starts it; the reward workers are real, engines and ranks answer with made
-        records (benchmarks/made.py).
+        records (tests/fakes/instant.py).
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from typing import Any
 
 import psutil
 
-from benchmarks import made
 from benchmarks.figures import Measured
 from benchmarks.session import Session
 from benchmarks.work import PROMPT_TOKENS, Phase, make_data, options
+from tests.fakes import instant
 
 IN_FLIGHT, QUICK_IN_FLIGHT = (10, 100, 1000), (10, 1000)
 FLAT = 1.5  # a group among 100 or 1,000 may cost so many times one among 10: then the driver counts as flat
@@ -115,8 +115,8 @@ def run(folder: Path, work: Path, *, groups: int, steps: int, tokens: int, hold_
     from flux_ray.observability.callbacks import as_callback
     from flux_ray.run import run as train
 
-    os.environ[made.HOLD_S] = str(hold_s)
-    made.put_in_place(rewards=made_rewards)
+    os.environ[instant.HOLD_S] = str(hold_s)
+    instant.put_in_place(rewards=made_rewards)
     seen: list[dict[str, float]] = []
     process, calls = psutil.Process(), _counted_calls()
 

@@ -42,8 +42,8 @@ def folds_of(rows: list[dict[str, str]], num_folds: int) -> list[list[int]]:
 
 
 def make_model(rows: list[dict[str, str]], folder: Path, given: argparse.Namespace) -> None:
-    from flux_ray.toy.gsm8k import byte_level_bpe
-    from flux_ray.toy.model import Sizes, save_model
+    from examples.gsm8k import byte_level_bpe
+    from examples.tiny_model import Sizes, save_model
 
     tokenizer = byte_level_bpe([row[side] for row in rows for side in ("chosen", "rejected")], given.vocab)
     sizes = Sizes(hidden_size=given.hidden, num_hidden_layers=given.layers, intermediate_size=3 * given.hidden,

@@ -105,7 +105,8 @@ async def _streamed(engine: Any, request: SamplingRequest) -> Completion:
 
 def count_tokens() -> None:
     """In a training rank: after each optimizer step a note of the tokens that were forwarded with gradients, and of
-    those among them that are of samples (not padding, and not a micro-batch without weight)."""
+    those among them that are of samples (not padding, and not a micro-batch without weight); with it the most memory
+    that the rank has had on its GPU."""
     import torch
     from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -124,7 +125,9 @@ def count_tokens() -> None:
         return forward(self, micro_batch, **asked)
 
     def stepped(*_: Any) -> None:
-        note(forwarded=sum(forwarded), used=sum(used), scored=sum(scored), micro_batches=len(forwarded))
+        peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+        note(forwarded=sum(forwarded), used=sum(used), scored=sum(scored), micro_batches=len(forwarded),
+             peak_gpu_bytes=peak)
         for counts in (forwarded, used, scored):
             counts.clear()
 

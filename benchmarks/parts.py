@@ -48,15 +48,19 @@ ENV = {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_U
 PARTS = {
     "vllm": "parts:bare_vllm", "deepspeed": "parts:bare_deepspeed", "ours": "parts:ours",
     "trl": "peer:trl_steps", "same_loss": "peer:same_loss", "publish": "publish:run", "bare_update": "publish:bare",
-    "driver": "driver_cost:run",
-    "bare_calls": "driver_cost:bare_calls",
+    "driver": "driver_cost:run", "bare_calls": "driver_cost:bare_calls",
+    **{f"gpu_{name}": f"gpu_parts:{name}" for name in ("machine", "model", "loop", "publish", "train", "head")},
 }
 
 
-def run_part(name: str, folder: Path, *, deadline_s: float, env: dict[str, str] | None = None, **asked: Any) -> Any:
-    """What the part gave. RuntimeError: it failed, or took longer than its deadline; its processes are gone then."""
+def run_part(name: str, folder: Path, *, deadline_s: float, env: dict[str, str] | None = None,
+             work: Path | None = None, **asked: Any) -> Any:
+    """What the part gave. RuntimeError: it failed, or took longer than its deadline; its processes are gone then.
+
+    `work`: the part's own folder, where the caller wants to look at it; its output is in output.txt there.
+    """
     mark = secrets.token_hex(8)
-    work = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=folder))
+    work = work or Path(tempfile.mkdtemp(prefix=f"{name}-", dir=folder))
     (work / "asked.json").write_text(json.dumps(asked))
     environment = {**os.environ, **ENV, **(env or {}), MARK: mark, inside.NOTES: str(work)}
     command = [sys.executable, "-m", "benchmarks.parts", name, str(folder), str(work)]
@@ -135,12 +139,17 @@ async def _measured(step: Callable[[str, Phase], Awaitable[float]], phases: Sequ
         seconds[phase.name] = [await step(f"{phase.name}-{i}", phase) for i in range(phase.runs)]
         if other:
             other.done(phase.name)
-            ends_s = time.monotonic() + DEADLINE_S
-            while other.goes_on(phase.name):
-                if time.monotonic() > ends_s:
-                    raise TimeoutError(f"{other.other} was not done within {DEADLINE_S:g} s")
-                await step(f"{phase.name}-more-{time.monotonic()}", phase)
+            await _go_on(step, phase, other)
     return seconds
+
+
+async def _go_on(step: Callable[[str, Phase], Awaitable[float]], phase: Phase, other: Beside) -> None:
+    """Unmeasured steps, until the other part is done with its own."""
+    ends_s = time.monotonic() + DEADLINE_S
+    while other.goes_on(phase.name):
+        if time.monotonic() > ends_s:
+            raise TimeoutError(f"{other.other} was not done within {DEADLINE_S:g} s")
+        await step(f"{phase.name}-more-{time.monotonic()}", phase)
 
 
 async def _bare_vllm(folder: Path, phases: Sequence[Phase], dtype: str, enforce_eager: bool,

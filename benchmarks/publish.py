@@ -60,7 +60,8 @@ def stagings() -> list[str]:
 
 def run(folder: Path, work: Path, *, steps: int, **more: Any) -> dict[str, list[float]]:
     """For each version after the warm-up: seconds from the optimizer step until all engines serve it, and the longest
-    that a running request waited between its last token of the old version and its first of the new."""
+    that a running request waited between its last token of the old version and its first of the new; for each step
+    what the trainer says that publishing took."""
     from flux_ray.config import from_dict
     from flux_ray.run import run as train
 
@@ -69,10 +70,10 @@ def run(folder: Path, work: Path, *, steps: int, **more: Any) -> dict[str, list[
     (work / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     os.environ[inside.WATCHED] = "1"
     phase = Phase("publish", [TOKENS] * PROMPTS * SAMPLES, 0, steps)
-    train(from_dict(options(folder, dtype="float32", phases=[phase]) | {
+    history = train(from_dict(options(folder, dtype="float32", phases=[phase]) | {
         "model.path": str(folder / "60M"), "data.train": str(work / "data.jsonl"), "run_dir": str(work / "run"),
         "plugins": [inside.__file__], "rollout.num_engines": 2, "rollout.group_size": SAMPLES,
-        "batch.prompts_per_step": PROMPTS, "driver.max_staleness": STALENESS} | more))
+        "batch.prompts_per_step": PROMPTS, "driver.max_staleness": STALENESS} | more)).history
     updated = [json.loads(line)["at_s"] for line in (work / "trainer-0.jsonl").read_text().splitlines()]
     engines = [[json.loads(line) for line in (work / f"engine-{i}.jsonl").read_text().splitlines()]
                for i in range(more.get("rollout.num_engines", 2))]
@@ -86,7 +87,8 @@ def run(folder: Path, work: Path, *, steps: int, **more: Any) -> dict[str, list[
         stalled += [max(waited) for waited in [waits_s(itertools.chain(*engines), version)] if waited]
     if not served or not stalled:
         raise RuntimeError("no request ran while an update came: the trainer was slower than the engines")
-    return {"served_s": served, "stalled_s": stalled, "lengths": lengths}
+    return {"served_s": served, "stalled_s": stalled, "lengths": lengths,
+            "publish_s": [step["weights/publish_s"] for step in history[WARM_UP:]]}
 
 
 def bare(folder: Path, work: Path, *, tokens: int, rounds: int) -> dict[str, list[float]]:

@@ -5,4 +5,4 @@ set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 flux_setup cpu,test
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-exec python -m flux_ray.learn "$@"
+exec python -m examples.learn "$@"

@@ -4,4 +4,4 @@ set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 flux_setup cpu,test
 export FLUX_RAY_STARTED_S=$(date +%s)   # the seconds it tells are the run's, without the installation
-exec python -m flux_ray.quickstart "$@"
+exec python -m examples.quickstart "$@"

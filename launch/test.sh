@@ -17,7 +17,7 @@ phase() {
 if [ $# -gt 0 ]; then
     exec python -m pytest "$@"
 fi
-phase lint ruff check flux_ray tests benchmarks
+phase lint ruff check flux_ray examples tests benchmarks
 phase types mypy
 phase house python -m pytest -q tests/house
 phase unit python -m pytest -q -m unit --ignore=tests/house

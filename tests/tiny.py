@@ -31,9 +31,9 @@ CHAT_TEMPLATE = (
 PAD_ID, EOS_ID, UNK_ID = range(3)
 
 
-def tiny_tokenizer(vocab: int = 64) -> PreTrainedTokenizerFast:
-    """One token per character; characters beyond the vocabulary are <unk>."""
-    words = [*SPECIAL, *CHARACTERS][:vocab]
+def tiny_tokenizer(vocab: int | None = 64, *, characters: str = CHARACTERS) -> PreTrainedTokenizerFast:
+    """One token per character; characters beyond the vocabulary are <unk> (None: none is beyond it)."""
+    words = [*SPECIAL, *characters][:vocab]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     tokenizer.decoder = decoders.Fuse()

@@ -1,7 +1,6 @@
 import pytest
-from transformers import PreTrainedTokenizerFast
 
-from flux_ray.toy.addition import character_tokenizer
+from tests.tiny import tiny_tokenizer
 
 CHARACTERS = "".join(chr(code) for code in range(32, 127)) + "\nøé"
 CHAT_TEMPLATE = (
@@ -11,11 +10,9 @@ CHAT_TEMPLATE = (
 
 
 def make_tokenizer(**knobs):
-    """One token a character."""
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=character_tokenizer(CHARACTERS), pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
-    )
-    for name, value in knobs.items():
+    """One token a character; without a chat template, where none is given."""
+    tokenizer = tiny_tokenizer(None, characters=CHARACTERS)
+    for name, value in {"chat_template": None, **knobs}.items():
         setattr(tokenizer, name, value)
     return tokenizer
 

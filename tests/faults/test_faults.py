@@ -107,7 +107,7 @@ def test_a_reward_that_raises_ends_the_run_naming_function_and_sample(toys, tmp_
     program = start(
         f"model.path={toys.untied}", f"data.train={toys.data}", "batch.prompts_per_step=8", "algo.beta=0",
         "data.shuffle=false", "rollout.max_tokens=16", "driver.num_steps=100", f"run_dir={run_dir}",
-        f"rollout.function={REPO}/docs/examples/calculator.py:with_calculator",
+        f"rollout.function={REPO}/examples/calculator.py:with_calculator",
         f"reward.functions=[{toys.rewards}:breaks]", folder=tmp_path)
     program.wait_for_steps(2, run_dir=run_dir)
     line = last_line(program, 1)

@@ -13,7 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 REPO = Path(__file__).parents[2]
-PAGES = [REPO / "README.md", REPO / "CONTRIBUTING.md", *sorted((REPO / "docs").glob("*.md"))]
+PAGES = [REPO / "README.md", REPO / "CONTRIBUTING.md", REPO / "examples" / "README.md",
+         *sorted((REPO / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```(?:bash|sh|shell)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 INLINE = re.compile(r"(?<!`)`((?:flux-ray|python -m flux_ray) (?:train|explain) [^`]+)`")
 STARTS = {("flux-ray",): 1, ("python", "-m", "flux_ray"): 3}

@@ -1,4 +1,4 @@
-"""What the house rules look at: the parsed modules of flux_ray.
+"""What the house rules look at: the parsed modules of flux_ray, or of another folder.
 
 Gives:  `modules()`: (dotted name, path, syntax tree) of each; `imports()`: what one imports, with the line.
 """
@@ -14,9 +14,9 @@ REPO = Path(__file__).parents[2]
 
 
 @cache
-def modules() -> list[tuple[str, Path, ast.Module]]:
+def modules(folder: str = "flux_ray") -> list[tuple[str, Path, ast.Module]]:
     found = []
-    for path in sorted((REPO / "flux_ray").rglob("*.py")):
+    for path in sorted((REPO / folder).rglob("*.py")):
         parts = path.relative_to(REPO).with_suffix("").parts
         name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
         found.append((name, path, ast.parse(path.read_text(encoding="utf-8"))))

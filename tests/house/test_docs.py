@@ -29,6 +29,8 @@ MOST_README_LINES = 150
 FEWEST_COMMANDS = 30   # fewer found: the pages are written in a way that the search doesn't know
 OF_THE_READER = ("experiment=mine", "algo=NAME")
 NAMED = re.compile(r"`[+']*([a-z]+(?:\.[a-z_0-9]+)+)(?==|`|'|,| )")
+#: A module, a script or a file of the repository that a page names.
+PROGRAM = re.compile(r"python -m ((?:examples|benchmarks)\.\w+)|\b((?:launch|examples|benchmarks)/[\w/]+\.(?:sh|py))")
 LINK = re.compile(r"\]\(([^)#\s]+)[^)]*\)")
 
 
@@ -61,6 +63,16 @@ def test_every_command_on_a_page_has_options_that_exist():
         except (UserError, AssertionError) as error:
             wrong.append(f"{where}: {error}")
     assert wrong == []
+
+
+def test_programs_that_are_named_exist():
+    texts = [*PAGES, REPO / "mkdocs.yml", *(REPO / "conf").rglob("*.yaml")]
+    found = {(path.name, name) for path in texts for names in PROGRAM.findall(path.read_text(encoding="utf-8"))
+             for name in names if name}
+    assert len(found) > FEWEST_COMMANDS
+    missing = [(page, name) for page, name in sorted(found)
+               if not (REPO / (name if "/" in name else f"{name.replace('.', '/')}.py")).is_file()]
+    assert missing == []
 
 
 def test_a_wrong_option_on_a_page_would_be_seen():
@@ -121,9 +133,10 @@ def test_a_page_without_its_marks_is_refused():
 
 def test_links_of_the_readme_lead_somewhere():
     """The site doesn't hold README and CHANGELOG."""
-    for page in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md"):
+    for page in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "examples/README.md"):
         targets = LINK.findall((REPO / page).read_text(encoding="utf-8"))
-        missing = [target for target in targets if "://" not in target and not (REPO / target).exists()]
+        folder = (REPO / page).parent
+        missing = [target for target in targets if "://" not in target and not (folder / target).exists()]
         assert missing == [], page
 
 

@@ -43,7 +43,6 @@ LEVELS = {
     "flux_ray.weights": 2,
     "flux_ray.observability": 2,
     "flux_ray.cluster": 3,
-    "flux_ray.toy": 3,
     "flux_ray.driver": 4,
     "flux_ray.offline": 4,
     "flux_ray.run": 5,
@@ -53,8 +52,6 @@ LEVELS = {
     "flux_ray.info": 1,
     "flux_ray.home": 0,
     "flux_ray.__main__": 7,
-    "flux_ray.learn": 8,
-    "flux_ray.quickstart": 8,   # it calls the command line, as anybody would
 }
 
 #: Library ► the only parts, or modules, that import it.
@@ -68,6 +65,9 @@ HOMES = {
     "unsloth": {"backends"},
     "omegaconf": {"config", "names", "run_dir", "observability"},   # the last two read and write config.yaml
 }
+
+#: Folders of the repository that are not in the wheel.
+BESIDE = ("examples", "benchmarks", "tests")
 
 
 def level(name: str) -> int | None:
@@ -114,6 +114,13 @@ def test_no_module_imports_itself_by_way_of_others():
     for name in targets:
         follow(name, [])
     assert cycles == []
+
+
+def test_the_package_needs_nothing_beside_it():
+    """The wheel holds it alone."""
+    wrong = [f"{path.relative_to(REPO)}:{line}: {target}" for _, path, tree in modules()
+             for target, line in imports(tree) if target.split(".")[0] in BESIDE]
+    assert wrong == []
 
 
 def test_libraries_stay_in_their_rooms():

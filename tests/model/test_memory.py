@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks.bench_logprob_memory import Shape, peak_extra_bytes
+from tests.model.head_memory import Shape, peak_extra_bytes
 
 pytestmark = pytest.mark.unit
 

@@ -5,7 +5,6 @@ import threading
 
 import numpy as np
 import pytest
-from transformers import PreTrainedTokenizerFast
 
 from flux_ray.cluster.group import Members
 from flux_ray.config import Config, DataConfig, RewardConfig, RolloutConfig, from_dict
@@ -15,16 +14,14 @@ from flux_ray.reward.calls import BAD_RESULT, RAISED, TIMED_OUT, RewardError
 from flux_ray.reward.worker import RewardWorker
 from flux_ray.rollout.scoring import responses_of, scored_group
 from flux_ray.rollout.worker import RolloutWorker
-from flux_ray.toy.addition import CHARACTERS, character_tokenizer
 from tests.fakes.actors import LocalGroup
+from tests.tiny import CHARACTERS, tiny_tokenizer
 
 pytestmark = pytest.mark.unit
 
 EOS = 1
 STEP, VERSION = 3, 8  # a run that went back to a step has published more versions than it has done steps
-TOKENIZER = PreTrainedTokenizerFast(
-    tokenizer_object=character_tokenizer(CHARACTERS), pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
-)
+TOKENIZER = tiny_tokenizer(None)
 
 
 def responses_to(group):

@@ -21,7 +21,7 @@ from tests.tiny import tiny_tokenizer
 
 pytestmark = pytest.mark.unit
 
-CALCULATOR = Path(__file__).parents[2] / "docs" / "examples" / "calculator.py"
+CALCULATOR = Path(__file__).parents[2] / "examples" / "calculator.py"
 
 
 class Said:

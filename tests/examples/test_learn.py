@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from examples.learn import ACCURACY, EVAL, LEVEL, TABLE, learn, learned, main, table
 from flux_ray import algo
 from flux_ray.__main__ import compose
-from flux_ray.learn import ACCURACY, EVAL, LEVEL, TABLE, learn, learned, main, table
 
 pytestmark = pytest.mark.unit
 

@@ -1,7 +1,7 @@
-"""Actors that answer with made records: what is left to measure is the driver, and Ray between it and them.
+"""Actors that compute nothing and answer with made records: what is left is the driver, and Ray between it and them.
 
 Takes:  the arguments that engines and training ranks are built with.
-Gives:  MadeEngine, MadeRank; `put_in_place`, which lets a run of this process build them.
+Gives:  InstantEngine, InstantRank and their like; `put_in_place`, which lets a run of this process build them.
 Knows:  BENCH_HOLD_S: how long an engine holds a group, so that as many as the slots let in are in flight.
 """
 
@@ -34,7 +34,7 @@ HOLD_S = "BENCH_HOLD_S"
 NUM_METRICS = 30  # as many as a training step of GRPO reports
 
 
-class MadeEngine:
+class InstantEngine:
     """Answers each request with responses of its max_tokens tokens, all alike."""
 
     def __init__(self, config: Config, *, index: int, **_: Any) -> None:
@@ -60,7 +60,7 @@ class MadeEngine:
         return str(version)
 
 
-class MadeReward:
+class InstantReward:
     """Scores each group at once, its samples unlike."""
 
     def __init__(self, config: Config) -> None: ...
@@ -72,14 +72,14 @@ class MadeReward:
         return Scores(values, values, {"made": values})
 
 
-class MadeReference:
+class InstantReference:
     def __init__(self, **_: Any) -> None: ...
 
     async def group_logprobs(self, groups: list[RolloutGroup]) -> list[list[np.ndarray]]:
         return [[np.full(t.num_tokens, -0.5, np.float32) for t in group.trajectories] for group in groups]
 
 
-class MadeRank:
+class InstantRank:
     """Holds its groups as a rank does, and reports at once."""
 
     def __init__(self, config: Config, **_: Any) -> None:
@@ -116,6 +116,6 @@ def put_in_place(*, rewards: bool = False) -> None:
     """Runs of this process build these in the place of engines and training ranks; `rewards`: and of what scores."""
     from flux_ray.run import build
 
-    build.RolloutEngine, build.TrainingRank = MadeEngine, MadeRank  # type: ignore[misc, assignment]
+    build.RolloutEngine, build.TrainingRank = InstantEngine, InstantRank  # type: ignore[misc, assignment]
     if rewards:
-        build.RewardWorker, build.ReferencePolicy = MadeReward, MadeReference  # type: ignore[misc, assignment]
+        build.RewardWorker, build.ReferencePolicy = InstantReward, InstantReference  # type: ignore[misc, assignment]

@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from examples import gsm8k
+from examples.gsm8k import MAX_COMPLETION_TOKENS, MAX_PROMPT_TOKENS, make_gsm8k, word_problems
+from examples.tiny_model import Sizes
 from flux_ray.data.rows import Rows
 from flux_ray.errors import UserError
 from flux_ray.reward.rules import numeric, regex
-from flux_ray.toy import gsm8k
-from flux_ray.toy.gsm8k import MAX_COMPLETION_TOKENS, MAX_PROMPT_TOKENS, make_gsm8k, word_problems
-from flux_ray.toy.model import Sizes
 
 pytestmark = pytest.mark.unit
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from flux_ray.toy.model import SPECIAL_TOKENS, UNKNOWN, Sizes, save_model, write_jsonl
+from examples.tiny_model import SPECIAL_TOKENS, UNKNOWN, Sizes, save_model, write_jsonl
 
 CHARACTERS = "0123456789+="
 NUMBERS = range(10, 100)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from flux_ray.toy.addition import SLIPS, TEACHER_SLIPS, make_addition
+from examples.addition import SLIPS, TEACHER_SLIPS, make_addition
 
 pytestmark = pytest.mark.unit
 

@@ -19,10 +19,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from examples.addition import make_addition
 from flux_ray import algo
 from flux_ray.errors import UserError, unknown
 from flux_ray.observability.run_folder import EVAL, read_lines
-from flux_ray.toy.addition import make_addition
 
 LEVEL = 0.8        # share of right answers that counts as learned
 ACCURACY = "eval/task_mean"   # the share of right answers: eval/mean has penalties on length in it

@@ -14,9 +14,9 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from examples.tiny_model import SPECIAL_TOKENS, Sizes, save_model, write_jsonl
 from flux_ray.data.rows import Rows, load_rows
 from flux_ray.errors import UserError
-from flux_ray.toy.model import SPECIAL_TOKENS, Sizes, save_model, write_jsonl
 
 CALCULATION = re.compile(r"<<[^>]*>>")  # GSM8K's notes for a calculator, of no use to a reader
 RESULT_MARK = "####"

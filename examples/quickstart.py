@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
+from examples.addition import make_addition
 from flux_ray.__main__ import main as flux_ray_command
 from flux_ray.observability.run_folder import EVAL, read_lines
-from flux_ray.toy.addition import make_addition
 
 STARTED = "FLUX_RAY_STARTED_S"  # when the run began, in the environment: seconds since 1970
 NUM_SHOWN = 8  # prompts printed with their answers before and after

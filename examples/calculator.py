@@ -1,6 +1,6 @@
 """A rollout of two turns with a tool: the policy writes, a calculator answers, the policy goes on.
 
-    flux-ray train ... rollout.function=docs/examples/calculator.py:with_calculator 'rollout.stop=["="]' \\
+    flux-ray train ... rollout.function=examples/calculator.py:with_calculator 'rollout.stop=["="]' \\
         rollout.max_model_len=1024
 
 Where the policy's text holds an expression that ends in "=", such as 12+30=, the calculator writes the result after it
