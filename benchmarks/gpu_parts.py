@@ -201,7 +201,7 @@ def publish(folder: Path, work: Path, *, device: str, size: dict[str, Any], back
         figures[name] = statistics.median(gave[name])
         figures[f"{name}_longest"] = max(gave[name])
     figures |= {"updates": len(gave["served_s"]), "weights_bytes": size_bytes,
-                "publish_gb_per_s": size_bytes / figures["publish_s"] / 1e9}
+                "gb_per_s": size_bytes / figures["publish_s"] / 1e9}
     return {"config": asked | {"steps": steps}, "figures": figures}
 
 
