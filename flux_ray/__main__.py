@@ -11,9 +11,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
+import itertools
+import json
 import os
 import re
+import shutil
 import sys
+import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -27,32 +31,45 @@ RUN_FAILED = 1        # exit code: something broke; the line says what and where
 USER_ERROR = 2        # exit code: the user can mend it
 INTERRUPTED = 130     # exit code of a program ended by Ctrl-C, as shells have it
 
+HELP_COLUMNS = 100    # widest line of the help
+BOUND_SIGNS = {"least": ">=", "above": ">", "most": "<="}
 NOT_GIVEN = "not given"   # what explain takes for a model or data that aren't named
 
 #: [+, ++ or ~] key [= value]
 OVERRIDE = re.compile(r"(?P<sign>\+\+|\+|~|)(?P<key>[^=@~+]+)(?P<value>=.*)?", re.DOTALL)
 
 ABOUT = """\
-flux-ray: reinforcement-learning post-training of language models on Ray, vLLM and DeepSpeed
+flux-ray trains language models by reinforcement learning, with vLLM, DeepSpeed and Ray.
 
-  flux-ray train [overrides]     train: GRPO and its kin, PPO; algo=sft; preferences with algo=dpo, reward_model
-  flux-ray train --help          every option with its default and meaning
-  flux-ray explain [overrides]   the objective that these options mean, and what is odd about it; starts nothing
-  flux-ray translate FILE        a configuration of verl, OpenRLHF or TRL as options of flux-ray train
-  flux-ray info                  versions, devices, and what is missing for what
+  flux-ray train OPTION=VALUE ...     trains a model
+  flux-ray explain OPTION=VALUE ...   prints the objective of these options as formulas; starts nothing
+  flux-ray train --help               lists every option with its default and its meaning
+  flux-ray translate FILE             turns a configuration of verl, OpenRLHF or TRL into options
+  flux-ray info                       shows versions, devices, and what is missing for what
   flux-ray --version
+
+A first run:
+
+  flux-ray train model.path=Qwen/Qwen3-0.6B data.train=data.jsonl 'reward.functions=[numeric]'
+
+algo=NAME says how it learns: grpo (the default), dapo, ppo and others from rewards; dpo and reward_model from pairs;
+sft from completions.
 """
 
 TRAIN_HELP = """\
-flux-ray train [overrides]
+flux-ray train OPTION=VALUE ...
 
   flux-ray train model.path=PATH data.train=FILE.jsonl 'reward.functions=[numeric]'
-  flux-ray train algo=dr_grpo experiment=mine --config-dir my_conf train.learning_rate=1e-6
+  flux-ray train algo=dr_grpo model.path=PATH data.train=FILE.jsonl train.learning_rate=1e-6
   flux-ray train --multirun seed=0,1,2 model.path=PATH data.train=FILE.jsonl
 
-Overrides are Hydra's: key=value, +key=value, ~key, group=choice. resume=RUN goes on with that run's options and those
-named beside it (with a group=choice among them all are named anew). Also --cfg job (print the whole config and stop),
---config-dir DIR (your own folder of groups, e.g. DIR/experiment/mine.yaml), --multirun, --info, --hydra-help.
+  resume=RUN         goes on with that run and its options. Options beside it win. With a
+                     GROUP=CHOICE beside it that run's options don't count: name them all anew
+  GROUP=CHOICE       takes a file of options, such as algo=dapo
+  --config-dir DIR   adds your own files of options: experiment=mine is DIR/experiment/mine.yaml
+  --multirun         runs once for each value of a list
+  --cfg job          prints the whole config and stops
+  --hydra-help       lists what Hydra, which reads these words, can do besides
 """
 
 
@@ -136,7 +153,7 @@ def _explain(config: Config) -> None:
     warnings = check(config)
     try_registered(config)
     for heading, text in explained(config):
-        print(f"{heading:<12} {text}")
+        print(_paragraph(f"{heading:<12} {text}", indent=13))
     for warning in warnings:
         print(f"warning: {warning}")
 
@@ -348,24 +365,45 @@ def _one_line(error: Exception) -> UserError:
 
 
 def _groups_help() -> str:
-    lines = [f"  {group}={{{','.join(choices)}}}" for group, choices in _groups().items()]
-    return "\n".join(["Groups:", *lines, ""])
+    lines = [_filled(f"{group}: {', '.join(choices)}", first="  ") for group, choices in _groups().items()]
+    return "\n".join(["Groups, and their choices:", *lines, ""])
+
+
+def options_by_section() -> Iterator[tuple[str, list[tuple[str, str, str]]]]:
+    """Each section with its options: (option, its default, what it means with its choices and bounds)."""
+    for section, fields in itertools.groupby(configs.options(), key=lambda option: option[0].rpartition(".")[0]):
+        yield section or "The run", [(key, _written(configs.default_of(f)), _meaning(f)) for key, f in fields]
+
+
+def _written(default: object) -> str:
+    """A value as the command line takes it."""
+    return json.dumps(default) if default is None or isinstance(default, bool) else str(default)
+
+
+def _meaning(f: dataclasses.Field[object]) -> str:
+    choices, bounds = " | ".join(f.metadata["choices"]), f.metadata["bounds"]
+    limits = ", ".join(f"{sign} {bounds[bound]}" for bound, sign in BOUND_SIGNS.items() if bound in bounds)
+    return f.metadata["help"] + "".join(f" [{note}]" for note in (choices, limits) if note)
 
 
 def _options_help() -> str:
-    """Every option: key = default, meaning, choices and bounds, section by section."""
-    lines, last_section = [], None
-    for key, f in configs.options():
-        section = key.rpartition(".")[0]
-        if section != last_section:
-            lines.append(f"\n{section or 'The run'}:" if last_section is not None else "Options:")
-        last_section = section
-        default, choices = configs.default_of(f), f.metadata["choices"]
-        limits = [f"{sign} {f.metadata['bounds'][b]}" for b, sign in
-                  (("least", ">="), ("above", ">"), ("most", "<=")) if b in f.metadata["bounds"]]
-        notes = "".join(f" [{note}]" for note in (" | ".join(choices), ", ".join(limits)) if note)
-        lines.append(f"  {key}={'null' if default is None else default}\n      {f.metadata['help']}{notes}")
+    lines = ["Options, and their defaults (null is none):"]
+    for section, entries in options_by_section():
+        lines.append(f"\n{section}:")
+        for option, default, meaning in entries:
+            lines += [f"  {option}={default}", _filled(meaning, first=" " * 6)]
     return "\n".join(lines)
+
+
+def _filled(text: str, *, first: str) -> str:
+    return textwrap.fill(text, HELP_COLUMNS, initial_indent=first, subsequent_indent=" " * 6)
+
+
+def _paragraph(text: str, *, indent: int) -> str:
+    """For a person's eyes, wrapped to the terminal; what goes into a pipe or a file stays one line."""
+    if not sys.stdout.isatty():
+        return text
+    return textwrap.fill(text, shutil.get_terminal_size().columns, subsequent_indent=" " * indent)
 
 
 if __name__ == "__main__":
