@@ -149,16 +149,11 @@ class FluxTrainer:
         return self.fit(callbacks=callbacks)
 
     def evaluate(self, prompts: str | Path | Rows | None = None) -> Metrics:
-        """Evaluate each prompt once: by the model that `fit` trained, or by `model.path` before any `fit`.
+        """Evaluate each prompt once (None takes `eval.data`), and give the metrics `eval/*`.
 
-        Only engines and reward workers start. For pairs and completions, ranks that train nothing start, with the
-        reference that `fit` had. The results lie in the folder `evaluation` of the run. It raises what `fit` raises.
-
-        Args:
-            prompts: As `fit` takes them; None takes `eval.data`.
-
-        Returns:
-            The metrics `eval/*`.
+        The model is what `fit` trained, or `model.path` before any `fit`. Only engines and reward workers start. For
+        pairs and completions, ranks that train nothing start, with the reference that `fit` had. The results lie in the
+        folder `evaluation` of the run. It raises what `fit` raises.
         """
         self._refuse_closed()
         source = prompts if prompts is not None else self.config.eval.data
@@ -204,10 +199,7 @@ class FluxTrainer:
                 **changes: Any) -> Config:
         """Check the config that `fit` would run, and give it. Rows in memory are written to a file in the run's folder.
 
-        Args:
-            prompts: As `fit` takes them.
-            eval_prompts: As `fit` takes them.
-            changes: Options by their dotted names; None changes nothing.
+        `changes` are options by their dotted names; None changes nothing.
         """
         refuse_while_importing()
         sources = {"data.train": _source(prompts), "eval.data": _source(eval_prompts)}

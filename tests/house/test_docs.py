@@ -19,7 +19,7 @@ from flux_ray.algo.table import with_tables
 from flux_ray.backends.trl import METRICS as OF_TRL
 from flux_ray.driver.drop_stats import CAUSES
 from flux_ray.errors import UserError
-from flux_ray.names import sections_of
+from flux_ray.names import RENAMED, sections_of
 from tests.house.commands import PAGES, REPO, commands
 from tests.house.documented import names, undocumented
 
@@ -31,6 +31,7 @@ OF_THE_READER = ("experiment=mine", "algo=NAME")
 NAMED = re.compile(r"`[+']*([a-z]+(?:\.[a-z_0-9]+)+)(?==|`|'|,| )")
 #: A module, a script or a file of the repository that a page names.
 PROGRAM = re.compile(r"python -m ((?:examples|benchmarks)\.\w+)|\b((?:launch|examples|benchmarks)/[\w/]+\.(?:sh|py))")
+IN_FILE = re.compile(r"`((?:flux_ray|tests|benchmarks|examples|launch|docs|conf)/[\w/.-]+\.(?:py|sh|yaml))`(?::\s`([\w.]+)`)?")
 LINK = re.compile(r"\]\(([^)#\s]+)[^)]*\)")
 
 
@@ -138,6 +139,29 @@ def test_links_of_the_readme_lead_somewhere():
         folder = (REPO / page).parent
         missing = [target for target in targets if "://" not in target and not (folder / target).exists()]
         assert missing == [], page
+
+
+def test_files_and_functions_named_in_the_pages_exist():
+    """`flux_ray/….py`, and `flux_ray/….py`: `name` or `Class.name`."""
+    wrong = []
+    for page in PAGES:
+        for file, name in IN_FILE.findall(page.read_text(encoding="utf-8")):
+            path = REPO / file
+            text = path.read_text(encoding="utf-8") if path.is_file() else ""
+            defined = all(re.search(rf"^ *(async def|def|class) {part}\b|^{part}\b.*=", text, re.MULTILINE)
+                          for part in name.split(".") if part)
+            if not text or not defined:
+                wrong.append(f"{page.name}: {file} {name}")
+    assert wrong == []
+
+
+def test_no_name_is_lost():
+    """What an option or metric of 0.1.0 was called leads to what it is called now."""
+    old = (REPO / "tests" / "house" / "names_of_0_1_0.txt").read_text(encoding="utf-8").split()
+    now = {key for key, _ in configs.options()} | set(names())
+    assert len(old) > len(now) / 2
+    assert [name for name in old if RENAMED.get(name, name) not in now] == []
+    assert set(RENAMED.values()) <= now and not set(RENAMED) & now
 
 
 def test_the_readme_is_short():
