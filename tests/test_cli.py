@@ -166,6 +166,17 @@ def test_help_has_every_option_with_its_meaning(capsys):
     assert cli.main([]) == 0 and "flux-ray train" in capsys.readouterr().out
 
 
+def test_a_line_of_explain_is_wrapped_for_a_terminal_alone(monkeypatch):
+    line = "weight w     " + "the mean over all loss tokens of the update, and so on " * 3
+    assert cli._paragraph(line, indent=13) == line
+    monkeypatch.setattr(cli.sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "60")
+    first, *rest = cli._paragraph(line, indent=13).splitlines()
+    assert len(rest) > 1 and all(len(part) <= 60 for part in (first, *rest))
+    assert all(part.startswith(" " * 13) for part in rest)
+    assert " ".join([first, *(part.strip() for part in rest)]) == line.strip()
+
+
 def test_as_a_program_from_another_folder(elsewhere):
     command = [sys.executable, "-m", "flux_ray", "train"]
     environment = {"PYTHONPATH": str(REPO), "PATH": ""}

@@ -5,9 +5,11 @@ docs/metrics.md names what is measured; the tests of whole runs hold what they w
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
+from xml.etree import ElementTree
 
 import pytest
 
@@ -31,7 +33,9 @@ OF_THE_READER = ("experiment=mine", "algo=NAME")
 NAMED = re.compile(r"`[+']*([a-z]+(?:\.[a-z_0-9]+)+)(?==|`|'|,| )")
 #: A module, a script or a file of the repository that a page names.
 PROGRAM = re.compile(r"python -m ((?:examples|benchmarks)\.\w+)|\b((?:launch|examples|benchmarks)/[\w/]+\.(?:sh|py))")
-IN_FILE = re.compile(r"`((?:flux_ray|tests|benchmarks|examples|launch|docs|conf)/[\w/.-]+\.(?:py|sh|yaml))`(?::\s`([\w.]+)`)?")
+#: A file of the package or its tests, and a function or class in it.
+IN_FILE = re.compile(r"`((?:flux_ray|tests|docs|conf)/[\w/.-]+\.(?:py|yaml))`(?::\s`([\w.]+)`)?")
+SVG = "{http://www.w3.org/2000/svg}"
 LINK = re.compile(r"\]\(([^)#\s]+)[^)]*\)")
 
 
@@ -153,6 +157,21 @@ def test_files_and_functions_named_in_the_pages_exist():
             if not text or not defined:
                 wrong.append(f"{page.name}: {file} {name}")
     assert wrong == []
+
+
+def test_the_curve_of_a_run_is_drawn(tmp_path):
+    steps = [{"step": step, "reward/task_mean": 0.5 + step / 10} for step in range(4)]
+    evaluations = [{"step": 0, "eval/task_mean": 0.5}, {"step": 4, "eval/task_mean": 0.875}]
+    for name, lines in (("metrics.jsonl", steps), ("eval.jsonl", evaluations)):
+        (tmp_path / name).write_text("".join(f"{json.dumps(line)}\n" for line in lines), encoding="utf-8")
+    drawn = subprocess.run([sys.executable, "docs/images/curve.py", str(tmp_path)], cwd=REPO, capture_output=True,
+                           text=True, timeout=60, check=True).stdout
+    picture = ElementTree.fromstring(drawn)
+    line, = picture.iter(f"{SVG}polyline")
+    points = [tuple(map(float, point.split(","))) for point in line.attrib["points"].split()]
+    assert len(points) == 4
+    assert points == sorted(points) and [y for _, y in points] == sorted((y for _, y in points), reverse=True)
+    assert {"0.50", "0.88"} <= {text.text for text in picture.iter(f"{SVG}text")}
 
 
 def test_no_name_is_lost():
