@@ -11,18 +11,15 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
-import itertools
-import json
 import os
 import re
-import shutil
 import sys
-import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import flux_ray
 from flux_ray import config as configs
+from flux_ray import help as helps
 from flux_ray import names, run_dir
 from flux_ray.config import Config
 from flux_ray.errors import RunFailed, UserError, unknown
@@ -31,46 +28,10 @@ RUN_FAILED = 1        # exit code: something broke; the line says what and where
 USER_ERROR = 2        # exit code: the user can mend it
 INTERRUPTED = 130     # exit code of a program ended by Ctrl-C, as shells have it
 
-HELP_COLUMNS = 100    # widest line of the help
-BOUND_SIGNS = {"least": ">=", "above": ">", "most": "<="}
 NOT_GIVEN = "not given"   # what explain takes for a model or data that aren't named
 
 #: [+, ++ or ~] key [= value]
 OVERRIDE = re.compile(r"(?P<sign>\+\+|\+|~|)(?P<key>[^=@~+]+)(?P<value>=.*)?", re.DOTALL)
-
-ABOUT = """\
-flux-ray trains language models by reinforcement learning, with vLLM, DeepSpeed and Ray.
-
-  flux-ray train OPTION=VALUE ...     trains a model
-  flux-ray explain OPTION=VALUE ...   prints the objective of these options as formulas; starts nothing
-  flux-ray train --help               lists every option with its default and its meaning
-  flux-ray translate FILE             turns a configuration of verl, OpenRLHF or TRL into options
-  flux-ray info                       shows versions, devices, and what is missing for what
-  flux-ray --version
-
-A first run:
-
-  flux-ray train model.path=Qwen/Qwen3-0.6B data.train=data.jsonl 'reward.functions=[numeric]'
-
-algo=NAME says how it learns: grpo (the default), dapo, ppo and others from rewards; dpo and reward_model from pairs;
-sft from completions.
-"""
-
-TRAIN_HELP = """\
-flux-ray train OPTION=VALUE ...
-
-  flux-ray train model.path=PATH data.train=FILE.jsonl 'reward.functions=[numeric]'
-  flux-ray train algo=dr_grpo model.path=PATH data.train=FILE.jsonl train.learning_rate=1e-6
-  flux-ray train --multirun seed=0,1,2 model.path=PATH data.train=FILE.jsonl
-
-  resume=RUN         goes on with that run and its options. Options beside it win. With a
-                     GROUP=CHOICE beside it that run's options don't count: name them all anew
-  GROUP=CHOICE       takes a file of options, such as algo=dapo
-  --config-dir DIR   adds your own files of options: experiment=mine is DIR/experiment/mine.yaml
-  --multirun         runs once for each value of a list
-  --cfg job          prints the whole config and stops
-  --hydra-help       lists what Hydra, which reads these words, can do besides
-"""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -79,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = [_as_utf8(argument) for argument in (sys.argv[1:] if argv is None else argv)]
     verb, *rest = arguments or ["--help"]
     if verb in ("-h", "--help", "help"):
-        print(ABOUT, end="")
+        print(helps.ABOUT, end="")
         return 0
     if verb == "--version":
         print(f"flux_ray {flux_ray.__version__}")
@@ -119,9 +80,9 @@ def _as_utf8(argument: str) -> str:
 
 def train(overrides: list[str]) -> None:
     if {"-h", "--help"} & set(overrides):
-        print(TRAIN_HELP)
-        print(_groups_help())
-        print(_options_help())
+        print(helps.TRAIN)
+        print(helps.groups_help())
+        print(helps.options_help())
         return
     compose(overrides, then=_run)
 
@@ -134,7 +95,7 @@ def _run(config: Config) -> None:
 
 def explain(overrides: list[str]) -> None:
     if {"-h", "--help"} & set(overrides):
-        print(ABOUT, end="")
+        print(helps.ABOUT, end="")
         return
     compose(overrides, then=_explain)
 
@@ -153,9 +114,9 @@ def _explain(config: Config) -> None:
     warnings = check(config)
     try_registered(config)
     for heading, text in explained(config):
-        print(_paragraph(f"{heading:<12} {text}", indent=13))
+        print(helps.paragraph(f"{heading:<12} {text}", indent=13))
     for warning in warnings:
-        print(f"warning: {warning}")
+        print(helps.paragraph(f"warning: {warning}", indent=len("warning: ")))
 
 
 def translate(arguments: list[str]) -> None:
@@ -231,7 +192,7 @@ def _resumed(tree: configs.DictConfig, overrides: list[str]) -> configs.DictConf
     A command line that chooses a group (experiment=..., algo=...) is taken whole, as for a new run.
     """
     keys = {match["key"] for match in map(OVERRIDE.fullmatch, overrides) if match}
-    if keys & set(_groups()):
+    if keys & set(helps.groups()):
         return tree
     old = configs.OmegaConf.create(run_dir.saved_config(tree.resume))
     for key in keys:
@@ -258,12 +219,6 @@ def _keys() -> list[str]:
     return [key for key, _ in configs.options()]
 
 
-def _groups() -> dict[str, list[str]]:
-    """The groups that conf/ has, with their choices."""
-    folders = sorted(path for path in configs.CONF.iterdir() if path.is_dir())
-    return {folder.name: sorted(file.stem for file in folder.glob("*.yaml")) for folder in folders}
-
-
 def _by_our_names(overrides: list[str]) -> list[str]:
     """Each by our name for it. `algo.name=dapo` is `algo=dapo`, whose preset comes with it as in Python, but where the
     group is chosen as well."""
@@ -271,7 +226,7 @@ def _by_our_names(overrides: list[str]) -> list[str]:
     named = [_quoted(_by_our_name(override), several=several) for override in overrides]
     if any(override.startswith("algo=") for override in named):
         return named
-    prefix, presets = "algo.name=", set(_groups()["algo"])
+    prefix, presets = "algo.name=", set(helps.groups()["algo"])
     return [override.replace(prefix, "algo=", 1)
             if override.startswith(prefix) and set(override.removeprefix(prefix).split(",")) <= presets else override
             for override in named]
@@ -320,7 +275,7 @@ def _by_our_name(override: str) -> str:
     if key in ("algo", "algorithm", "algo.name"):
         several = [names.ALGORITHM_ALIASES.get(name, name) for name in value.removeprefix("=").split(",")]
         key, value = ("algo" if key == "algorithm" else key), "=" + ",".join(several)
-    elif not key.startswith("hydra.") and ("." in key or key not in _groups()):
+    elif not key.startswith("hydra.") and ("." in key or key not in helps.groups()):
         # Without a full stop it may be a group in a folder of the user's own: Hydra knows.
         with contextlib.nullcontext() if "." in key else contextlib.suppress(UserError):
             ours = names.canonical(key, options=_keys())
@@ -362,48 +317,6 @@ def _one_line(error: Exception) -> UserError:
     explained = names.explain(error, options=_keys()) or UserError(" ".join(str(error).split()))
     file = re.match(r"In '(.+)': .* raised while composing", str(error))
     return UserError(f"{file[1]}.yaml: {explained}") if file else explained
-
-
-def _groups_help() -> str:
-    lines = [_filled(f"{group}: {', '.join(choices)}", first="  ") for group, choices in _groups().items()]
-    return "\n".join(["Groups, and their choices:", *lines, ""])
-
-
-def options_by_section() -> Iterator[tuple[str, list[tuple[str, str, str]]]]:
-    """Each section with its options: (option, its default, what it means with its choices and bounds)."""
-    for section, fields in itertools.groupby(configs.options(), key=lambda option: option[0].rpartition(".")[0]):
-        yield section or "The run", [(key, _written(configs.default_of(f)), _meaning(f)) for key, f in fields]
-
-
-def _written(default: object) -> str:
-    """A value as the command line takes it."""
-    return json.dumps(default) if default is None or isinstance(default, bool) else str(default)
-
-
-def _meaning(f: dataclasses.Field[object]) -> str:
-    choices, bounds = " | ".join(f.metadata["choices"]), f.metadata["bounds"]
-    limits = ", ".join(f"{sign} {bounds[bound]}" for bound, sign in BOUND_SIGNS.items() if bound in bounds)
-    return f.metadata["help"] + "".join(f" [{note}]" for note in (choices, limits) if note)
-
-
-def _options_help() -> str:
-    lines = ["Options, and their defaults (null is none):"]
-    for section, entries in options_by_section():
-        lines.append(f"\n{section}:")
-        for option, default, meaning in entries:
-            lines += [f"  {option}={default}", _filled(meaning, first=" " * 6)]
-    return "\n".join(lines)
-
-
-def _filled(text: str, *, first: str) -> str:
-    return textwrap.fill(text, HELP_COLUMNS, initial_indent=first, subsequent_indent=" " * 6)
-
-
-def _paragraph(text: str, *, indent: int) -> str:
-    """For a person's eyes, wrapped to the terminal; what goes into a pipe or a file stays one line."""
-    if not sys.stdout.isatty():
-        return text
-    return textwrap.fill(text, shutil.get_terminal_size().columns, subsequent_indent=" " * indent)
 
 
 if __name__ == "__main__":

@@ -9,32 +9,27 @@ Never:  runs a loop of its own.
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 import functools
 import inspect
 import json
-import threading
-import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from flux_ray import config as configs
 from flux_ray import names, run_dir
 from flux_ray.config import Config
 from flux_ray.errors import UserError, unknown
 from flux_ray.observability.callbacks import Callback, Metrics, as_callback
+from flux_ray.outside_loop import outside_loop
 from flux_ray.plugins import refuse_while_importing
 
 if TYPE_CHECKING:
     from flux_ray.run import TrainingResult
 
-Result = TypeVar("Result")
 BACKENDS = ("ray", "trl", "unsloth")
 IN_MEMORY = "rows in memory"   # what data.train is until they have a file
-INTERRUPT_DEADLINE_S, LOOK_EVERY_S = 60.0, 0.2   # for a run in a thread to end its processes; between two looks at it
 
 Rows = Sequence[str] | Sequence[Mapping[str, Any]]
 Reward = str | Callable[..., Any]
@@ -354,42 +349,6 @@ def _write(prompts: str | Path | Rows | None, config: Config, name: str) -> str 
             except TypeError as error:
                 raise UserError(f"prompts, row {row}: {error}: rows hold texts, numbers, lists and dicts") from error
     return str(file)
-
-
-def outside_loop(function: Callable[[Config], Result], config: Config) -> Result:
-    """function(config), called here, or in a thread of its own where an event loop runs in this one (a notebook).
-
-    What it raises is raised here. Waits as long as the run takes: the driver, whose waits have deadlines, wakes it.
-    """
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return function(config)
-    outcome: Future[Result] = Future()
-
-    def target() -> None:
-        try:
-            outcome.set_result(function(config))
-        except BaseException as error:   # raised again in the caller's thread
-            outcome.set_exception(error)
-
-    thread = threading.Thread(target=target, name="flux_ray-run")
-    thread.start()
-    try:
-        return outcome.result()
-    except KeyboardInterrupt:   # of this thread (a notebook's Stop), or the run's own, which has ended then
-        _end_run_in(thread)
-        raise
-
-
-def _end_run_in(thread: threading.Thread) -> None:
-    """The run in that thread ends as by Ctrl-C: what it started is gone when this returns."""
-    from flux_ray import run as runs
-
-    ends_s = time.monotonic() + INTERRUPT_DEADLINE_S
-    while thread.is_alive() and time.monotonic() < ends_s:
-        runs.interrupt(thread)   # of no effect before it has begun, and the second time
-        thread.join(LOOK_EVERY_S)
 
 
 def name_of(function: Callable[..., Any]) -> str:

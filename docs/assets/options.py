@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from flux_ray.__main__ import options_by_section
+from flux_ray.help import options_by_section
 
 MARK = "<!-- options -->"
 
