@@ -19,6 +19,7 @@ from pathlib import Path
 
 import flux_ray
 from flux_ray import config as configs
+from flux_ray import help as helps
 from flux_ray import names, run_dir
 from flux_ray.config import Config
 from flux_ray.errors import RunFailed, UserError, unknown
@@ -32,29 +33,6 @@ NOT_GIVEN = "not given"   # what explain takes for a model or data that aren't n
 #: [+, ++ or ~] key [= value]
 OVERRIDE = re.compile(r"(?P<sign>\+\+|\+|~|)(?P<key>[^=@~+]+)(?P<value>=.*)?", re.DOTALL)
 
-ABOUT = """\
-flux-ray: reinforcement-learning post-training of language models on Ray, vLLM and DeepSpeed
-
-  flux-ray train [overrides]     train: GRPO and its kin, PPO; algo=sft; preferences with algo=dpo, reward_model
-  flux-ray train --help          every option with its default and meaning
-  flux-ray explain [overrides]   the objective that these options mean, and what is odd about it; starts nothing
-  flux-ray translate FILE        a configuration of verl, OpenRLHF or TRL as options of flux-ray train
-  flux-ray info                  versions, devices, and what is missing for what
-  flux-ray --version
-"""
-
-TRAIN_HELP = """\
-flux-ray train [overrides]
-
-  flux-ray train model.path=PATH data.train=FILE.jsonl 'reward.functions=[numeric]'
-  flux-ray train algo=dr_grpo experiment=mine --config-dir my_conf train.learning_rate=1e-6
-  flux-ray train --multirun seed=0,1,2 model.path=PATH data.train=FILE.jsonl
-
-Overrides are Hydra's: key=value, +key=value, ~key, group=choice. resume=RUN goes on with that run's options and those
-named beside it (with a group=choice among them all are named anew). Also --cfg job (print the whole config and stop),
---config-dir DIR (your own folder of groups, e.g. DIR/experiment/mine.yaml), --multirun, --info, --hydra-help.
-"""
-
 
 def main(argv: list[str] | None = None) -> int:
     """Run a verb; returns the exit code."""
@@ -62,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = [_as_utf8(argument) for argument in (sys.argv[1:] if argv is None else argv)]
     verb, *rest = arguments or ["--help"]
     if verb in ("-h", "--help", "help"):
-        print(ABOUT, end="")
+        print(helps.ABOUT, end="")
         return 0
     if verb == "--version":
         print(f"flux_ray {flux_ray.__version__}")
@@ -102,9 +80,9 @@ def _as_utf8(argument: str) -> str:
 
 def train(overrides: list[str]) -> None:
     if {"-h", "--help"} & set(overrides):
-        print(TRAIN_HELP)
-        print(_groups_help())
-        print(_options_help())
+        print(helps.TRAIN)
+        print(helps.groups_help())
+        print(helps.options_help())
         return
     compose(overrides, then=_run)
 
@@ -117,7 +95,7 @@ def _run(config: Config) -> None:
 
 def explain(overrides: list[str]) -> None:
     if {"-h", "--help"} & set(overrides):
-        print(ABOUT, end="")
+        print(helps.ABOUT, end="")
         return
     compose(overrides, then=_explain)
 
@@ -136,9 +114,9 @@ def _explain(config: Config) -> None:
     warnings = check(config)
     try_registered(config)
     for heading, text in explained(config):
-        print(f"{heading:<12} {text}")
+        print(helps.paragraph(f"{heading:<12} {text}", indent=13))
     for warning in warnings:
-        print(f"warning: {warning}")
+        print(helps.paragraph(f"warning: {warning}", indent=len("warning: ")))
 
 
 def translate(arguments: list[str]) -> None:
@@ -214,7 +192,7 @@ def _resumed(tree: configs.DictConfig, overrides: list[str]) -> configs.DictConf
     A command line that chooses a group (experiment=..., algo=...) is taken whole, as for a new run.
     """
     keys = {match["key"] for match in map(OVERRIDE.fullmatch, overrides) if match}
-    if keys & set(_groups()):
+    if keys & set(helps.groups()):
         return tree
     old = configs.OmegaConf.create(run_dir.saved_config(tree.resume))
     for key in keys:
@@ -241,12 +219,6 @@ def _keys() -> list[str]:
     return [key for key, _ in configs.options()]
 
 
-def _groups() -> dict[str, list[str]]:
-    """The groups that conf/ has, with their choices."""
-    folders = sorted(path for path in configs.CONF.iterdir() if path.is_dir())
-    return {folder.name: sorted(file.stem for file in folder.glob("*.yaml")) for folder in folders}
-
-
 def _by_our_names(overrides: list[str]) -> list[str]:
     """Each by our name for it. `algo.name=dapo` is `algo=dapo`, whose preset comes with it as in Python, but where the
     group is chosen as well."""
@@ -254,7 +226,7 @@ def _by_our_names(overrides: list[str]) -> list[str]:
     named = [_quoted(_by_our_name(override), several=several) for override in overrides]
     if any(override.startswith("algo=") for override in named):
         return named
-    prefix, presets = "algo.name=", set(_groups()["algo"])
+    prefix, presets = "algo.name=", set(helps.groups()["algo"])
     return [override.replace(prefix, "algo=", 1)
             if override.startswith(prefix) and set(override.removeprefix(prefix).split(",")) <= presets else override
             for override in named]
@@ -303,7 +275,7 @@ def _by_our_name(override: str) -> str:
     if key in ("algo", "algorithm", "algo.name"):
         several = [names.ALGORITHM_ALIASES.get(name, name) for name in value.removeprefix("=").split(",")]
         key, value = ("algo" if key == "algorithm" else key), "=" + ",".join(several)
-    elif not key.startswith("hydra.") and ("." in key or key not in _groups()):
+    elif not key.startswith("hydra.") and ("." in key or key not in helps.groups()):
         # Without a full stop it may be a group in a folder of the user's own: Hydra knows.
         with contextlib.nullcontext() if "." in key else contextlib.suppress(UserError):
             ours = names.canonical(key, options=_keys())
@@ -345,27 +317,6 @@ def _one_line(error: Exception) -> UserError:
     explained = names.explain(error, options=_keys()) or UserError(" ".join(str(error).split()))
     file = re.match(r"In '(.+)': .* raised while composing", str(error))
     return UserError(f"{file[1]}.yaml: {explained}") if file else explained
-
-
-def _groups_help() -> str:
-    lines = [f"  {group}={{{','.join(choices)}}}" for group, choices in _groups().items()]
-    return "\n".join(["Groups:", *lines, ""])
-
-
-def _options_help() -> str:
-    """Every option: key = default, meaning, choices and bounds, section by section."""
-    lines, last_section = [], None
-    for key, f in configs.options():
-        section = key.rpartition(".")[0]
-        if section != last_section:
-            lines.append(f"\n{section or 'The run'}:" if last_section is not None else "Options:")
-        last_section = section
-        default, choices = configs.default_of(f), f.metadata["choices"]
-        limits = [f"{sign} {f.metadata['bounds'][b]}" for b, sign in
-                  (("least", ">="), ("above", ">"), ("most", "<=")) if b in f.metadata["bounds"]]
-        notes = "".join(f" [{note}]" for note in (" | ".join(choices), ", ".join(limits)) if note)
-        lines.append(f"  {key}={'null' if default is None else default}\n      {f.metadata['help']}{notes}")
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

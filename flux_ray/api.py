@@ -9,47 +9,48 @@ Never:  runs a loop of its own.
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 import functools
 import inspect
 import json
-import threading
-import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from flux_ray import config as configs
 from flux_ray import names, run_dir
 from flux_ray.config import Config
 from flux_ray.errors import UserError, unknown
 from flux_ray.observability.callbacks import Callback, Metrics, as_callback
+from flux_ray.outside_loop import outside_loop
 from flux_ray.plugins import refuse_while_importing
 
 if TYPE_CHECKING:
     from flux_ray.run import TrainingResult
 
-Result = TypeVar("Result")
 BACKENDS = ("ray", "trl", "unsloth")
 IN_MEMORY = "rows in memory"   # what data.train is until they have a file
-INTERRUPT_DEADLINE_S, LOOK_EVERY_S = 60.0, 0.2   # for a run in a thread to end its processes; between two looks at it
 
 Rows = Sequence[str] | Sequence[Mapping[str, Any]]
 Reward = str | Callable[..., Any]
 
 
 def FluxConfig(**options: Any) -> Config:
-    """The Config of these options over the algorithm's preset (conf/algo): nested, flat, or by the names people bring.
+    """Make the config of a run: these options over the algorithm's preset.
 
-    >>> config = FluxConfig(model_path="Qwen/Qwen3-8B", algorithm="grpo", num_steps=50, train={"num_ranks": 2},
-    ...                     algorithm_config={"epsilon": 0.3, "group_size": 8})
-    >>> config.algo.clip_range, config.rollout.group_size, config.driver.num_steps, config.train.num_ranks
-    (0.3, 8, 50, 2)
+    Args:
+        options: Options, nested (`train={"num_ranks": 2}`), by their short names (`num_steps=50`), or by the names that
+            other libraries use (`epsilon=0.3`). With `resume` the options of that run hold where none is given here.
 
-    With `resume` what isn't given is as the run that goes on had it. Raises UserError: an unknown option (with the
-    nearest), a wrong type, two names of one option that disagree, no run to go on with.
+    Raises:
+        UserError: An option is unknown (the message has the nearest one) or of a wrong type, two names of one option
+            disagree, or there is no run to resume.
+
+    Examples:
+        >>> config = FluxConfig(model_path="Qwen/Qwen3-8B", algorithm="grpo", num_steps=50, train={"num_ranks": 2},
+        ...                     algorithm_config={"epsilon": 0.3, "group_size": 8})
+        >>> config.algo.clip_range, config.rollout.group_size, config.driver.num_steps, config.train.num_ranks
+        (0.3, 8, 50, 2)
     """
     keys = [key for key, _ in configs.options()]
     flat = names.flatten(options, options=keys)
@@ -62,12 +63,16 @@ def FluxConfig(**options: Any) -> Config:
 
 
 class FluxTrainer:
-    """Trains as `flux-ray train` does, from Python. Whatever a call starts has ended when it returns; as a context
-    manager it refuses further calls after the block.
+    """Train from Python, as `flux-ray train` does.
 
-    `rewards`: one function, or several, as `reward.functions` has them: a rule's name, a registered name,
-    "path/to/file.py:function", or a function itself, which must stand at the top of a file.
-    `backend`: ray (ours), trl (TRL's trainers), or unsloth (TRL's, on a model that Unsloth opened).
+    Every process that a call starts has ended when the call returns. In a `with` statement the trainer refuses further
+    calls after the block.
+
+    Args:
+        config: What `FluxConfig` gives.
+        rewards: One reward or several: a rule's name, a registered name, "path/to/file.py:function", or a function.
+            A function must stand at the top of a file. None keeps `reward.functions`.
+        backend: ray (ours), trl (TRL's trainers), or unsloth (TRL's, on a model that Unsloth opened).
     """
 
     def __init__(
@@ -93,7 +98,7 @@ class FluxTrainer:
         self._closed = True
 
     def add_callback(self, callback: Callback | Callable[[int, Metrics], None]) -> None:
-        """Call `callback` in every later `fit` and `evaluate`: a Callback, or a function of (step, metrics)."""
+        """Call a Callback, or a function of (step, metrics), in every later `fit` and `evaluate`."""
         self._callbacks.append(as_callback(callback))
 
     def fit(
@@ -106,12 +111,21 @@ class FluxTrainer:
         checkpoint_interval: int | None = None,
         callbacks: Sequence[Callback | Callable[[int, Metrics], None]] = (),
     ) -> TrainingResult:
-        """Train on `prompts`: a data file, a hub data set, a list of texts or of rows (dicts); None: config.data.train.
+        """Train, here or in a notebook. What isn't given is the config's.
 
-        Intervals are in steps; what isn't given is the config's. `callbacks` are called in this run, after those of
-        `add_callback`, in this process. Works inside a running event loop (a notebook) too. A second `fit` goes on from
-        the model that the first one trained, with a new optimizer, in a folder of its own; the reference of a KL stays.
-        Raises UserError for what the user can mend, before anything is started wherever it can be known then.
+        A second `fit` goes on from the model that the first one trained, with a new optimizer, in a folder of its own.
+        The reference of a KL stays.
+
+        Args:
+            prompts: A data file, a data set of the hub, or a list of texts or of rows (dicts).
+            num_steps: Steps to train, those of a resumed run included.
+            eval_prompts: What to evaluate on, in any form that `prompts` may have.
+            eval_interval: Steps between two evaluations.
+            checkpoint_interval: Steps between two checkpoints.
+            callbacks: Called in this process, after those of `add_callback`.
+
+        Raises:
+            UserError: Something that the user can mend; before anything starts, wherever it can be known then.
         """
         self._refuse_closed()
         called = [*self._callbacks, *map(as_callback, callbacks)]
@@ -126,14 +140,15 @@ class FluxTrainer:
         return self._result
 
     def train(self, *, callbacks: Sequence[Callback | Callable[[int, Metrics], None]] = ()) -> TrainingResult:
-        """`fit` on the config's own data."""
+        """Train on the config's own data: `fit` without arguments."""
         return self.fit(callbacks=callbacks)
 
     def evaluate(self, prompts: str | Path | Rows | None = None) -> Metrics:
-        """eval/* of every prompt once (None: config.eval.data), under what `fit` trained, else under model.path.
+        """Evaluate each prompt once (None takes `eval.data`), and give the metrics `eval/*`.
 
-        Starts engines and reward workers alone; for pairs and completions, ranks that train nothing, and the reference
-        that `fit` had. Its folder is `evaluation` in that of the run. Raises as `fit`.
+        The model is what `fit` trained, or `model.path` before any `fit`. Only engines and reward workers start. For
+        pairs and completions, ranks that train nothing start, with the reference that `fit` had. The results lie in the
+        folder `evaluation` of the run. It raises what `fit` raises.
         """
         self._refuse_closed()
         source = prompts if prompts is not None else self.config.eval.data
@@ -177,9 +192,9 @@ class FluxTrainer:
 
     def prepare(self, prompts: str | Path | Rows | None, *, eval_prompts: str | Path | Rows | None = None,
                 **changes: Any) -> Config:
-        """The Config that `fit` runs, checked; rows in memory are a file in its folder now, which is made for them.
+        """Check the config that `fit` would run, and give it. Rows in memory are written to a file in the run's folder.
 
-        `changes`: options by their dotted names; None changes nothing.
+        `changes` are options by their dotted names; None changes nothing.
         """
         refuse_while_importing()
         sources = {"data.train": _source(prompts), "eval.data": _source(eval_prompts)}
@@ -201,19 +216,28 @@ def create_rl_trainer(
     *, model_name: str, dataset_name: str, algorithm: str = "grpo", backend: str = "ray",
     reward_model_name: str | None = None, rewards: Reward | Sequence[Reward] | None = None, **options: Any,
 ) -> FluxTrainer:
-    """A trainer of `model_name` on `dataset_name` (a file, or a hub data set).
+    """Make a trainer from the names of a model, a data set and an algorithm.
 
-    `rewards`: as FluxTrainer has them, beside the reward model if both are given; `reward_model_name`: a folder or hub
-    name of a sequence classification model with one label; `options`: as FluxConfig has them. algorithm="dpo" (ipo,
-    cdpo, reward_model) learns from preference rows (chosen, rejected); for the others such rows, without a prompt
-    column, give the prompt that both share.
+    algorithm="dpo" (also ipo, cdpo, reward_model) learns from preference rows. Of such rows without a prompt column the
+    other algorithms take the prompt that both responses share.
 
-    >>> trainer = create_rl_trainer(model_name="Qwen/Qwen3-0.6B", dataset_name="data.jsonl", algorithm="drgrpo")
-    >>> trainer.backend, trainer.config.algo.name
-    ('ray', 'dr_grpo')
+    Args:
+        model_name: A local folder or a name of the hub.
+        dataset_name: A file or a name of the hub.
+        algorithm: A preset of conf/algo/, or the name of a plugin's algorithm.
+        backend: As FluxTrainer has it.
+        reward_model_name: A sequence classification model with one label: a folder or a name of the hub.
+        rewards: As FluxTrainer has them. They are summed with the reward model's score, if both are given.
+        options: As FluxConfig has them.
 
-    Raises UserError: an unknown algorithm or backend (with the nearest), an option that the backend hasn't, a reward
-    model where another one is named too or nothing is scored.
+    Raises:
+        UserError: The algorithm or the backend is unknown, the backend lacks an option, two reward models are named, or
+            a reward model is named where nothing is scored.
+
+    Examples:
+        >>> trainer = create_rl_trainer(model_name="Qwen/Qwen3-0.6B", dataset_name="data.jsonl", algorithm="drgrpo")
+        >>> trainer.backend, trainer.config.algo.name
+        ('ray', 'dr_grpo')
     """
     from flux_ray import algo
 
@@ -325,42 +349,6 @@ def _write(prompts: str | Path | Rows | None, config: Config, name: str) -> str 
             except TypeError as error:
                 raise UserError(f"prompts, row {row}: {error}: rows hold texts, numbers, lists and dicts") from error
     return str(file)
-
-
-def outside_loop(function: Callable[[Config], Result], config: Config) -> Result:
-    """function(config), called here, or in a thread of its own where an event loop runs in this one (a notebook).
-
-    What it raises is raised here. Waits as long as the run takes: the driver, whose waits have deadlines, wakes it.
-    """
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return function(config)
-    outcome: Future[Result] = Future()
-
-    def target() -> None:
-        try:
-            outcome.set_result(function(config))
-        except BaseException as error:   # raised again in the caller's thread
-            outcome.set_exception(error)
-
-    thread = threading.Thread(target=target, name="flux_ray-run")
-    thread.start()
-    try:
-        return outcome.result()
-    except KeyboardInterrupt:   # of this thread (a notebook's Stop), or the run's own, which has ended then
-        _end_run_in(thread)
-        raise
-
-
-def _end_run_in(thread: threading.Thread) -> None:
-    """The run in that thread ends as by Ctrl-C: what it started is gone when this returns."""
-    from flux_ray import run as runs
-
-    ends_s = time.monotonic() + INTERRUPT_DEADLINE_S
-    while thread.is_alive() and time.monotonic() < ends_s:
-        runs.interrupt(thread)   # of no effect before it has begun, and the second time
-        thread.join(LOOK_EVERY_S)
 
 
 def name_of(function: Callable[..., Any]) -> str:

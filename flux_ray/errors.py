@@ -11,7 +11,7 @@ from collections.abc import Iterable
 
 
 class UserError(ValueError):
-    """A mistake that the user can mend: one readable line with file, row, key and value; shown without a traceback."""
+    """A mistake that the user can mend: one line with file, row, key and value. The command line shows no traceback."""
 
 
 class RunFailed(RuntimeError):

@@ -13,9 +13,10 @@ from types import ModuleType
 import pytest
 
 from flux_ray import FluxConfig, FluxTrainer, TrainingResult, register_adv_estimator, register_policy_loss
-from flux_ray.api import name_of, outside_loop
+from flux_ray.api import name_of
 from flux_ray.config import Config
 from flux_ray.errors import UserError
+from flux_ray.outside_loop import outside_loop
 
 pytestmark = pytest.mark.unit
 

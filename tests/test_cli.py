@@ -16,6 +16,7 @@ import yaml
 import flux_ray
 from flux_ray import __main__ as cli
 from flux_ray import config as configs
+from flux_ray import help as helps
 from flux_ray.config import Config
 
 pytestmark = pytest.mark.unit
@@ -157,11 +158,24 @@ def test_unknown_verb(capsys):
 
 def test_help_has_every_option_with_its_meaning(capsys):
     assert cli.main(["train", "--help"]) == 0
-    text = capsys.readouterr().out
+    shown = capsys.readouterr().out
+    text = " ".join(shown.split())
     for key, f in configs.options():
-        assert f"  {key}=" in text and f.metadata["help"] in text
-    assert "experiment={addition," in text
+        assert f" {key}=" in text and " ".join(f.metadata["help"].split()) in text
+    assert "experiment: addition, addition_ppo," in text
+    assert max(map(len, shown.splitlines())) <= helps.COLUMNS
     assert cli.main([]) == 0 and "flux-ray train" in capsys.readouterr().out
+
+
+def test_a_line_of_explain_is_wrapped_for_a_terminal_alone(monkeypatch):
+    line = "weight w     " + "the mean over all loss tokens of the update, and so on " * 3
+    assert helps.paragraph(line, indent=13) == line
+    monkeypatch.setattr(helps.sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "60")
+    first, *rest = helps.paragraph(line, indent=13).splitlines()
+    assert len(rest) > 1 and all(len(part) <= 60 for part in (first, *rest))
+    assert all(part.startswith(" " * 13) for part in rest)
+    assert " ".join([first, *(part.strip() for part in rest)]) == line.strip()
 
 
 def test_as_a_program_from_another_folder(elsewhere):

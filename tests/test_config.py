@@ -7,7 +7,7 @@ import pytest
 from flux_ray import config as configs
 from flux_ray.config import Config, from_dict, options, preset, to_dict, validate
 from flux_ray.errors import UserError
-from flux_ray.names import canonical, flatten
+from flux_ray.names import RENAMED, canonical, flatten
 
 pytestmark = pytest.mark.unit
 
@@ -84,6 +84,12 @@ def test_cispo_s_epsilon_high_means_two_things():
 ])
 def test_unknown_option_names_the_nearest(key, nearest):
     assert refusal({key: 1}) == f"unknown option {key!r}: did you mean {nearest!r}?"
+
+
+@pytest.mark.parametrize("key", ["rollout.samples_per_prompt", "samples_per_prompt"])
+def test_an_old_name_is_answered_with_the_new_one(monkeypatch, key):
+    monkeypatch.setitem(RENAMED, "rollout.samples_per_prompt", "rollout.group_size")
+    assert refusal({key: 1}) == f"option {key!r} has a new name: 'rollout.group_size'"
 
 
 def test_unknown_option_like_nothing():

@@ -282,14 +282,20 @@ def register_adv_estimator(
     name: str, *, formula: str = "", needs_groups: bool = False, needs_whole_batch: bool = True,
     needs_values: bool = False,
 ) -> Callable[[Callable[..., AdvantagesAndReturns]], Callable[..., AdvantagesAndReturns]]:
-    """Decorator: adds `f(token_level_rewards, response_mask, **kw) -> (advantages, returns)`, all (batch, length).
+    """Register `f(token_level_rewards, response_mask, **kw) -> (advantages, returns)`; all are (batch, length).
 
-    kw: index (group id per row), group_size, old_log_prob, reference_log_prob, values (None where absent), config,
-    reduce and what `algo.options` holds. needs_values: a critic is trained, on the returns. needs_whole_batch: the rows
-    are those of all ranks, of a whole step; else some whole groups of one rank. Never called without rows. formula: the
-    text of A that `flux-ray explain` prints; in it `{alpha}` is the option algo.options.alpha.
+    `kw` holds index (the group of each row), group_size, old_log_prob, reference_log_prob, values (None where absent),
+    config, reduce and what `algo.options` holds. The function is never called without rows.
 
-    Raises ValueError for a name that is taken.
+    Args:
+        name: For `algo.estimator`.
+        formula: The text of A that `flux-ray explain` prints. In it `{alpha}` is the option algo.options.alpha.
+        needs_groups: It compares the samples of a prompt, so that `rollout.group_size=1` is refused.
+        needs_whole_batch: It is shown the rows of all ranks, of a whole step; else some whole groups of one rank.
+        needs_values: A critic is trained, on the returns.
+
+    Raises:
+        UserError: The name is taken.
     """
     def add(function: Callable[..., AdvantagesAndReturns]) -> Callable[..., AdvantagesAndReturns]:
         if name in ESTIMATORS and not same_function(ESTIMATORS[name].function, function):

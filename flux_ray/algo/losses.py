@@ -188,12 +188,20 @@ POLICY_LOSSES: dict[str, PolicyLoss] = {
 def register_policy_loss(
     name: str, *, formula: str = "", ratio: bool = True, sequence_level: bool = False,
 ) -> Callable[[Callable[..., LossAndMetrics]], Callable[..., LossAndMetrics]]:
-    """Decorator: adds `f(old_log_prob, log_prob, advantages, response_mask, **kw) -> (loss, metrics)`.
+    """Register `f(old_log_prob, log_prob, advantages, response_mask, **kw) -> (loss, metrics)`.
 
-    loss: per token (batch, length), which the step's weights aggregate, or a scalar, taken as this micro-batch's mean.
-    metrics: name ► per-token tensor (batch, length), a number, or an observability.metrics type. kw: config and what
-    `algo.options` holds. formula: the text of the loss that `flux-ray explain` prints; in it `{slope}` is the option
-    algo.options.slope. Raises ValueError for a name that is taken.
+    The loss is one number a token, (batch, length), which the step's weights aggregate; or a scalar, which is taken as
+    the mean of this micro-batch. The metrics are name ► tensor (batch, length), number, or observability.metrics type.
+    `kw` holds config and what `algo.options` holds.
+
+    Args:
+        name: For `algo.policy_loss`.
+        formula: The text of the loss that `flux-ray explain` prints. In it `{slope}` is the option algo.options.slope.
+        ratio: The loss has a ratio π/π_old. Without one `rollout.top_p` below 1 is allowed.
+        sequence_level: It has one ratio for a whole sequence.
+
+    Raises:
+        UserError: The name is taken.
     """
     def add(function: Callable[..., LossAndMetrics]) -> Callable[..., LossAndMetrics]:
         if name in POLICY_LOSSES and not same_function(POLICY_LOSSES[name].function, function):

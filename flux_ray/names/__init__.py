@@ -3,6 +3,7 @@
 from flux_ray.names.options import (
     ALGORITHM_ALIASES,
     ALIASES,
+    RENAMED,
     REWARD_MODEL,
     SECTION_ALIASES,
     canonical,
@@ -19,6 +20,7 @@ from flux_ray.names.others import our_value
 __all__ = [
     "ALGORITHM_ALIASES",
     "ALIASES",
+    "RENAMED",
     "REWARD_MODEL",
     "SECTION_ALIASES",
     "canonical",

@@ -2,7 +2,7 @@
 
 Takes:  keys and nested values as users write them; the options that exist are given by the caller.
 Gives:  `canonical` (one key), `flatten` (dotted key ► value), `unknown_option`, `explain` (OmegaConf's errors).
-Knows:  short names and papers' names (ALIASES here), other libraries' names (`others`).
+Knows:  short names, papers' names and those that were ours (ALIASES, RENAMED); `others`: other libraries' names.
 Never:  guesses: two names of one option that disagree, and a name that fits several options, are refused.
 """
 
@@ -37,6 +37,9 @@ ALIASES = {
     "lora_dropout": "train.lora.dropout", "target_modules": "train.lora.targets",
     "lora_target_modules": "train.lora.targets",
 }
+
+#: Old name of an option or a metric ► its name now, both in full. The old name is refused, and the new one told.
+RENAMED: dict[str, str] = {}
 
 #: Other spellings of an algorithm's name.
 ALGORITHM_ALIASES = {"drgrpo": "dr_grpo", "dr-grpo": "dr_grpo"}
@@ -148,8 +151,11 @@ def sections_of(option: str) -> list[str]:
 
 
 def unknown_option(key: str, *, options: Collection[str]) -> UserError:
-    """The error for an option that doesn't exist, with the nearest that does: of its own section, else of any."""
+    """The error for an option that doesn't exist: its new name, or the nearest, of its own section before any other."""
     section, _, last = key.rpartition(".")
+    for old, new in RENAMED.items():
+        if key in (old, old.rpartition(".")[2]):
+            return UserError(f"option {key!r} has a new name: {new!r}")
     if last in NAMES_OF_A_REWARD_MODEL:
         return UserError(f"unknown option {key!r}: a reward model is one of reward.functions, as {REWARD_MODEL}PATH")
     theirs = others.counterpart(key)

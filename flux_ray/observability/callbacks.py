@@ -15,14 +15,15 @@ Metrics = dict[str, float]
 
 
 class Callback:
-    """Inherit and override what you want. Calls are made between steps: a slow one makes the run wait.
+    """Inherit from this class and override what you want. The run waits while a callback works.
 
-    >>> class Best(Callback):
-    ...     best = 0.0
-    ...     def on_step(self, step, metrics):
-    ...         self.best = max(self.best, metrics["reward/mean"])
-    >>> best = Best(); best.on_step(0, {"reward/mean": 0.5}); best.best
-    0.5
+    Examples:
+        >>> class Best(Callback):
+        ...     best = 0.0
+        ...     def on_step(self, step, metrics):
+        ...         self.best = max(self.best, metrics["reward/mean"])
+        >>> best = Best(); best.on_step(0, {"reward/mean": 0.5}); best.best
+        0.5
     """
 
     def on_step(self, step: int, metrics: Metrics) -> None:

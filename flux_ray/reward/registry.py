@@ -47,9 +47,14 @@ class RewardFunction:
 
 
 def register_reward(name: str, *, shaping: bool = False) -> Callable[[Function], Function]:
-    """Decorator: make a function known as `name` in `reward.functions`. `shaping`: it isn't part of the task reward.
+    """Register a reward for `reward.functions`.
 
-    UserError where the name is taken.
+    Args:
+        name: For `reward.functions`.
+        shaping: It isn't part of the task reward.
+
+    Raises:
+        UserError: The name is taken.
     """
 
     def register(function: Function) -> Function:

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from flux_ray.errors import unknown
+from flux_ray.errors import UserError, unknown
 from flux_ray.plugins import load_function, same_function
 from flux_ray.records import Completion, Prompt, Trajectory
 
@@ -99,11 +99,15 @@ _ROLLOUTS: dict[str, Rollout] = {"single_turn": single_turn}
 
 
 def register_rollout(name: str) -> Callable[[Rollout], Rollout]:
-    """Decorator: make a rollout known as `name` for `rollout.function=name`. A name taken twice is a ValueError."""
+    """Register a rollout for `rollout.function`.
+
+    Raises:
+        UserError: The name is taken.
+    """
 
     def register(function: Rollout) -> Rollout:
         if name in _ROLLOUTS and not same_function(_ROLLOUTS[name], function):
-            raise ValueError(f"a rollout named {name!r} is registered already")
+            raise UserError(f"a rollout named {name!r} is registered already")
         _ROLLOUTS[name] = function
         return function
 

@@ -41,15 +41,23 @@ DEATH_SHOWS_S = 3.0  # Ray tells of an actor's death 1 to 2 s later; what it bro
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """What a run gave. `history` holds each step's metrics of this process, oldest first."""
+    """What a run gave.
+
+    Attributes:
+        run_dir: The run's folder.
+        num_steps: The steps done: as many as asked for, or fewer where `eval.stop_at` was reached.
+        metrics: The metrics of the last step.
+        history: The metrics of each step that this process did, the oldest first.
+    """
 
     run_dir: Path
-    num_steps: int  # done: as many as asked for, or fewer where eval.stop_at was reached
-    metrics: dict[str, float] = field(default_factory=dict)  # of the last step
+    num_steps: int
+    metrics: dict[str, float] = field(default_factory=dict)
     history: tuple[dict[str, float], ...] = ()
 
     @property
     def model_path(self) -> Path:
+        """Where the trained model lies, in Hugging Face layout."""
         return self.run_dir / "model"
 
 

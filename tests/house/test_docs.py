@@ -5,9 +5,11 @@ docs/metrics.md names what is measured; the tests of whole runs hold what they w
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
+from xml.etree import ElementTree
 
 import pytest
 
@@ -19,7 +21,7 @@ from flux_ray.algo.table import with_tables
 from flux_ray.backends.trl import METRICS as OF_TRL
 from flux_ray.driver.drop_stats import CAUSES
 from flux_ray.errors import UserError
-from flux_ray.names import sections_of
+from flux_ray.names import RENAMED, sections_of
 from tests.house.commands import PAGES, REPO, commands
 from tests.house.documented import names, undocumented
 
@@ -31,6 +33,9 @@ OF_THE_READER = ("experiment=mine", "algo=NAME")
 NAMED = re.compile(r"`[+']*([a-z]+(?:\.[a-z_0-9]+)+)(?==|`|'|,| )")
 #: A module, a script or a file of the repository that a page names.
 PROGRAM = re.compile(r"python -m ((?:examples|benchmarks)\.\w+)|\b((?:launch|examples|benchmarks)/[\w/]+\.(?:sh|py))")
+#: A file of the package or its tests, and a function or class in it.
+IN_FILE = re.compile(r"`((?:flux_ray|tests|docs|conf)/[\w/.-]+\.(?:py|yaml))`(?::\s`([\w.]+)`)?")
+SVG = "{http://www.w3.org/2000/svg}"
 LINK = re.compile(r"\]\(([^)#\s]+)[^)]*\)")
 
 
@@ -138,6 +143,44 @@ def test_links_of_the_readme_lead_somewhere():
         folder = (REPO / page).parent
         missing = [target for target in targets if "://" not in target and not (folder / target).exists()]
         assert missing == [], page
+
+
+def test_files_and_functions_named_in_the_pages_exist():
+    """`flux_ray/….py`, and `flux_ray/….py`: `name` or `Class.name`."""
+    wrong = []
+    for page in PAGES:
+        for file, name in IN_FILE.findall(page.read_text(encoding="utf-8")):
+            path = REPO / file
+            text = path.read_text(encoding="utf-8") if path.is_file() else ""
+            defined = all(re.search(rf"^ *(async def|def|class) {part}\b|^{part}\b.*=", text, re.MULTILINE)
+                          for part in name.split(".") if part)
+            if not text or not defined:
+                wrong.append(f"{page.name}: {file} {name}")
+    assert wrong == []
+
+
+def test_the_curve_of_a_run_is_drawn(tmp_path):
+    steps = [{"step": step, "reward/task_mean": 0.5 + step / 10} for step in range(4)]
+    evaluations = [{"step": 0, "eval/task_mean": 0.5}, {"step": 4, "eval/task_mean": 0.875}]
+    for name, lines in (("metrics.jsonl", steps), ("eval.jsonl", evaluations)):
+        (tmp_path / name).write_text("".join(f"{json.dumps(line)}\n" for line in lines), encoding="utf-8")
+    drawn = subprocess.run([sys.executable, "docs/images/curve.py", str(tmp_path)], cwd=REPO, capture_output=True,
+                           text=True, timeout=60, check=True).stdout
+    picture = ElementTree.fromstring(drawn)
+    line, = picture.iter(f"{SVG}polyline")
+    points = [tuple(map(float, point.split(","))) for point in line.attrib["points"].split()]
+    assert len(points) == 4
+    assert points == sorted(points) and [y for _, y in points] == sorted((y for _, y in points), reverse=True)
+    assert {"0.50", "0.88"} <= {text.text for text in picture.iter(f"{SVG}text")}
+
+
+def test_no_name_is_lost():
+    """What an option or metric of 0.1.0 was called leads to what it is called now."""
+    old = (REPO / "tests" / "house" / "names_of_0_1_0.txt").read_text(encoding="utf-8").split()
+    now = {key for key, _ in configs.options()} | set(names())
+    assert len(old) > len(now) / 2
+    assert [name for name in old if RENAMED.get(name, name) not in now] == []
+    assert set(RENAMED.values()) <= now and not set(RENAMED) & now
 
 
 def test_the_readme_is_short():

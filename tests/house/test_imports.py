@@ -51,6 +51,8 @@ LEVELS = {
     "flux_ray.translate": 1,
     "flux_ray.info": 1,
     "flux_ray.home": 0,
+    "flux_ray.help": 1,
+    "flux_ray.outside_loop": 6,
     "flux_ray.__main__": 7,
 }
 
