@@ -2,7 +2,7 @@ r"""The rewards that come with it: pure functions of texts and tokens.
 
 Takes:  prompts, completions (texts, or lists of messages), the rows' columns as lists; options by keyword.
 Gives:  one value a completion; None where a rule has nothing to say (the row has no answer).
-Knows:  how an answer is written: `#### x`, `\boxed{x}`, or the last number; 1,234.50, $3, 50 %, 1/2, \frac{1}{2}.
+Knows:  that a cell may hold several answers, as a list: any of them is right.
 Never:  raises over what a policy wrote.
 """
 
@@ -13,16 +13,9 @@ from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import Any
 
-MAX_NUMBER_CHARS = 64  # a longer run of digits is babble, and Fraction would be slow on it
+from flux_ray.reward.answers import answer_part, expression_in, golds, parse_number, same_answer, whole_number
+from flux_ray.reward.symbols import same_expression
 
-NUMBER = re.compile(
-    r"(?<![\w.)])(?P<sign>[-+]?)\s?[$€£]?\s?(?P<inner>[-+]?)"
-    r"(?P<number>(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:e(?P<exponent>[-+]?\d{1,2})\b)?"
-    r"(?:\s?/\s?(?P<below>\d+))?",
-    re.IGNORECASE,
-)
-FRACTION = re.compile(r"\\[dt]?frac\s*\{\s*([-+]?\d+)\s*\}\s*\{\s*(\d+)\s*\}")
-MARKED = re.compile(r"####(?P<answer>[^\n]*)")
 #: The default format: the response ends in `####` and one number, as GSM8K's solutions do.
 MARKED_NUMBER_AT_END = r"####[ \t]*[-+]?[$€£]?[-+]?\d[\d,]*(?:\.\d+)?(?:/\d+)?[ \t]?%?\s*\Z"
 
@@ -43,18 +36,14 @@ def exact_match(
 ) -> list[Reward]:
     """1 where the completion is the answer, blanks around both aside.
 
-    >>> exact_match(None, ["42\\n", "41"], [42, "42"])
-    [1.0, 0.0]
+    >>> exact_match(None, ["42\\n", "41", "b"], [42, "42", ["a", "b"]])
+    [1.0, 0.0, 1.0]
     """
 
-    def plain(value: Any) -> str:
-        text = str(value).strip()
-        return text.casefold() if ignore_case else text
+    def plain(text: str) -> str:
+        return text.strip().casefold() if ignore_case else text.strip()
 
-    return [
-        None if expected is None else float(plain(text_of(completion)) == plain(expected))
-        for completion, expected in zip(completions, answer, strict=True)
-    ]
+    return _graded(completions, answer, lambda text, gold: plain(text) == plain(gold))
 
 
 def numeric(
@@ -65,35 +54,65 @@ def numeric(
     >>> numeric(None, ["so 6*7 = 42.", "#### 1,000", "none"], ["42", "steps ... #### 1000", "3"])
     [1.0, 1.0, 0.0]
     """
-    allowed = Fraction(tolerance)
-    rewards: list[Reward] = []
-    for completion, expected in zip(completions, answer, strict=True):
-        right = None if expected is None else parse_number(str(expected))
-        rewards.append(None if right is None else float(_close(parse_number(text_of(completion)), right, allowed)))
-    return rewards
+    close = close_within(tolerance)
+
+    def is_right(text: str, gold: str) -> bool | None:
+        right = parse_number(gold)
+        if right is None:
+            return None
+        number = parse_number(text)
+        return number is not None and close(number, right)
+
+    return _graded(completions, answer, is_right)
 
 
 def numeric_or_exact(
     prompts: Texts, completions: Texts, answer: Column, *, tolerance: float = 1e-6, **columns: Any
 ) -> list[Reward]:
-    r"""`numeric` where the answer is a number, or marks one by `####` or `\boxed{}`; else the texts must agree.
+    r"""`numeric` where the answer, or what it marks by `####` or `\boxed{}`, is a number; else the texts must agree.
 
-    What a completion marks as its answer is compared, or all of it.
+    What a completion marks as its answer is compared, or all of it, however the two are written (`same_answer`).
 
-    >>> numeric_or_exact(None, ["It is \\boxed{Paris}", "The sum: 4"], ["Paris", "4"])
-    [1.0, 1.0]
+    >>> numeric_or_exact(None, ["It is \\boxed{\\text{Paris}}", "The sum: 4", "(1, 2)"], ["Paris", "4", "(1,2)"])
+    [1.0, 1.0, 1.0]
     """
-    allowed = Fraction(tolerance)
-    rewards: list[Reward] = []
-    for completion, expected in zip(completions, answer, strict=True):
-        if expected is None:
-            rewards.append(None)
-            continue
-        text, gold = text_of(completion), _answer_part(str(expected)).strip()
-        right = whole_number(gold)
-        same = _answer_part(text).strip() == gold or text.strip() == gold
-        rewards.append(float(same or (right is not None and _close(parse_number(text), right, allowed))))
-    return rewards
+    close = close_within(tolerance)
+    return _graded(completions, answer, lambda text, gold: numbers_or_texts_agree(text, gold, close))
+
+
+def numbers_or_texts_agree(text: str, gold: str, close: Callable[[Fraction, Fraction], bool]) -> bool:
+    """`numeric_or_exact` of one completion and one answer."""
+    part, (gold, _) = answer_part(text)[0], answer_part(gold)
+    right = whole_number(gold)
+    if right is not None:
+        number = parse_number(text)
+        if number is not None and close(number, right):
+            return True
+    return same_answer(part, gold, close) or same_answer(text, gold, close)
+
+
+def math(
+    prompts: Texts, completions: Texts, answer: Column, *, tolerance: float = 1e-6, seconds: float = 2.0, **columns: Any
+) -> list[Reward]:
+    r"""`numeric_or_exact`, and where that says no and not both are plain numbers, math-verify (`same_expression`).
+
+    What a completion marks as its answer is compared, or its last formula, or its last line. `seconds`: for one
+    completion, which is wrong where that isn't enough. Runs in a process's main thread alone.
+
+    >>> math(None, ["so \\boxed{2\\sqrt{2}}", "\\boxed{x > 5}", "It is 4."], ["\\sqrt{8}", "5", "4"])
+    [1.0, 0.0, 1.0]
+    """
+    close = close_within(tolerance)
+
+    def is_right(text: str, gold: str) -> bool:
+        if numbers_or_texts_agree(text, gold, close):
+            return True
+        gold = answer_part(gold)[0]
+        if whole_number(gold) is not None and parse_number(text) is not None:
+            return False
+        return same_expression(expression_in(text), gold, seconds=seconds)
+
+    return _graded(completions, answer, is_right)
 
 
 def regex(prompts: Texts, completions: Texts, *, pattern: str = MARKED_NUMBER_AT_END, **columns: Any) -> list[Reward]:
@@ -150,68 +169,30 @@ RULES: dict[str, Callable[..., list[Reward]]] = {
     "exact_match": exact_match,
     "numeric": numeric,
     "numeric_or_exact": numeric_or_exact,
+    "math": math,
     "regex": regex,
     "format": regex,
     "length": length,
     "repetition": repetition,
 }
+#: Those that need a process's main thread.
+IN_MAIN_THREAD = frozenset({"math"})
 SHAPING = frozenset({"length", "repetition"})  # not the task: left out of ScoredGroup.task_rewards
 
 
-def parse_number(text: str) -> Fraction | None:
-    r"""The number that a text gives: after the last `####`, else in the last `\boxed{}`, else the last one in it.
+def _graded(completions: Texts, answer: Column, is_right: Callable[[str, str], bool | None]) -> list[Reward]:
+    """1 where any right answer of the cell is the completion's; None where the cell holds none.
 
-    >>> parse_number("3 of 4, so \\boxed{\\frac{3}{4}}"), parse_number("$1,234.50 in all"), parse_number("none")
-    (Fraction(3, 4), Fraction(2469, 2), None)
+    `is_right(completion, gold)`: None where the rule can't compare with that answer.
     """
-    text = _answer_part(text)
-    fractions = list(FRACTION.finditer(text))
-    numbers = [match for match in NUMBER.finditer(text) if len(match.group()) <= MAX_NUMBER_CHARS]
-    if fractions and (not numbers or fractions[-1].end() >= numbers[-1].end()):
-        top, below = (int(part[:MAX_NUMBER_CHARS]) for part in fractions[-1].groups())
-        return Fraction(top, below) if below else None
-    return _value(numbers[-1]) if numbers else None
+    rewards: list[Reward] = []
+    for completion, cell in zip(completions, answer, strict=True):
+        text = text_of(completion)
+        found = [is_right(text, gold) for gold in golds(cell)]
+        rewards.append(float(any(found)) if any(one is not None for one in found) else None)
+    return rewards
 
 
-def whole_number(text: str) -> Fraction | None:
-    """The number that a text is as a whole (sign, currency, percent and full stop aside); None where it says more."""
-    bare = text.strip().removesuffix(".").removesuffix("%").strip()
-    if FRACTION.fullmatch(bare.strip("$")) or NUMBER.fullmatch(bare.strip("$")) or NUMBER.fullmatch(bare):
-        return parse_number(bare)
-    return None
-
-
-def _answer_part(text: str) -> str:
-    """What stands after the last `####`, else in the last `\\boxed{}`; else all of it."""
-    marked = MARKED.findall(text)
-    if marked:
-        return marked[-1]
-    boxed = _last_boxed(text)
-    return text if boxed is None else boxed
-
-
-def _last_boxed(text: str) -> str | None:
-    start = text.rfind("\\boxed{")
-    if start < 0:
-        return None
-    depth, begin = 1, start + len("\\boxed{")
-    for place in range(begin, len(text)):
-        depth += {"{": 1, "}": -1}.get(text[place], 0)
-        if depth == 0:
-            return text[begin:place]
-    return None
-
-
-def _value(match: re.Match[str]) -> Fraction | None:
-    value = Fraction(match["number"].replace(",", ""))
-    if match["exponent"]:
-        value *= Fraction(10) ** int(match["exponent"])
-    if match["below"]:
-        if not int(match["below"]):
-            return None
-        value /= int(match["below"])
-    return -value if "-" in (match["sign"], match["inner"]) else value
-
-
-def _close(value: Fraction | None, right: Fraction, tolerance: Fraction) -> bool:
-    return value is not None and abs(value - right) <= tolerance
+def close_within(tolerance: float) -> Callable[[Fraction, Fraction], bool]:
+    allowed = Fraction(tolerance)
+    return lambda one, other: abs(one - other) <= allowed

@@ -1,0 +1,78 @@
+"""Whether two answers are one expression, by math-verify.
+
+Takes:  two answers as a policy and a data set write them.
+Gives:  `same_expression`.
+Knows:  math-verify reads words as products of letters, for which Paris is Sirap: words are left to other rules.
+Never:  takes longer than it may: whoever writes 9^{9^{9}} is wrong. Needs the main thread, for the timer is a signal.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import re
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+from flux_ray.reward.answers import plain
+
+MAX_CHARS = 512  # of an answer
+LETTERS_ALONE = re.compile(r"[^\W\d_\\]+(?:[\s.,'()-]+[^\W\d_\\]+)*[\s.,()]*")
+WORD = re.compile(r"(?<!\\)(?<![A-Za-z])[A-Za-z]{3,}")
+FUNCTIONS = frozenset({"sin", "cos", "tan", "cot", "sec", "csc", "log", "exp", "sqrt", "arcsin", "arccos", "arctan",
+                       "sinh", "cosh", "tanh", "max", "min", "gcd", "lcm", "det", "lim", "mod"})  # fmt: skip
+
+
+class _Late(BaseException):
+    """The time is over. Not an Exception: math-verify takes those for a wrong answer and goes on."""
+
+
+def same_expression(text: str, gold: str, *, seconds: float) -> bool:
+    r"""Whether both have one value, set, interval, equation or matrix. False where that isn't told in time.
+
+    >>> same_expression("2\\sqrt{2}", "\\sqrt{8}", seconds=5.0), same_expression("(1, 2]", "[1, 2]", seconds=5.0)
+    (True, False)
+    """
+    if not text.strip() or max(len(text), len(gold)) > MAX_CHARS or _is_words(text) or _is_words(gold):
+        return False
+    if text.count("_") != gold.count("_"):
+        return False  # of a number's base it knows nothing
+    parse, verify = _library()
+    try:
+        with _at_most(seconds):
+            return bool(verify(parse(f"\\boxed{{{gold}}}"), parse(f"\\boxed{{{text}}}")))
+    except _Late:
+        return False
+
+
+def _is_words(text: str) -> bool:
+    text = plain(text).strip()
+    return bool(LETTERS_ALONE.fullmatch(text)) or any(word[0] not in FUNCTIONS for word in WORD.finditer(text))
+
+
+@functools.cache
+def _library() -> tuple[Callable[[str], Any], Callable[[Any, Any], bool]]:
+    """`parse` and `verify`: seconds to import. Without timers of their own, one of which would end ours."""
+    from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
+
+    logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # it warns of timers that are off, and of each failure
+    kinds = [LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig()]
+    return (functools.partial(parse, extraction_config=kinds, parsing_timeout=None),
+            functools.partial(verify, timeout_seconds=None))
+
+
+@contextmanager
+def _at_most(seconds: float) -> Iterator[None]:
+    def end(number: int, frame: FrameType | None) -> None:
+        raise _Late
+
+    before = signal.signal(signal.SIGALRM, end)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
