@@ -107,9 +107,10 @@ class RolloutConfig:
 
 @dataclass(frozen=True)
 class RewardConfig:
-    functions: list[str] = knob([], "rewards: rules (exact_match, numeric, numeric_or_exact, regex or format, length, "
-                                "repetition), registered names, path/to/file.py:function or model:PATH (a reward "
-                                "model); none with an answer column: numeric_or_exact")
+    functions: list[str] = knob([], "rewards: rules (exact_match, numeric, numeric_or_exact, math, regex or format, "
+                                "length, repetition), registered names, path/to/file.py:function, "
+                                "package.module:function or model:PATH (a reward model); none with an answer column: "
+                                "numeric_or_exact")
     weights: list[float] = knob([], "one weight per function; none: 1 each")
     combine: str = knob("sum", "several functions: sum (weighted, then the algorithm's advantage), or each (each one "
                         "normalised alone over its group, then weighted; algo.normalize_by_std divides no more)",
@@ -119,6 +120,8 @@ class RewardConfig:
     overlong_tokens: int | None = knob(None, "last tokens of rollout.max_tokens over which it rises from 0; none: a "
                                        "fifth of them", least=1)
     options: dict[str, Any] = knob({}, "arguments of a function by its name, e.g. options.regex.pattern='#### ...'")
+    env: list[str] = knob([], "environment variables that your own functions see, by name, e.g. [JUDGE_API_KEY]; their "
+                          "values are those where the run is started, and are written nowhere")
     num_workers: int = knob(1, "processes that score", least=1)
     model_replicas: int = knob(1, "actors of each reward model", least=1)
     model_tokens_per_forward: int = knob(8192, "tokens of one forward pass of a reward model", least=1)

@@ -8,6 +8,8 @@ Never:  imports anything of the project's own parts: a plugin imports what it re
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import hashlib
 import importlib
 import importlib.util
@@ -24,29 +26,26 @@ from flux_ray.errors import UserError, unknown
 
 #: The file that is being imported, if any.
 _importing: ContextVar[Path | None] = ContextVar("importing", default=None)
+_imported: dict[Path, ModuleType] = {}
 
 
 def import_file(path: str, *, option: str) -> ModuleType:
-    """The module of a Python file, imported once. UserError names the option, the file, the line and what failed."""
+    """The module of a Python file, imported once. UserError names the option, the file, the line and what failed.
+
+    It is imported by the name that a script beside it, or beside its package, would import it by, so that relative
+    imports work and the processes that it starts find what it defines; by a made-up one where that is another module's.
+    """
     file = Path(path).expanduser().resolve()
-    # The name is the same in every process, so that what the file defines can travel between them.
-    name = f"flux_ray_user_{file.stem}_{hashlib.blake2b(str(file).encode(), digest_size=4).hexdigest()}"
-    if name in sys.modules:
-        return sys.modules[name]
+    if file in _imported:
+        return _imported[file]
     if not file.is_file():
         raise UserError(f"{option}: there is no file {file}")
-    spec = importlib.util.spec_from_file_location(name, file)
-    if spec is None or spec.loader is None:
+    if file.suffix != ".py":
         raise UserError(f"{option}: {file} is not a Python file")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    if str(file.parent) not in sys.path:
-        sys.path.append(str(file.parent))  # it may import the files beside it, as when it is run as a script
     outer = _importing.set(file)
     try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        del sys.modules[name]
+        module = _imported[file] = _import(file)
+    except (Exception, SystemExit) as error:
         if isinstance(error, UserError):
             raise
         where = f"{file}{_line_in(file, error)}"
@@ -54,6 +53,57 @@ def import_file(path: str, *, option: str) -> ModuleType:
     finally:
         _importing.reset(outer)
     return module
+
+
+def _import(file: Path) -> ModuleType:
+    root, name = _place(file)
+    for folder in (str(root), str(file.parent)):  # it may import the files beside it, as when it is run as a script
+        if folder not in sys.path:
+            sys.path.append(folder)
+    importlib.invalidate_caches()
+    if _found_by(name) == file:
+        return importlib.import_module(name)
+    name = f"flux_ray_user_{file.stem}_{hashlib.blake2b(str(file).encode(), digest_size=4).hexdigest()}"
+    spec = importlib.util.spec_from_file_location(name, file)
+    assert spec is not None and spec.loader is not None, file
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
+
+
+def _place(file: Path) -> tuple[Path, str]:
+    """The folder from which the file's module is imported, and its dotted name there.
+
+    Its package is every folder above it with an __init__.py, and as many as its relative imports go up.
+    """
+    up = 0
+    with contextlib.suppress(SyntaxError, ValueError):  # it is told when the file is imported
+        up = max((node.level for node in ast.walk(ast.parse(file.read_bytes())) if isinstance(node, ast.ImportFrom)),
+                 default=0)
+    names, root = [] if file.stem == "__init__" else [file.stem], file.parent
+    while (len(names) <= up or (root / "__init__.py").is_file()) and root.name.isidentifier():
+        names.append(root.name)
+        root = root.parent
+    return root, ".".join(reversed(names))
+
+
+def _found_by(name: str) -> Path | None:
+    """The file that a module of that name is, or would be, imported from."""
+    module = sys.modules.get(name)
+    try:
+        spec = getattr(module, "__spec__", None) if module is not None else importlib.util.find_spec(name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{name}.".startswith(f"{error.name}."):
+            raise  # its package's own
+        return None
+    except ValueError:  # a module that was made by hand
+        return None
+    origin = getattr(spec, "origin", None)
+    return Path(origin).resolve() if origin else None
 
 
 def refuse_while_importing() -> None:
@@ -64,7 +114,7 @@ def refuse_while_importing() -> None:
                         "under `if __name__ == \"__main__\":`, or the functions into a file of their own")
 
 
-def _line_in(file: Path, error: Exception) -> str:
+def _line_in(file: Path, error: BaseException) -> str:
     """` line N`: where in the file the error came up; nothing where it didn't."""
     if isinstance(error, SyntaxError) and error.filename == str(file):
         return f" line {error.lineno}"
@@ -101,8 +151,14 @@ def load_function(name: str, *, option: str) -> Callable[..., Any]:
     return function
 
 
+def file_of_module(name: str) -> Path | None:
+    """The file of `package.module` beneath the present folder, where `python -m` would find it; else None."""
+    place = Path.cwd().joinpath(*name.split("."))
+    return next((file for file in (place.with_name(f"{place.name}.py"), place / "__init__.py") if file.is_file()), None)
+
+
 def _import_module(name: str, *, option: str) -> ModuleType:
     try:
         return importlib.import_module(name)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(f"{option}: importing {name} failed: {type(error).__name__}: {error}") from error

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -27,9 +28,10 @@ from flux_ray.observability.callbacks import Callback
 from flux_ray.observability.run_folder import LOG, RunFolder
 from flux_ray.observability.terminal import quiet
 from flux_ray.records import OVERLONG
-from flux_ray.reward.calls import Arguments, Caller
-from flux_ray.reward.registry import GIVEN, RewardFunction, find_answer_column, resolve_functions
-from flux_ray.reward.worker import RESERVED, overlong, value_of
+from flux_ray.reward import SandboxedRewards, Surroundings, ask_signatures, find_answer_column, resolve_functions
+from flux_ray.reward.calls import LEFT_OUT, Arguments, Caller
+from flux_ray.reward.registry import GIVEN, RewardFunction, answer_in
+from flux_ray.reward.worker import overlong, value_of
 from flux_ray.run import TrainingResult
 from flux_ray.run.prepare import Prepared, Rollouts, prepare
 from flux_ray.run.recorder import Recorder
@@ -41,6 +43,8 @@ METRICS = {
     "completions/mean_length": "rollout/response_length_mean",
     "completions/max_length": "rollout/response_length_max", "completions/clipped_ratio": "rollout/truncated_frac",
 }
+
+Result = TypeVar("Result")
 
 #: (config, device) ► the policy, where another library opens it
 LoadModel = Callable[[Config, str], Any]
@@ -108,9 +112,11 @@ def make_trainer(
     settings = trainer_arguments(config, longest_prompt=prompts.longest_prompt, device=device)
     if load_model is None:
         settings["model_init_kwargs"] = opening(config)
-    functions = resolve_functions(config, prompts.columns)
+    functions = resolve_functions(config, prompts.columns, ask_signatures(config))
+    _refuse_left_out(functions, prompts)
     weights = [function.weight for function in functions]
-    rewards = [as_trl(function, config) for function in functions]
+    calling = Calling(config)
+    rewards = [as_trl(function, config, calling) for function in functions]
     if config.reward.overlong_penalty:
         rewards, weights = [*rewards, _overlong_reward(config)], [*weights, 1.0]
     return kind(
@@ -123,34 +129,68 @@ def make_trainer(
     )
 
 
+def _refuse_left_out(functions: Sequence[RewardFunction], prompts: PromptSource) -> None:
+    for function in functions:
+        for name in LEFT_OUT & set(function.parameters) & set(prompts.columns):
+            raise UserError(f"backend=trl: reward {function.name} takes the column {name!r}, which TRL leaves out: "
+                            "give it another name in the data")
+
+
 def rows(prompts: PromptSource, number: int) -> list[dict[str, Any]]:
     """The prompts that a run of ours draws, in its order: prompt as TRL takes it, and the columns for the rewards.
 
     All of the run, for TRL leaves out what is over at the end of an epoch, be it all there is.
     """
     drawn = [prompts.prompt(uid) for uid in range(number)]
-    return [{**{k: v for k, v in p.columns.items() if k not in RESERVED}, "prompt": p.text} for p in drawn]
+    left_out = LEFT_OUT | GIVEN
+    return [{**{k: v for k, v in p.columns.items() if k not in left_out}, "prompt": p.text} for p in drawn]
 
 
-def as_trl(function: RewardFunction, config: Config) -> Callable[..., list[float | None]]:
+class Calling:
+    """Rewards as our workers call them, on an event loop beside TRL's thread."""
+
+    def __init__(self, config: Config) -> None:
+        self._loop = asyncio.new_event_loop()
+        threading.Thread(target=self._loop.run_forever, name="rewards", daemon=True).start()
+        self._caller = self._await(_caller(config))
+
+    def __call__(self, function: RewardFunction, arguments: Arguments) -> list[Any]:
+        return self._await(self._caller.call(function, arguments, where="a batch of prompts"))
+
+    def _await(self, coroutine: Coroutine[Any, Any, Result]) -> Result:
+        """Each call has its deadline, on the loop."""
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
+
+
+async def _caller(config: Config) -> Caller:
+    children = SandboxedRewards(config, Surroundings.here(config))
+    return Caller(children, deadline_s=config.reward.deadline_s)
+
+
+def as_trl(function: RewardFunction, config: Config, calling: Calling) -> Callable[..., list[float | None]]:
     """The function as TRL calls one: under its name and with its options, deadline and answer column."""
-    caller = Caller(deadline_s=config.reward.deadline_s)
 
     def reward(prompts: list[Any], completions: list[Any], **given: Any) -> list[float | None]:
-        size = len(completions)
-        columns = {name: value for name, value in given.items() if name not in GIVEN}
+        columns = {name: values for name, values in given.items() if name not in GIVEN}
         answer_column = find_answer_column(config, columns)
         if answer_column is not None and (function.is_rule or "answer" not in columns):
-            columns["answer"] = columns[answer_column]
+            rows = [dict(zip(columns, cells, strict=True)) for cells in zip(*columns.values(), strict=True)]
+            columns["answer"] = [answer_in(row, answer_column) for row in rows]
         ids = [list(map(int, one)) for one in given["completion_ids"]]
-        per_sample = {**columns, "prompts": prompts, "completions": completions, "completion_ids": ids}
-        common = {name: value for name, value in given.items() if name in GIVEN - {"completion_ids"}}
-        call = caller.call(function, Arguments(size, per_sample, common), where="a batch of prompts")
-        values = [value_of(value) for value in asyncio.run(call)]
+        each = {**columns, "prompts": prompts, "completions": completions, "completion_ids": ids}
+        state = {name: getattr(given.get("trainer_state"), name, None) for name in ("global_step", "max_steps")}
+        arguments = Arguments(len(completions), {}, each, state)
+        values = [value_of(value) for value in calling(function, arguments)]
+        for name, value in arguments.logged.items():
+            given.get("log_metric", _ignored)(name, value)
         return [None if np.isnan(value) else value for value in values]
 
     reward.__name__ = function.name
     return reward
+
+
+def _ignored(name: str, value: float) -> None:
+    """TRL gives no log_metric."""
 
 
 def _overlong_reward(config: Config) -> Callable[..., list[float | None]]:

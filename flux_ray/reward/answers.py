@@ -1,7 +1,8 @@
 r"""How people and models write an answer.
 
 Takes:  a text: a completion, or the cell of an answer column.
-Gives:  `answer_part`, `expression_in`, `parse_number`, `whole_number`, `same_answer`; `golds`, the right answers of a cell.
+Gives:  `golds`, the right answers of a cell; `answer_part`, `expression_in`, `parse_number`, `whole_number`;
+        `same_answer`.
 Knows:  `#### x`, `\boxed{x}`, the last number of a text; LaTeX, separators of thousands, fractions, mixed numbers,
         powers of ten, currency, percent and degree signs, Unicode's minus signs and blanks.
 Never:  takes part of an expression for a number: the 5 of \sqrt{5}, of 2^5, of (3, 5), of x > 5.
@@ -190,7 +191,7 @@ def parse_number(text: str) -> Fraction | None:
 
     None where there is none, where a mark holds several, and where it is part of an expression.
 
-    >>> parse_number("3 of 4, so \\boxed{\\frac{3}{4}}"), parse_number("$1,234.50 in all"), parse_number("\\boxed{(3, 4)}")
+    >>> parse_number("3 of 4, so \\boxed{\\frac{3}{4}}"), parse_number("$1,234.50 in all"), parse_number("none")
     (Fraction(3, 4), Fraction(2469, 2), None)
     """
     part, is_marked = answer_part(text)

@@ -3,19 +3,17 @@
 Takes:  Responses; the config at birth; the actors of reward models.
 Gives:  Scores: each function's value, and their weighted sum.
 Knows:  how TRL calls a reward function, which is how every function is called here.
-Keeps:  the functions, one thread with an event loop for async functions.
+Keeps:  the child processes that call users' functions.
 Never:  waits longer than reward.deadline_s for one call; guesses a value: RewardError says who failed, and where.
 """
 
 from __future__ import annotations
 
 import asyncio
-import functools
 import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,10 +23,8 @@ from flux_ray.config import Config
 from flux_ray.protocols import RewardModelScorer
 from flux_ray.records import OVERLONG, Responses, Scores
 from flux_ray.reward.calls import Arguments, Caller
-from flux_ray.reward.registry import GIVEN, RewardFunction, find_answer_column, load_functions
-
-#: Columns that are not passed on: TRL leaves these two out, and a call needs the other names for itself.
-RESERVED = frozenset({"prompt", "completion"}) | GIVEN
+from flux_ray.reward.registry import GIVEN, RewardFunction, answer_in, find_answer_column, load_functions
+from flux_ray.reward.sandboxed import SandboxedRewards, Surroundings
 
 REWARD_MODEL_ROLE = "reward_model"
 MODEL_DEADLINE_S = 3600.0  # of one call: reward.deadline_s comes first, as long as the model answers nobody
@@ -39,9 +35,12 @@ OVERLONG_SHARE = 0.2  # of rollout.max_tokens: where the soft penalty begins, un
 class RewardWorker:
     """One scoring process's work. Several `score` calls may run at once; functions that aren't async take turns."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, surroundings: Surroundings | None = None) -> None:
+        """`surroundings`: of users' functions; none: this process's."""
         self._config = config
-        self._functions = load_functions(config)
+        self._children = SandboxedRewards(config, surroundings or Surroundings.here(config))
+        self._functions: tuple[RewardFunction, ...] = ()
+        self._loading = asyncio.Lock()
         self._models: dict[str, Sequence[Actor[RewardModelScorer]]] = {}  # by the function's name
         self._router: Router[RewardModelScorer] = Router()
         self._num_scored = 0
@@ -50,13 +49,22 @@ class RewardWorker:
         self._not_alone.set()
         self._one_alone = asyncio.Lock()
         self._begun: dict[int, asyncio.Event] = defaultdict(asyncio.Event)  # by uid
-        self._caller = Caller(deadline_s=config.reward.deadline_s)
+        self._caller = Caller(self._children, deadline_s=config.reward.deadline_s)
 
     async def meet(self, members: Members) -> None:
         """The actors of reward models: replica r of model m is actor m x replicas + r."""
         replicas, actors = self._config.reward.model_replicas, members.of(REWARD_MODEL_ROLE)
-        models = [function.name for function in self._functions if function.is_model]
+        models = [function.name for function in await self._loaded() if function.is_model]
         self._models = {name: actors[m * replicas : (m + 1) * replicas] for m, name in enumerate(models)}
+
+    async def _loaded(self) -> tuple[RewardFunction, ...]:
+        async with self._loading:
+            if not self._functions:
+                self._functions = load_functions(self._config, await self._children.signatures())
+        return self._functions
+
+    def close(self) -> None:
+        self._children.close()
 
     async def score(self, responses: Responses) -> Scores:
         """Rewards of the G samples of a group, beside those of other groups."""
@@ -95,53 +103,46 @@ class RewardWorker:
         dict of parts counts with their sum, and each part is kept as NAME/PART; a nan is taken as None, as TRL does.
         RewardError: a function raised, gave something that is no reward, or took longer than reward.deadline_s.
         """
-        metrics: dict[str, float] = {}
-        arguments = self._arguments(responses, metrics)
+        functions, arguments = await self._loaded(), self._arguments(responses)
         parts: dict[str, np.ndarray] = {}
-        for function in self._functions:
+        for function in functions:
             parts |= await self._values(function, responses, arguments)
-        size = len(responses.texts)
-        task = [function for function in self._functions if not function.is_shaping]
-        rewards, task_rewards = weighted_sum(self._functions, parts, size), weighted_sum(task, parts, size)
+        size = arguments.size
+        task = [function for function in functions if not function.is_shaping]
+        rewards, task_rewards = weighted_sum(functions, parts, size), weighted_sum(task, parts, size)
         if self._config.reward.overlong_penalty:
             parts[OVERLONG] = overlong(responses.num_loss_tokens, self._config)
             rewards = rewards + parts[OVERLONG]
-        parts |= {name: np.full(size, value) for name, value in metrics.items() if name not in parts}
+        parts |= {name: np.full(size, value) for name, value in arguments.logged.items() if name not in parts}
         return Scores(rewards, task_rewards, parts)
 
-    def _arguments(self, responses: Responses, metrics: dict[str, float]) -> Arguments:
+    def _arguments(self, responses: Responses) -> Arguments:
         """What TRL's GRPOTrainer passes: lists of length G by name, and trainer_state, log_extra, log_metric.
 
         trainer_state has global_step (of the policy that sampled the group) and max_steps; log_metric's values become
         parts that don't count (one with the name of a part there already is left out); log_extra takes columns for a
         table of completions, which isn't kept here.
         """
-        size, prompt = len(responses.texts), responses.prompt
-        texts: list[Any] = list(responses.texts)
+        prompt, texts = responses.prompt, list(responses.texts)
+        completions: list[Any] = list(texts)
         if not isinstance(prompt.text, str):
-            texts = [[{"role": "assistant", "content": text}] for text in texts]
-        per_sample = {name: [value] * size for name, value in prompt.columns.items() if name not in RESERVED}
-        per_sample |= {"prompts": [prompt.text] * size, "completions": texts, "completion_ids": responses.response_ids}
-        state = SimpleNamespace(global_step=responses.step, max_steps=self._config.driver.num_steps)
-        common = {
-            "trainer_state": state,
-            "log_extra": lambda column, values: None,
-            "log_metric": lambda name, value: metrics.__setitem__(name, float(value)),
-        }
-        return Arguments(size, per_sample, common)
+            completions = [[{"role": "assistant", "content": text}] for text in texts]
+        columns = {name: value for name, value in prompt.columns.items() if name not in GIVEN}
+        each = {"completions": completions, "completion_ids": responses.response_ids}
+        state = {"global_step": responses.step, "max_steps": self._config.driver.num_steps}
+        return Arguments(len(texts), {**columns, "prompts": prompt.text}, each, state)
 
     async def _values(
         self, function: RewardFunction, responses: Responses, arguments: Arguments
     ) -> dict[str, np.ndarray]:
         """The function's values (G,) by part: under its own name, and under NAME/PART where it gave dicts."""
         answer_column = find_answer_column(self._config, responses.prompt.columns)
-        if answer_column is not None and (function.is_rule or "answer" not in arguments.per_sample):
-            answers = [responses.prompt.columns[answer_column]] * arguments.size
-            arguments = replace(arguments, per_sample={**arguments.per_sample, "answer": answers})
-        if function.is_model:
-            function = replace(function, call=functools.partial(self._ask_model, function.name, responses))
+        if answer_column is not None and (function.is_rule or "answer" not in arguments.same):
+            answer = answer_in(responses.prompt.columns, answer_column)
+            arguments = replace(arguments, same={**arguments.same, "answer": answer})
+        model = (lambda: self._ask_model(function.name, responses)) if function.is_model else None
         where = f"prompt row {responses.prompt.row + 1} (from 1)"
-        values = await self._caller.call(function, arguments, where=where)
+        values = await self._caller.call(function, arguments, where=where, model=model)
         parts = {function.name: np.array([value_of(value) for value in values])}
         for name in dict.fromkeys(name for value in values if isinstance(value, dict) for name in value):
             given = [value.get(name) if isinstance(value, dict) else None for value in values]
@@ -149,7 +150,7 @@ class RewardWorker:
         return parts
 
     async def _ask_model(self, name: str, responses: Responses) -> list[float]:
-        """Runs on the loop of async functions: the replica with the fewest of this worker's calls."""
+        """Of the replica with the fewest of this worker's calls."""
         actor = self._router.choose(self._models[name], 1)
         try:
             return await actor.call(RewardModelScorer.scores, responses).within(MODEL_DEADLINE_S)
@@ -165,7 +166,7 @@ def overlong(lengths_G: np.ndarray, config: Config) -> np.ndarray:
     return -config.reward.overlong_penalty * np.clip((lengths_G - (longest - cache)) / cache, 0.0, 1.0)
 
 
-def weighted_sum(functions: Any, parts: dict[str, np.ndarray], size: int) -> np.ndarray:
+def weighted_sum(functions: Sequence[RewardFunction], parts: dict[str, np.ndarray], size: int) -> np.ndarray:
     """(G,) float64: weight times value over the functions that gave one; nan where none did."""
     if not functions:
         return np.full(size, np.nan)

@@ -34,7 +34,7 @@ from flux_ray.offline.loop import OfflineLoop, make_learner
 from flux_ray.offline.stages import OfflineStages
 from flux_ray.protocols import Engine
 from flux_ray.protocols import TrainingRank as Rank
-from flux_ray.reward import RewardWorker
+from flux_ray.reward import RewardWorker, Surroundings
 from flux_ray.reward.model import RewardModel
 from flux_ray.rollout.check import check_kv_cache
 from flux_ray.rollout.engine import RolloutEngine, engine_env
@@ -181,7 +181,8 @@ class Build:
         config, rewards, device = self._config, self._groups[REWARD], _device(self._plan)
         deadline_s = config.cluster.start_deadline_s
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(rewards.build(RewardWorker, [{"config": config}] * len(rewards), deadline_s=deadline_s))
+            each = {"config": config, "surroundings": Surroundings.here(config)}
+            tasks.create_task(rewards.build(RewardWorker, [each] * len(rewards), deadline_s=deadline_s))
             if REWARD_MODEL in self._groups:
                 common = {
                     "tokenizer_path": config.model.tokenizer or config.model.path,
@@ -192,8 +193,8 @@ class Build:
                     "layout": config.model.layout,
                 }
                 paths = filter(None, map(reward_model_path, config.reward.functions))
-                each = [{"path": path, **common} for path in paths for _ in range(config.reward.model_replicas)]
-                tasks.create_task(self._groups[REWARD_MODEL].build(RewardModel, each, deadline_s=deadline_s))
+                models = [{"path": path, **common} for path in paths for _ in range(config.reward.model_replicas)]
+                tasks.create_task(self._groups[REWARD_MODEL].build(RewardModel, models, deadline_s=deadline_s))
 
     async def _build_reference(self) -> None:
         config, device, reference = self._config, _device(self._plan), self._groups[REFERENCE]

@@ -3,14 +3,14 @@
 Takes:  a Config.
 Gives:  Prepared: the config with what it left open filled in, what there is to learn from, the warnings.
 Knows:  which part checks what; the order: values, then files, then the model's own limits.
-Never:  starts a process.
+Never:  starts an actor.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,10 +29,18 @@ from flux_ray.model import check_targets, context_length, load_tokenizer, skelet
 from flux_ray.names import REWARD_MODEL, reward_model_path
 from flux_ray.offline import data as offline_data
 from flux_ray.offline.data import OfflineData
-from flux_ray.plugins import load_plugins
+from flux_ray.plugins import file_of_module, load_plugins
 from flux_ray.records import LoopState
-from flux_ray.reward import RewardFunction, count_silent, find_answer_column, resolve_functions
+from flux_ray.reward import (
+    RewardFunction,
+    answers_in,
+    ask_signatures,
+    count_silent,
+    find_answer_column,
+    resolve_functions,
+)
 from flux_ray.reward.model import check_reward_models, have_same_tokens
+from flux_ray.reward.registry import Signature
 from flux_ray.rollout.check import check_engine_args
 from flux_ray.rollout.functions import get_rollout
 from flux_ray.run import checkpoint as saved
@@ -80,6 +88,7 @@ class Draft:
     checkpoint: Path | None = None
     task: Task | None = None
     tokenizer: Any = None
+    signatures: Mapping[str, Signature] = field(default_factory=dict)  # of users' rewards
 
     @property
     def path(self) -> str:
@@ -178,7 +187,8 @@ def _check_rewards(draft: Draft) -> None:
     if algo.needs_critic(config.algo) and config.critic.path:
         _check_critic(config.critic.path, draft.tokenizer,
                       longest=task.train.longest_prompt + config.rollout.max_tokens)
-    resolved, silent = _rewards(config, task.train)
+    draft.signatures = ask_signatures(config)
+    resolved, silent = _rewards(config, task.train, draft.signatures)
     draft.warnings += silent
     check_filter(config, [function.name for function in resolved])
 
@@ -187,7 +197,7 @@ def _read_evaluation(draft: Draft) -> None:
     config, task = draft.config, draft.task
     if isinstance(task, Rollouts) and config.eval.data:
         evaluation = PromptSource.for_eval(config, draft.tokenizer, context_length=draft.context)
-        draft.warnings += _rewards(config, evaluation)[1]
+        draft.warnings += _rewards(config, evaluation, draft.signatures)[1]
         draft.task = Rollouts(task.train, evaluation)
 
 
@@ -240,18 +250,22 @@ def _check_critic(path: str, tokenizer: Any, *, longest: int) -> None:
 
 def _default_reward(config: Config, prompts: PromptSource) -> str:
     """The one function that stands in where none is named; UserError where the data don't call for one."""
-    (function,) = resolve_functions(config, prompts.columns)
+    (function,) = resolve_functions(config, prompts.columns, {})
     return function.name
 
 
-def _rewards(config: Config, prompts: PromptSource) -> tuple[tuple[RewardFunction, ...], list[str]]:
+def _rewards(
+    config: Config, prompts: PromptSource, signatures: Mapping[str, Signature]
+) -> tuple[tuple[RewardFunction, ...], list[str]]:
     """The functions that score these prompts; a warning for each that has nothing to say of some of them.
 
     UserError where one has nothing to say of any: nothing would be learned from it.
     """
-    functions, warnings = resolve_functions(config, prompts.columns), []
+    functions, warnings = resolve_functions(config, prompts.columns, signatures), []
     column = find_answer_column(config, prompts.columns)
-    answers = prompts.column(column) if column else []
+    answers = []
+    if column is not None and any(function.is_rule and "answer" in function.parameters for function in functions):
+        answers = answers_in(column, prompts.column, prompts.columns)
     for function in functions:
         num_silent = count_silent(function, answers)
         what = f"{prompts.source}: reward {function.name} can use the {column!r} of"
@@ -299,6 +313,9 @@ def _absolute_function(name: str) -> str:
     if model is not None:
         return f"{REWARD_MODEL}{_local(model)}"
     path, colon, function = name.rpartition(":")
+    if colon and not path.endswith(".py"):
+        file = file_of_module(path)  # beneath this folder, which other processes needn't be in
+        return f"{file}:{function}" if file is not None else name
     return f"{Path(path).expanduser().absolute()}:{function}" if colon and path.endswith(".py") else name
 
 

@@ -2,7 +2,8 @@
 
 Takes:  a socket to the parent; an entry point of ours, `module:function`, that makes the handler.
 Gives:  `main`; `Ask`, by which a handler asks the parent while it runs.
-Knows:  each call in a thread has an event loop of its own, so that one that blocks holds up no other.
+Knows:  each call in a thread has an event loop of its own, so that one that blocks holds up no other. In the main
+        thread a plain call is as in a script; coroutines share one loop, which goes on between plain calls.
 Never:  outlives its parent, even while a call holds the interpreter's lock.
 """
 
@@ -12,14 +13,16 @@ import asyncio
 import contextlib
 import ctypes
 import importlib
+import inspect
+import multiprocessing
 import os
-import queue
 import signal
 import socket
 import struct
+import sys
 import threading
 import traceback
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import Future
 from typing import Any
 
@@ -39,6 +42,7 @@ def main(connection: socket.socket, entry: str, arguments: bytes) -> None:
     """The child's whole life."""
     _die_with_parent()
     os.setsid()  # a group of its own: what it starts ends with it
+    _as_a_script()
     server = _Server(connection)
     try:
         module, _, function = entry.partition(":")
@@ -57,12 +61,22 @@ def _die_with_parent() -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
+def _as_a_script() -> None:
+    """What is printed shows at once, whoever ends the process; its code may start processes, by any method."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # they are files here
+    multiprocessing.current_process().daemon = False
+    multiprocessing.set_start_method(None, force=True)  # it has been chosen by whoever started this process
+
+
 class _Server:
     def __init__(self, connection: socket.socket) -> None:
         self.handler: Handler = lambda payload, ask: None
         self._connection = connection
         self._sending = threading.Lock()
-        self._in_main: queue.Queue[tuple[int, Any] | None] = queue.Queue()
+        self._main_loop = asyncio.new_event_loop()
+        self._in_main: asyncio.Queue[tuple[int, Any] | None] = asyncio.Queue()  # of the loop
+        self._queued: set[int] = set()  # calls that wait for the main thread, and are waited for
         self._running: dict[int, tuple[asyncio.AbstractEventLoop, asyncio.Task[Any]]] = {}  # calls in threads
         self._asked: dict[int, Future[Any]] = {}
         self._number = 0
@@ -78,11 +92,12 @@ class _Server:
             while header := stream.read(LENGTH.size):
                 kind, number, *rest = decode(stream.read(*LENGTH.unpack(header)))
                 getattr(self, f"_on_{kind}")(number, *rest)
-        self._in_main.put(None)
+        self._main_loop.call_soon_threadsafe(self._in_main.put_nowait, None)
 
     def _on_call(self, number: int, payload: Any, in_main_thread: bool) -> None:
         if in_main_thread:
-            self._in_main.put((number, payload))
+            self._queued.add(number)
+            self._main_loop.call_soon_threadsafe(self._in_main.put_nowait, (number, payload))
         else:
             threading.Thread(target=self._in_thread, args=(number, payload), daemon=True).start()
 
@@ -91,6 +106,7 @@ class _Server:
             loop, task = self._running[number]
             with contextlib.suppress(RuntimeError):  # it has ended meanwhile
                 loop.call_soon_threadsafe(task.cancel)
+        self._queued.discard(number)
 
     def _on_answer(self, number: int, value: Any) -> None:
         if number in self._asked:
@@ -101,13 +117,35 @@ class _Server:
             self._asked.pop(number).set_exception(RuntimeError(why))
 
     def serve_main_thread(self) -> None:
-        """One call at a time, as in a script."""
-        while (call := self._in_main.get()) is not None:
+        """One plain call at a time, beside no coroutine; these go on while a call is waited for."""
+        tasks: set[asyncio.Task[None]] = set()
+        while (call := self._main_loop.run_until_complete(self._in_main.get())) is not None:
             number, payload = call
+            if number not in self._queued:
+                continue
+            self._queued.discard(number)
+            self.send("began", number)
             try:
-                self.send("result", number, self.handler(payload, self._asker(number)))
+                value = self.handler(payload, self._asker(number))
+                if inspect.iscoroutine(value):
+                    tasks.add(task := self._main_loop.create_task(self._beside(number, value)))
+                    task.add_done_callback(tasks.discard)
+                else:
+                    self.send("result", number, value)
             except BaseException as error:
                 self.send("raised", number, *_told(error))
+
+    async def _beside(self, number: int, coroutine: Coroutine[Any, Any, Any]) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._running[number] = self._main_loop, task
+        self.send("began", number)  # once more: others may have held up the loop
+        try:
+            self.send("result", number, await coroutine)
+        except BaseException as error:
+            self.send("raised", number, *_told(error))
+        finally:
+            del self._running[number]
 
     def _in_thread(self, number: int, payload: Any) -> None:
         try:

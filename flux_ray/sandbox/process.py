@@ -15,6 +15,8 @@ import multiprocessing
 import os
 import signal
 import socket
+import sys
+import types
 from collections.abc import Awaitable, Callable, Sequence
 from multiprocessing import forkserver
 from typing import Any, NamedTuple
@@ -31,6 +33,11 @@ SENTINEL_LOOK_S = 1.0  # for the exit code of a child whose socket has closed
 
 #: Answers what a call asks.
 Answer = Callable[[Any], Awaitable[Any]]
+
+
+async def no_answer(payload: Any) -> Any:
+    """The Answer to a call that asks nothing."""
+    raise RuntimeError("nobody answers here")
 
 
 class ChildEnded(RuntimeError):
@@ -59,6 +66,7 @@ class Child:
         self._calls: dict[int, asyncio.Future[Any]] = {}
         self._answers: dict[int, Answer] = {}  # who answers what a call asks
         self._asking: dict[int, set[asyncio.Task[None]]] = {}  # of a call
+        self._began: dict[int, Callable[[], None]] = {}  # to be told that a call has begun
         self.why_ended = ""
         self._reading: asyncio.Task[None] | None = None
 
@@ -69,7 +77,7 @@ class Child:
         arguments = (its, entry.function, encode(entry.arguments))
         process = multiprocessing.get_context("forkserver").Process(
             target=child_module.main, args=arguments, daemon=True)
-        await asyncio.to_thread(process.start)
+        await asyncio.to_thread(_start, process)
         its.close()
         reader, writer = await asyncio.open_unix_connection(sock=ours)
         child = cls(process, reader, writer)
@@ -89,17 +97,22 @@ class Child:
     def ended(self) -> bool:
         return bool(self.why_ended)
 
-    async def call(self, payload: Any, *, answer: Answer, in_main_thread: bool = False) -> Any:
+    async def call(
+        self, payload: Any, *, answer: Answer = no_answer, in_main_thread: bool = False,
+        began: Callable[[], None] = lambda: None,
+    ) -> Any:
         """The handler's value. `in_main_thread`: one call at a time, as in a script, else in a thread of its own.
 
-        Raises what `answer` raises; CallFailed (or UserError) for what the handler raises; ChildEnded. Whoever waits
-        sets the deadline; whoever is cancelled cancels the call.
+        `began`: called when its turn in the main thread has come. Raises what `answer` raises; CallFailed (or
+        UserError) for what the handler raises; ChildEnded. Whoever waits sets the deadline; whoever is cancelled
+        cancels the call.
         """
         if self.ended:
             raise ChildEnded(self.why_ended)
         number = next(self._numbers)
         result: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self._calls[number], self._answers[number], self._asking[number] = result, answer, set()
+        self._began[number] = began
         try:
             self._send("call", number, payload, in_main_thread)
             return await result
@@ -110,7 +123,7 @@ class Child:
         finally:
             for asking in self._asking.pop(number):
                 asking.cancel()
-            del self._calls[number], self._answers[number]
+            del self._calls[number], self._answers[number], self._began[number]
 
     def kill(self, why: str) -> None:
         """End the child and all that it started; the calls that run in it fail with `why`."""
@@ -148,7 +161,7 @@ class Child:
         ending = asyncio.get_running_loop().create_future()
         sentinel = self._process.sentinel
         handlers: dict[str, Callable[..., None]] = {
-            "ask": self._on_ask, "result": self._on_result, "raised": self._on_raised}
+            "ask": self._on_ask, "began": self._on_began, "result": self._on_result, "raised": self._on_raised}
         asyncio.get_running_loop().add_reader(sentinel, _settle, ending)
         try:
             while True:
@@ -165,6 +178,10 @@ class Child:
             asyncio.get_running_loop().call_soon(self.kill, why)
         finally:
             asyncio.get_running_loop().remove_reader(sentinel)
+
+    def _on_began(self, number: int) -> None:
+        if number in self._began:
+            self._began[number]()
 
     def _on_result(self, number: int, value: Any) -> None:
         if number in self._calls and not self._calls[number].done():
@@ -190,6 +207,19 @@ class Child:
                 self._send("refusal", question, str(error))
             if number in self._calls and not self._calls[number].done():
                 self._calls[number].set_exception(error)
+
+
+def _start(process: Any) -> None:
+    """Start it without this process's script, which multiprocessing would run again in the child.
+
+    What it defines is imported there by its file, as from any other process.
+    """
+    script = sys.modules["__main__"]
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    try:
+        process.start()
+    finally:
+        sys.modules["__main__"] = script
 
 
 def _looked_at(message: asyncio.Future[Any]) -> None:

@@ -1,23 +1,23 @@
 import asyncio
 import math
 import pickle
-import threading
 
 import numpy as np
+import psutil
 import pytest
 
 from flux_ray.cluster.group import Members
 from flux_ray.config import Config, DataConfig, RewardConfig, RolloutConfig, from_dict
 from flux_ray.messages import Assignment, GroupReady, Orders, PartGenerated
 from flux_ray.records import Completion, Prompt, RolloutGroup, Sampled, Trajectory
-from flux_ray.reward.calls import BAD_RESULT, RAISED, TIMED_OUT, RewardError
+from flux_ray.reward.values import BAD_RESULT, RAISED, TIMED_OUT, RewardError
 from flux_ray.reward.worker import RewardWorker
 from flux_ray.rollout.scoring import responses_of, scored_group
 from flux_ray.rollout.worker import RolloutWorker
 from tests.fakes.actors import LocalGroup
 from tests.tiny import CHARACTERS, tiny_tokenizer
 
-pytestmark = pytest.mark.unit
+pytestmark = pytest.mark.system  # users' functions run in processes of their own
 
 EOS = 1
 STEP, VERSION = 3, 8  # a run that went back to a step has published more versions than it has done steps
@@ -69,7 +69,13 @@ def score(tmp_path):
         knobs["functions"] = [name if name.isidentifier() else f"{path}{name}" for name in knobs.get("functions", [])]
         rollout = RolloutConfig(max_tokens=knobs.pop("max_tokens", 256))
         config = Config(reward=RewardConfig(**knobs), data=data or DataConfig(), rollout=rollout)
-        return asyncio.run(scored_by(RewardWorker(config), group))
+        return asyncio.run(scored(RewardWorker(config), group))
+
+    async def scored(worker, group):
+        try:
+            return await scored_by(worker, group)
+        finally:
+            worker.close()
 
     return run
 
@@ -255,7 +261,8 @@ def test_functions_that_are_not_async_take_turns(tmp_path):
 
 def test_a_cancelled_call_leaves_the_line_and_a_running_one_keeps_its_turn_to_its_end(tmp_path):
     (tmp_path / "mine.py").write_text(
-        "import time\nRUNNING, CALLED = [], []\ndef f(completions):\n    CALLED.append(completions[0])\n"
+        "import time\nfrom pathlib import Path\nRUNNING, CALLED = [], []\ndef f(completions):\n"
+        "    CALLED.append(completions[0])\n    Path(__file__).with_name('called').touch()\n"
         "    RUNNING.append(1)\n    time.sleep(0.3)\n    at_once = len(RUNNING)\n    RUNNING.pop()\n"
         "    return [10 * len(CALLED) + at_once]\n"
     )
@@ -264,10 +271,12 @@ def test_a_cancelled_call_leaves_the_line_and_a_running_one_keeps_its_turn_to_it
     async def three():
         worker = RewardWorker(config)
         first, second, third = (asyncio.create_task(scored_by(worker, make_group([text]))) for text in "123")
-        await asyncio.sleep(0.1)  # into the first one's call
+        while not (tmp_path / "called").exists():
+            await asyncio.sleep(0.01)
         first.cancel()
         second.cancel()
-        return await asyncio.gather(first, second, third, return_exceptions=True)
+        async with asyncio.timeout(60):
+            return await asyncio.gather(first, second, third, return_exceptions=True)
 
     *cancelled, scored = asyncio.run(three())
     assert all(isinstance(result, asyncio.CancelledError) for result in cancelled)
@@ -316,11 +325,16 @@ async def test_what_is_sampled_reaches_rewards_without_special_tokens(tmp_path):
     assert await worker.texts([(prompt.uid, 0)]) == ["42"]
 
 
-def test_a_hanging_reward_is_a_daemon_thread(score):
+def test_the_process_of_a_hanging_reward_is_ended(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "import os, time\nfrom pathlib import Path\ndef f(completions):\n"
+        "    Path(__file__).with_name('pid').write_text(str(os.getpid()))\n    time.sleep(3600)\n")
+    worker = RewardWorker(Config(reward=RewardConfig(functions=[f"{tmp_path}/mine.py:f"], deadline_s=0.5)))
     with pytest.raises(RewardError):
-        score(make_group(["1"]), "import time\ndef f(completions): time.sleep(5)", functions=[":f"], deadline_s=0.05)
-    hanging = [thread for thread in threading.enumerate() if thread.name == "reward"]
-    assert hanging and all(thread.daemon for thread in hanging)
+        asyncio.run(scored_by(worker, make_group(["1"])))
+    gone, alive = psutil.wait_procs([child for child in psutil.Process().children(recursive=True)
+                                     if child.pid == int((tmp_path / "pid").read_text())], timeout=10)
+    assert not alive
 
 
 SAME_NAME_CODE = """

@@ -1,0 +1,59 @@
+"""What a reward function may give.
+
+Takes:  what it gave for so many samples.
+Gives:  `checked`: floats, None, or dicts of these; RewardError, which says which sample's value is none.
+Knows:  nan is None, as TRL takes it.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+RAISED, TIMED_OUT, BAD_RESULT = "raised", "timed_out", "bad_result"
+
+MAX_SHOWN_CHARS = 60  # of a wrong value, in an error of one line
+
+
+class RewardError(RuntimeError):
+    """A reward function failed. `kind` is RAISED, TIMED_OUT or BAD_RESULT; it survives pickling."""
+
+    def __init__(self, message: str, kind: str) -> None:
+        super().__init__(message, kind)
+        self.kind = kind
+
+    def __str__(self) -> str:
+        return self.args[0]
+
+
+def checked(result: Any, size: int, who: str) -> list[Any]:
+    """The values as floats, None, or dicts of these. RewardError (BAD_RESULT) names the sample with another value."""
+    if isinstance(result, (str, bytes, dict)) or not hasattr(result, "__iter__"):
+        raise RewardError(f"{who}: gave {_shown(result)}, not a list of {size} values", BAD_RESULT)
+    values = list(result)
+    if len(values) != size:
+        raise RewardError(f"{who}: gave {len(values)} values for {size} samples", BAD_RESULT)
+    return [_checked_value(value, f"{who}, sample {place} of {size}") for place, value in enumerate(values, start=1)]
+
+
+def _checked_value(value: Any, who: str) -> Any:
+    if isinstance(value, dict):
+        return {str(name): _checked_number(part, f"{who}, part {name!r}") for name, part in value.items()}
+    return _checked_number(value, who)
+
+
+def _checked_number(value: Any, who: str) -> float | None:
+    if value is None:
+        return None
+    try:
+        number = math.inf if isinstance(value, (str, bytes)) else float(value)
+    except (TypeError, ValueError):
+        number = math.inf
+    if math.isinf(number):
+        raise RewardError(f"{who}: gave {_shown(value)}, not a finite number or None", BAD_RESULT)
+    return None if math.isnan(number) else number
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return f"{type(value).__name__} {text if len(text) <= MAX_SHOWN_CHARS else text[:MAX_SHOWN_CHARS] + '…'}"
