@@ -92,6 +92,8 @@ class RolloutConfig:
     min_p: float = knob(0.0, "least probability relative to the likeliest; above 0 as top_p", least=0, most=1)
     allow_truncated_sampling: bool = knob(False, "train although top_p, top_k or min_p alter the distribution sampled")
     stop: list[str] = knob([], "texts that end a response")
+    skip_special_tokens: bool = knob(False, "leave special tokens out of the texts that rewards see; those that end or "
+                                     "fill a text are left out all the same")
     function: str = knob("single_turn", "the rollout: single_turn, a registered name, or path/to/file.py:function")
     kv_after_update: str = knob("recompute", "running requests after new weights: recompute their KV (exact) or keep",
                                 choices=("recompute", "keep"))
@@ -120,6 +122,8 @@ class RewardConfig:
     overlong_tokens: int | None = knob(None, "last tokens of rollout.max_tokens over which it rises from 0; none: a "
                                        "fifth of them", least=1)
     options: dict[str, Any] = knob({}, "arguments of a function by its name, e.g. options.regex.pattern='#### ...'")
+    opening: str | None = knob(None, "what the chat template begins the answer with, e.g. <think>: rewards see it "
+                               "before each completion, with the blanks after it")
     env: list[str] = knob([], "environment variables that your own functions see, by name, e.g. [JUDGE_API_KEY]; their "
                           "values are those where the run is started, and are written nowhere")
     num_workers: int = knob(1, "processes that score", least=1)

@@ -191,7 +191,7 @@ class Responses:
     """
 
     prompt: Prompt
-    texts: tuple[str, ...]  # all that follows the prompt, tools' turns included, without special tokens
+    texts: tuple[str, ...]  # all that follows the prompt, tools' turns included, without end and padding tokens
     token_ids: tuple[np.ndarray, ...]  # (T,) int32 each, prompt and response
     prompt_lengths: tuple[int, ...]
     finish_reasons: tuple[str, ...]

@@ -24,6 +24,7 @@ from flux_ray.config import Config
 from flux_ray.data import PairSource, PromptSource
 from flux_ray.errors import UserError
 from flux_ray.model import load_tokenizer, resolve_dtype
+from flux_ray.model.stops import stop_token_ids
 from flux_ray.observability.callbacks import Callback
 from flux_ray.observability.run_folder import LOG, RunFolder
 from flux_ray.observability.terminal import quiet
@@ -32,6 +33,7 @@ from flux_ray.reward import SandboxedRewards, Surroundings, ask_signatures, find
 from flux_ray.reward.calls import LEFT_OUT, Arguments, Caller
 from flux_ray.reward.registry import GIVEN, RewardFunction, answer_in
 from flux_ray.reward.worker import overlong, value_of
+from flux_ray.rollout.texts import texts_of
 from flux_ray.run import TrainingResult
 from flux_ray.run.prepare import Prepared, Rollouts, prepare
 from flux_ray.run.recorder import Recorder
@@ -115,7 +117,8 @@ def make_trainer(
     functions = resolve_functions(config, prompts.columns, ask_signatures(config))
     _refuse_left_out(functions, prompts)
     weights = [function.weight for function in functions]
-    calling = Calling(config)
+    tokenizer = load_tokenizer(config.model.tokenizer or str(config.model.path))
+    calling = Calling(config, tokenizer)
     rewards = [as_trl(function, config, calling) for function in functions]
     if config.reward.overlong_penalty:
         rewards, weights = [*rewards, _overlong_reward(config)], [*weights, 1.0]
@@ -124,7 +127,7 @@ def make_trainer(
         args=arguments(output_dir=str(Path(str(config.run_dir), "trl")), reward_weights=weights, **settings),
         reward_funcs=rewards,
         train_dataset=Dataset.from_list(rows(prompts, config.driver.num_steps * config.batch.prompts_per_step)),
-        processing_class=load_tokenizer(config.model.tokenizer or str(config.model.path)),
+        processing_class=tokenizer,
         callbacks=[_recording(recorder, updates_per_step=config.algo.epochs * config.algo.mini_batches)],
     )
 
@@ -149,13 +152,23 @@ def rows(prompts: PromptSource, number: int) -> list[dict[str, Any]]:
 class Calling:
     """Rewards as our workers call them, on an event loop beside TRL's thread."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, tokenizer: Any) -> None:
+        self._config, self._tokenizer = config, tokenizer
+        self._end_ids = stop_token_ids(config.model.path, tokenizer)
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, name="rewards", daemon=True).start()
         self._caller = self._await(_caller(config))
 
     def __call__(self, function: RewardFunction, arguments: Arguments) -> list[Any]:
         return self._await(self._caller.call(function, arguments, where="a batch of prompts"))
+
+    def completions(self, prompts: list[Any], ids: list[list[int]]) -> list[Any]:
+        """The responses as our rewards see them: TRL's are without any special token."""
+        texts = texts_of([np.array(one, np.int64) for one in ids], self._tokenizer, end_ids=self._end_ids,
+                         skip_special_tokens=self._config.rollout.skip_special_tokens)
+        texts = [(self._config.reward.opening or "") + text for text in texts]
+        return [text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+                for prompt, text in zip(prompts, texts, strict=True)]
 
     def _await(self, coroutine: Coroutine[Any, Any, Result]) -> Result:
         """Each call has its deadline, on the loop."""
@@ -177,7 +190,7 @@ def as_trl(function: RewardFunction, config: Config, calling: Calling) -> Callab
             rows = [dict(zip(columns, cells, strict=True)) for cells in zip(*columns.values(), strict=True)]
             columns["answer"] = [answer_in(row, answer_column) for row in rows]
         ids = [list(map(int, one)) for one in given["completion_ids"]]
-        each = {**columns, "prompts": prompts, "completions": completions, "completion_ids": ids}
+        each = {**columns, "prompts": prompts, "completions": calling.completions(prompts, ids), "completion_ids": ids}
         state = {name: getattr(given.get("trainer_state"), name, None) for name in ("global_step", "max_steps")}
         arguments = Arguments(len(completions), {}, each, state)
         values = [value_of(value) for value in calling(function, arguments)]

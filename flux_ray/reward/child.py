@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 import os
+import sys
 from collections.abc import Coroutine
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,6 +29,7 @@ def make(*, references: list[str], plugins: list[str], folder: str | None, env: 
     os.environ.update(env)
     if folder is not None and Path(folder).is_dir():
         os.chdir(folder)
+        sys.path.append(folder)  # as `python -m` has it
     load_plugins(plugins)
     function = functools.cache(function_of)  # a child imports what it calls
 

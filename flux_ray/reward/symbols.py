@@ -9,6 +9,7 @@ Never:  takes longer than it may: whoever writes 9^{9^{9}} is wrong. Needs the m
 from __future__ import annotations
 
 import functools
+import importlib.util
 import logging
 import re
 import signal
@@ -51,6 +52,10 @@ def same_expression(text: str, gold: str, *, seconds: float) -> bool:
 def _is_words(text: str) -> bool:
     text = plain(text).strip()
     return bool(LETTERS_ALONE.fullmatch(text)) or any(word[0] not in FUNCTIONS for word in WORD.finditer(text))
+
+
+def is_missing() -> bool:
+    return importlib.util.find_spec("math_verify") is None
 
 
 @functools.cache

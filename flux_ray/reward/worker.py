@@ -123,7 +123,8 @@ class RewardWorker:
         parts that don't count (one with the name of a part there already is left out); log_extra takes columns for a
         table of completions, which isn't kept here.
         """
-        prompt, texts = responses.prompt, list(responses.texts)
+        prompt, opening = responses.prompt, self._config.reward.opening or ""
+        texts = [opening + text for text in responses.texts]
         completions: list[Any] = list(texts)
         if not isinstance(prompt.text, str):
             completions = [[{"role": "assistant", "content": text}] for text in texts]

@@ -9,6 +9,7 @@ Keeps:  the sandbox, and what an engine's context is.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -22,14 +23,18 @@ from flux_ray.records import Prompt, RolloutGroup, SamplingRequest, Trajectory
 from flux_ray.rollout.environments import SandboxedRollout
 from flux_ray.rollout.functions import Rollout, one_turn, single_turn
 from flux_ray.rollout.generate import Limits, PromptGenerate
+from flux_ray.rollout.texts import texts_of
 
 PROBE_SAMPLES, PROBE_TOKENS = 4, 4  # enough to show weights that differ; few steps, for the trainer waits for them
 
 
 class Sampling:
-    def __init__(self, config: Config, *, tokenizer_path: str, tokenizer: Any = None) -> None:
-        """`tokenizer`: that of the path, where it is read already."""
+    def __init__(
+        self, config: Config, *, tokenizer_path: str, tokenizer: Any = None, end_ids: Collection[int] = ()
+    ) -> None:
+        """`tokenizer`: that of the path, where it is read already. `end_ids`: tokens that end a response."""
         self._config, self._tokenizer = config, tokenizer or _load_tokenizer(tokenizer_path)
+        self._end_ids = end_ids
         self._sandbox: SandboxedRollout | None = None
         if config.rollout.function != "single_turn":
             self._sandbox = SandboxedRollout(config, tokenizer_path=tokenizer_path)
@@ -37,7 +42,8 @@ class Sampling:
         self._limits: Limits | None = None
 
     def decode(self, token_ids: list[np.ndarray]) -> list[str]:
-        return self._tokenizer.batch_decode(token_ids, skip_special_tokens=True)
+        return texts_of(token_ids, self._tokenizer, end_ids=self._end_ids,
+                        skip_special_tokens=self._config.rollout.skip_special_tokens)
 
     async def start(self, members: Members) -> None:
         """Ask the engines what they hold, and start the sandbox where there is one."""

@@ -6,6 +6,7 @@ Never:  runs users' code; waits for another actor without a deadline.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
 from typing import Any
 
@@ -26,12 +27,14 @@ PROBE_UID = -(10**12)  # less the engine's index: no prompt's
 class RolloutWorker(Owned):
     """Orders start groups; `news` says what became of them."""
 
-    def __init__(self, config: Config, *, index: int, tokenizer_path: str, most_groups: int, tokenizer: Any = None
-                 ) -> None:
-        """`most_groups`: that may wait in one reward worker at once."""
+    def __init__(
+        self, config: Config, *, index: int, tokenizer_path: str, most_groups: int, tokenizer: Any = None,
+        end_ids: Collection[int] = (),
+    ) -> None:
+        """`most_groups`: that may wait in one reward worker at once. `end_ids`: see Sampling."""
         super().__init__()
         self._config, self._index = config, index
-        self._sampling = Sampling(config, tokenizer_path=tokenizer_path, tokenizer=tokenizer)
+        self._sampling = Sampling(config, tokenizer_path=tokenizer_path, tokenizer=tokenizer, end_ids=end_ids)
         self._scoring = Scoring(config, most_groups=most_groups)
         self._members = Members()
 

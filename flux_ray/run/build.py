@@ -27,7 +27,8 @@ from flux_ray.driver.stages import Stages
 from flux_ray.driver.staleness import Bound
 from flux_ray.driver.versions import Versions
 from flux_ray.errors import UserError
-from flux_ray.model import context_length, resolve_dtype
+from flux_ray.model import context_length, load_tokenizer, resolve_dtype
+from flux_ray.model.stops import stop_token_ids
 from flux_ray.names import reward_model_path
 from flux_ray.offline.data import OfflineData
 from flux_ray.offline.loop import OfflineLoop, make_learner
@@ -172,8 +173,9 @@ class Build:
         most_groups = math.ceil(batches * config.batch.prompts_per_step)
         most_groups += task.evaluation.num_rows if task.evaluation is not None else 0
         tokenizer = config.model.tokenizer or config.model.path
-        each = [{"config": config, "index": index, "tokenizer_path": tokenizer, "most_groups": most_groups}
-                for index in range(len(workers))]
+        end_ids = stop_token_ids(config.model.path, load_tokenizer(str(tokenizer)))
+        each = [{"config": config, "index": index, "tokenizer_path": tokenizer, "most_groups": most_groups,
+                 "end_ids": end_ids} for index in range(len(workers))]
         await workers.build(RolloutWorker, each, deadline_s=config.cluster.start_deadline_s)
 
     async def _build_rewards(self) -> None:

@@ -46,6 +46,7 @@ from flux_ray.rollout.functions import get_rollout
 from flux_ray.run import checkpoint as saved
 from flux_ray.train import check_deepspeed_options
 
+MAX_OPENING_CHARS = 1000  # of a prompt's end, looked at for reward.opening
 WEIGHTS = ("*.safetensors", "*.bin", "*.index.json")  # files that a model folder's weights may be in
 
 
@@ -187,6 +188,7 @@ def _check_rewards(draft: Draft) -> None:
     if algo.needs_critic(config.algo) and config.critic.path:
         _check_critic(config.critic.path, draft.tokenizer,
                       longest=task.train.longest_prompt + config.rollout.max_tokens)
+    config = draft.config = _with(config, "reward", opening=_opening(config, draft.tokenizer, task.train))
     draft.signatures = ask_signatures(config)
     resolved, silent = _rewards(config, task.train, draft.signatures)
     draft.warnings += silent
@@ -246,6 +248,19 @@ def _check_critic(path: str, tokenizer: Any, *, longest: int) -> None:
                         f"{longest}")
     if not have_same_tokens(tokenizer, load_tokenizer(path)):
         raise UserError(f"critic.path={path}: its tokenizer isn't the policy's, whose tokens it is given as they are")
+
+
+def _opening(config: Config, tokenizer: Any, prompts: PromptSource) -> str | None:
+    """What rewards see before a completion, as the prompts end: with the blanks after it. UserError: they don't."""
+    opening = config.reward.opening
+    if not (opening or "").strip():
+        return None
+    end = tokenizer.decode(prompts.prompt(0).token_ids.tolist(), skip_special_tokens=False)[-MAX_OPENING_CHARS:]
+    start = len(end.rstrip()) - len(str(opening).rstrip())
+    if start < 0 or not end[start:].startswith(str(opening).rstrip()):
+        raise UserError(f"reward.opening={opening!r}: the prompts end in {end[-40:]!r}, not in it: the template (or "
+                        "data.prompt_template) doesn't begin the answer so")
+    return end[start:]
 
 
 def _default_reward(config: Config, prompts: PromptSource) -> str:

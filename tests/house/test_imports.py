@@ -32,7 +32,7 @@ LEVELS = {
     "flux_ray.algo": 1,
     "flux_ray.batch": 1,
     "flux_ray.algo.explain": 2, "flux_ray.algo.table": 2,   # what they tell of is in algo and in batch
-    "flux_ray.reward.rules": 1,
+    "flux_ray.reward.answers": 1, "flux_ray.reward.rules": 1, "flux_ray.reward.symbols": 1,
     "flux_ray.cluster.plan": 1,
     "flux_ray.sandbox": 1,
     "flux_ray.data": 2,
@@ -65,6 +65,7 @@ HOMES = {
     "peft": {"model"},
     "trl": {"backends"},
     "unsloth": {"backends"},
+    "math_verify": {"reward"},
     "omegaconf": {"config", "names", "run_dir", "observability"},   # the last two read and write config.yaml
 }
 

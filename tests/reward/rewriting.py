@@ -1,10 +1,12 @@
 """Ways to write a number, and numbers that aren't it.
 
-Gives:  `written(number)`: every way to write it, by kind; `others(number)`: numbers that a slip gives.
+Gives:  `written(number)`: every way to write it, by kind; `some_written`, a few of them; `others(number)`: numbers
+        that a slip gives.
 """
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from fractions import Fraction
 
@@ -16,7 +18,8 @@ WORDS = (
     "N", "The answer is N.", "#### N", "so 3 of them.\n#### N", "\\boxed{N}", "We get $\\boxed{N}$.", "\\[ x = N \\]",
     "\\boxed{x = N}", "I had 7 at first, and 2 of 3 are gone.\n\nThe final answer is: \\boxed{N}", "**N**",
     "\\boxed{N\\text{ dollars}}", "\\fbox{N}", "\\boxed {N}", "<think>1 or 2?</think>\nN", "#### N apples",
-    "Answer:\n$$\\boxed{\\mathbf{N}}$$", "### Step 2\nIt is \\(N\\)", "#### Step 4: done\n\\boxed{N}", "\\boxed{\\text{N}}",
+    "Answer:\n$$\\boxed{\\mathbf{N}}$$", "### Step 2\nIt is \\(N\\)", "#### Step 4: done\n\\boxed{N}",
+    "\\boxed{\\text{N}}",
 )  # fmt: skip
 CURRENCY = ("${}", "\\${}", "€{}", "{} €", "£ {}", "{}\\$")
 UNITS = ("{}%", "{} %", "{}\\%", "{} percent", "{}^\\circ", "{}^{{\\circ}}", "{}°", "{}\\text{{ kg}}", "{} dollars")
@@ -69,15 +72,26 @@ def signed(number: Fraction, kind: str, text: str) -> Iterator[tuple[str, str]]:
         yield f"{kind}, minus {minus}", f"{minus}{text}"
 
 
+def contexts(kind: str) -> list[str]:
+    """Where a number of this kind may stand, in place of N."""
+    around = []
+    if kind.startswith(("plain", "decimal", "separator ','")):
+        around = [way.format("N") for way in (*CURRENCY, *UNITS)]
+    return [*WORDS, *around, *(f"\\boxed{{{way}}}" for way in around)]
+
+
 def written(number: Fraction) -> Iterator[tuple[str, str]]:
-    """Kind and text: each form alone and in words; currency and units around the plain ones."""
+    """Kind and text: each form in each context."""
     for kind, text in (pair for form in forms(number) for pair in signed(number, *form)):
-        for words in WORDS:
-            yield f"{kind} in {words!r}", words.replace("N", text)
-        if kind.startswith(("plain", "decimal", "separator ','")):
-            for around in (*CURRENCY, *UNITS):
-                yield f"{kind}, {around}", around.format(text)
-                yield f"{kind}, {around}, boxed", f"\\boxed{{{around.format(text)}}}"
+        for context in contexts(kind):
+            yield f"{kind} in {context!r}", context.replace("N", text)
+
+
+def some_written(number: Fraction, chance: random.Random, count: int) -> list[tuple[str, str]]:
+    """As many of them, any form in any context."""
+    known = [pair for form in forms(number) for pair in signed(number, *form)]
+    chosen = [(kind, text, chance.choice(contexts(kind))) for kind, text in chance.choices(known, k=count)]
+    return [(f"{kind} in {context!r}", context.replace("N", text)) for kind, text, context in chosen]
 
 
 def others(number: Fraction) -> Iterator[Fraction]:

@@ -21,9 +21,9 @@ pytestmark = [pytest.mark.system, pytest.mark.timeout(120)]
 
 
 def written(folder: Path, **files: str) -> Path:
-    """`pkg__rewards` is the file pkg/rewards.py."""
+    """`pkg__rewards` is the file pkg/rewards.py, `pkg__INIT` its __init__.py."""
     for name, code in files.items():
-        path = folder / f"{name.replace('__', '/')}.py"
+        path = folder / f"{name.replace('__', '/').replace('INIT', '__init__')}.py"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(textwrap.dedent(code))
     return folder
@@ -161,7 +161,7 @@ def test_a_file_of_a_package_imports_its_neighbours(tmp_path, package):
     folder = written(tmp_path, pack_a__rewards=code, pack_a__helpers="def right(c): return float(c == '42')\n",
                      pack_a__deep__more="from ..helpers import right\ndef one(): return right('42')\n")
     if package:
-        written(folder, pack_a____init__="", pack_a__deep____init__="")
+        written(folder, pack_a__INIT="", pack_a__deep__INIT="")
     assert rewards_of(f"{folder}/pack_a/rewards.py:graded") == [1.0, 0.0]
 
 
@@ -169,7 +169,7 @@ def test_a_module_beneath_the_folder_is_found_by_name(tmp_path):
     """With the command, which isn't in that folder, and whatever folder the workers are in."""
     written(tmp_path, pack_b__rewards="from pack_b.helpers import right\ndef graded(completions, **columns):\n"
                                       "    return [right(c) for c in completions]\n",
-            pack_b__helpers="def right(c): return float(c == '42')\n", pack_b____init__="")
+            pack_b__helpers="def right(c): return float(c == '42')\n", pack_b__INIT="")
     code = ("from flux_ray.run.prepare import _absolute\nfrom flux_ray.config import from_dict\n"
             "print(*_absolute(from_dict({'reward.functions': ['pack_b.rewards:graded']})).reward.functions)")
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60)
@@ -179,7 +179,7 @@ def test_a_module_beneath_the_folder_is_found_by_name(tmp_path):
 
 def test_a_script_of_a_package_names_its_functions(tmp_path):
     """`python -m pack_c.train`, where the function stands in the script itself."""
-    written(tmp_path, pack_c____init__="", pack_c__helpers="def right(c): return float(c == '42')\n",
+    written(tmp_path, pack_c__INIT="", pack_c__helpers="def right(c): return float(c == '42')\n",
             pack_c__train="from .helpers import right\nfrom flux_ray.api import name_of\n"
                           "def graded(completions, **columns):\n    return [right(c) for c in completions]\n"
                           "if __name__ == '__main__':\n    print(name_of(graded))\n")
@@ -192,8 +192,8 @@ def test_a_script_of_a_package_names_its_functions(tmp_path):
     ("code", "message"),
     [
         ("import sys\nsys.exit(3)\ndef graded(completions): ...", "line 2 failed: SystemExit: 3"),
-        ("import os\nos._exit(3)\ndef graded(completions): ...", "while they were imported, the process in which it ran "
-                                                                 "exited with 3"),
+        ("import os\nos._exit(3)\ndef graded(completions): ...",
+         "while they were imported, the process in which it ran exited with 3"),
         ("class graded:\n    def __call__(self, completions): ...", "is a class: name a function, or an instance"),
         ("def graded(completions, /, **columns): ...", "'completions' can be given by its place alone"),
         ("from graded import nothing", "line 1 failed: ModuleNotFoundError: No module named 'graded'"),
@@ -243,7 +243,7 @@ def test_rewards_see_the_folder_and_the_variables_they_are_given(tmp_path, monke
     file = written(tmp_path, mine=code) / "mine.py"
     (tmp_path / "right.txt").write_text("42")
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match="reward.env: the environment has no variable 'JUDGE_KEY'"):
+    with pytest.raises(UserError, match=r"reward\.env: the environment has no variable 'JUDGE_KEY'"):
         Surroundings.here(from_dict({"reward.env": ["JUDGE_KEY"]}))
     monkeypatch.setenv("JUDGE_KEY", "secret")
     config = from_dict({"reward.env": ["JUDGE_KEY"]})

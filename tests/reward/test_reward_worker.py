@@ -271,7 +271,7 @@ def test_a_cancelled_call_leaves_the_line_and_a_running_one_keeps_its_turn_to_it
     async def three():
         worker = RewardWorker(config)
         first, second, third = (asyncio.create_task(scored_by(worker, make_group([text]))) for text in "123")
-        while not (tmp_path / "called").exists():
+        while not (tmp_path / "called").exists():  # noqa: ASYNC110 - another process makes it
             await asyncio.sleep(0.01)
         first.cancel()
         second.cancel()
@@ -332,8 +332,8 @@ def test_the_process_of_a_hanging_reward_is_ended(tmp_path):
     worker = RewardWorker(Config(reward=RewardConfig(functions=[f"{tmp_path}/mine.py:f"], deadline_s=0.5)))
     with pytest.raises(RewardError):
         asyncio.run(scored_by(worker, make_group(["1"])))
-    gone, alive = psutil.wait_procs([child for child in psutil.Process().children(recursive=True)
-                                     if child.pid == int((tmp_path / "pid").read_text())], timeout=10)
+    _, alive = psutil.wait_procs([child for child in psutil.Process().children(recursive=True)
+                                  if child.pid == int((tmp_path / "pid").read_text())], timeout=10)
     assert not alive
 
 

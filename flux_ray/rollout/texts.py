@@ -1,0 +1,22 @@
+"""The texts of responses, as rewards and people read them.
+
+Takes:  token ids; a tokenizer; the tokens that end a response.
+Gives:  `texts_of`.
+Knows:  what ends or fills a text is no part of it; other special tokens (<answer>, say) are, unless an option says no.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import numpy as np
+
+
+def texts_of(
+    token_ids: Sequence[np.ndarray], tokenizer: Any, *, end_ids: Collection[int], skip_special_tokens: bool
+) -> list[str]:
+    """The text of each response (T,), without end and padding tokens, wherever they stand."""
+    left_out = {*end_ids, tokenizer.eos_token_id, tokenizer.pad_token_id} - {None}
+    kept = [ids[~np.isin(ids, list(left_out))].tolist() for ids in map(np.asarray, token_ids)]
+    return tokenizer.batch_decode(kept, skip_special_tokens=skip_special_tokens)
