@@ -37,6 +37,7 @@ NUMBER = re.compile(
        (?:[ ]?/[ ]?(?P<below>[-+]?\d+(?:\.\d+)?))?)""",
     re.IGNORECASE | re.VERBOSE,
 )
+GROUPED = re.compile(r"\d{1,3}(?:,\d{3})+")
 #: What stands right before a number that is part of an expression, of a relation or of a list without blanks.
 EXPRESSION_BEFORE = re.compile(r"([*^_/<>≤≥≠±|\\{]|[\w)][ ]?[-+]|[-+][ ]?\(|\\[A-Za-z]+|\d[,:])[ ]?\Z")
 #: The same right after it. A letter alone is a variable, unless it is a unit's.
@@ -48,7 +49,16 @@ EXPRESSION_AFTER = re.compile(
 OPERAND_BEFORE = re.compile(r"(?:[\d)%}]|(?<![A-Za-z])[A-Za-z])[ ]?\Z")
 MARK = re.compile(r"####|\\(?:boxed|fbox|framebox)(?![A-Za-z])")
 FORMULA = re.compile(r"\$\$?([^$]+)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
-VARIABLE = re.compile(r"([A-Za-z])\s*=\s*(?=\S)")
+VARIABLE = re.compile(r"([A-Za-z])\s*(?:=|\\in(?![A-Za-z]))\s*(?=\S)")
+#: Left of `=`, it tells of an equation, or of several answers: 3x + 4y = 0; x = 2, y = 3.
+NO_NAME = re.compile(r"[,;&]|\b(?:and|or)\b|\d[ ]?[A-Za-z](?![A-Za-z])|[-+*/^][ ]?[A-Za-z](?![A-Za-z])"
+                     r"|(?<![A-Za-z])[A-Za-z][ ]?[-+*/^]")
+PERCENT = r"%|percent(?:age)?|pct\.?"
+UNIT = r"(?:[cmk]m|[km]?g|m?[lL]|[mshd]|ft|in|lbs?|oz|hrs?|mi|yd)(?![A-Za-z])"
+#: What stands after a number and counts it: 5 cm, 5 apples, 10 inches^2.
+UNITS = re.compile(rf"[ ]?({UNIT}|{PERCENT})|[ ]({UNIT}|[A-Za-z]{{3,}})((?:[ /](?:{UNIT}|[A-Za-z]{{2,}}))*)"
+                   r"(?:[ ]?\^\{?[23]\}?)?[ ]?")
+SUBSCRIPT = re.compile(r"([_^])\{(\w)\}")
 BETWEEN_SYMBOLS = re.compile(r"(?<=\W)\s+|\s+(?=\W)")
 BRACKETS = {"(": ")", "[": "]", "{": "}"}
 CHOICE = re.compile(r"\(?([A-Za-z])[).:]?")
@@ -210,8 +220,8 @@ def _only_number(part: str) -> Fraction | None:
         return None
     part = plain(part).strip().strip("$")
     left, equals, right = part.rpartition("=")
-    if equals and re.search(r"[,;&]|\b(?:and|or)\b", NUMBER.sub("", left)):
-        return None  # x = 2, y = 3
+    if equals and NO_NAME.search(GROUPED.sub("", left)):
+        return None
     numbers = list(NUMBER.finditer(right))
     if len(numbers) != 1 or "\\" in right or right.strip().startswith(tuple(BRACKETS)) or "!" in right:
         return whole_number(right)
@@ -230,7 +240,7 @@ def whole_number(text: str) -> Fraction | None:
     if len(text) > MAX_PART_CHARS:
         return None
     bare = plain(text).strip().strip("$").removesuffix(".").strip()
-    bare = re.sub(r"\s*(?:[%$€£¥₹]|percent)$", "", bare).strip()
+    bare = re.sub(rf"\s*(?:[$€£¥₹]|{PERCENT})$", "", bare).strip()
     while bare[:1] + bare[-1:] in ("{}", "()"):
         bare = bare[1:-1].strip()
     match = NUMBER.fullmatch(bare)
@@ -268,6 +278,9 @@ def same_answer(text: str, gold: str, close: Callable[[Fraction, Fraction], bool
     numbers = whole_number(one), whole_number(other)
     if numbers[0] is not None and numbers[1] is not None:
         return close(numbers[0], numbers[1])
+    counted = _counted(one), _counted(other)
+    if counted[0] and counted[1]:  # 5 apples against 5
+        return not (counted[0][1] and counted[1][1]) and close(counted[0][0], counted[1][0])
     named = VARIABLE.match(one), VARIABLE.match(other)
     if bool(named[0]) != bool(named[1]):  # x = 5 against 5
         one, other = (side[match.end() :] if match else side for side, match in zip((one, other), named, strict=True))
@@ -275,28 +288,38 @@ def same_answer(text: str, gold: str, close: Callable[[Fraction, Fraction], bool
     choices = CHOICE.fullmatch(one), CHOICE.fullmatch(other)
     if choices[0] and choices[1]:
         return choices[0][1] == choices[1][1]
-    parts = _parts(one), _parts(other)
+    parts = parts_of(one), parts_of(other)
     if parts[0] and parts[1] and len(parts[0]) == len(parts[1]):
         return all(same_answer(a, b, close) for a, b in zip(*parts, strict=True))
     return False
 
 
+def _counted(text: str) -> tuple[Fraction, str] | None:
+    """The number that a text begins with and the words that it counts, where there is nothing else."""
+    match = NUMBER.match(text)
+    words = text[match.end() :] if match else ""
+    value = _value(match) if match and (not words or UNITS.fullmatch(words)) else None
+    return None if value is None else (value, words.strip())
+
+
 def _bare(text: str) -> str:
     """A text without what has no meaning: blanks beside symbols, the full stop at its end, the signs around maths."""
     text = plain(text).strip().strip("$").strip().removesuffix(".").strip()
+    text = SUBSCRIPT.sub(r"\1\2", text)
     return BETWEEN_SYMBOLS.sub("", " ".join(text.split())) if len(text) <= MAX_PART_CHARS else text
 
 
-def _parts(text: str) -> list[str]:
-    """Opening bracket, what the commas part, closing bracket; empty where it isn't a list in brackets."""
+def parts_of(text: str) -> list[str]:
+    """Opening bracket (or none), what the commas part, closing bracket; empty where it isn't a list."""
     text = text.replace("\\{", "{").replace("\\}", "}")
-    if len(text) < 2 or text[0] not in BRACKETS or text[-1] not in BRACKETS.values():
-        return []
+    first, last, inner = "", "", text
+    if len(text) > 1 and text[0] in BRACKETS and text[-1] in BRACKETS.values():
+        first, last, inner = text[0], text[-1], text[1:-1]
     parts, depth = [""], 0
-    for character in text[1:-1]:
+    for character in inner:
         depth += (character in BRACKETS) - (character in BRACKETS.values())
         if character == "," and not depth:
             parts.append("")
         else:
             parts[-1] += character
-    return [text[0], *parts, text[-1]] if len(parts) > 1 else []
+    return [first, *parts, last] if len(parts) > 1 else []

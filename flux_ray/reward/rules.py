@@ -49,7 +49,9 @@ def exact_match(
 def numeric(
     prompts: Texts, completions: Texts, answer: Column, *, tolerance: float = 1e-6, **columns: Any
 ) -> list[Reward]:
-    """1 where the completion's number is the answer's, give or take `tolerance`. None where the answer has no number.
+    """1 where the completion's number is the answer's, give or take `tolerance` (below 1: that share of it).
+
+    None where the answer has no number.
 
     >>> numeric(None, ["so 6*7 = 42.", "#### 1,000", "none"], ["42", "steps ... #### 1000", "3"])
     [1.0, 1.0, 0.0]
@@ -194,5 +196,6 @@ def _graded(completions: Texts, answer: Column, is_right: Callable[[str, str], b
 
 
 def close_within(tolerance: float) -> Callable[[Fraction, Fraction], bool]:
+    """Of a number below 1 that share: 1e-10 isn't 2e-10."""
     allowed = Fraction(tolerance)
-    return lambda one, other: abs(one - other) <= allowed
+    return lambda one, right: abs(one - right) <= allowed * min(1, abs(right))

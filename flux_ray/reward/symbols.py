@@ -18,11 +18,15 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-from flux_ray.reward.answers import plain
+from flux_ray.reward.answers import parts_of, plain
 
 MAX_CHARS = 512  # of an answer
+MAX_SHARE = 1e-6
+#: What math-verify reads past: what is left out of a list, quantifiers, a number's base.
+NOT_READ = re.compile(r"\\(?:[lc]?dots|forall|exists)|\.\.\.|…|\d\s*_")
 LETTERS_ALONE = re.compile(r"[^\W\d_\\]+(?:[\s.,'()-]+[^\W\d_\\]+)*[\s.,()]*")
-WORD = re.compile(r"(?<!\\)(?<![A-Za-z])[A-Za-z]{3,}")
+WORD = re.compile(r"(?<!\\)(?<![A-Za-z\\])[A-Za-z]{3,}")
+UNIT_AFTER = re.compile(r"\d\s*\\(?:text|mathrm|mbox)\s*\{\s*(?!or\b|and\b)")  # 5 cm isn't 5 m
 FUNCTIONS = frozenset({"sin", "cos", "tan", "cot", "sec", "csc", "log", "exp", "sqrt", "arcsin", "arccos", "arctan",
                        "sinh", "cosh", "tanh", "max", "min", "gcd", "lcm", "det", "lim", "mod"})  # fmt: skip
 
@@ -39,17 +43,37 @@ def same_expression(text: str, gold: str, *, seconds: float) -> bool:
     """
     if not text.strip() or max(len(text), len(gold)) > MAX_CHARS or _is_words(text) or _is_words(gold):
         return False
-    if text.count("_") != gold.count("_"):
-        return False  # of a number's base it knows nothing
+    if NOT_READ.search(text) or NOT_READ.search(gold) or _brackets(text) != _brackets(gold):
+        return False
     parse, verify = _library()
     try:
         with _at_most(seconds):
-            return bool(verify(parse(f"\\boxed{{{gold}}}"), parse(f"\\boxed{{{text}}}")))
+            right, given = parse(f"\\boxed{{{gold}}}"), parse(f"\\boxed{{{text}}}")
+            return bool(verify(right, given)) and not _far_apart(right, given)
     except _Late:
         return False
 
 
+def _brackets(text: str) -> str:
+    """Of a list: (1, 2) is no set."""
+    parts = parts_of(plain(text).strip())
+    return parts[0] if parts else ""
+
+
+def _far_apart(right: list[Any], given: list[Any]) -> bool:
+    """Whether two numbers differ by more than a share of 1e-6: math-verify takes 2^{-99} for 2^{-98}."""
+    pair = [one[0] for one in (right, given) if one and getattr(one[0], "is_number", False)]
+    if len(pair) < 2 or pair[1].is_zero is not False:
+        return False
+    try:
+        return bool(abs((pair[0] / pair[1]).evalf(15) - 1) > MAX_SHARE)
+    except (TypeError, ValueError, ArithmeticError):  # not a real number: math-verify's word stands
+        return False
+
+
 def _is_words(text: str) -> bool:
+    if UNIT_AFTER.search(text):
+        return True
     text = plain(text).strip()
     return bool(LETTERS_ALONE.fullmatch(text)) or any(word[0] not in FUNCTIONS for word in WORD.finditer(text))
 

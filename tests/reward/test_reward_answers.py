@@ -48,6 +48,7 @@ NUMBERS_AGREE = [
     (r"10,\!000", "10000"), ("5 (five)", "5"), ("a 5-day trip", "5"), (r"\boxed{2\frac{1}{2}}", "2.5"),
     ("#### Step 4: so\n\\boxed{72}", "72"), ("<answer>5</answer>", "5"), ("5<|im_end|>", "5"),
     (r"\boxed{\left(5\right)}", "5"), (r"-\dfrac{-1}{2}", "0.5"), ("- 5", "-5"), ("$-5$", "-5"), ("€5", "5"),
+    ("Left: 437 + 2*234 = 905.\n\nFinal Answer: **73**", "73"), (r"\boxed{28 pct}", r"28\%"), ("28 percentage", "28"),
     ("5!", "5"), (r"\boxed{3 \times 4 = 12}", "12"),
 ]  # fmt: skip
 NUMBERS_DIFFER = [
@@ -59,6 +60,8 @@ NUMBERS_DIFFER = [
     (r"\boxed{\log 5}", "5"), (r"\boxed{5_8}", "5"), (r"\boxed{\pm 5}", "5"), ("5/0", "0"), ("x^2", "2"), ("5²", "52"),
     ("5.6.7", "7"), ("1,000,50", "50"), ("5e3", "5"), (r"1.5 \times 10^3", "3"), (r"\boxed{\frac{1}{2}}", "2"),
     ("50%", "0.5"), (r"\boxed{2 \text{ or } 3}", "3"), (r"\boxed{5\sqrt{2}}", "5"), ("2**3", "3"), ("1 1/2", "1/2"),
+    (r"\boxed{3x - y + 13 = 0}", "0"), (r"\boxed{10^{-10}}", r"2\cdot 10^{-10}"), ("0.0010001", "0.001"),
+    (r"\boxed{\frac{1}{3000000}}", r"\frac{1}{4000000}"), (r"\boxed{x^2 = 4}", "4"),
     (r"\boxed{\{5\}}", "5"), (r"\boxed{5 + x}", "5"), ("10-3", "3"), (r"\boxed{|5|}", "5"),
 ]  # fmt: skip
 TEXTS_AGREE = [
@@ -66,10 +69,13 @@ TEXTS_AGREE = [
     (r"\boxed{\textbf{(B)}}", "B"), ("Paris.", "Paris"), (r"(0.5, 1)", r"\left(\frac12, 1\right)"), ("x=5", "5"),
     (r"\frac{\sqrt{3}}{2}", r"\dfrac{\sqrt3}{2}"), ("5", "x = 5"), ("x^2 + 1", "x^2+1"), ("[0, 1)", "[0,1)"),
     (r"\{1, 2\}", r"\{1,2\}"), ("1,2,3", "1, 2, 3"), ("5 apples", "5 apples"),
+    ("5", r"5\text{ cm}"), (r"10\text{ inches}^2", "10"), ("12_{3}", "12_3"), (r"5,\frac{1}{2}", "5, 0.5"),
+    (r"x\in[-2,7]", "[-2,7]"),
 ]  # fmt: skip
 TEXTS_DIFFER = [
     ("x=5", "y=5"), ("1 2", "12"), ("(3,4)", "(4,3)"), ("(3,4)", "[3,4]"), ("(3,4", "(3,4)"), ("A", "B"), ("a", "A"),
     ("12", "Apollo 12"), ("5 apples", "6 apples"), ("(3,-4)", "(3,4)"), ("(1,2)", "(1,2,3)"), ("x+1", "x-1"),
+    ("5 cm", r"5\text{ m}"), ("3,5", "3.5"), ("12:00", "1:00"), (r"7_{10}", r"7_{8}"), ("31/2", "3 1/2"),
     ("New York", "York"), ("", "5"), ("", "B"), (r"\boxed{}", "B"),
 ]  # fmt: skip
 
@@ -179,12 +185,20 @@ SYMBOLS_AGREE = [
     (r"\boxed{x^2+2x+1}", "(x+1)^2"), (r"\boxed{\sqrt{25}}", "5"), (r"\boxed{3\pi}", r"\pi \cdot 3"),
     (r"\boxed{\{2,1\}}", r"\{1,2\}"), (r"So it is $2\sqrt{2}$.", r"\sqrt{8}"), (r"\boxed{x\le 5}", r"x \leq 5"),
     (r"\boxed{\begin{pmatrix}1&2\end{pmatrix}}", r"\begin{pmatrix}1 & 2\end{pmatrix}"), ("$x^2+1$", "1+x^2"),
+    (r"\boxed{2x+4y-3=0}", r"y = -\frac{1}{2}x + \frac{3}{4}"), (r"\boxed{\frac{\pi}{2}}", r"\frac{1}{2}\pi"),
     (r"\boxed{\frac{\sqrt2}{2}}", r"\frac{1}{\sqrt{2}}"), (r"\boxed{2 \text{ or } 3}", r"\{2,3\}"),
 ]  # fmt: skip
 #: Right by math-verify alone: |5| is 5, and the set of 5 is taken for 5.
 NOT_NUMBERS = {r"\boxed{|5|}", r"\boxed{\{5\}}"}
 SYMBOLS_DIFFER = [
     (r"\boxed{Sirap}", "Paris"), (r"\boxed{BA}", "AB"), (r"\boxed{9^{9^{9}}}", "5"), ("x", "y"),
+    # Of public reports about math-verify: it takes each for the other.
+    (r"\boxed{\frac{1}{2006!}}", r"\frac{1}{2004!}"), (r"\boxed{\frac{1}{2^{98}}}", r"\frac{1}{2^{99}}"),
+    (r"\boxed{\frac{1}{3 \cdot 2^{2006}}}", r"\frac{2^{2005}+1}{3 \cdot 2^{2006}}"), (r"\boxed{7_{10}}", "7_{8}"),
+    (r"\boxed{1, 3, 5, \ldots, 2n-1}", r"1, 2, \ldots, n"), (r"\boxed{\forall x>0, f(x) = 0}", "f(x) = 0"),
+    (r"\boxed{(1,2)}", r"\{1,2\}"), (r"\boxed{5\text{ cm}}", r"5\text{ m}"), (r"\boxed{4\sqrt(2)}", "4"),
+    (r"\boxed{n=1, 2, 3}", "n=2, 3, 4"), (r"\boxed{D = (0, 1.5)}", "D = (0, 1)"), (r"\boxed{2021}", r"\pm 2021"),
+    (r"\boxed{1 + \frac{1}{\mathrm{e}}}", r"1 - \frac{1}{\mathrm{e}}"), (r"\boxed{1:4:9}", "1:2:3"),
     (r"\boxed{5 cats}", "5 acts"), (r"\boxed{(3,4)}", "[3,4]"), (r"\boxed{(4,3)}", "(3,4)"), ("", "5"),
 ]  # fmt: skip
 
