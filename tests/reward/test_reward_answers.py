@@ -156,7 +156,7 @@ def wrong_and_accepted(rule, numbers, *, of_each, chance):
         texts = [text for _, text in (written(number) if of_each is None else some_written(number, chance, of_each))]
         scored = RULES[rule](None, texts, [answer] * len(texts))
         wrong += [(text, answer) for text, value in zip(texts, scored, strict=True) if value != 1.0]
-        changed = [text for other in others(number) for _, text in some_written(other, chance, 4)]
+        changed = [text for other in others(number) for _, text in some_written(other, chance, 2)]
         scored = RULES[rule](None, changed, [answer] * len(changed))
         accepted += [(text, answer) for text, value in zip(changed, scored, strict=True) if value != 0.0]
     return wrong, accepted
@@ -176,7 +176,7 @@ def test_made_answers_rewritten_are_right_and_changed_are_wrong(rule):
 def test_gsm8k_s_answers_rewritten_are_right_and_changed_are_wrong(rule):
     numbers = [number for number in real_numbers() if number]
     assert len(numbers) > 800
-    assert wrong_and_accepted(rule, numbers, of_each=30, chance=random.Random(0)) == ([], [])
+    assert wrong_and_accepted(rule, numbers, of_each=12, chance=random.Random(0)) == ([], [])
 
 
 # What math-verify adds, and what it must not.
