@@ -13,14 +13,13 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from flux_ray.config import Config
+from flux_ray.config import PolicyGradientConfig
 from flux_ray.errors import UserError, unknown
 from flux_ray.names import reward_model_path, reward_name
 from flux_ray.plugins import load_function, same_function
 from flux_ray.reward.rules import RULES, SHAPING
 
 ANSWER_COLUMNS = ("answer", "solution", "label")  # beside data.answer_column: what people call it
-DEFAULT_REWARD = "numeric_or_exact"
 #: What every function is given beside the data's columns, as TRL's GRPOTrainer gives it.
 GIVEN = frozenset({"prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric"})
 
@@ -79,9 +78,9 @@ def list_rewards() -> list[str]:
     return sorted({*RULES, *_registered})
 
 
-def load_functions(config: Config) -> tuple[RewardFunction, ...]:
-    """The functions that the config names (none: numeric_or_exact). UserError: a name, weight or option is wrong."""
-    references = config.reward.functions or [DEFAULT_REWARD]
+def load_functions(config: PolicyGradientConfig) -> tuple[RewardFunction, ...]:
+    """The functions that the config names (none: the default). UserError: a name, weight or option is wrong."""
+    references = config.reward.scored_by
     names = [reward_name(reference) for reference in references]
     repeated = {name for name in names if names.count(name) > 1}
     if repeated:
@@ -130,7 +129,7 @@ def _check_options(function: RewardFunction) -> None:
             raise UserError(f"reward.options.{function.name}: {type(error).__name__}: {error}") from error
 
 
-def find_answer_column(config: Config, columns: Collection[str]) -> str | None:
+def find_answer_column(config: PolicyGradientConfig, columns: Collection[str]) -> str | None:
     """The column that the rules compare with: data.answer_column, else one called answer, solution or label."""
     return next((name for name in (config.data.answer_column, *ANSWER_COLUMNS) if name in columns), None)
 
@@ -143,7 +142,7 @@ def count_silent(function: RewardFunction, answers: Sequence[Any]) -> int:
     return function.call(nothing, nothing, answers, **function.options).count(None)
 
 
-def resolve_functions(config: Config, columns: Collection[str]) -> tuple[RewardFunction, ...]:
+def resolve_functions(config: PolicyGradientConfig, columns: Collection[str]) -> tuple[RewardFunction, ...]:
     """`load_functions`, with what they need looked for among the data's columns. UserError names what is missing."""
     answer_column = find_answer_column(config, columns)
     if not config.reward.functions and answer_column is None:

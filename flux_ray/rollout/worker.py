@@ -13,7 +13,7 @@ from flux_ray.algo import filters
 from flux_ray.clock import now_s
 from flux_ray.cluster.group import ActorError, Members
 from flux_ray.cluster.plan import ROLLOUT
-from flux_ray.config import Config
+from flux_ray.config import PolicyGradientConfig
 from flux_ray.messages import Assignment, GroupAt, GroupDropped, GroupReady, Orders, PartGenerated
 from flux_ray.records import Prompt, RolloutGroup
 from flux_ray.rollout.owned import Carried, Owned
@@ -26,8 +26,8 @@ PROBE_UID = -(10**12)  # less the engine's index: no prompt's
 class RolloutWorker(Owned):
     """Orders start groups; `news` says what became of them."""
 
-    def __init__(self, config: Config, *, index: int, tokenizer_path: str, most_groups: int, tokenizer: Any = None
-                 ) -> None:
+    def __init__(self, config: PolicyGradientConfig, *, index: int, tokenizer_path: str, most_groups: int,
+                 tokenizer: Any = None) -> None:
         """`most_groups`: that may wait in one reward worker at once."""
         super().__init__()
         self._config, self._index = config, index
