@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from flux_ray.config import Config, DataConfig
+from flux_ray.config import DataConfig, PolicyGradientConfig
 from flux_ray.data.chat import checked_messages, with_system
 from flux_ray.data.rows import BadCell, Row
 from flux_ray.errors import UserError, unknown
@@ -78,7 +78,7 @@ def encode(tokenizer: Any, texts: list[str], *, special: bool) -> list[np.ndarra
     return [np.asarray(ids, np.int32) for ids in tokenizer(texts, add_special_tokens=special)["input_ids"]]
 
 
-def prompt_limit(config: Config, context_length: int) -> tuple[int, str]:
+def prompt_limit(config: PolicyGradientConfig, context_length: int) -> tuple[int, str]:
     """Tokens that the longest prompt may have, and why no more. UserError where the response leaves no room."""
     max_tokens, given = config.rollout.max_tokens, config.data.max_prompt_tokens
     room = context_length - max_tokens

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from flux_ray.algo import filters
-from flux_ray.config import Config, DataConfig
+from flux_ray.config import DataConfig, PolicyConfig
 from flux_ray.data.encode import checked_text, prompt_text
 from flux_ray.data.order import EpochOrder
 from flux_ray.data.rows import BadCell, BadRows, Row, Rows
@@ -48,7 +48,7 @@ class GroupSource:
     filter.reward left out.
     """
 
-    def __init__(self, rows: Rows, config: Config, tokenizer: Any, *, context_length: int) -> None:
+    def __init__(self, rows: Rows, config: PolicyConfig, tokenizer: Any, *, context_length: int) -> None:
         rows.require(config.data.prompt_column, "data.prompt_column")
         self.source, self.dropped = rows.source, Counter[str]()
         bad = BadRows(rows, RESPONSES, config.data.on_bad_row)

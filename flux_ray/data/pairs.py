@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from flux_ray.config import Config, DataConfig
+from flux_ray.config import DataConfig, OnPairs
 from flux_ray.data.chat import checked_messages
 from flux_ray.data.encode import Text, checked_text, prompt_text
 from flux_ray.data.order import EpochOrder
@@ -42,7 +42,7 @@ class PairSource:
     longest: tokens of the longest prompt with its response; has_margins: whether a margin column is there.
     """
 
-    def __init__(self, rows: Rows, config: Config, tokenizer: Any, *, context_length: int, shuffle: bool) -> None:
+    def __init__(self, rows: Rows, config: OnPairs, tokenizer: Any, *, context_length: int, shuffle: bool) -> None:
         _require_pairs(rows, config)
         self.source, self.skipped = rows.source, Counter({BAD: rows.num_broken})
         self.has_margins = config.data.margin_column in rows.columns
@@ -80,7 +80,7 @@ class PairSource:
 
     @classmethod
     def from_config(
-        cls, config: Config, tokenizer: Any, *, context_length: int, rows: list[Row] | str | None = None
+        cls, config: OnPairs, tokenizer: Any, *, context_length: int, rows: list[Row] | str | None = None
     ) -> PairSource:
         """The pairs of `data.train`, or `rows` (a path or dicts). UserError says what is wrong, and where."""
         data = config.data
@@ -89,7 +89,7 @@ class PairSource:
 
     @classmethod
     def for_eval(
-        cls, config: Config, tokenizer: Any, *, context_length: int, rows: list[Row] | str | None = None
+        cls, config: OnPairs, tokenizer: Any, *, context_length: int, rows: list[Row] | str | None = None
     ) -> PairSource:
         """The pairs of `eval.data`, or `rows`, in the file's order."""
         split, max_rows = config.eval.split, config.eval.max_rows
@@ -113,14 +113,14 @@ def _counts(skipped: Counter[str]) -> str:
     return ", ".join(f"{count} {cause}" for cause, count in sorted(skipped.items()) if count)
 
 
-def _load(rows: list[Row] | str | None, path: str | None, key: str, config: Config, **of_hub: Any) -> Rows:
+def _load(rows: list[Row] | str | None, path: str | None, key: str, config: OnPairs, **of_hub: Any) -> Rows:
     source = rows if rows is not None else path
     if source is None:
         raise UserError(f"{key} is not set: name a .jsonl, .json, .csv or .parquet file, or a hub data set")
     return load_rows(source, column=config.data.prompt_column, on_bad_row=config.data.on_bad_row, **of_hub)
 
 
-def _require_pairs(rows: Rows, config: Config) -> None:
+def _require_pairs(rows: Rows, config: OnPairs) -> None:
     missing = [column for column in (CHOSEN, REJECTED) if column not in rows.columns]
     if missing:
         raise UserError(

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from flux_ray.config import Config
+from flux_ray.config import PolicyGradientConfig
 from flux_ray.data.chat import render, require_template
 from flux_ray.data.encode import Text, encode_prompts, prompt_limit, prompt_text
 from flux_ray.data.order import EpochOrder, stable_seed
@@ -34,7 +34,9 @@ class PromptSource:
     columns: the names that rewards can get; longest_prompt: in tokens.
     """
 
-    def __init__(self, rows: Rows, config: Config, tokenizer: Any, *, context_length: int, role: str) -> None:
+    def __init__(
+        self, rows: Rows, config: PolicyGradientConfig, tokenizer: Any, *, context_length: int, role: str,
+    ) -> None:
         column = config.data.prompt_column
         shared = column not in rows.columns and {CHOSEN, REJECTED} <= set(rows.columns)
         if not shared:
@@ -73,7 +75,7 @@ class PromptSource:
 
     @classmethod
     def from_config(
-        cls, config: Config, tokenizer: Any, *, context_length: int, prompts: Prompts | None = None
+        cls, config: PolicyGradientConfig, tokenizer: Any, *, context_length: int, prompts: Prompts | None = None
     ) -> PromptSource:
         """The prompts to train on: `data.train`, or `prompts` in its place. UserError says what is wrong, and where."""
         data = config.data
@@ -82,7 +84,7 @@ class PromptSource:
 
     @classmethod
     def for_eval(
-        cls, config: Config, tokenizer: Any, *, context_length: int, prompts: Prompts | None = None
+        cls, config: PolicyGradientConfig, tokenizer: Any, *, context_length: int, prompts: Prompts | None = None
     ) -> PromptSource:
         """The prompts to evaluate on: `eval.data`, or `prompts`; in the file's order, with the same seeds each time."""
         split, max_rows = config.eval.split, config.eval.max_rows
@@ -103,7 +105,7 @@ class PromptSource:
         return Prompt(uid, place, self._texts[row], token_ids, columns, self._num_samples, seed)
 
 
-def _load(prompts: Prompts | None, path: str | None, key: str, config: Config, **of_hub: Any) -> Rows:
+def _load(prompts: Prompts | None, path: str | None, key: str, config: PolicyGradientConfig, **of_hub: Any) -> Rows:
     source = prompts if prompts is not None else path
     if source is None:
         raise UserError(f"{key} is not set: name a .jsonl, .json, .csv or .parquet file, or a hub data set")

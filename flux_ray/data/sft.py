@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from flux_ray.config import Config, DataConfig
+from flux_ray.config import DataConfig, SFTConfig
 from flux_ray.data.chat import checked_messages, render, require_template, with_system
 from flux_ray.data.encode import Text, checked_text, encode, prompt_text
 from flux_ray.data.order import EpochOrder
@@ -36,7 +36,7 @@ class SftSource:
     num_rows, num_skipped, source: as for PromptSource.
     """
 
-    def __init__(self, rows: Rows, config: Config, tokenizer: Any, *, context_length: int, shuffle: bool) -> None:
+    def __init__(self, rows: Rows, config: SFTConfig, tokenizer: Any, *, context_length: int, shuffle: bool) -> None:
         column, read = _reader(rows, config)
         bad = BadRows(rows, column, config.data.on_bad_row)
         pairs: dict[int, Example] = {}
@@ -59,7 +59,7 @@ class SftSource:
 
     @classmethod
     def from_config(
-        cls, config: Config, tokenizer: Any, *, context_length: int, rows: list[Row] | str | None = None
+        cls, config: SFTConfig, tokenizer: Any, *, context_length: int, rows: list[Row] | str | None = None
     ) -> SftSource:
         """The rows of `data.train`, or `rows` (a path or dicts). UserError says what is wrong, and where."""
         data = config.data
@@ -68,7 +68,7 @@ class SftSource:
 
     @classmethod
     def for_eval(
-        cls, config: Config, tokenizer: Any, *, context_length: int, rows: list[Row] | str | None = None
+        cls, config: SFTConfig, tokenizer: Any, *, context_length: int, rows: list[Row] | str | None = None
     ) -> SftSource:
         """The rows of `eval.data`, or `rows`, in the file's order."""
         split, max_rows = config.eval.split, config.eval.max_rows
@@ -89,7 +89,7 @@ class SftSource:
         return [f"{self.source}: {bad} bad rows skipped (data.on_bad_row=skip)"] if bad else []
 
 
-def _load(rows: list[Row] | str | None, path: str | None, key: str, config: Config, **of_hub: Any) -> Rows:
+def _load(rows: list[Row] | str | None, path: str | None, key: str, config: SFTConfig, **of_hub: Any) -> Rows:
     source = rows if rows is not None else path
     if source is None:
         raise UserError(f"{key} is not set: name a .jsonl, .json, .csv or .parquet file, or a hub data set")
@@ -142,7 +142,7 @@ def encode_examples(tokenizer: Any, pairs: list[Example], *, model_path: str | N
     return samples
 
 
-def _reader(rows: Rows, config: Config) -> tuple[str, Callable[[Row], tuple[Text, str]]]:
+def _reader(rows: Rows, config: SFTConfig) -> tuple[str, Callable[[Row], tuple[Text, str]]]:
     """The column that errors name, and what makes (prompt, completion) of a row."""
     data = config.data
     if data.completion_column in rows.columns:

@@ -13,7 +13,7 @@ from typing import Any
 
 from flux_ray.clock import now_s
 from flux_ray.cluster.group import first_failure
-from flux_ray.config import Config
+from flux_ray.config import PolicyGradientConfig
 from flux_ray.data import PromptSource
 from flux_ray.driver.entry import Entry, Taken
 from flux_ray.driver.evaluation import Evaluated, Evaluation
@@ -28,8 +28,8 @@ from flux_ray.rollout.dispatch import Lengths
 class Loop:
     """One run of reinforcement learning, a step at a time."""
 
-    def __init__(self, config: Config, *, stages: Stages, ranks: Ranks, prompts: PromptSource, versions: Versions
-                 ) -> None:
+    def __init__(self, config: PolicyGradientConfig, *, stages: Stages, ranks: Ranks, prompts: PromptSource,
+                 versions: Versions) -> None:
         self._config, self._prompts, self._versions = config, prompts, versions
         self.stages, self.ranks, self.ledger = stages, ranks, stages.ledger
         self.evaluation: Evaluation | None = None  # none: eval.data names nothing

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from flux_ray.batch import balance
 from flux_ray.clock import now_s
 from flux_ray.cluster.group import Group, all_within, first_failure
-from flux_ray.config import Config
+from flux_ray.config import PolicyGradientConfig
 from flux_ray.driver.entry import Entry
 from flux_ray.driver.workers import Workers
 from flux_ray.messages import GroupAt
@@ -25,7 +25,8 @@ HOLD_DEADLINE_S = 600.0  # for a rank to bring the arrays of its part of a step
 
 
 class Ranks:
-    def __init__(self, config: Config, *, trainer: Group[TrainingRank], critic: Group[CriticRank] | None) -> None:
+    def __init__(self, config: PolicyGradientConfig, *, trainer: Group[TrainingRank], critic: Group[CriticRank] | None
+                 ) -> None:
         self._config, self.trainer, self.critic = config, trainer, critic
 
     async def hold(self, part: Sequence[Entry]) -> list[GroupAt]:

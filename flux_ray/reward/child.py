@@ -48,7 +48,8 @@ def _signature(call: Function, reference: str) -> Told:
 
 
 def _call(call: Function, payload: dict[str, Any]) -> Told | Coroutine[Any, Any, Told]:
-    size, logged = payload["size"], {}
+    size: int = payload["size"]
+    logged: dict[str, float] = {}
     given = {name: [value] * size for name, value in payload["same"].items()} | payload["each"]
     named = {
         "trainer_state": SimpleNamespace(**payload["state"]),

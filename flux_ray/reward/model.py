@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from flux_ray.batch import Serving, pack
-from flux_ray.config import Config
+from flux_ray.config import PolicyGradientConfig
 from flux_ray.errors import UserError
 from flux_ray.model import check_score_model, context_length, last_token, load_score, load_tokenizer
 from flux_ray.model.scoring import per_sample
@@ -89,7 +89,7 @@ def have_same_tokens(one: Any, other: Any) -> bool:
     return one.get_vocab() == other.get_vocab() and one.eos_token_id == other.eos_token_id
 
 
-def check_reward_models(config: Config, tokenizer: Any, *, longest_prompt: int) -> list[str]:
+def check_reward_models(config: PolicyGradientConfig, tokenizer: Any, *, longest_prompt: int) -> list[str]:
     """A warning for each reward model whose tokenizer isn't the policy's.
 
     UserError for what is no sequence classification model with one label, or has too short a context.

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakSet
 
-from flux_ray.config import Config
+from flux_ray.config import PolicyGradientConfig
 from flux_ray.errors import UserError
 from flux_ray.reward.registry import Signature, unknown_here
 from flux_ray.sandbox import Child, ChildEnded, Entry, warm_up
@@ -41,7 +41,7 @@ class Surroundings:
     env: dict[str, str] = field(default_factory=dict, repr=False)
 
     @classmethod
-    def here(cls, config: Config) -> Surroundings:
+    def here(cls, config: PolicyGradientConfig) -> Surroundings:
         """This process's. UserError where a variable that reward.env names isn't set."""
         for name in config.reward.env:
             if name not in os.environ:
@@ -52,7 +52,7 @@ class Surroundings:
 class SandboxedRewards:
     """Children start at the first call."""
 
-    def __init__(self, config: Config, surroundings: Surroundings) -> None:
+    def __init__(self, config: PolicyGradientConfig, surroundings: Surroundings) -> None:
         self._deadline_s, self._start_deadline_s = config.reward.deadline_s, config.cluster.start_deadline_s
         self._references = unknown_here(config)
         self._entry = Entry("flux_ray.reward.child:make", {
@@ -156,7 +156,7 @@ def _signature(*, parameters: list[list[Any]], is_async: bool, is_shaping: bool)
     return Signature({parameter.name: parameter for parameter in made}, is_async, is_shaping)
 
 
-def ask_signatures(config: Config) -> dict[str, Signature]:
+def ask_signatures(config: PolicyGradientConfig) -> dict[str, Signature]:
     """`SandboxedRewards.signatures`, of a child that ends at once. For a process that has no event loop of its own."""
     if not unknown_here(config):
         return {}

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from flux_ray.cluster.group import Members
-from flux_ray.config import Config, RolloutConfig
+from flux_ray.config import PolicyGradientConfig, RolloutConfig
 from flux_ray.lifetime import PLUGIN
 from flux_ray.records import FINISH_LENGTH, FINISH_STOP, Completion, Sampled, SamplingRequest
 from flux_ray.rollout.check import ENTRY_POINT, check_engine_args, check_installed
@@ -55,7 +55,8 @@ class RolloutEngine:
     """
 
     def __init__(
-        self, config: Config, *, index: int, device: str, dtype: str, weights_backend: str, gpu_share: float = 1.0
+        self, config: PolicyGradientConfig, *, index: int, device: str, dtype: str, weights_backend: str,
+        gpu_share: float = 1.0,
     ) -> None:
         self._config = config
         self._index = index

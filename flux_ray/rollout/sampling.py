@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from flux_ray.cluster.group import Members
-from flux_ray.config import Config
+from flux_ray.config import PolicyGradientConfig
 from flux_ray.errors import UserError
 from flux_ray.messages import Assignment
 from flux_ray.protocols import Engine
@@ -30,7 +30,7 @@ PROBE_SAMPLES, PROBE_TOKENS = 4, 4  # enough to show weights that differ; few st
 
 class Sampling:
     def __init__(
-        self, config: Config, *, tokenizer_path: str, tokenizer: Any = None, end_ids: Collection[int] = ()
+        self, config: PolicyGradientConfig, *, tokenizer_path: str, tokenizer: Any = None, end_ids: Collection[int] = ()
     ) -> None:
         """`tokenizer`: that of the path, where it is read already. `end_ids`: tokens that end a response."""
         self._config, self._tokenizer = config, tokenizer or _load_tokenizer(tokenizer_path)

@@ -14,7 +14,7 @@ from flux_ray.algo import filters
 from flux_ray.clock import now_s
 from flux_ray.cluster.group import ActorError, Members
 from flux_ray.cluster.plan import ROLLOUT
-from flux_ray.config import Config
+from flux_ray.config import PolicyGradientConfig
 from flux_ray.messages import Assignment, GroupAt, GroupDropped, GroupReady, Orders, PartGenerated
 from flux_ray.records import Prompt, RolloutGroup
 from flux_ray.rollout.owned import Carried, Owned
@@ -28,7 +28,7 @@ class RolloutWorker(Owned):
     """Orders start groups; `news` says what became of them."""
 
     def __init__(
-        self, config: Config, *, index: int, tokenizer_path: str, most_groups: int, tokenizer: Any = None,
+        self, config: PolicyGradientConfig, *, index: int, tokenizer_path: str, most_groups: int, tokenizer: Any = None,
         end_ids: Collection[int] = (),
     ) -> None:
         """`most_groups`: that may wait in one reward worker at once. `end_ids`: see Sampling."""

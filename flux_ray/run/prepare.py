@@ -8,7 +8,6 @@ Never:  starts an actor.
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -19,7 +18,18 @@ from flux_ray import algo
 from flux_ray.algo.check import check as check_algo
 from flux_ray.algo.filters import check_filter
 from flux_ray.algo.trial import try_registered
-from flux_ray.config import Config, validate
+from flux_ray.config import (
+    PAIRS,
+    READERS,
+    Config,
+    PolicyGradientConfig,
+    PPOConfig,
+    ReferencedConfig,
+    changed,
+    options_of,
+    validate,
+    value_of,
+)
 from flux_ray.data import PromptSource, are_groups
 from flux_ray.data.preferences import CHOSEN, REJECTED
 from flux_ray.data.prompts import TRAIN
@@ -119,12 +129,14 @@ def _check_values(draft: Draft) -> None:
 
 
 def _check_options_of_libraries(draft: Draft) -> None:
-    check_engine_args(draft.config.rollout)
+    if isinstance(draft.config, PolicyGradientConfig):
+        check_engine_args(draft.config.rollout)
     check_deepspeed_options(draft.config)
 
 
 def _check_rollout_function(draft: Draft) -> None:
-    get_rollout(draft.config.rollout.function)
+    if isinstance(draft.config, PolicyGradientConfig):
+        get_rollout(draft.config.rollout.function)
 
 
 def _check_model(draft: Draft) -> None:
@@ -148,7 +160,8 @@ def _check_checkpoint(draft: Draft) -> None:
 
 def _check_reference(draft: Draft) -> None:
     """A reference that can't be opened. A folder's context need not be known where one is given."""
-    config, path = draft.config, draft.config.reference.path
+    config = draft.config
+    path = config.reference.path if isinstance(config, ReferencedConfig) else None
     if path is None or not algo.needs_reference(config.algo) or algo.reference_is_base(config):
         return
     if not (config.rollout.max_model_len is not None and (Path(path) / "config.json").is_file()):
@@ -159,7 +172,7 @@ def _check_reference(draft: Draft) -> None:
 def _read_data(draft: Draft) -> None:
     """What there is to learn from: of the objective's kind, or groups with rewards, which show by their columns."""
     config = draft.config
-    if algo.kind_of(config.algo) is not algo.REINFORCEMENT:
+    if not isinstance(config, PolicyGradientConfig):
         offline = offline_data.read(config, draft.tokenizer, context_length=draft.context)
         draft.task, draft.warnings = offline, [*draft.warnings, *offline.warnings]
         return
@@ -170,7 +183,7 @@ def _read_data(draft: Draft) -> None:
         draft.warnings += [*_skipped(prompts.num_skipped, prompts.source), *_pairs(config, prompts)]
         draft.task = Rollouts(prompts, None)
         return
-    if algo.needs_critic(config.algo):
+    if isinstance(config, PPOConfig):
         raise UserError(f"data.train={config.data.train} holds groups with rewards: {config.algo.name} learns from "
                         "what it samples itself, scored by reward.functions")
     draft.config, offline = offline_data.read_groups(rows, config, draft.tokenizer, context_length=draft.context)
@@ -180,15 +193,16 @@ def _read_data(draft: Draft) -> None:
 def _check_rewards(draft: Draft) -> None:
     """Functions, reward models and the filter, of a task with rollouts."""
     config, task = draft.config, draft.task
-    if not isinstance(task, Rollouts):
+    if not isinstance(task, Rollouts) or not isinstance(config, PolicyGradientConfig):
         return
     functions = list(config.reward.functions) or [_default_reward(config, task.train)]
-    config = draft.config = _with(config, "reward", functions=functions)
+    config = draft.config = changed(config, {"reward.functions": functions})
     draft.warnings += _reward_models(config, draft.tokenizer, task.train)
-    if algo.needs_critic(config.algo) and config.critic.path:
+    if isinstance(config, PPOConfig) and config.critic.path:
         _check_critic(config.critic.path, draft.tokenizer,
                       longest=task.train.longest_prompt + config.rollout.max_tokens)
-    config = draft.config = _with(config, "reward", opening=_opening(config, draft.tokenizer, task.train))
+    config = draft.config = changed(
+        config, {"reward.opening": _opening(config, draft.tokenizer, task.train)})
     draft.signatures = ask_signatures(config)
     resolved, silent = _rewards(config, task.train, draft.signatures)
     draft.warnings += silent
@@ -197,7 +211,7 @@ def _check_rewards(draft: Draft) -> None:
 
 def _read_evaluation(draft: Draft) -> None:
     config, task = draft.config, draft.task
-    if isinstance(task, Rollouts) and config.eval.data:
+    if isinstance(task, Rollouts) and isinstance(config, PolicyGradientConfig) and config.eval.data:
         evaluation = PromptSource.for_eval(config, draft.tokenizer, context_length=draft.context)
         draft.warnings += _rewards(config, evaluation, draft.signatures)[1]
         draft.task = Rollouts(task.train, evaluation)
@@ -217,11 +231,11 @@ CHECKS: tuple[Callable[[Draft], None], ...] = (
 )
 
 
-def _pairs(config: Config, prompts: PromptSource) -> list[str]:
+def _pairs(config: PolicyGradientConfig, prompts: PromptSource) -> list[str]:
     """A warning that of preference pairs the prompts alone are read; UserError where no reward is named either."""
     if not {CHOSEN, REJECTED} <= prompts.columns:
         return []
-    learners = ", ".join(name for name, kind in algo.KINDS.items() if kind.data == algo.PAIRS)
+    learners = ", ".join(name for name, cls in READERS.items() if cls.learns_from == PAIRS)
     what = (f"{prompts.source} holds preference pairs ({CHOSEN}, {REJECTED}), of which algo.name={config.algo.name} "
             f"reads the prompts alone ({learners} learn from pairs)")
     if not config.reward.functions and find_answer_column(config, prompts.columns) is None:
@@ -229,7 +243,7 @@ def _pairs(config: Config, prompts: PromptSource) -> list[str]:
     return [what]
 
 
-def _reward_models(config: Config, tokenizer: Any, prompts: PromptSource) -> list[str]:
+def _reward_models(config: PolicyGradientConfig, tokenizer: Any, prompts: PromptSource) -> list[str]:
     for reference in config.reward.functions:
         path = reward_model_path(reference)
         if path == "":
@@ -250,7 +264,7 @@ def _check_critic(path: str, tokenizer: Any, *, longest: int) -> None:
         raise UserError(f"critic.path={path}: its tokenizer isn't the policy's, whose tokens it is given as they are")
 
 
-def _opening(config: Config, tokenizer: Any, prompts: PromptSource) -> str | None:
+def _opening(config: PolicyGradientConfig, tokenizer: Any, prompts: PromptSource) -> str | None:
     """What rewards see before a completion, as the prompts end: with the blanks after it. UserError: they don't."""
     opening = config.reward.opening
     if not (opening or "").strip():
@@ -263,14 +277,14 @@ def _opening(config: Config, tokenizer: Any, prompts: PromptSource) -> str | Non
     return end[start:]
 
 
-def _default_reward(config: Config, prompts: PromptSource) -> str:
+def _default_reward(config: PolicyGradientConfig, prompts: PromptSource) -> str:
     """The one function that stands in where none is named; UserError where the data don't call for one."""
     (function,) = resolve_functions(config, prompts.columns, {})
     return function.name
 
 
 def _rewards(
-    config: Config, prompts: PromptSource, signatures: Mapping[str, Signature]
+    config: PolicyGradientConfig, prompts: PromptSource, signatures: Mapping[str, Signature]
 ) -> tuple[tuple[RewardFunction, ...], list[str]]:
     """The functions that score these prompts; a warning for each that has nothing to say of some of them.
 
@@ -293,14 +307,8 @@ def _rewards(
 
 def _absolute(config: Config) -> Config:
     """Paths of users' files as every process finds them, whatever folder it runs in."""
-    config = dataclasses.replace(config, plugins=[str(Path(path).expanduser().absolute()) for path in config.plugins])
-    config = _with(config, "reward", functions=[_absolute_function(name) for name in config.reward.functions])
-    config = _with(config, "rollout", function=_absolute_function(config.rollout.function))
-    config = _with(config, "model", path=_local(config.model.path), tokenizer=_local(config.model.tokenizer))
-    config = _with(config, "reference", path=_local(config.reference.path))
-    config = _with(config, "critic", path=_local(config.critic.path))
-    config = _with(config, "data", train=_local(config.data.train))
-    return _with(config, "eval", data=_local(config.eval.data))
+    own = dict(options_of(type(config)))
+    return changed(config, {key: absolute(value_of(config, key)) for key, absolute in PATHS.items() if key in own})
 
 
 def _local(path: str | None) -> str | None:
@@ -318,7 +326,7 @@ def _check_weights(key: str, path: str) -> None:
 
 def _check_targets(config: Config) -> None:
     """UserError for train.lora.targets that a model which is trained, a critic's among them, hasn't."""
-    critic = config.critic.path if algo.needs_critic(config.algo) else None
+    critic = config.critic.path if isinstance(config, PPOConfig) else None
     for path in filter(None, (config.model.path, critic) if config.train.lora.rank else ()):
         check_targets(skeleton(path), config.train.lora)
 
@@ -338,5 +346,14 @@ def _skipped(count: int, source: str) -> list[str]:
     return [f"{source}: {count} bad rows skipped (data.on_bad_row=skip)"] if count else []
 
 
-def _with(config: Config, group: str, **values: object) -> Config:
-    return dataclasses.replace(config, **{group: dataclasses.replace(getattr(config, group), **values)})
+def _each(absolute: Callable[[str], str]) -> Callable[[list[str]], list[str]]:
+    return lambda names: [absolute(name) for name in names]
+
+
+#: Options that are paths, or hold some ► what makes a value of theirs absolute.
+PATHS: dict[str, Callable[[Any], Any]] = {
+    "plugins": _each(lambda path: str(Path(path).expanduser().absolute())),
+    "reward.functions": _each(_absolute_function), "rollout.function": _absolute_function,
+    "model.path": _local, "model.tokenizer": _local, "reference.path": _local, "critic.path": _local,
+    "data.train": _local, "eval.data": _local,
+}

@@ -16,7 +16,7 @@ import numpy as np
 
 from flux_ray.cluster.group import Members
 from flux_ray.cluster.supervisor import OnDeath, Supervisor
-from flux_ray.config import Config
+from flux_ray.config import PolicyGradientConfig
 from flux_ray.data import PromptSource
 from flux_ray.driver.drop_stats import DropStats
 from flux_ray.driver.evaluation import Evaluation
@@ -146,7 +146,7 @@ class Tokenizer:
 class Worker(RolloutWorker):
     """The real one; it notes whose requests the engines will get."""
 
-    def __init__(self, config: Config, index: int, parts: Parts) -> None:
+    def __init__(self, config: PolicyGradientConfig, index: int, parts: Parts) -> None:
         super().__init__(config, index=index, tokenizer_path="", most_groups=1, tokenizer=Tokenizer())
         self._number, self._parts = index, parts
 
@@ -161,7 +161,8 @@ class Worker(RolloutWorker):
             self.forget(key)
 
 
-async def train(config: Config, parts: Parts, *, prompts: PromptSource, recorder: Recorder, start: LoopState) -> None:
+async def train(config: PolicyGradientConfig, parts: Parts, *, prompts: PromptSource, recorder: Recorder,
+                start: LoopState) -> None:
     """All steps, with evaluations on the same prompts where eval.every asks for them. Raises what ends the run."""
     supervisor = Supervisor(start_deadline_s=5)
     groups: dict[str, Any] = {
@@ -187,7 +188,7 @@ async def train(config: Config, parts: Parts, *, prompts: PromptSource, recorder
     training.result()
 
 
-def make_loop(config: Config, groups: dict[str, Any], supervisor: Supervisor, *, prompts: PromptSource,
+def make_loop(config: PolicyGradientConfig, groups: dict[str, Any], supervisor: Supervisor, *, prompts: PromptSource,
               recorder: Recorder, start: LoopState) -> Loop:
     bound = Bound(config.batch.prompts_per_step, config.driver.max_staleness, config.filter.oversample)
     ledger = Ledger(bound, DropStats(config, total=start.prompts_dropped), num_steps=config.driver.num_steps,

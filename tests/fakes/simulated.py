@@ -1,7 +1,7 @@
 """A run in simulated time: the real loop, ledger, stages, supervisor and rollout workers, on engines, rewards and ranks
 that only let time pass.
 
-Takes:  a Config, what things cost (`Costs`), how long each response is, what each group is worth (`World`).
+Takes:  a config, what things cost (`Costs`), how long each response is, what each group is worth (`World`).
 Gives:  `simulate`: what was started, trained on, dropped and stopped, and when each step ended.
 Knows:  that a loop with nothing to run and nothing to wait for will never go on: `Deadlock`.
 Never:  sleeps: the clock jumps to the next event.
@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from flux_ray.cluster.supervisor import OnDeath, Supervisor
-from flux_ray.config import Config
+from flux_ray.config import PolicyGradientConfig
 from flux_ray.driver.drop_stats import DropStats
 from flux_ray.driver.ledger import Ledger
 from flux_ray.driver.loop import Loop
@@ -270,7 +270,7 @@ class NoTexts:
 class CountedWorker(RolloutWorker):
     """The real rollout worker, which takes its time for a group; the driver's own time is spent as orders come."""
 
-    def __init__(self, config: Config, index: int, world: World) -> None:
+    def __init__(self, config: PolicyGradientConfig, index: int, world: World) -> None:
         self._world = world
         super().__init__(config, index=index, tokenizer_path="", most_groups=1, tokenizer=NoTexts())
         self._free_s = 0.0
@@ -393,7 +393,7 @@ class Rank:
 class Prompts:
     """Obeys as much of data.PromptSource as the loop asks for."""
 
-    def __init__(self, config: Config, world: World) -> None:
+    def __init__(self, config: PolicyGradientConfig, world: World) -> None:
         self._group_size, self._world = config.rollout.group_size, world
         self._ids = np.zeros(world.prompt_tokens, np.int32)
 
@@ -420,7 +420,7 @@ class Noted:
     def warn_of(self, kind: str, text: str) -> None: ...
 
 
-def simulate(config: Config, world: World, *, clock: SimulatedTime, start: LoopState | None = None,
+def simulate(config: PolicyGradientConfig, world: World, *, clock: SimulatedTime, start: LoopState | None = None,
              part_tokens: float = math.inf) -> Loop:
     """Run the config's steps in the world, which notes what happens. Deadlock where nothing will ever happen again."""
     world.group_size = config.rollout.group_size
@@ -434,7 +434,7 @@ def simulate(config: Config, world: World, *, clock: SimulatedTime, start: LoopS
         owned.BATCHING_WINDOW_S, owned.NEWS_AT_LEAST_EVERY_S = before
 
 
-async def _run(config: Config, world: World, start: LoopState, part_tokens: float) -> Loop:
+async def _run(config: PolicyGradientConfig, world: World, start: LoopState, part_tokens: float) -> Loop:
     engines = [Engine(world, max_num_seqs=config.rollout.max_num_seqs) for _ in range(config.rollout.num_engines)]
     supervisor = Supervisor(start_deadline_s=NEVER_S)
     makers: dict[str, tuple[Callable[[int], Any], int, OnDeath]] = {

@@ -140,7 +140,7 @@ def test_an_engine_argument_that_vllm_does_not_have(refused):
     message = refused("rollout.engine_args.enforce_eagr=true")
     assert message == ("unknown option 'rollout.engine_args.enforce_eagr': "
                        "did you mean 'rollout.engine_args.enforce_eager'?")
-    assert "vLLM has no such engine argument" in refused("rollout.engine_args.zzzzzz=1")
+    assert "vLLM has no such option" in refused("rollout.engine_args.zzzzzz=1")
 
 
 @pytest.mark.parametrize("key", ["model.path", "reference.path"])

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 
 from flux_ray import register_adv_estimator
-from flux_ray.config import Config, from_dict
+from flux_ray.config import OFFLINE, Config, from_dict
 from flux_ray.model.scoring import scoring_samples
 from flux_ray.records import StepReport
 from flux_ray.train import Trainer, checkpoint, full_weights
@@ -79,13 +79,16 @@ class Rank:
                        master_address="127.0.0.1", master_port=self.port, device="cpu")
 
     def config(self, model: str, overrides: dict[str, Any]) -> Config:
+        offline = overrides.get("algo__name") in OFFLINE
         values: dict[str, Any] = {
-            "model": {"path": str(self.folder / model), "logprob_chunk_tokens": 16},
-            "rollout": {"temperature": 0.7, "max_tokens": 12},
-            "algo": {"beta": 0.1},
+            "model": {"path": str(self.folder / model)},
+            "rollout": {} if offline else {"temperature": 0.7, "max_tokens": 12},
+            "algo": {} if offline else {"beta": 0.1},
             "batch": {"max_tokens_per_micro_batch": 64},
             "train": {"learning_rate": 1e-3, "warmup_steps": 0, "max_grad_norm": 0.0, "deadline_s": 60.0},
         }
+        if overrides.get("algo__name") != "reward_model":
+            values["model"]["logprob_chunk_tokens"] = 16
         for dotted, value in overrides.items():
             group, key = dotted.split("__")
             values[group][key] = value
