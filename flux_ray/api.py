@@ -22,7 +22,7 @@ from flux_ray.config import Config
 from flux_ray.errors import UserError, unknown
 from flux_ray.observability.callbacks import Callback, Metrics, as_callback
 from flux_ray.outside_loop import outside_loop
-from flux_ray.plugins import refuse_while_importing
+from flux_ray.plugins import hand_over, refuse_while_importing
 
 if TYPE_CHECKING:
     from flux_ray.run import TrainingResult
@@ -70,7 +70,7 @@ class FluxTrainer:
     Args:
         config: What `FluxConfig` gives.
         rewards: One reward or several: a rule's name, a registered name, "path/to/file.py:function", or a function.
-            A function must stand at the top of a file. None keeps `reward.functions`.
+            A function travels by its file, or as it is where it has none. None keeps `reward.functions`.
         backend: ray (ours), trl (TRL's trainers), or unsloth (TRL's, on a model that Unsloth opened).
     """
 
@@ -82,7 +82,7 @@ class FluxTrainer:
         _refuse_backend(backend, config)
         if rewards is not None:
             several = [rewards] if isinstance(rewards, str) or callable(rewards) else list(rewards)
-            functions = [reward if isinstance(reward, str) else name_of(reward) for reward in several]
+            functions = [reward if isinstance(reward, str) else reference_of(reward) for reward in several]
             config = configs.from_dict({**_flat(config), "reward.functions": functions})
         self.config, self.backend = config, backend
         self._callbacks: list[Callback] = []
@@ -348,6 +348,14 @@ def _write(prompts: str | Path | Rows | None, config: Config, name: str) -> str 
             except TypeError as error:
                 raise UserError(f"prompts, row {row}: {error}: rows hold texts, numbers, lists and dicts") from error
     return str(file)
+
+
+def reference_of(reward: Callable[..., Any]) -> str:
+    """How the config names a reward: by its file; a notebook's, a lambda or a closure as a function handed over."""
+    try:
+        return name_of(reward)
+    except UserError:
+        return hand_over(reward)
 
 
 def name_of(function: Callable[..., Any]) -> str:

@@ -18,7 +18,7 @@ from typing import Any
 from flux_ray.config import PolicyGradientConfig
 from flux_ray.errors import UserError, unknown
 from flux_ray.names import reward_model_path, reward_name
-from flux_ray.plugins import load_function, same_function
+from flux_ray.plugins import is_handed_over, load_function, same_function
 from flux_ray.reward.rules import IN_MAIN_THREAD, RULES, SHAPING
 
 ANSWER_COLUMNS = ("answer", "solution", "label")  # beside data.answer_column: what people call it
@@ -140,7 +140,8 @@ def _load(reference: str, known: Signature | None, weight: float, options: dict[
 def unknown_here(config: PolicyGradientConfig) -> list[str]:
     """The functions of users' files and packages: who wants to know them asks a child process that imports them."""
     return [reference for reference in config.reward.functions
-            if ":" in reference and reward_model_path(reference) is None and not reference.startswith("flux_ray.")]
+            if ":" in reference and reward_model_path(reference) is None
+            and not reference.startswith("flux_ray.") and not is_handed_over(reference)]
 
 
 def function_of(reference: str) -> Function:
