@@ -2,8 +2,8 @@
 
 Takes:  a local folder or a hub name, a type, a layout.
 Gives:  PolicyModel or ScoreModel in that type with dropout off; its tokenizer.
-Knows:  what must be true of a model before its log-probs can be trusted: every weight loaded, names as in the
-        checkpoint, logits that are a scaled lm_head(hidden); the last is tried on a few tokens, not assumed.
+Knows:  what must be true of a model before its log-probs can be trusted: every weight loaded, an attention that heeds
+        all that the model asks of it, a head whose form is known.
 Never:  runs code that came with a model, or asks the network for what looks like a local path.
 """
 
@@ -18,7 +18,6 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import logging as hf_logging
 
 from flux_ray.errors import UserError, unknown
@@ -27,9 +26,9 @@ from flux_ray.model.attention import CAUSAL_BLOCKS
 from flux_ray.model.packed import LAYOUTS
 from flux_ray.model.policy import PolicyModel
 from flux_ray.model.score import HEAD, ScoreModel
+from flux_ray.model.traits import EAGER, Traits, traits_of
 
-NUM_PROBE_TOKENS = 8  # enough that a factor or a cap on the logits shows, too few to cost anything
-LOGIT_FACTORS = ("logit_scale", "logits_scaling", "lm_head_multiplier")  # as configs call them; some divide by theirs
+NUM_TRIAL_TOKENS = 8  # enough that a token which sees too much shows, too few to cost anything
 #: Attention that keeps the sequences of one row apart by their borders: torch's, or that of a package of its own.
 VARLEN_KERNELS = (varlen.TORCH_VARLEN, "flash_attention_2", "flash_attention_3")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -78,17 +77,17 @@ def load_policy(
 ) -> PolicyModel:
     """Load a causal language model. UserError (one line) for a path, a model or a setting that can't be used."""
     resolve_layout(layout, attention, dtype)  # what can't be is refused before the model is opened
+    traits = policy_traits(path, attention)
     config = _open("model", path, transformers.AutoConfig.from_pretrained)
     _turn_off_dropout(config)
     hf, info = _open("model", path, transformers.AutoModelForCausalLM.from_pretrained, config=config, dtype=dtype,
-                     attn_implementation="sdpa", output_loading_info=True)
+                     output_loading_info=True, **_to_load(traits))
     if info["missing_keys"]:
         raise UserError(f"model {str(path)!r} lacks weights: {', '.join(sorted(info['missing_keys'])[:3])}")
-    _refuse_renamed_weights(hf, path)
-    scale = _logit_scale(hf, path)
-    layout, attention = _layout_for(hf, layout, attention, dtype)
-    _ready_to_train(hf, attention, gradient_checkpointing)
-    policy = PolicyModel(hf, layout=layout, chunk_tokens=chunk_tokens, logit_scale=scale)
+    layout, attention = _layout_for(hf, traits, layout, attention)
+    _ready_to_train(hf, traits, attention, gradient_checkpointing)
+    policy = PolicyModel(hf, layout=layout, chunk_tokens=chunk_tokens, head=traits.head)
+    policy.checkpoint_names = traits.names
     policy.original_config = _open("model", path, transformers.AutoConfig.from_pretrained)
     policy.original_config.dtype = dtype
     return policy
@@ -107,20 +106,21 @@ def load_score(
     scores = not new_head or has_score_head(path)
     if scores:
         check_score_model(path)
+    traits = score_traits(path, attention)
     config = _open("model", path, transformers.AutoConfig.from_pretrained, num_labels=1)
     _turn_off_dropout(config)
     hf, info = _open("model", path, transformers.AutoModelForSequenceClassification.from_pretrained, config=config,
-                     dtype=dtype, attn_implementation="sdpa", output_loading_info=True)
+                     dtype=dtype, output_loading_info=True, **_to_load(traits))
     missing = {name for name in info["missing_keys"] if scores or not name.startswith(f"{HEAD}.")}
     if missing:
         raise UserError(f"model {str(path)!r} lacks weights: {', '.join(sorted(missing)[:3])}")
-    _refuse_renamed_weights(hf, path)
-    _check_score_head(hf, path)
-    layout, attention = _layout_for(hf, layout, attention, dtype)
+    _check_causal(hf, path)
+    layout, attention = _layout_for(hf, traits, layout, attention)
     if not scores:
         getattr(hf, HEAD).weight.data.zero_()
-    _ready_to_train(hf, attention, gradient_checkpointing)
+    _ready_to_train(hf, traits, attention, gradient_checkpointing)
     model = ScoreModel(hf, layout=layout, has_new_head=not scores)
+    model.checkpoint_names = traits.names
     original = _open("model", path, transformers.AutoConfig.from_pretrained, num_labels=1)
     original.architectures, original.dtype = [type(hf).__name__], dtype
     model.original_config = original
@@ -143,9 +143,16 @@ def check_score_model(path: str | Path) -> None:
         raise UserError(f"model {str(path)!r} has {config.num_labels} labels: a score is one number")
 
 
-def _ready_to_train(hf: Any, attention: str, gradient_checkpointing: bool) -> None:
+def _to_load(traits: Traits) -> dict[str, Any]:
+    """The attention to load a model with: that of its own file, with which it can be tried on a CPU, unless it lets
+    nobody choose."""
+    return {} if traits.own_attention else {"attn_implementation": EAGER}
+
+
+def _ready_to_train(hf: Any, traits: Traits, attention: str, gradient_checkpointing: bool) -> None:
     try:
-        hf.set_attn_implementation(attention)  # not before: flash attention can't run the probe on a CPU
+        if not traits.own_attention:
+            hf.set_attn_implementation(attention)
     except (ValueError, ImportError, KeyError) as error:
         raise UserError(f"model.attention={attention} can't be used here: {str(error).splitlines()[0]}") from error
     if not torch.cuda.is_available():
@@ -156,11 +163,40 @@ def _ready_to_train(hf: Any, attention: str, gradient_checkpointing: bool) -> No
         hf.enable_input_require_grads()
 
 
-def skeleton(path: str | Path) -> nn.Module:
+def skeleton(path: str | Path, auto_class: Any = transformers.AutoModelForCausalLM, **config: Any) -> Any:
     """The modules of the causal language model at `path`, made from its config alone: no weight takes memory."""
-    config = _open("model", path, transformers.AutoConfig.from_pretrained)
+    opened = _open("model", path, transformers.AutoConfig.from_pretrained, **config)
+    opened.dtype = None  # some layers refuse to run in another type than a checkpoint's, even without numbers
     with torch.device("meta"):
-        return transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        return _open("model", path, lambda _, **more: auto_class.from_config(
+            opened, dtype=torch.bfloat16, attn_implementation=EAGER, **more))
+
+
+def policy_traits(path: str | Path, attention: str = "auto") -> Traits:
+    """What the causal language model at `path` computes. UserError where we, or this attention, can't do as it does."""
+    return _heeded(traits_of(skeleton(path), f"model {str(path)!r}"), path, attention)
+
+
+def score_traits(path: str | Path, attention: str = "auto") -> Traits:
+    """As `policy_traits`, of the model at `path` with a head that scores."""
+    model = skeleton(path, transformers.AutoModelForSequenceClassification, num_labels=1)
+    head: Any = getattr(model, HEAD, None)
+    if type(head) is not nn.Linear or head.bias is not None:
+        raise UserError(f"model {str(path)!r} ({model.config.model_type}): its scores don't come from one linear layer "
+                        f"{HEAD!r} without a bias over the hidden states: such models are not supported")
+    return _heeded(traits_of(model, f"model {str(path)!r}"), path, attention)
+
+
+def _heeded(traits: Traits, path: str | Path, attention: str) -> Traits:
+    """The same. UserError where `attention` was chosen and isn't the model's to have."""
+    unheeded = traits.unheeded(attention)
+    if attention != "auto" and traits.own_attention:
+        raise UserError(f"model.attention={attention}: model {str(path)!r} lets nobody choose its attention: leave "
+                        "model.attention at auto")
+    if attention != "auto" and unheeded:
+        raise UserError(f"model.attention={attention}: model {str(path)!r} has {' and '.join(unheeded)}, which this "
+                        f"attention passes over: leave model.attention at auto, or set it to {EAGER}")
+    return traits
 
 
 def load_tokenizer(path: str | Path) -> Any:
@@ -196,62 +232,27 @@ def _turn_off_dropout(config: Any) -> None:
                 setattr(part, name, 0.0)
 
 
-def _refuse_renamed_weights(hf: Any, path: str | Path) -> None:
-    """A model whose checkpoint names differ from its parameters' would be sent to engines under wrong names."""
-    state = {name: tensor.to("meta") for name, tensor in hf.state_dict().items()}
-    renamed = set(revert_weight_conversion(hf, dict(state))) ^ set(state)
-    if renamed:
-        raise UserError(f"model {str(path)!r} ({hf.config.model_type}) keeps its weights under other names than it "
-                        f"trains them ({sorted(renamed)[0]} …): such models are not supported yet")
-
-
-def _logit_scale(hf: Any, path: str | Path) -> float:
-    """c where the model's logits are c * lm_head(hidden); UserError for any other shape of head."""
-    config, head = hf.config.get_text_config(), hf.get_output_embeddings()
-    cap = getattr(config, "final_logit_softcapping", None)
-    if cap:
-        raise UserError(f"model {str(path)!r}: final_logit_softcapping={cap} is not supported")
-    if type(head) is not nn.Linear:
-        raise UserError(f"model {str(path)!r}: its head is {type(head).__name__}, which is not supported")
-    ids = torch.arange(NUM_PROBE_TOKENS)[None] % config.vocab_size
-    was_training = hf.training
-    hf.eval()
-    with torch.no_grad():
-        plain = head(hf.base_model(input_ids=ids, use_cache=False)[0]).float()
-        logits = hf(input_ids=ids, use_cache=False).logits.float()
-    hf.train(was_training)
-    known = {name: float(getattr(config, name, None) or 1.0) for name in LOGIT_FACTORS}
-    tolerance = 1e-5 if plain.dtype == head.weight.dtype else 1e-2  # relative to the largest logit, fp32 and bf16
-    for scale in (1.0, *known.values(), *(1 / value for value in known.values())):
-        if (plain * scale - logits).abs().max() <= tolerance * logits.abs().max():
-            return scale
-    raise UserError(f"model {str(path)!r} ({hf.config.model_type}): its logits are not a scaled lm_head(hidden), "
-                    f"such a head is not supported (config: {known})")
-
-
-def _check_score_head(hf: Any, path: str | Path) -> None:
-    """UserError unless the scores are head(hidden) of a model in which no token sees those after it."""
-    head: Any = getattr(hf, HEAD, None)
-    if type(head) is not nn.Linear or head.bias is not None:
-        raise UserError(f"model {str(path)!r} ({hf.config.model_type}): its scores don't come from one linear layer "
-                        f"{HEAD!r} over the hidden states: such models are not supported")
-    ids = torch.arange(NUM_PROBE_TOKENS)[None] % hf.config.get_text_config().vocab_size
-    half = NUM_PROBE_TOKENS // 2
+def _check_causal(hf: Any, path: str | Path) -> None:
+    """UserError for a model in which a token sees those after it."""
+    ids = torch.arange(NUM_TRIAL_TOKENS)[None] % hf.config.get_text_config().vocab_size
+    half = NUM_TRIAL_TOKENS // 2
     hf.eval()
     with torch.no_grad():
         whole, part = (hf.base_model(input_ids=i, use_cache=False)[0].float() for i in (ids, ids[:, :half]))
-    tolerance = 1e-4 if head.weight.dtype == torch.float32 else 3e-2  # relative to the largest hidden number
+    tolerance = 1e-4 if hf.dtype == torch.float32 else 3e-2  # relative to the largest hidden number
     if (whole[:, :half] - part).abs().max() > tolerance * part.abs().max():
         raise UserError(f"model {str(path)!r} ({hf.config.model_type}): its tokens see those after them: only causal "
                         "models are supported")
 
 
-def _layout_for(hf: Any, layout: str, attention: str, dtype: torch.dtype) -> tuple[str, str]:
-    """As resolve_layout; where sequences in one row would see one another, or the model asks for what the kernels can't
-    do, auto is padded, and a choice a UserError.
+def _layout_for(hf: Any, traits: Traits, layout: str, attention: str) -> tuple[str, str]:
+    """As resolve_layout, with an attention that heeds all that the model asks; where sequences in one row would see one
+    another, or the model asks for what the kernels can't do, auto is padded, and a choice a UserError.
     """
-    resolved = resolve_layout(layout, attention, dtype)
-    unable = None if resolved[0] == "padded" else _why_not_in_one_row(hf, resolved[1])
+    resolved = resolve_layout(layout, attention, hf.dtype)
+    if resolved[0] != "varlen":
+        resolved = resolved[0], EAGER if traits.unheeded(resolved[1]) else resolved[1]
+    unable = None if resolved[0] == "padded" else _why_not_in_one_row(hf, traits, resolved[1])
     if unable is None:
         return resolved
     if layout != "auto" or attention == varlen.TORCH_VARLEN:
@@ -259,20 +260,22 @@ def _layout_for(hf: Any, layout: str, attention: str, dtype: torch.dtype) -> tup
         raise UserError(f"{chosen}: {hf.config.model_type} has {unable}: leave model.layout and model.attention at "
                         "auto")
     warnings.warn(f"{hf.config.model_type} has {unable}: its micro-batches are padded rows", stacklevel=2)
-    return resolve_layout("padded", attention, dtype)
+    return _layout_for(hf, traits, "padded", attention)
 
 
-def _why_not_in_one_row(hf: Any, attention: str) -> str | None:
+def _why_not_in_one_row(hf: Any, traits: Traits, attention: str) -> str | None:
     """What the model has that keeps its sequences from being in one row; None where they stay apart there.
 
     Tried on a few tokens: a hybrid model's convolutions and recurrences carry their state over the border, whatever
     attention does; others give attention more than torch's kernels take. Twice the same sequence must give the same
     hidden states: the first has nothing before it.
     """
-    config = hf.config.get_text_config()
+    config, unheeded = hf.config.get_text_config(), traits.unheeded(attention)
+    if unheeded:
+        return " and ".join(unheeded)
     if attention == varlen.TORCH_VARLEN and getattr(config, varlen.CHUNKED, None):
         return "attention in chunks"
-    num_tokens = NUM_PROBE_TOKENS // 2
+    num_tokens = NUM_TRIAL_TOKENS // 2
     positions = torch.arange(num_tokens).repeat(2)[None]
     was_training, before = hf.training, hf.config._attn_implementation
     hf.eval()

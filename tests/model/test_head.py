@@ -63,7 +63,7 @@ def test_compiled_on_a_gpu_it_gives_what_it_gives_on_a_cpu(dtype: torch.dtype) -
         linear = torch.nn.Linear(64, 1000, bias=True).to(dtype)
         linear.load_state_dict(plain.state_dict())
         linear.to(device)
-        made = head.put_in_place(linear, logit_scale=2.0, chunk_tokens=32)
+        made = head.put_in_place(linear, form=head.HeadForm(2.0), chunk_tokens=32)
         inputs = hidden.detach().to(device).requires_grad_()
         logprobs, entropy = made(inputs, rows.to(device), targets.to(device), 0.7, True)
         (logprobs.sum() + 0.1 * entropy.sum()).backward()
@@ -79,7 +79,7 @@ def test_where_it_is_compiled_sizes_change_and_nothing_else_does(monkeypatch) ->
         pytest.skip("nothing to compile with here")
     compiled = (torch.compile(head.fused_measure), torch.compile(head.fused_differentiate))
     torch.manual_seed(0)
-    linear = head.put_in_place(torch.nn.Linear(16, 100), logit_scale=2.0, chunk_tokens=8)
+    linear = head.put_in_place(torch.nn.Linear(16, 100), form=head.HeadForm(2.0), chunk_tokens=8)
     results = []
     for passes in (lambda rows: compiled if len(rows) > 1 else (head.measure, head.differentiate),
                    lambda rows: (head.measure, head.differentiate)):
