@@ -9,6 +9,7 @@ Never:  runs code that came with a model, or asks the network for what looks lik
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import warnings
@@ -215,7 +216,7 @@ def _open(what: str, path: str | Path, opener: Any, **options: Any) -> Any:
     if _looks_local(str(path)) and not folder.is_dir():
         raise UserError(f"{what} {str(path)!r}: no such folder")
     if folder.is_dir() and what == "model" and not (folder / "config.json").is_file():
-        raise UserError(f"{what} {str(path)!r}: the folder has no config.json")
+        raise UserError(f"{what} {str(path)!r}: {_adapter(folder) or 'the folder has no config.json'}")
     hf_logging.disable_progress_bar()
     try:
         return opener(name, trust_remote_code=False, **options)
@@ -223,6 +224,17 @@ def _open(what: str, path: str | Path, opener: Any, **options: Any) -> Any:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         where = "" if folder.is_dir() else ": neither a local folder nor a hub name that can be read from here"
         raise UserError(f"{what} {str(path)!r}{where}: {reason}") from error
+
+
+def _adapter(folder: Path) -> str | None:
+    """What to do with a folder that holds an adapter (LoRA) and no model; None for any other."""
+    file = folder / "adapter_config.json"
+    if not file.is_file():
+        return None
+    base = json.loads(file.read_text()).get("base_model_name_or_path")
+    return (f"the folder holds an adapter of {base!r}, not a model: merge the two first, "
+            f"AutoPeftModelForCausalLM.from_pretrained({str(folder)!r}).merge_and_unload().save_pretrained(FOLDER) "
+            "with peft, copy the tokenizer's files there, and name that FOLDER")
 
 
 def _turn_off_dropout(config: Any) -> None:
@@ -299,10 +311,35 @@ def _why_not_in_one_row(hf: Any, traits: Traits, attention: str) -> str | None:
     return "layers that carry their state from one sequence of a row into the next"
 
 
+#: How configs call the length of their context; the first that is there counts.
+LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "max_sequence_length", "seq_len")
+#: Kinds of rotary positions whose configs name the length before it is multiplied by their factor.
+STRETCHED = ("linear", "dynamic")
+
+
 def context_length(path: str | Path) -> int:
     """The model's context in tokens, from its config alone. UserError (one line) where there is no model."""
+    length = longest_context(path)
+    if length is None:
+        raise UserError(f"model {str(path)!r}: its config names no length of its context ({LENGTHS[0]}): set "
+                        "rollout.max_model_len")
+    return length
+
+
+def longest_context(path: str | Path) -> int | None:
+    """As `context_length`; None where the config names none."""
     config = _open("model", path, transformers.AutoConfig.from_pretrained).get_text_config()
-    length = getattr(config, "max_position_embeddings", None)
-    if not length:
-        raise UserError(f"model {str(path)!r}: its config names no max_position_embeddings: set rollout.max_model_len")
-    return int(length)
+    length = next(filter(None, (getattr(config, name, None) for name in LENGTHS)), None)
+    rope = getattr(config, "rope_parameters", None) or {}
+    factor = rope.get("factor") if rope.get("rope_type") in STRETCHED else None
+    return None if length is None else int(length * (factor or 1))
+
+
+def turns(path: str | Path) -> list[int]:
+    """Positions from which on the model at `path` computes otherwise than before: its windows, its rotary stretches."""
+    config = _open("model", path, transformers.AutoConfig.from_pretrained).get_text_config()
+    rope = getattr(config, "rope_parameters", None) or {}
+    several = [rope, *(one for one in rope.values() if isinstance(one, dict))]
+    found = [getattr(config, name, None) for name in ("sliding_window", varlen.CHUNKED)]
+    found += [one.get("original_max_position_embeddings") for one in several]
+    return sorted({int(turn) for turn in found if turn})

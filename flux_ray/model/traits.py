@@ -83,11 +83,12 @@ def traits_of(skeleton: Any, name: str) -> Traits:
     except Exception as error:  # in whatever way it says that it can't
         reason = f"{error}".partition("\n")[0] or type(error).__name__
         raise UserError(f"{name} ({kind}): what it computes can't be read from its skeleton: {reason}") from error
-    return Traits(asks, own_attention, None if head is None else _head_form(operations, head, f"{name} ({kind})"), names)
+    form = None if head is None else _head_form(operations, head, f"{name} ({kind})")
+    return Traits(asks, own_attention, form, names)
 
 
 def _holds_experts(module: nn.Module) -> bool:
-    """Experts are kept as one tensor by expert, rows and columns; of others convolutions alone have three axes."""
+    """Experts are kept as one tensor of three axes; else convolutions alone have such."""
     is_convolution = isinstance(module, nn.modules.conv._ConvNd)
     return not is_convolution and any(p.dim() == 3 for p in module.parameters(recurse=False))
 
@@ -112,7 +113,7 @@ def _trace(skeleton: Any, head: nn.Module | None) -> tuple[frozenset[str], bool,
     noted: set[str] = set()
     called: list[str] = []
 
-    def note(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **more: Any) -> Any:
+    def note(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **more: Any) -> Any:
         noted.update(name for name, given in more.items() if given is not None and given is not False)
         called.append(type(module).__name__)
         return value.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[-1]), None

@@ -165,7 +165,7 @@ class RolloutEngine:
         self._running[task] = request.owner
         try:
             tokens = await self._tokens(request)
-            request_id, priority = f"{self._index}-{next(self._request_ids)}", -1 if request.first else 0
+            request_id, priority = f"{self._index}-{next(self._request_ids)}", self._priority(request)
             with _vllm_alive():
                 async for output in self._engine.generate(tokens, self._params(request), request_id, priority=priority):
                     final = output
@@ -176,30 +176,32 @@ class RolloutEngine:
         newest = max((int(c.versions.max()) for c in completions if c.num_tokens), default=self._version)
         return Sampled(completions, self._step_of[newest])
 
+    def _priority(self, request: SamplingRequest) -> int:
+        """The lower goes first; 0 where vLLM takes all by their age."""
+        return -1 if request.probes and self._config.driver.max_staleness else 0
+
     def _params(self, request: SamplingRequest) -> Any:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        config = self._config.rollout
-        params = SamplingParams(
+        config, probes = self._config.rollout, request.probes
+        past_the_end = config.ignore_eos or probes
+        return SamplingParams(
             n=request.n,
             seed=request.seed,
             temperature=request.temperature,
-            top_p=config.top_p,
-            top_k=config.top_k,
-            min_p=config.min_p,
+            top_p=1.0 if probes else config.top_p,
+            top_k=0 if probes else config.top_k,
+            min_p=0.0 if probes else config.min_p,
             max_tokens=request.max_tokens,
-            stop=list(config.stop) or None,
-            stop_token_ids=self._stop_ids,
-            ignore_eos=config.ignore_eos,
+            stop=None if probes else list(config.stop) or None,
+            stop_token_ids=[] if past_the_end else self._stop_ids,
+            ignore_eos=past_the_end,
             logprobs=0,
             flat_logprobs=True,
-            detokenize=bool(config.stop),
+            detokenize=bool(config.stop) and not probes,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
-        if config.ignore_eos:
-            params.stop_token_ids = []
-        return params
 
     async def _tokens(self, request: SamplingRequest) -> Any:
         from vllm.inputs import TokensPrompt
