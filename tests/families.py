@@ -82,6 +82,9 @@ FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
     "gpt-oss": _made("GptOssConfig", **HEADS, **EXPERTS, sliding_window=WINDOW, layer_types=LAYERS),
 }
 
+#: Those that are refused, by their config.
+EXPERTS_FAMILIES = ("Mixtral", "Qwen 2 MoE", "Qwen 3 MoE", "DeepSeek-V3", "gpt-oss")
+
 
 def make_family(name: str, folder: Path, *, seed: int = 0) -> Path:
     """Write the family's tiny random model to `folder`."""

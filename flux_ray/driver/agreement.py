@@ -119,6 +119,6 @@ class Agreement:
         mean, largest = (metrics.get(f"weights/logprob_gap_{which}", 0.0) for which in ("mean", "max"))
         if mean <= limits.mean and largest <= limits.largest:
             return None
-        return (f"weights/logprob_gap_mean is {mean:.1e}, weights/logprob_gap_max {largest:.1e}; {self._right} is right. "
-                "Engines sample from another distribution than the trainer learns on: ratios and KL are wrong by as "
-                "much (docs/metrics.md, Whether engine and trainer agree)")
+        return (f"weights/logprob_gap_mean is {mean:.1e}, weights/logprob_gap_max {largest:.1e}; {self._right} is "
+                "right. Engines sample from another distribution than the trainer learns on: ratios and KL are wrong "
+                "by as much (docs/metrics.md, Whether engine and trainer agree)")
