@@ -231,7 +231,7 @@ def _adapter(folder: Path) -> str | None:
     file = folder / "adapter_config.json"
     if not file.is_file():
         return None
-    base = json.loads(file.read_text()).get("base_model_name_or_path")
+    base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
     return (f"the folder holds an adapter of {base!r}, not a model: merge the two first, "
             f"AutoPeftModelForCausalLM.from_pretrained({str(folder)!r}).merge_and_unload().save_pretrained(FOLDER) "
             "with peft, copy the tokenizer's files there, and name that FOLDER")
