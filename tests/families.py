@@ -85,6 +85,16 @@ FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
 #: Those that are refused, by their config.
 EXPERTS_FAMILIES = ("Mixtral", "Qwen 2 MoE", "Qwen 3 MoE", "DeepSeek-V3", "gpt-oss")
 
+#: What is done otherwise for a family, as docs/models.md tells it.
+NOTES = {
+    "Gemma 2": "its own attention (`eager`), which caps its scores; the cap on logits is in our head",
+    "GPT-NeoX (Pythia)": "its head goes to engines as `embed_out`, as checkpoints call it",
+    "Bloom": "its own attention; has no positions: set `rollout.max_model_len`",
+    "Falcon": "its own attention",
+    "Cohere 2": "vLLM lets a token see one token more than its window: it is told of one less",
+    "LFM 2": "padded rows; engines on CPU keep no prefixes",
+}
+
 
 def make_family(name: str, folder: Path, *, seed: int = 0) -> Path:
     """Write the family's tiny random model to `folder`."""

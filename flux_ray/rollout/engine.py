@@ -23,6 +23,7 @@ from flux_ray.lifetime import PLUGIN
 from flux_ray.records import FINISH_LENGTH, FINISH_STOP, Completion, Sampled, SamplingRequest
 from flux_ray.rollout.check import ENTRY_POINT, check_engine_args, check_installed
 from flux_ray.rollout.cpu_startup.forking import fork_engine_core
+from flux_ray.rollout.known_models import engine_args_of
 
 CPU_BATCHED_TOKENS = 8192  # tokens of one forward of an engine on CPU, at least
 LOOK_EVERY_S = 1.0  # whether vLLM's process lives, while it is waited for
@@ -142,7 +143,9 @@ class RolloutEngine:
         elif self._device == "cpu":
             args["distributed_executor_backend"] = "uni"  # one process fewer
         check_engine_args(config)
-        return args | config.engine_args
+        known = engine_args_of(str(self._config.model.path), self._device)
+        overrides = known.get("hf_overrides", {}) | (config.engine_args.get("hf_overrides") or {})
+        return args | known | config.engine_args | ({"hf_overrides": overrides} if overrides else {})
 
     async def meet(self, members: Members) -> None:
         """Requests of those that are no member any more end: nobody waits for them."""
