@@ -13,6 +13,8 @@ import json
 import os
 import platform
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -175,17 +177,30 @@ def skeleton(path: str | Path, auto_class: Any = transformers.AutoModelForCausal
 
 def policy_traits(path: str | Path, attention: str = "auto") -> Traits:
     """What the causal language model at `path` computes. UserError where we, or this attention, can't do as it does."""
-    return _heeded(traits_of(skeleton(path), f"model {str(path)!r}"), path, attention)
+    with _quiet():
+        return _heeded(traits_of(skeleton(path), f"model {str(path)!r}"), path, attention)
 
 
 def score_traits(path: str | Path, attention: str = "auto") -> Traits:
     """As `policy_traits`, of the model at `path` with a head that scores."""
-    model = skeleton(path, transformers.AutoModelForSequenceClassification, num_labels=1)
-    head: Any = getattr(model, HEAD, None)
-    if type(head) is not nn.Linear or head.bias is not None:
-        raise UserError(f"model {str(path)!r} ({model.config.model_type}): its scores don't come from one linear layer "
-                        f"{HEAD!r} without a bias over the hidden states: such models are not supported")
-    return _heeded(traits_of(model, f"model {str(path)!r}"), path, attention)
+    with _quiet():
+        model = skeleton(path, transformers.AutoModelForSequenceClassification, num_labels=1)
+        head: Any = getattr(model, HEAD, None)
+        if type(head) is not nn.Linear or head.bias is not None:
+            raise UserError(f"model {str(path)!r} ({model.config.model_type}): its scores don't come from one linear "
+                            f"layer {HEAD!r} without a bias over the hidden states: such models are not supported")
+        return _heeded(traits_of(model, f"model {str(path)!r}"), path, attention)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """While it lasts transformers logs errors alone: what a skeleton can't do, or not fast, says nothing of a run."""
+    before = hf_logging.get_verbosity()
+    hf_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(before)
 
 
 def _heeded(traits: Traits, path: str | Path, attention: str) -> Traits:
