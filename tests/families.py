@@ -70,7 +70,7 @@ FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
     "GLM-4": _made("Glm4Config", **HEADS),
     "EXAONE 4": _made("Exaone4Config", **HEADS, sliding_window=WINDOW, layer_types=LAYERS),
     "SmolLM 3": _made("SmolLM3Config", no_rope_layers=[1, 0]),
-    "LFM 2": _made("Lfm2Config", layer_types=["conv", "full_attention"]),
+    "LFM 2": _made("Lfm2Config", layer_types=["conv", "full_attention"], conv_dim=64),
     "Mixtral": _made("MixtralConfig", **HEADS, **EXPERTS),
     "Qwen 2 MoE": _made("Qwen2MoeConfig", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32,
                         shared_expert_intermediate_size=32),

@@ -21,6 +21,7 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+from transformers.utils import logging as hf_logging
 
 SPECIAL = ("<pad>", "<eos>", "<unk>")
 CHARACTERS = "0123456789+-*/=() .,:?!#\nabcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -69,6 +70,7 @@ def tiny_gpt2(folder: str | Path, *, context: int = 64) -> Path:
 
 def write_model(model: PreTrainedModel, folder: str | Path) -> Path:
     """The model as users have one: with a generation config and a tokenizer beside it."""
+    hf_logging.disable_progress_bar()
     model.generation_config = GenerationConfig(eos_token_id=EOS_ID, pad_token_id=PAD_ID)
     model.save_pretrained(folder)
     tiny_tokenizer(model.config.vocab_size).save_pretrained(folder)

@@ -84,7 +84,7 @@ def load_policy(
     config = _open("model", path, transformers.AutoConfig.from_pretrained)
     _turn_off_dropout(config)
     hf, info = _open("model", path, transformers.AutoModelForCausalLM.from_pretrained, config=config, dtype=dtype,
-                     output_loading_info=True, **_to_load(traits))
+                     attn_implementation=EAGER, output_loading_info=True)
     if info["missing_keys"]:
         raise UserError(f"model {str(path)!r} lacks weights: {', '.join(sorted(info['missing_keys'])[:3])}")
     layout, attention = _layout_for(hf, traits, layout, attention)
@@ -113,7 +113,7 @@ def load_score(
     config = _open("model", path, transformers.AutoConfig.from_pretrained, num_labels=1)
     _turn_off_dropout(config)
     hf, info = _open("model", path, transformers.AutoModelForSequenceClassification.from_pretrained, config=config,
-                     dtype=dtype, output_loading_info=True, **_to_load(traits))
+                     dtype=dtype, attn_implementation=EAGER, output_loading_info=True)
     missing = {name for name in info["missing_keys"] if scores or not name.startswith(f"{HEAD}.")}
     if missing:
         raise UserError(f"model {str(path)!r} lacks weights: {', '.join(sorted(missing)[:3])}")
@@ -144,12 +144,6 @@ def check_score_model(path: str | Path) -> None:
                         f"{', '.join(config.architectures or ['none named'])})")
     if config.num_labels != 1:
         raise UserError(f"model {str(path)!r} has {config.num_labels} labels: a score is one number")
-
-
-def _to_load(traits: Traits) -> dict[str, Any]:
-    """The attention to load a model with: that of its own file, with which it can be tried on a CPU, unless it lets
-    nobody choose."""
-    return {} if traits.own_attention else {"attn_implementation": EAGER}
 
 
 def _ready_to_train(hf: Any, traits: Traits, attention: str, gradient_checkpointing: bool) -> None:
@@ -328,8 +322,11 @@ def _why_not_in_one_row(hf: Any, traits: Traits, attention: str) -> str | None:
 
 #: How configs call the length of their context; the first that is there counts.
 LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "max_sequence_length", "seq_len")
-#: Kinds of rotary positions whose configs name the length before it is multiplied by their factor.
-STRETCHED = ("linear", "dynamic")
+#: A kind of rotary positions whose config names the length before it is multiplied by its factor.
+STRETCHED = "linear"
+#: Kinds that beyond a length turn all positions of a text otherwise: by the longest text of the batch in transformers,
+#: by the longest that may ever come in vLLM. They agree up to that length alone. ► where configs name it.
+BY_LENGTH = {"longrope": "original_max_position_embeddings", "dynamic": "max_position_embeddings"}
 
 
 def context_length(path: str | Path) -> int:
@@ -344,10 +341,13 @@ def context_length(path: str | Path) -> int:
 def longest_context(path: str | Path) -> int | None:
     """As `context_length`; None where the config names none."""
     config = _open("model", path, transformers.AutoConfig.from_pretrained).get_text_config()
-    length = next(filter(None, (getattr(config, name, None) for name in LENGTHS)), None)
     rope = getattr(config, "rope_parameters", None) or {}
-    factor = rope.get("factor") if rope.get("rope_type") in STRETCHED else None
-    return None if length is None else int(length * (factor or 1))
+    kind, length = rope.get("rope_type"), next(filter(None, (getattr(config, name, None) for name in LENGTHS)), None)
+    if length is None:
+        return None
+    if kind in BY_LENGTH:
+        return int(rope.get(BY_LENGTH[kind]) or getattr(config, BY_LENGTH[kind], length))
+    return int(length * (rope.get("factor") or 1 if kind == STRETCHED else 1))
 
 
 def turns(path: str | Path) -> list[int]:

@@ -80,6 +80,8 @@ def traits_of(skeleton: Any, name: str) -> Traits:
         raise UserError(f"{name} ({kind}): its head is {type(head).__name__}: only a linear layer is supported")
     try:
         asks, own_attention, operations = _trace(skeleton, head)
+    except NotImplementedError as error:
+        raise UserError(f"{name} ({kind}): {error}") from error
     except Exception as error:  # in whatever way it says that it can't
         reason = f"{error}".partition("\n")[0] or type(error).__name__
         raise UserError(f"{name} ({kind}): what it computes can't be read from its skeleton: {reason}") from error
@@ -115,6 +117,8 @@ def _trace(skeleton: Any, head: nn.Module | None) -> tuple[frozenset[str], bool,
 
     def note(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **more: Any) -> Any:
         noted.update(name for name, given in more.items() if given is not None and given is not False)
+        if not (getattr(module, "is_causal", True) if more.get("is_causal") is None else more["is_causal"]):
+            raise NotImplementedError("its tokens see those after them: only causal models are supported")
         called.append(type(module).__name__)
         return value.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[-1]), None
 

@@ -348,7 +348,8 @@ def _check_context(config: Config) -> None:
     asked, longest = config.rollout.max_model_len, longest_context(str(config.model.path))
     if asked is not None and longest is not None and asked > longest:
         raise UserError(f"rollout.max_model_len={asked} is more than the {longest} positions of model.path="
-                        f"{config.model.path}: set it to {longest} at most")
+                        f"{config.model.path} (longrope and dynamic rotary positions: those before they change): "
+                        f"set it to {longest} at most")
 
 
 def _check_targets(config: Config) -> None:

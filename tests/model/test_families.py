@@ -90,6 +90,15 @@ def test_a_model_that_lets_nobody_choose_its_attention(tmp_path: Path) -> None:
         ours(folder, attention="sdpa")
 
 
+def test_a_policy_whose_tokens_see_those_after_them_is_refused(tmp_path: Path) -> None:
+    """Gemma 3 as a text encoder has it: padding would be seen as well."""
+    config = FAMILIES["Gemma 3"]()
+    config.use_bidirectional_attention = True
+    config.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="its tokens see those after them: only causal models are supported"):
+        policy_traits(tmp_path)
+
+
 def test_a_reward_model_scores_what_transformers_scores(tmp_path: Path) -> None:
     """Of a family whose attention caps its scores: at the last token of each text."""
     torch.manual_seed(0)
