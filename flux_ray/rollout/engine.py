@@ -213,6 +213,8 @@ class RolloutEngine:
         if self._config.rollout.kv_after_update == "keep":
             await self._serving.wait()  # whose version it will be of
             tokens["cache_salt"] = str(self._version)  # a prefix computed by older weights is never hit
+        if request.probes:
+            tokens["cache_salt"] = f"probe {self._version}"  # what is sampled doesn't depend on what was probed
         return tokens
 
     # The weight update, in the order of its calls, with the names of vLLM's framework.
