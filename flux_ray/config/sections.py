@@ -251,6 +251,8 @@ class WeightsConfig:
                         "where it comes through shared memory (gloo) and requests run meanwhile "
                         "(driver.max_staleness), else none",
                         choices=("auto", "none", "host", "device"))
+    allow_logprob_gap: bool = knob(False, "train although engines and trainer give the same tokens other log-probs at "
+                                   "the start (a quantised engine, say); it is warned of all the same")
     bucket_mib: int = knob(64, "size of one packed bucket, in MiB", least=1)
     deadline_s: float = knob(120.0, "longest time of each phase of an update (connect, send, then make ready and "
                              "finish), in seconds", above=0)

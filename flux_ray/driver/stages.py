@@ -31,7 +31,7 @@ class Stages:
                  supervisor: Supervisor, warn: Callable[[str, str], None], step: int = 0) -> None:
         """`warn` is given what kind of thing it was, and a text. `step`: done."""
         self.log_dir: Path | None = None  # where the actors' own output lies, for who is told of a failure
-        self._config, self.ledger, self._warn, self.step = config, ledger, warn, step
+        self._config, self.ledger, self.warn, self.step = config, ledger, warn, step
         self.workers = Workers(workers, supervisor)
         self._assigning = Assigning(config, ledger, self.workers)
         self.generate = self._assigning.ask
@@ -102,10 +102,10 @@ class Stages:
         row = f"prompt row {self._end(entry).row + 1} (from 1)"
         self.ledger.drop(entry, news.cause, self.step)
         if entry.uid < 0:
-            self._warn("evaluation", f"evaluation, {row} left out: {news.why}")
+            self.warn("evaluation", f"evaluation, {row} left out: {news.why}")
             self.evaluated.pop(entry.uid).set_result(None)
         elif news.why:
-            self._warn(news.cause, f"{row} dropped: {news.why}")
+            self.warn(news.cause, f"{row} dropped: {news.why}")
         self.changed.set()
         self.on_free_slot()
 

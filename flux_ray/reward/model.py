@@ -17,7 +17,14 @@ import torch
 from flux_ray.batch import Serving, pack
 from flux_ray.config import PolicyGradientConfig
 from flux_ray.errors import UserError
-from flux_ray.model import check_score_model, context_length, last_token, load_score, load_tokenizer
+from flux_ray.model import (
+    check_score_model,
+    context_length,
+    last_token,
+    load_score,
+    load_tokenizer,
+    score_traits,
+)
 from flux_ray.model.scoring import per_sample
 from flux_ray.names import reward_model_path, reward_name
 from flux_ray.records import FINISH_STOP, Responses, Sample
@@ -101,6 +108,7 @@ def check_reward_models(config: PolicyGradientConfig, tokenizer: Any, *, longest
             continue
         try:
             check_score_model(path)
+            score_traits(path, config.model.attention)
             context, its = context_length(path), load_tokenizer(path)
         except UserError as error:
             raise UserError(f"reward.functions, {reference}: {error}") from error

@@ -25,7 +25,7 @@ from flux_ray.model.scoring import by_group, response_sums, scoring_samples
 from flux_ray.protocols import CriticRank as CriticRankStub
 from flux_ray.protocols import Engine, LogprobSums
 from flux_ray.protocols import TrainingRank as TrainingRankStub
-from flux_ray.records import PreferencePair, RolloutGroup, StepReport
+from flux_ray.records import ComparedTokens, PreferencePair, RolloutGroup, StepReport
 from flux_ray.reference import Reference
 from flux_ray.run.holder import Holder
 from flux_ray.train import Critic, Trainer
@@ -112,17 +112,19 @@ class TrainingRank(Trainer):
         assert self._publisher is not None
         return self._publisher.publish(version, step)
 
-    def logprob_gap(self) -> tuple[float, float]:
-        """|trainer's - sampler's log-probs| over sampled tokens of the groups held, mean and largest. All ranks hold
-        all."""
+    def compare_held(self, *, engines: Sequence[int]) -> list[ComparedTokens]:
+        """Of each group held, sampled by the engine of the same place in `engines`: its log-probs and the trainer's.
+
+        All ranks hold all.
+        """
         groups = self._holder.groups
-        gaps = [
-            np.abs(logprobs_T - trajectory.sampler_logprobs)[trajectory.loss_mask]
-            for group, of_group in zip(groups, self.logprobs(groups), strict=True)
+        return [
+            ComparedTokens(engine, np.flatnonzero(trajectory.loss_mask), *(
+                of_tokens[trajectory.loss_mask]
+                for of_tokens in (trajectory.token_ids, trajectory.sampler_logprobs, logprobs_T)))
+            for engine, group, of_group in zip(engines, groups, self.logprobs(groups), strict=True)
             for trajectory, logprobs_T in zip(group.trajectories, of_group, strict=True)
         ]
-        gaps_S = np.concatenate(gaps)
-        return float(gaps_S.mean()), float(gaps_S.max())
 
 
 class CriticRank(Critic):

@@ -17,6 +17,7 @@ from flux_ray.cluster.groups import Cluster, RayGroup
 from flux_ray.cluster.plan import CRITIC, ENGINE, REFERENCE, REWARD, REWARD_MODEL, ROLLOUT, TRAINER, Plan, Role
 from flux_ray.cluster.supervisor import OnDeath, Supervisor
 from flux_ray.config import Config, PolicyGradientConfig, PolicyModelConfig, ReferencedConfig, SampledConfig, changed
+from flux_ray.driver.agreement import Agreement
 from flux_ray.driver.drop_stats import DropStats
 from flux_ray.driver.evaluation import Evaluation
 from flux_ray.driver.ledger import Ledger
@@ -26,7 +27,7 @@ from flux_ray.driver.stages import Stages
 from flux_ray.driver.staleness import Bound
 from flux_ray.driver.versions import Versions
 from flux_ray.errors import UserError
-from flux_ray.model import context_length, load_tokenizer, resolve_dtype
+from flux_ray.model import context_length, load_tokenizer, resolve_dtype, turns
 from flux_ray.model.stops import stop_token_ids
 from flux_ray.names import reward_model_path
 from flux_ray.offline.data import OfflineData
@@ -107,11 +108,18 @@ class Build:
         stages = self._stages(recorder)
         loop = Loop(config, stages=stages, prompts=task.train,
                     ranks=Ranks(config, trainer=groups[TRAINER], critic=groups.get(CRITIC)),
-                    versions=Versions(max_staleness=config.driver.max_staleness, highest=start.version))
+                    versions=Versions(max_staleness=config.driver.max_staleness, highest=start.version),
+                    agreement=self._agreement(task))
         loop.part_tokens = part_tokens(config, self._plan)
         if task.evaluation is not None:
             loop.evaluation = Evaluation(config, task.evaluation, stages)
         return loop
+
+    def _agreement(self, task: Rollouts) -> Agreement:
+        config = self._sampling
+        path = str(config.model.path)
+        return Agreement(config, dtype=_dtype_name(config.model.dtype, self._plan.device),
+                         context=_context(config, task) or context_length(path), turns=turns(path))
 
     def _stages(self, recorder: Recorder) -> Stages:
         config, start = self._sampling, self._prepared.start

@@ -35,7 +35,15 @@ from flux_ray.data.preferences import CHOSEN, REJECTED
 from flux_ray.data.prompts import TRAIN
 from flux_ray.data.rows import load_rows
 from flux_ray.errors import UserError
-from flux_ray.model import check_targets, context_length, load_tokenizer, skeleton
+from flux_ray.model import (
+    check_targets,
+    context_length,
+    load_tokenizer,
+    longest_context,
+    policy_traits,
+    score_traits,
+    skeleton,
+)
 from flux_ray.names import REWARD_MODEL, reward_model_path
 from flux_ray.offline import data as offline_data
 from flux_ray.offline.data import OfflineData
@@ -141,7 +149,9 @@ def _check_rollout_function(draft: Draft) -> None:
 
 def _check_model(draft: Draft) -> None:
     assert draft.context
+    _check_context(draft.config)
     _check_weights("model.path", draft.path)
+    _check_traits(draft.config)
     _check_targets(draft.config)
     draft.tokenizer = load_tokenizer(draft.config.model.tokenizer or draft.path)
 
@@ -167,6 +177,7 @@ def _check_reference(draft: Draft) -> None:
     if not (config.rollout.max_model_len is not None and (Path(path) / "config.json").is_file()):
         context_length(path)
     _check_weights("reference.path", path)
+    policy_traits(path, config.model.attention)
 
 
 def _read_data(draft: Draft) -> None:
@@ -322,6 +333,23 @@ def _check_weights(key: str, path: str) -> None:
     folder = Path(path)
     if folder.is_dir() and not any(True for pattern in WEIGHTS for _ in folder.glob(pattern)):
         raise UserError(f"{key}={path}: the folder holds no weights ({', '.join(WEIGHTS)})")
+
+
+def _check_traits(config: Config) -> None:
+    """UserError for a model, a critic's too, that computes something which we, or the attention chosen, don't."""
+    trained = score_traits if algo.kind_of(config.algo).model == algo.SCORE else policy_traits
+    trained(str(config.model.path), config.model.attention)
+    if algo.needs_critic(config.algo):
+        score_traits(config.critic.path or str(config.model.path), config.model.attention)
+
+
+def _check_context(config: Config) -> None:
+    """UserError for a context that the model has no positions for."""
+    asked, longest = config.rollout.max_model_len, longest_context(str(config.model.path))
+    if asked is not None and longest is not None and asked > longest:
+        raise UserError(f"rollout.max_model_len={asked} is more than the {longest} positions of model.path="
+                        f"{config.model.path} (longrope and dynamic rotary positions: those before they change): "
+                        f"set it to {longest} at most")
 
 
 def _check_targets(config: Config) -> None:

@@ -17,7 +17,7 @@ import math
 import random
 import selectors
 from collections import defaultdict, deque
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -26,6 +26,7 @@ import numpy as np
 
 from flux_ray.cluster.supervisor import OnDeath, Supervisor
 from flux_ray.config import PolicyGradientConfig
+from flux_ray.driver.agreement import Agreement
 from flux_ray.driver.drop_stats import DropStats
 from flux_ray.driver.ledger import Ledger
 from flux_ray.driver.loop import Loop
@@ -36,6 +37,7 @@ from flux_ray.driver.versions import Versions
 from flux_ray.messages import GroupAt, Orders
 from flux_ray.records import (
     FINISH_STOP,
+    ComparedTokens,
     Completion,
     LoopState,
     Prompt,
@@ -168,7 +170,7 @@ class Engine:
     async def generate(self, request: SamplingRequest) -> Sampled:
         size = self._world.group_size
         uid, first = divmod(request.seed, size)  # a part's samples keep their seeds
-        if request.first:
+        if request.probes:
             return Sampled((self._completion(1, self._version, self._version),), self._step)
         lengths = [self._world.length_of(uid, first + i) for i in range(request.n)]
         running = _Request(request.n, asyncio.get_running_loop().create_future())
@@ -386,8 +388,8 @@ class Rank:
         self._world.step_of[version] = step
         return [engine.resume(version, step) for engine in self._engines]
 
-    async def logprob_gap(self) -> tuple[float, float]:
-        return 0.0, 0.0
+    async def compare_held(self, *, engines: Sequence[int]) -> list[ComparedTokens]:
+        return []
 
 
 class Prompts:
@@ -456,7 +458,8 @@ async def _run(config: PolicyGradientConfig, world: World, start: LoopState, par
                     step=start.step)
     prompts: Any = Prompts(config, world)
     loop = Loop(config, stages=stages, ranks=Ranks(config, trainer=groups["trainer"], critic=None), prompts=prompts,
-                versions=Versions(max_staleness=config.driver.max_staleness, highest=start.version))
+                versions=Versions(max_staleness=config.driver.max_staleness, highest=start.version),
+                agreement=Agreement(config, dtype="float32", context=2 * world.prompt_tokens))
     loop.part_tokens = part_tokens
     for at_s, worker in world.kills:
         asyncio.get_running_loop().call_later(at_s, lambda i=worker: groups["rollout"][i].kill())

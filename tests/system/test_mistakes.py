@@ -11,6 +11,7 @@ import pytest
 from flux_ray.__main__ import main
 from flux_ray.config import from_dict
 from flux_ray.run.prepare import prepare
+from tests.families import make_family
 from tests.tiny import tiny_model
 
 pytestmark = pytest.mark.unit
@@ -57,6 +58,7 @@ def refused(model, tmp_path, monkeypatch, capfd):
     (["model.path=/no/such/model"], "/no/such/model"),
     (["train.lora.rank=4", "train.lora.targets=[q_proj,lm_hed]"], "'lm_hed' (known: all-linear, down_proj, gate_proj"),
     (["train.lora.rank=4", "train.lora.targets=[lm_head]"], "'lm_head' is lm_head (the model's head): linear layers"),
+    (["rollout.max_model_len=4096"], "rollout.max_model_len=4096 is more than the 64 positions of model.path="),
     (["data.train=no_such.jsonl"], "no_such.jsonl: no such file"),
     (["data.prompt_column=promt"], "data.jsonl: unknown column 'promt': did you mean 'prompt'?"),
     (["rollout.max_tokens=62"], "data.jsonl row 1 (from 1): column 'prompt': 4 tokens, more than the 2 that"),
@@ -163,6 +165,21 @@ def test_local_paths_are_absolute_and_hub_names_stay(model, tmp_path, monkeypatc
     assert config.data.train == str(tmp_path / "train.jsonl") and config.eval.data == str(tmp_path / "eval.jsonl")
     unused = prepare(from_dict({**given, "algo.beta": 0.0, "reference.path": "someone/some-model"})).config
     assert unused.reference.path == "someone/some-model"
+
+
+@pytest.mark.parametrize("words", [
+    ["model.path={experts}"], ["algo.beta=0.01", "reference.path={experts}"],
+    ["algo=ppo", "critic.path={experts}"], ["reward.functions=['model:{experts}']"]])
+def test_a_model_that_computes_what_we_dont_in_any_place(refused, tmp_path, words):
+    for family, more, expected in (
+            ("Mixtral", [], "is a mixture of experts: such models are not supported yet"),
+            ("Gemma 2", ["model.attention=sdpa"], "a cap on its attention's scores, which this attention passes over")):
+        folder = make_family(family, tmp_path / family.replace(" ", ""))
+        if "reward" in words[-1]:
+            config = json.loads((folder / "config.json").read_text())
+            config |= {"architectures": ["ForSequenceClassification"], "id2label": {"0": "score"}}
+            (folder / "config.json").write_text(json.dumps(config))
+        assert expected in refused(*(word.format(experts=folder) for word in words), *more)
 
 
 def test_ppo_wants_a_reward_model_that_is_one_and_a_critic_that_reads_its_tokens(refused, model, tmp_path):
