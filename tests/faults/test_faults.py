@@ -9,7 +9,6 @@ import time
 import psutil
 import pytest
 
-from tests.house.documented import undocumented
 from tests.system.program import metrics
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(300)]
@@ -28,17 +27,6 @@ def last_line(program, exit_code: int, *, deadline_s: float = END_DEADLINE_S) ->
     assert program.end(deadline_s=deadline_s) == exit_code, program.shown
     assert "Traceback" not in program.shown, program.shown
     return program.shown.splitlines()[-1]
-
-
-def test_a_supervised_run_ends_well(toys, tmp_path, start):
-    run_dir = tmp_path / "run"
-    program = start(*supervised(toys, run_dir, "driver.num_steps=3", "train.warmup_steps=0"), folder=tmp_path)
-    assert last_line(program, 0).endswith(f"{run_dir}/model")
-    lines = metrics(run_dir)
-    assert [line["driver/version"] for line in lines] == [1, 2, 3]
-    assert undocumented(name for line in lines for name in line) == []
-    assert lines[-1]["train/loss"] < lines[0]["train/loss"]
-    assert (run_dir / "model" / "model.safetensors").is_file()
 
 
 def test_a_trainer_rank_that_is_killed(toys, tmp_path, start):
@@ -96,7 +84,6 @@ def test_ctrl_c_while_it_starts(toys, tmp_path, start, when):
     time.sleep(0.5)
     program.interrupt()
     assert last_line(program, 130) == "flux-ray: interrupted"
-
 
 
 def test_a_reward_that_raises_ends_the_run_naming_function_and_sample(toys, tmp_path, start):

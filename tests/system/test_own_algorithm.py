@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import re
-from pathlib import Path
-
 import pytest
 
 from flux_ray import Callback, FluxConfig, FluxTrainer
@@ -12,7 +9,6 @@ from flux_ray.observability.run_folder import EVAL, read_lines
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(400)]
 
-PAGE = Path(__file__).parents[2] / "docs" / "algorithm.md"
 NUM_STEPS = 3
 
 
@@ -27,26 +23,20 @@ class Seen(Callback):
         self.evaluations.append((step, metrics))
 
 
-@pytest.fixture(scope="module")
-def plugin(tmp_path_factory) -> Path:
-    (block,) = re.findall(r"```python\n(# my_algo\.py\n.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
-    file = tmp_path_factory.mktemp("plugin") / "my_algo.py"
-    file.write_text(block)
-    return file
-
-
-def test_it_trains_and_is_evaluated(toys, plugin, tmp_path):
+def test_it_trains_and_is_evaluated(kept, toys, plugin, tmp_path):
     config = FluxConfig(
         model_path=str(toys.tied), plugins=[str(plugin)], run_dir=str(tmp_path / "run"), max_tokens=8,
         prompts_per_step=4, beta=0.0, learning_rate=1e-3, warmup_steps=0, mini_batches=2,
-        **{"algo.estimator": "median", "algo.policy_loss": "soft_clip", "algo.options": {"slope": 2.0},
-           "reward.functions": ["digits", "length"], "reward.weights": [1.0, 0.1], "reward.combine": "each",
-           "filter.reward": "digits", "eval.max_rows": 6},
+        **{"train.num_ranks": 2, "algo.estimator": "median", "algo.policy_loss": "soft_clip",
+           "algo.options": {"slope": 2.0}, "reward.functions": ["digits", "length"], "reward.weights": [1.0, 0.1],
+           "reward.combine": "each", "filter.reward": "digits", "eval.max_rows": 6},
     )
     seen = Seen()
     with FluxTrainer(config) as trainer:
-        result = trainer.fit(str(toys.data), num_steps=NUM_STEPS, callbacks=[seen])
-        measured = trainer.evaluate(str(toys.data))
+        with kept():
+            result = trainer.fit(str(toys.data), num_steps=NUM_STEPS, callbacks=[seen])
+        with kept(own_engines=True):   # they load the model that was saved
+            measured = trainer.evaluate(str(toys.data))
     assert [step for step, _ in seen.steps] == list(range(NUM_STEPS)) and len(result.history) == NUM_STEPS
     for _, metrics in seen.steps:
         assert metrics["actor/log_ratio"] != 0.0, "the second update of a batch has a ratio: the loss is ours"

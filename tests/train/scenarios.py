@@ -1,16 +1,12 @@
-"""One rank of a scenario: `python -m tests.train.scenarios NAME WORLD_SIZE PORT FOLDER RANK`.
+"""What the ranks of a policy do, on one rank and on two.
 
-Takes:  a folder with models in `tied/` and `untied/`.
-Gives:  NAME.json and safetensors in the folder, from rank 0; what they should be is the tests' to say.
-Knows:  starting a process costs more than all it does here, so one launch does everything of a world size.
+Takes:  a Rank; a folder with models in `tied/` and `untied/`.
+Gives:  a scenario's result; safetensors in the folder, from rank 0; what they should be is the tests' to say.
 """
 
 from __future__ import annotations
 
 import copy
-import json
-import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -326,22 +322,3 @@ def one_rank(rank: Rank) -> dict[str, Any]:
 
 
 SCENARIOS: dict[str, Callable[[Rank], dict[str, Any]]] = {"one_rank": one_rank, "two_ranks": two_ranks}
-
-
-def main(scenarios: dict[str, Callable[[Rank], dict[str, Any]]]) -> None:
-    name, world_size, port, folder, number = sys.argv[1:]
-    rank = Rank(int(world_size), int(port), Path(folder), int(number))
-    result = scenarios[name](rank)
-    if rank.rank == 0:
-        (rank.folder / f"{name}.json").write_text(json.dumps(result))
-    dist.barrier()  # nobody leaves while another still uses the group
-    dist.destroy_process_group()
-    # As a run's ranks end, which are killed: now and then a process aborts while its interpreter shuts down ("terminate
-    # called without an active exception"), perhaps for a thread of gloo's.
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)
-
-
-if __name__ == "__main__":
-    main(SCENARIOS)

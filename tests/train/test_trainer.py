@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import peft
@@ -15,31 +14,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from flux_ray.model.scoring import scoring_samples
 from flux_ray.reference import Reference
-from tests.tiny import tiny_model
 from tests.train.batches import rollout_group, supervised
-from tests.train.ranks import launch, relative_gap
+from tests.train.ranks import relative_gap
 from tests.train.scenarios import KINDS, STREAMED_KINDS
 
-pytestmark = pytest.mark.system
+pytestmark = [pytest.mark.system, pytest.mark.timeout(900)]  # the first test waits for all ranks to end
 STAGES = ("0", "1", "2", "3")
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("ranks")
-    tiny_model(folder / "tied", tied=True)
-    tiny_model(folder / "untied", tied=False)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def two(folder: Path) -> dict[str, Any]:
-    return launch("two_ranks", 2, folder)
-
-
-@pytest.fixture(scope="module")
-def one(folder: Path, two: dict[str, Any]) -> dict[str, Any]:
-    return launch("one_rank", 1, folder)
 
 
 def tensors(folder: Path, name: str) -> dict[str, np.ndarray]:
