@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Sets up and runs every check: lint, types, house rules, unit tests, then the real parts together.
+# Sets up and runs every check: lint, types and house rules beside the unit tests, then the real parts together.
+# launch/test.sh --all: and what only repeats (tests marked `all`): the same proof at another moment or of another size.
 # launch/test.sh [pytest arguments]: with arguments, only pytest with them (e.g. -m unit, tests/batch, -k name).
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
@@ -14,12 +15,24 @@ phase() {
     return $status
 }
 
+real="not unit and not all"
+if [ "${1:-}" = --all ]; then
+    real="not unit"
+    shift
+fi
 if [ $# -gt 0 ]; then
     exec python -m pytest "$@"
 fi
-phase lint ruff check flux_ray examples tests benchmarks
-phase types mypy
-phase house python -m pytest -q tests/house
-phase unit python -m pytest -q -m unit --ignore=tests/house
+
+phase lint ruff check flux_ray tests benchmarks
+# What computes on one core alone, on two: types and house rules beside the unit tests. Their output follows at the end.
+beside="$(mktemp)"
+trap 'rm -f "$beside"' EXIT
+{ phase types mypy && phase house python -m pytest -q tests/house; } > "$beside" 2>&1 &
+status=0
+phase unit python -m pytest -q -m unit --ignore=tests/house || status=$?
+wait $! || status=$?
+cat "$beside"
+[ $status = 0 ] || exit $status
 echo "== the rest: real engines, real training, real Ray"
-exec python -m pytest -m "not unit"
+python -m pytest -m "$real" --durations=15
