@@ -98,7 +98,8 @@ def whole(toys, plugin, tmp_path_factory) -> Iterator[Path]:
     Its processes, which have imported the plugin, are those that later runs find (`kept`).
     """
     run_dir = tmp_path_factory.mktemp("whole") / "run"
-    values = options(toys, toys.tied) | {"rollout.num_engines": 2, "plugins": [str(plugin)]}
+    values = options(toys, toys.tied) | {"rollout.num_engines": 2, "rollout.max_model_len": 64,
+                                                "plugins": [str(plugin)]}
     try:
         with kept_processes():
             result = FluxTrainer(FluxConfig(algorithm="grpo", **values, run_dir=str(run_dir))).fit(str(toys.data))
@@ -111,6 +112,6 @@ def whole(toys, plugin, tmp_path_factory) -> Iterator[Path]:
 
 @pytest.fixture(scope="package")
 def kept(whole) -> Callable[..., AbstractContextManager[None]]:
-    """`with kept():` runs within it are on the processes of `whole`; `kept(own_engines=True)` where model or rollout
-    options differ."""
+    """`with kept():` runs within it are on the processes of `whole`; `kept(anew=[ENGINE])` where an engine's model or
+    options differ from those of `whole`, or where it dies."""
     return kept_processes

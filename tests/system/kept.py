@@ -3,8 +3,8 @@
 Takes:  runs after one another on equally many actors; those that share engines have one model and one set of rollout
         options.
 Gives:  KeptCluster, in the place of cluster.groups.Cluster: each run makes its trainer, reference, rollouts and rewards
-        anew in processes that are there already, and opens its own channel to engines that go on serving; OwnEngines,
-        the same with engines of the run's own. `log_of`, where a kept actor writes.
+        anew in processes that are there already, and opens its own channel to engines that go on serving. Roles in
+        `anew` are the run's own. `log_of`, where a kept actor writes.
 Never:  leaves a process behind: `end` ends them.
 """
 
@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
@@ -110,13 +110,10 @@ async def _closed(group: RayGroup) -> None:
             await actor.host(Host.close).within(CLOSE_DEADLINE_S)
 
 
-class OwnEngines(KeptCluster):
-    anew = frozenset({ENGINE})
-
-
 @contextmanager
-def kept_processes(*, own_engines: bool = False) -> Iterator[None]:
-    """Runs within it are on processes that are kept."""
+def kept_processes(*, anew: Collection[str] = ()) -> Iterator[None]:
+    """Runs within it are on processes that are kept, but for these roles."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("flux_ray.cluster.groups.Cluster", OwnEngines if own_engines else KeptCluster)
+        cluster = type("PartlyKept", (KeptCluster,), {"anew": frozenset(anew)})
+        patch.setattr("flux_ray.cluster.groups.Cluster", cluster)
         yield

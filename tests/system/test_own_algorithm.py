@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 
 from flux_ray import Callback, FluxConfig, FluxTrainer
+from flux_ray.cluster.plan import ENGINE
 from flux_ray.observability.run_folder import EVAL, read_lines
+from flux_ray.run_dir import saved_config
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(400)]
 
@@ -23,7 +25,9 @@ class Seen(Callback):
         self.evaluations.append((step, metrics))
 
 
-def test_it_trains_and_is_evaluated(kept, toys, plugin, tmp_path):
+@pytest.mark.parametrize("engines", ["serving", pytest.param("anew", marks=pytest.mark.all)])
+def test_it_trains_and_is_evaluated(kept, toys, plugin, tmp_path, engines):
+    """By engines that serve what was trained, or by new ones, which load it."""
     config = FluxConfig(
         model_path=str(toys.tied), plugins=[str(plugin)], run_dir=str(tmp_path / "run"), max_tokens=8,
         prompts_per_step=4, beta=0.0, learning_rate=1e-3, warmup_steps=0, mini_batches=2,
@@ -35,7 +39,7 @@ def test_it_trains_and_is_evaluated(kept, toys, plugin, tmp_path):
     with FluxTrainer(config) as trainer:
         with kept():
             result = trainer.fit(str(toys.data), num_steps=NUM_STEPS, callbacks=[seen])
-        with kept(own_engines=True):   # they load the model that was saved
+        with kept(anew=[ENGINE] if engines == "anew" else ()):
             measured = trainer.evaluate(str(toys.data))
     assert [step for step, _ in seen.steps] == list(range(NUM_STEPS)) and len(result.history) == NUM_STEPS
     for _, metrics in seen.steps:
@@ -43,5 +47,7 @@ def test_it_trains_and_is_evaluated(kept, toys, plugin, tmp_path):
         assert 0 < metrics["reward/digits"] <= 1 and metrics["reward/length"] < 0
         assert metrics["filter/acceptance_rate"] <= 1
     assert measured["eval/prompts"] == 6 and 0 <= measured["eval/digits"] <= 1
+    evaluated = saved_config(str(result.run_dir / "evaluation"))
+    assert evaluated["model"]["path"] == str(result.model_path)
     (line,) = read_lines(result.run_dir / "evaluation" / EVAL)
     assert line["eval/digits"] == measured["eval/digits"] and len(line["answers"]) == 6
