@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Sets up and runs every check: lint, types and house rules beside the unit tests, then the real parts together.
+# Sets up and runs every check: lint, types, house rules and unit tests and, beside them, the real parts together.
 # launch/test.sh --all: and what only repeats (tests marked `all`): the same proof at another moment or of another size.
 # launch/test.sh [pytest arguments]: with arguments, only pytest with them (e.g. -m unit, tests/batch, -k name).
 set -euo pipefail
@@ -25,14 +25,16 @@ if [ $# -gt 0 ]; then
 fi
 
 phase lint ruff check flux_ray tests benchmarks
-# What computes on one core alone, on two: types and house rules beside the unit tests. Their output follows at the end.
-beside="$(mktemp)"
-trap 'rm -f "$beside"' EXIT
-{ phase types mypy && phase house python -m pytest -q tests/house; } > "$beside" 2>&1 &
-status=0
-phase unit python -m pytest -q -m unit --ignore=tests/house || status=$?
-wait $! || status=$?
-cat "$beside"
-[ $status = 0 ] || exit $status
-echo "== the rest: real engines, real training, real Ray"
-python -m pytest -m "$real" --durations=15
+
+# The real parts wait a good deal for processes to start and to end; the other checks compute on one core meanwhile.
+output="$(mktemp)"
+set -m   # a process group of its own, which an interrupt reaches
+phase "real engines, real training, real Ray" python -m pytest -m "$real" --durations=10 > "$output" 2>&1 &
+set +m
+beside=$!
+trap 'kill -INT -- "-$beside" 2> /dev/null && wait "$beside" || true; rm -f "$output"' EXIT
+phase types mypy
+phase house python -m pytest -q tests/house
+phase unit python -m pytest -q -m unit --ignore=tests/house
+tail -n +1 -f --pid="$beside" "$output"
+wait "$beside"
