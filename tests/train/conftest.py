@@ -12,11 +12,12 @@ from tests.tiny import tiny_model
 from tests.train.ranks import launch
 
 #: Module of tests ► world size ► the scenario that it reads.
-SCENARIOS = {
+SCENARIOS: dict[str, dict[int, str]] = {
     "test_trainer": {2: "two_ranks", 1: "one_rank"},
     "test_pair_step": {2: "pairs_two", 1: "pairs_one"},
     "test_critic": {2: "critic_two_ranks"},
 }
+REPEATS = "stages_between"  # on two ranks, for tests that are marked `all`
 
 
 @pytest.fixture(scope="session")
@@ -31,10 +32,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def launched(folder: Path, request: pytest.FixtureRequest) -> dict[str, Any]:
     """The scenarios' results. Two ranks first: one rank goes on from what they have saved."""
-    modules = {item.path.stem for item in request.session.items}
+    items = [item for item in request.session.items if item.path.parent == Path(__file__).parent]
+    modules = {item.path.stem for item in items}
     results: dict[str, Any] = {}
     for world_size in (2, 1):
         wanted = [of[world_size] for module, of in SCENARIOS.items() if module in modules and world_size in of]
+        if world_size == 2 and any(item.get_closest_marker("all") for item in items):
+            wanted.append(REPEATS)
         results |= launch(wanted, world_size, folder) if wanted else {}
     return results
 
@@ -43,6 +47,11 @@ def launched(folder: Path, request: pytest.FixtureRequest) -> dict[str, Any]:
 def two(launched: dict[str, Any], request: pytest.FixtureRequest) -> dict[str, Any]:
     """The result of the module's scenario on two ranks."""
     return launched[SCENARIOS[request.path.stem][2]]
+
+
+@pytest.fixture(scope="module")
+def repeats(launched: dict[str, Any]) -> dict[str, Any]:
+    return launched[REPEATS]
 
 
 @pytest.fixture(scope="module")
