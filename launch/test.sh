@@ -24,7 +24,7 @@ if [ $# -gt 0 ]; then
     exec python -m pytest "$@"
 fi
 
-phase lint ruff check flux_ray tests benchmarks
+phase lint ruff check flux_ray examples tests benchmarks
 
 # The real parts wait a good deal for processes to start and to end; the other checks compute on one core meanwhile.
 output="$(mktemp)"
