@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from flux_ray.config import Config
+from flux_ray.config import PolicyGradientConfig
 from flux_ray.data import PromptSource
 from flux_ray.messages import PROBE_TOKENS
 from flux_ray.records import ComparedTokens, Prompt
@@ -44,7 +44,7 @@ class Agreement:
     """`dtype`: of engines and trainer. `context`: tokens that a sequence of this run may have. `turns`: positions at
     which the model changes what it computes, such as the end of a sliding window."""
 
-    def __init__(self, config: Config, *, dtype: str, context: int, turns: Sequence[int] = ()) -> None:
+    def __init__(self, config: PolicyGradientConfig, *, dtype: str, context: int, turns: Sequence[int] = ()) -> None:
         self._config, self._dtype, self._limits = config, dtype, LIMITS[dtype]
         self._context, self._turns = context, sorted(turn for turn in turns if turn < context)
 

@@ -337,9 +337,9 @@ def _check_weights(key: str, path: str) -> None:
 
 def _check_traits(config: Config) -> None:
     """UserError for a model, a critic's too, that computes something which we, or the attention chosen, don't."""
-    trained = score_traits if algo.kind_of(config.algo).model == algo.SCORE else policy_traits
+    trained = score_traits if config.is_score else policy_traits
     trained(str(config.model.path), config.model.attention)
-    if algo.needs_critic(config.algo):
+    if isinstance(config, PPOConfig):
         score_traits(config.critic.path or str(config.model.path), config.model.attention)
 
 

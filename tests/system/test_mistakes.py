@@ -1,4 +1,4 @@
-"""What a run finds wrong before an actor starts: one readable line, exit code 2, nothing made."""
+"""What a run finds wrong before an actor starts: one readable line, nothing made."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ import shutil
 import sys
 
 import pytest
+import yaml
 
+from flux_ray import FluxConfig, FluxTrainer
 from flux_ray.__main__ import main
 from flux_ray.config import from_dict
+from flux_ray.errors import UserError
 from flux_ray.run.prepare import prepare
 from tests.families import make_family
 from tests.tiny import tiny_model
@@ -24,11 +27,14 @@ def model(tmp_path_factory):
 
 @pytest.fixture
 def refused(model, tmp_path, monkeypatch, capfd):
-    """main() with a right command line and then the given words; gives the one line that it must be refused with."""
+    """A right configuration and then the given words, as on a command line; gives the one line that refuses it.
+
+    From Python: how the command line composes its words, which takes most of a second, has tests of its own.
+    """
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data.jsonl").write_text("".join(json.dumps({"prompt": f"{i}+1=", "answer": "1"}) + "\n"
                                                  for i in range(8)))
-    right = {"model.path": str(model), "data.train": "data.jsonl", "run_dir": "run", "rollout.max_tokens": "16",
+    right = {"model.path": str(model), "data.train": "data.jsonl", "run_dir": "run", "rollout.max_tokens": 16,
              "cluster.address": "127.0.0.1:1"}  # a mistake that isn't seen must not start a run
 
     def files() -> list:
@@ -36,15 +42,14 @@ def refused(model, tmp_path, monkeypatch, capfd):
 
     def refuse(*words: str) -> str:
         before = files()
-        given = {word.partition("=")[0] for word in words}
-        assert main(["train", *(f"{k}={v}" for k, v in right.items() if k not in given), *words]) == 2
-        shown = capfd.readouterr()
-        lines = shown.err.splitlines()
-        assert shown.out == "" and len(lines) == 1 and lines[0].startswith("flux-ray: "), shown
+        given = {key: yaml.safe_load(value) for key, _, value in (word.partition("=") for word in words)}
+        with pytest.raises(UserError) as refusal:
+            FluxTrainer(FluxConfig(**right | given)).fit()
+        assert capfd.readouterr() == ("", "") and "\n" not in str(refusal.value)
         assert files() == before, "a run was started"
         ray = sys.modules.get("ray")
         assert ray is None or not ray.is_initialized()
-        return lines[0].removeprefix("flux-ray: ")
+        return str(refusal.value)
 
     return refuse
 
@@ -87,8 +92,17 @@ def refused(model, tmp_path, monkeypatch, capfd):
     (["resume=no/such/run"], "resume=no/such/run: there is no"),
     (["weights.backend=nccl", "cluster.device=cpu", "cluster.address=null"], "weights.backend=nccl can't work on CPU"),
 ])
-def test_a_mistake_on_the_command_line(refused, words, message):
+def test_a_mistake_in_the_options(refused, words, message):
     assert message in refused(*words)
+
+
+def test_on_the_command_line_it_is_one_line_and_an_exit_code(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data.jsonl").write_text('{"prompt": "1+1=", "answer": "2"}\n')
+    assert main(["train", "model.path=/no/such/model", "data.train=data.jsonl", "run_dir=run"]) == 2
+    shown = capfd.readouterr()
+    assert shown.out == "" and shown.err.startswith("flux-ray: ") and shown.err.count("\n") == 1, shown
+    assert "/no/such/model" in shown.err and not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("text, message", [
