@@ -151,6 +151,8 @@ def _noted(uid: int) -> int:
 class Tokenizer:
     """All says the same."""
 
+    eos_token_id = pad_token_id = None
+
     def batch_decode(self, ids: list[Any], **_: Any) -> list[str]:
         return ["text"] * len(ids)
 
