@@ -2,11 +2,18 @@ import re
 
 import pytest
 
-from flux_ray.config import PolicyGradientConfig, PromptDataConfig, RewardConfig
+from flux_ray.config import PolicyGradientConfig, PromptDataConfig, RewardConfig, from_dict
 from flux_ray.errors import UserError
 from flux_ray.plugins import load_function, load_plugins
 from flux_ray.reward import registry
-from flux_ray.reward.registry import get_reward, list_rewards, register_reward, resolve_functions
+from flux_ray.reward.registry import (
+    answers_in,
+    find_answer_column,
+    get_reward,
+    list_rewards,
+    register_reward,
+    resolve_functions,
+)
 
 pytestmark = pytest.mark.unit
 
@@ -134,3 +141,30 @@ def test_registered_rewards(registered):
     for taken in ("mine", "exact_match"):
         with pytest.raises(ValueError, match="registered already"):
             register_reward(taken)(mine)
+
+
+@pytest.mark.parametrize(
+    ("column", "cells", "answers"),
+    [
+        ("answer", ["1", ["2", "3"], None], ["1", ["2", "3"], None]),
+        ("reward_model.ground_truth", [{"style": "rule", "ground_truth": "42"}, None], ["42", None]),
+        ("answer", [{"style": "rule", "ground_truth": "42"}], "data.answer_column=answer.ground_truth"),
+        ("answer", [[{"value": 1}]], "data.answer_column=answer.value"),
+        ("reward_model.truth", [{"style": "rule", "ground_truth": "42"}], "no row has it (column 'reward_model' holds "
+                                                                          "style, ground_truth)"),
+        ("answer.x", ["42"], "no row has it (column 'answer' holds str, no object)"),
+    ],
+)
+def test_an_answer_is_found_in_its_cell_or_refused_by_name(column, cells, answers):
+    columns = {column.partition(".")[0]}
+    assert find_answer_column(from_dict({"data.answer_column": column}), columns) == column
+    if isinstance(answers, list):
+        assert answers_in(column, {next(iter(columns)): cells}.__getitem__, columns) == answers
+        return
+    with pytest.raises(UserError, match=re.escape(answers)):
+        answers_in(column, {next(iter(columns)): cells}.__getitem__, columns)
+
+
+def test_a_column_that_was_named_and_is_not_there_is_not_replaced_by_another():
+    with pytest.raises(UserError, match=r"data\.answer_column: unknown column 'gold'"):
+        resolve_functions(from_dict({"data.answer_column": "gold"}), {"answer", "solution"})
