@@ -70,7 +70,8 @@ FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
     "GLM-4": _made("Glm4Config", **HEADS),
     "EXAONE 4": _made("Exaone4Config", **HEADS, sliding_window=WINDOW, layer_types=LAYERS),
     "SmolLM 3": _made("SmolLM3Config", no_rope_layers=[1, 0]),
-    "LFM 2": _made("Lfm2Config", layer_types=["conv", "full_attention"], conv_dim=64),
+    "LFM 2": _made("Lfm2Config", layer_types=["conv", "full_attention"], conv_dim=64,
+                   block_dim=64, block_auto_adjust_ff_dim=False),
     "Mixtral": _made("MixtralConfig", **HEADS, **EXPERTS),
     "Qwen 2 MoE": _made("Qwen2MoeConfig", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32,
                         shared_expert_intermediate_size=32),
@@ -82,7 +83,8 @@ FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
     "gpt-oss": _made("GptOssConfig", **HEADS, **EXPERTS, sliding_window=WINDOW, layer_types=LAYERS),
 }
 
-#: Those that are refused, by their config.
+#: Those that are refused, by their config; hybrids where engines are on CPU.
+HYBRIDS = ("LFM 2",)
 EXPERTS_FAMILIES = ("Mixtral", "Qwen 2 MoE", "Qwen 3 MoE", "DeepSeek-V3", "gpt-oss")
 
 #: What is done otherwise for a family, as docs/models.md tells it.
@@ -92,7 +94,6 @@ NOTES = {
     "Bloom": "its own attention; has no positions: set `rollout.max_model_len`",
     "Falcon": "its own attention",
     "Cohere 2": "vLLM lets a token see one token more than its window: it is told of one less",
-    "LFM 2": "padded rows; engines on CPU keep no prefixes",
 }
 
 

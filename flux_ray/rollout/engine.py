@@ -143,7 +143,7 @@ class RolloutEngine:
         elif self._device == "cpu":
             args["distributed_executor_backend"] = "uni"  # one process fewer
         check_engine_args(config)
-        known = engine_args_of(str(self._config.model.path), self._device)
+        known = engine_args_of(str(self._config.model.path))
         overrides = known.get("hf_overrides", {}) | (config.engine_args.get("hf_overrides") or {})
         return args | known | config.engine_args | ({"hf_overrides": overrides} if overrides else {})
 

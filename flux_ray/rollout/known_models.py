@@ -1,7 +1,8 @@
-"""What vLLM must be told of some models so that it computes what transformers, and so the trainer, does.
+"""What is known of models that vLLM computes otherwise than transformers, and so than the trainer.
 
-Takes:  a model's config, the device.
-Gives:  `engine_args_of`: options of vLLM; each with the reason, and the version of vLLM in which it was read.
+Takes:  a model's folder or hub name.
+Gives:  `engine_args_of`: options of vLLM that put it right; `check_cpu_model`: a UserError where none does.
+Knows:  each with its reason and the version of vLLM. What isn't known, the run's first check finds.
 Never:  changes what is saved: the trainer's config stays the model's own.
 """
 
@@ -9,25 +10,36 @@ from __future__ import annotations
 
 from typing import Any
 
+from flux_ray.errors import UserError
+
 #: Kinds of layers that keep keys and values of tokens, as transformers' configs name them; others keep a state.
 OF_ATTENTION = frozenset({"full_attention", "sliding_attention", "chunked_attention", "attention"})
+#: How configs begin the names of what a state needs: mamba's, that of linear attention, plain state space models'.
+OF_STATES = ("mamba_", "ssm_", "linear_key_", "state_size")
 
 
-def engine_args_of(model_path: str, device: str) -> dict[str, Any]:
+def engine_args_of(model_path: str) -> dict[str, Any]:
     """Options for AsyncEngineArgs; empty for most models."""
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(model_path).get_text_config()
-    args: dict[str, Any] = {}
+    config = _config(model_path)
     if config.model_type == "cohere2" and config.sliding_window:
         # vLLM 0.32's commandr.py lets a token see sliding_window + 1 tokens, transformers sliding_window.
-        args["hf_overrides"] = {"sliding_window": config.sliding_window - 1}
-    if device == "cpu" and has_state(config):
-        # vLLM 0.32 keeps prefixes of layers with a state only where prefills are cut in chunks, which ours are not.
-        args["enable_prefix_caching"] = False
-    return args
+        return {"hf_overrides": {"sliding_window": config.sliding_window - 1}}
+    return {}
 
 
-def has_state(config: Any) -> bool:
-    """Whether some layers keep a state instead of keys and values: convolutions, mamba, linear attention."""
-    return bool(set(getattr(config, "layer_types", None) or []) - OF_ATTENTION)
+def check_cpu_model(model_path: str) -> None:
+    """UserError for layers that keep a state: vLLM 0.32 on CPU keeps it only where prefills are cut in chunks (ours are
+    not), and without kept prefixes it gives LFM 2's tokens log-probs that are off by 1."""
+    config = _config(model_path)
+    kinds = sorted(set(getattr(config, "layer_types", None) or []) - OF_ATTENTION)
+    options = sorted(name for name in config.to_dict() if name.startswith(OF_STATES))
+    if kinds or options:
+        raise UserError(f"model.path={model_path} ({config.model_type}) has layers that keep a state "
+                        f"({', '.join(kinds or options[:1])}): vLLM's engine on CPU computes them otherwise than the "
+                        "trainer: use GPUs (cluster.device=cuda)")
+
+
+def _config(model_path: str) -> Any:
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(model_path).get_text_config()

@@ -6,8 +6,11 @@ import asyncio
 from pathlib import Path
 
 import pytest
+from transformers import FalconH1Config
 
-from tests.families import EXPERTS_FAMILIES, FAMILIES
+from flux_ray.errors import UserError
+from flux_ray.rollout.known_models import check_cpu_model, engine_args_of
+from tests.families import EXPERTS_FAMILIES, FAMILIES, HYBRIDS, WINDOW, make_family
 from tests.family_gaps import BEGIN, DOCS, END, measure
 
 MAX_GAP = 2e-5  # of log-probs of down to -10 between engine and trainer, in float32
@@ -18,11 +21,30 @@ A_FEW = ("Gemma 2", "GPT-NeoX (Pythia)", "Cohere 2")
 @pytest.mark.system
 @pytest.mark.parametrize("name", [
     name if name in A_FEW else pytest.param(name, marks=pytest.mark.all)
-    for name in FAMILIES if name not in EXPERTS_FAMILIES])
+    for name in FAMILIES if name not in (*EXPERTS_FAMILIES, *HYBRIDS)])
 def test_engine_and_trainer_agree_over_two_updates(tmp_path: Path, name: str) -> None:
     gaps = asyncio.run(measure(name, tmp_path))
     assert gaps.pop("moved") > 0.05, "the weights hardly moved: agreement says nothing"
     assert max(gaps.values()) < MAX_GAP, gaps
+
+
+@pytest.mark.unit
+def test_a_model_with_a_state_is_refused_for_engines_on_cpu(tmp_path: Path) -> None:
+    check_cpu_model(str(make_family("Gemma 2", tmp_path / "attention")))
+    FAMILIES["LFM 2"]().save_pretrained(tmp_path / "conv")
+    with pytest.raises(UserError, match=r"\(lfm2\) has layers that keep a state \(conv\): vLLM's engine on CPU"):
+        check_cpu_model(str(tmp_path / "conv"))
+    FalconH1Config(vocab_size=64, hidden_size=64).save_pretrained(tmp_path / "mamba")
+    with pytest.raises(UserError, match=r"\(falcon_h1\) has layers that keep a state"):
+        check_cpu_model(str(tmp_path / "mamba"))
+
+
+@pytest.mark.unit
+def test_a_window_that_vllm_reads_otherwise_is_put_right(tmp_path: Path) -> None:
+    FAMILIES["Cohere 2"]().save_pretrained(tmp_path / "cohere2")
+    assert engine_args_of(str(tmp_path / "cohere2")) == {"hf_overrides": {"sliding_window": WINDOW - 1}}
+    FAMILIES["Mistral"]().save_pretrained(tmp_path / "mistral")
+    assert engine_args_of(str(tmp_path / "mistral")) == {}
 
 
 @pytest.mark.unit
@@ -32,7 +54,7 @@ def test_the_page_has_a_row_for_every_family() -> None:
     assert list(rows) == list(FAMILIES)
     for name, rest in rows.items():
         gap = rest.partition(" | ")[0]
-        if name in EXPERTS_FAMILIES:
+        if name in (*EXPERTS_FAMILIES, *HYBRIDS):
             assert gap == "—" and "refused at start" in rest
         else:
             assert float(gap) < MAX_GAP
