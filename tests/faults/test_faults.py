@@ -72,15 +72,15 @@ def test_a_driver_that_is_killed_leaves_no_process(toys, tmp_path, start):
     engine and trainer agree on a model whose head is not its embedding."""
     run_dir = tmp_path / "run"
     values = options(toys, toys.untied) | {
-        "data.train": toys.data, "run_dir": run_dir, "driver.num_steps": 1_000_000, "checkpoint.every": 4,
+        "data.train": toys.data, "run_dir": run_dir, "driver.num_steps": 1_000_000, "checkpoint.every": 8,
         "cluster.env.VLLM_ENABLE_V1_MULTIPROCESSING": "'1'"}
     program = start(*(f"{key}={value}" for key, value in values.items()), folder=tmp_path)
-    program.wait_for_steps(5, run_dir=run_dir)
+    program.wait_for_steps(9, run_dir=run_dir)
     assert program.named("EngineCore").is_running()
     program.process.send_signal(signal.SIGKILL)
     assert program.end(deadline_s=END_DEADLINE_S) == -signal.SIGKILL
     assert max(line["weights/logprob_gap_max"] for line in metrics(run_dir)) <= MAX_GAP
-    stored = load_file(run_dir / "checkpoints" / "step-000004" / "trainer" / "model.safetensors")
+    stored = load_file(run_dir / "checkpoints" / "step-000008" / "trainer" / "model.safetensors")
     assert_moved(toys.untied, {name.removeprefix("master."): tensor for name, tensor in stored.items()})
 
 
