@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import string
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,16 +40,22 @@ def group(cls: type) -> Any:
 
 @dataclass(frozen=True)
 class DataConfig:
-    train: str | None = knob(None, "prompts to train on: a .jsonl, .json, .csv or .parquet file, or a hub data set "
-                             "(NAME or NAME:SUBSET)")
-    split: str = knob("train", "split of a hub data set to train on")
+    train: Any = knob(None, "prompts to train on: a file, folder or glob, a hub data set (NAME or NAME:SUBSET), a list "
+                      "of these, or several sets {NAME: {path: ..., weight: ..., an option of data: ...}}")
+    split: str = knob("train", "split to train on, of a hub data set or a folder with splits")
     prompt_column: str = knob("prompt", "column that holds the prompt: a text, or a list of chat messages")
     completion_column: str = knob("completion", "column that holds the completion to learn (algo=sft)")
+    learn_turns: str = knob("last", "turns of a chat that are learned: the assistant's last one, or all of its "
+                            "(algo=sft)", choices=("last", "all"))
     margin_column: str = knob("margin", "column of pairs that holds how much better chosen is (algo=reward_model); "
                               "may be absent: 0")
     answer_column: str = knob("answer", "column that the built-in rewards compare a completion with; where the data "
                              "have no such column: solution or label")
     system_prompt: str | None = knob(None, "system message put before every chat prompt that has none of its own")
+    prefill: bool = knob(False, "a prompt whose last message is the assistant's is gone on with; else that message is "
+                         "left out")
+    chat_template_kwargs: dict[str, Any] = knob({}, "what the chat template gets beside the messages, e.g. "
+                                                "chat_template_kwargs.enable_thinking=false")
     as_chat: bool = knob(False, "wrap a plain text prompt as a user message and apply the chat template")
     prompt_template: str | None = knob(None, "text around a plain prompt, which goes where {prompt} is; {COLUMN} is "
                                       "that column's cell")
@@ -56,7 +63,12 @@ class DataConfig:
     on_bad_row: str = knob("stop", "what a bad row does: stop the run at start, or be skipped and counted",
                            choices=("stop", "skip"))
     shuffle: bool = knob(True, "draw the rows of each epoch in a new order (from the seed)")
-    max_rows: int | None = knob(None, "use only the first rows of the file", least=1)
+    max_rows: int | None = knob(None, "use only the first rows of a set", least=1)
+    curriculum: str = knob("none", "order of the rows within an epoch, by data.pass_rate_column: easy_first, or "
+                           "unsure_first (those soonest whose rewards vary most)",
+                           choices=("none", "easy_first", "unsure_first"))
+    pass_rate_column: str = knob("pass_rate", "column that holds how often the policy was right, 0 to 1 "
+                                 "(data.curriculum)")
 
 
 @dataclass(frozen=True)
@@ -285,9 +297,11 @@ class DriverConfig:
 
 @dataclass(frozen=True)
 class EvalConfig:
-    data: str | None = knob(None, "prompts, samples or pairs to evaluate on (same columns as data.train); none: no "
-                            "evaluation")
-    split: str = knob("test", "split of a hub data set to evaluate on")
+    data: Any = knob(None, "prompts, samples or pairs to evaluate on, as data.train has them; several sets by name "
+                     "give eval/NAME/... too; none: no evaluation")
+    share: float = knob(0.0, "share of data.train that is held out to evaluate on, where eval.data is none", least=0,
+                        most=0.9)
+    split: str = knob("test", "split to evaluate on, of a hub data set or a folder with splits")
     every: int = knob(0, "steps between evaluations; 0: only at start and end", least=0)
     stop_at: float | None = knob(None, "end the run, with its model saved, once an evaluation's eval/task_mean is at "
                                  "least this; none: run all steps")
@@ -407,11 +421,18 @@ def preset(algorithm: str) -> dict[str, Any]:
 
 def validate(config: Config) -> Config:
     """The config itself, once every check that values alone allow has passed. UserError names key and value."""
-    for key, f in options():
-        _check_value(key, _get(config, key), f)
+    check_values(config)
     for problem in _problems(config):
         raise UserError(problem)
     return config
+
+
+def check_values(config: Config) -> None:
+    """UserError for an option whose value can't be, whatever the others are."""
+    for key, f in options():
+        _check_value(key, _get(config, key), f)
+    for problem in _data_problems(config):
+        raise UserError(problem)
 
 
 def _get(config: Config, key: str) -> Any:
@@ -425,6 +446,8 @@ def _check_value(key: str, value: Any, f: dataclasses.Field) -> None:
     if value is None:
         return
     choices, bounds = f.metadata["choices"], f.metadata["bounds"]
+    if value == "None" and default_of(f) is None:
+        raise UserError(f"{key}=None is the word None: nothing is written null")
     if choices and value not in choices:
         raise UserError(f"{key} must be one of {', '.join(choices)}; got {value!r}")
     if isinstance(value, float) and not math.isfinite(value):
@@ -463,12 +486,28 @@ def _problems(config: Config) -> Iterator[str]:
     context, response = config.rollout.max_model_len, config.rollout.max_tokens
     if context is not None and context <= response:
         yield f"rollout.max_model_len={context} must be > rollout.max_tokens={response}: the prompt needs room too"
-    if config.eval.every and not config.eval.data:
-        yield f"eval.every={config.eval.every} needs eval.data: the prompts to evaluate on"
+    if config.eval.every and not config.eval.data and not config.eval.share:
+        yield f"eval.every={config.eval.every} needs eval.data: the prompts to evaluate on (or eval.share of data.train)"
+    if config.eval.data and config.eval.share:
+        yield f"eval.share={config.eval.share:g} beside eval.data={config.eval.data}: give one of them"
     if config.eval.stop_at is not None and not config.eval.every:
         yield f"eval.stop_at={config.eval.stop_at} needs eval.every: the steps between the evaluations that it looks at"
     if config.eval.temperature == 0 and config.eval.num_samples > 1:
         yield f"eval.num_samples={config.eval.num_samples} needs eval.temperature > 0: at 0 all samples are the same"
+
+
+def _data_problems(config: Config) -> Iterator[str]:
+    template = config.data.prompt_template
+    try:
+        fields = [name for _, name, _, _ in string.Formatter().parse(template or "") if name is not None]
+    except ValueError as error:
+        yield f"data.prompt_template {template!r}: {error} (write a brace that is meant twice)"
+        return
+    if template is not None and not fields:
+        yield (f"data.prompt_template={template!r} has no {{prompt}}: every prompt would be this text (what goes before "
+               "a chat is data.system_prompt)")
+    if "" in fields:
+        yield f"data.prompt_template={template!r}: name what goes into {{}}: {{prompt}}, or a column"
 
 
 def _lora_problems(config: Config) -> Iterator[str]:

@@ -99,6 +99,7 @@ def _offline_problems(config: Config, sizes: Collection[int]) -> Iterator[str]:
         yield f"{setting}: nothing is rolled out"
     if config.filter.reward not in (None, "task"):
         yield f"filter.reward={config.filter.reward}: there is one reward, task"
-    if config.eval.data:
-        yield (f"eval.data={config.eval.data} needs engines, which this training doesn't start: evaluate the model "
+    if config.eval.data or config.eval.share:
+        given = f"eval.data={config.eval.data}" if config.eval.data else f"eval.share={config.eval.share:g}"
+        yield (f"{given} needs engines, which this training doesn't start: evaluate the model "
                "that it gives (FluxTrainer.evaluate)")

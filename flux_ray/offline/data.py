@@ -16,7 +16,8 @@ from flux_ray import algo
 from flux_ray.algo.check_kinds import check_offline
 from flux_ray.config import Config
 from flux_ray.data import GroupSource, PairSource, SftSource
-from flux_ray.data.rows import Rows
+from flux_ray.data.sets import LoadedSet
+from flux_ray.errors import UserError
 
 Source = SftSource | PairSource | GroupSource
 SOURCES: dict[str, type[SftSource] | type[PairSource]] = {algo.EXAMPLES: SftSource, algo.PAIRS: PairSource}
@@ -35,7 +36,8 @@ def read(config: Config, tokenizer: Any, *, context_length: int) -> OfflineData:
     """The data of an objective on completions or pairs. UserError for what they can't be."""
     source = SOURCES[algo.kind_of(config.algo).data]
     train = source.from_config(config, tokenizer, context_length=context_length)
-    evaluation = source.for_eval(config, tokenizer, context_length=context_length) if config.eval.data else None
+    evaluates = config.eval.data or config.eval.share
+    evaluation = source.for_eval(config, tokenizer, context_length=context_length) if evaluates else None
     warnings = [*train.warnings(), *(evaluation.warnings() if evaluation else [])]
     if isinstance(train, PairSource) and train.has_margins and algo.kind_of(config.algo).model != algo.SCORE:
         warnings.append(f"{train.source}: column {config.data.margin_column!r} is read by algo=reward_model alone")
@@ -43,10 +45,12 @@ def read(config: Config, tokenizer: Any, *, context_length: int) -> OfflineData:
 
 
 def read_groups(
-    rows: Rows, config: Config, tokenizer: Any, *, context_length: int,
+    sets: list[LoadedSet], config: Config, tokenizer: Any, *, context_length: int,
 ) -> tuple[Config, OfflineData]:
     """Groups with their rewards, and the Config with what they settle. UserError for what can't be learned from."""
-    source = GroupSource(rows, config, tokenizer, context_length=context_length)
+    if len(sets) > 1:
+        raise UserError(f"data.train: groups with given rewards are of one set, but it names {len(sets)}")
+    source = GroupSource(sets[0], tokenizer, context_length=context_length)
     warnings = [*check_offline(config, sizes=source.sizes), *source.warnings()]
     rollout = dataclasses.replace(config.rollout, group_size=max(source.sizes))
     reward = dataclasses.replace(config.reward, overlong_penalty=0.0)

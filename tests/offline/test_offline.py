@@ -14,7 +14,7 @@ import pytest
 
 from flux_ray.config import Config, from_dict
 from flux_ray.data import GroupSource, PairSource, SftSource
-from flux_ray.data.rows import load_rows
+from flux_ray.data.sets import TRAIN, read_sets
 from flux_ray.observability.run_folder import EVAL, METRICS, RunFolder, read_lines
 from flux_ray.observability.terminal import Terminal
 from flux_ray.offline import kept_reference
@@ -153,8 +153,8 @@ def test_completions(tmp_path):
 
 def test_given_groups(tmp_path):
     config = config_of("grpo", **{"eval.data": None, "eval.every": 0})
-    rows = load_rows(GROUPS, split="train", max_rows=None)
-    source = GroupSource(rows, config, tiny_tokenizer(), context_length=64)
+    (loaded,) = read_sets(config, TRAIN, GROUPS)
+    source = GroupSource(loaded, tiny_tokenizer(), context_length=64)
     ranks, reference = [Noting(), Noting()], Noting()
     run(config, OfflineData(source, None, ()), tmp_path, ranks=ranks, reference=reference)
     assert [given[:2] for _, given in ranks[0].calls] == [(3, step) for step in range(STEPS)]

@@ -1,0 +1,95 @@
+"""The forms that rows come in, brought into one.
+
+Takes:  Rows as a file has them, the config of their set.
+Gives:  `shaped`: the same with the columns that the config names, where another form has them under other names.
+Knows:  columns by dots; instruction, input, output; ShareGPT's conversations of {from, value}.
+Never:  replaces a column that is there.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from flux_ray.config import DataConfig
+from flux_ray.data.rows import Row, Rows
+
+MESSAGES = "messages"
+CONVERSATIONS = ("conversations", "conversation")  # of messages, in either form
+INSTRUCTION, INPUT, OUTPUT = "instruction", "input", "output"
+SYSTEM = "system"  # beside conversations: the system message
+BETWEEN = "\n\n"  # instruction and input
+
+#: ShareGPT's name of who speaks ► a chat's role.
+ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bard": "assistant", "bot": "assistant",
+         "model": "assistant", "observation": "tool"}
+
+
+def shaped(rows: Rows, data: DataConfig) -> Rows:
+    """The rows with every column that the config names or that a form of rows gives, made where it is asked for."""
+    for column in (data.prompt_column, data.completion_column, data.answer_column, data.margin_column,
+                   data.pass_rate_column):
+        rows = rows.reaching(column)
+    if MESSAGES not in rows.columns:
+        column = next((name for name in CONVERSATIONS if name in rows.columns), None)
+        rows = rows.having(**{MESSAGES: lambda row: _conversation(row, column)}) if column else rows
+    if INSTRUCTION in rows.columns and data.prompt_column not in rows.columns:
+        rows = rows.having(**{data.prompt_column: _instruction})
+        if OUTPUT in rows.columns and data.completion_column not in rows.columns:
+            rows = rows.having(**{data.completion_column: lambda row: row[OUTPUT]})
+    return rows
+
+
+def _instruction(row: Row) -> Any:
+    instruction, given = row[INSTRUCTION], row.get(INPUT)
+    if isinstance(instruction, str) and isinstance(given, str) and given.strip():
+        return f"{instruction}{BETWEEN}{given}"
+    return instruction
+
+
+def _conversation(row: Row, column: str) -> Any:
+    """The messages of a conversation, under the system message that lies beside them."""
+    messages, system = as_chat(row[column]), row.get(SYSTEM)
+    if isinstance(messages, list) and isinstance(system, str) and system.strip() and _first_role(messages) != SYSTEM:
+        return [{"role": SYSTEM, "content": system}, *messages]
+    return messages
+
+
+def _first_role(messages: list[Any]) -> Any:
+    return messages[0].get("role") if messages and isinstance(messages[0], dict) else None
+
+
+def as_chat(value: Any) -> Any:
+    """A cell with ShareGPT's messages as a chat's; a message alone as a list of it; anything else as it is.
+
+    Content in parts of text is one text; what a message has empty (as tables fill in), it hasn't.
+
+    >>> as_chat([{"from": "human", "value": "hi"}, {"from": "gpt", "value": "Hello", "tool_calls": None}])
+    [{'role': 'user', 'content': 'hi'}, {'role': 'assistant', 'content': 'Hello'}]
+    """
+    messages = [value] if isinstance(value, dict) and (_is_message(value) or _is_sharegpt(value)) else value
+    return [_as_message(message) for message in messages] if isinstance(messages, list) else messages
+
+
+def _as_message(message: Any) -> Any:
+    if not isinstance(message, dict):
+        return message
+    if _is_sharegpt(message):
+        who = message["from"]
+        message = {"role": ROLES.get(who, who) if isinstance(who, str) else who, "content": message["value"]}
+    given = {name: value for name, value in message.items() if value is not None or name in ("role", "content")}
+    parts = given.get("content")
+    if isinstance(parts, list) and parts and all(_is_text(part) for part in parts):
+        given["content"] = "".join(part["text"] for part in parts)
+    return given
+
+
+def _is_text(part: Any) -> bool:
+    return isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
+
+
+def _is_sharegpt(message: Any) -> bool:
+    return isinstance(message, dict) and {"from", "value"} <= message.keys() and message.get("role") is None
+
+
+def _is_message(message: dict[str, Any]) -> bool:
+    return {"role", "content"} <= message.keys()
