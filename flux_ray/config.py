@@ -487,7 +487,7 @@ def _problems(config: Config) -> Iterator[str]:
     if context is not None and context <= response:
         yield f"rollout.max_model_len={context} must be > rollout.max_tokens={response}: the prompt needs room too"
     if config.eval.every and not config.eval.data and not config.eval.share:
-        yield f"eval.every={config.eval.every} needs eval.data: the prompts to evaluate on (or eval.share of data.train)"
+        yield f"eval.every={config.eval.every} needs eval.data: the prompts to evaluate on (or eval.share)"
     if config.eval.data and config.eval.share:
         yield f"eval.share={config.eval.share:g} beside eval.data={config.eval.data}: give one of them"
     if config.eval.stop_at is not None and not config.eval.every:
@@ -504,8 +504,8 @@ def _data_problems(config: Config) -> Iterator[str]:
         yield f"data.prompt_template {template!r}: {error} (write a brace that is meant twice)"
         return
     if template is not None and not fields:
-        yield (f"data.prompt_template={template!r} has no {{prompt}}: every prompt would be this text (what goes before "
-               "a chat is data.system_prompt)")
+        yield (f"data.prompt_template={template!r} has no {{prompt}}: every prompt would be this text (what goes "
+               "before a chat is data.system_prompt)")
     if "" in fields:
         yield f"data.prompt_template={template!r}: name what goes into {{}}: {{prompt}}, or a column"
 

@@ -68,7 +68,8 @@ def check_template_kwargs(tokenizer: Any, kwargs: Mapping[str, Any]) -> None:
         if name in ours:
             raise UserError(f"data.chat_template_kwargs: {name!r} is set by what the prompt is for")
         if name not in str(getattr(tokenizer, "chat_template", None)):
-            raise UserError(f"data.chat_template_kwargs: the chat template of {tokenizer.name_or_path!r} has no {name!r}")
+            raise UserError(f"data.chat_template_kwargs: the tokenizer {tokenizer.name_or_path!r} has no {name!r} in its "
+                            "chat template")
 
 
 def render(tokenizer: Any, messages: list[Message], kwargs: Mapping[str, Any], *, whole: bool = False) -> str:

@@ -129,9 +129,9 @@ def _sample(example: Example, pieces: list[np.ndarray], stops: np.ndarray, end: 
         ends = np.flatnonzero(np.isin(piece, stops)) if learned and example.is_chat else []
         if len(ends):
             num_learned = int(ends[0]) + 1
-            piece = piece[:num_learned] if place == last else piece   # noqa: PLW2901
+            piece = piece[:num_learned] if place == last else piece
         elif learned and place == last and not (len(piece) and piece[-1] == end):
-            piece = np.append(piece, np.int32(end))   # noqa: PLW2901
+            piece = np.append(piece, np.int32(end))
             num_learned += 1
         ids.append(piece)
         masks.append(np.arange(len(piece)) < num_learned)

@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 
 from flux_ray.algo import filters
-from flux_ray.config import Config, DataConfig
-from flux_ray.data.encode import checked_text, prompt_text
-from flux_ray.data.order import EpochOrder
+from flux_ray.config import DataConfig
+from flux_ray.data.encode import prompt_text
 from flux_ray.data.examples import Example, Limits, as_example, check_examples, encode_examples
+from flux_ray.data.order import EpochOrder
 from flux_ray.data.rows import BadCell, BadRows, Row, Rows
 from flux_ray.data.sets import LoadedSet
 from flux_ray.data.sft import completion_text
@@ -114,13 +114,14 @@ def _read(row: Row, data: DataConfig, tokenizer: Any) -> tuple[list[Example], np
         prompt = prompt_text(row, data)
     except BadCell as error:
         raise BadCell(str(error), data.prompt_column) from error
-    texts = [completion_text(response) if isinstance(response, (list, dict)) else _text(response) for response in responses]
-    return [as_example(prompt, text, tokenizer, data) for text in texts], np.array([_reward(value) for value in rewards])
+    texts = [_text(response) for response in responses]
+    scores = np.array([_reward(value) for value in rewards])
+    return [as_example(prompt, text, tokenizer, data) for text in texts], scores
 
 
 def _text(response: Any) -> str:
     """A response may be empty: its end token alone is what was sampled then."""
-    return response if isinstance(response, str) else checked_text(response)
+    return response if isinstance(response, str) else completion_text(response)
 
 
 def _reward(value: Any) -> float:

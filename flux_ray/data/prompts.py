@@ -125,8 +125,8 @@ class PromptSet:
         if self.num_skipped:
             lines.append(f"{self.source}: {self.num_skipped} bad rows skipped (data.on_bad_row=skip)")
         if self.num_without_reply:
-            lines.append(f"{self.source}: {self.num_without_reply} prompts end with a message of the assistant's, which "
-                         "is left out (data.prefill=true goes on with it)")
+            lines.append(f"{self.source}: {self.num_without_reply} prompts end with a message of the assistant's, "
+                         "which is left out (data.prefill=true goes on with it)")
         return lines
 
 

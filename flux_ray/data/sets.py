@@ -102,7 +102,7 @@ def map_paths(given: Any, change: Callable[[str], str | None]) -> Any:
 
 
 def _sets(source: Any, configured: Any, key: str, config: Config, base: dict[str, Any]) -> list[DataSet]:
-    """The sets of `source`, or (None) of what the config has under `key`. A source that is no name is rows in memory."""
+    """The sets of `source`, or (None) of what the config has under `key`. What is no name is rows in memory."""
     given = configured if source is None else source
     if source is not None and not isinstance(source, (str, Mapping)):
         return [DataSet("", source, _configured(config, base, key))]
