@@ -9,6 +9,7 @@ Never:  writes a template of its own: a tokenizer without one is refused.
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -67,7 +68,7 @@ def check_template_kwargs(tokenizer: Any, kwargs: Mapping[str, Any]) -> None:
     for name in kwargs:
         if name in ours:
             raise UserError(f"data.chat_template_kwargs: {name!r} is set by what the prompt is for")
-        if name not in str(getattr(tokenizer, "chat_template", None)):
+        if not re.search(rf"\b{re.escape(name)}\b", str(getattr(tokenizer, "chat_template", None))):
             raise UserError(f"data.chat_template_kwargs: the tokenizer {tokenizer.name_or_path!r} has no {name!r} in its "
                             "chat template")
 

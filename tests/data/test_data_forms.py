@@ -1,0 +1,167 @@
+"""The forms in which rows come, and what a chat's cells may hold."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from flux_ray.config import Config, DataConfig, RolloutConfig, from_dict, validate
+from flux_ray.data import PairSource, PromptSource, SftSource
+from flux_ray.data.forms import as_chat
+from flux_ray.data.preferences import CHOSEN, REJECTED
+from flux_ray.errors import UserError
+
+pytestmark = pytest.mark.unit
+
+SHAREGPT = [{"from": "human", "value": "1+1"}, {"from": "gpt", "value": "2"},
+            {"from": "human", "value": "2+2"}, {"from": "gpt", "value": "4"}]
+
+
+def prompts(tokenizer, rows, **data):
+    config = Config(data=DataConfig(shuffle=False, **data), rollout=RolloutConfig(max_tokens=16))
+    return PromptSource.from_config(config, tokenizer, context_length=256, prompts=rows)
+
+
+def sft(tokenizer, rows, **data):
+    config = Config(data=DataConfig(shuffle=False, **data))
+    return SftSource.from_config(config, tokenizer, context_length=256, rows=rows)
+
+
+def parts(tokenizer, sample):
+    ids, mask = sample.token_ids, sample.loss_mask
+    return tokenizer.decode(ids[~mask]), tokenizer.decode(ids[mask])
+
+
+def test_a_column_by_dots_is_a_nested_cell(plain_tokenizer):
+    rows = [{"q": {"text": "1+1="}, "reward_model": {"style": "rule", "ground_truth": "2"}},
+            {"q": {"text": "2+2="}, "reward_model": None}]
+    source = prompts(plain_tokenizer, rows, prompt_column="q.text", answer_column="reward_model.ground_truth")
+    assert [source.prompt(uid).text for uid in range(2)] == ["1+1=", "2+2="]
+    assert [source.prompt(uid).columns["reward_model.ground_truth"] for uid in range(2)] == ["2", None]
+    with pytest.raises(UserError, match=r"unknown column 'q\.txt': did you mean 'q\.text'"):
+        prompts(plain_tokenizer, rows, prompt_column="q.txt")
+
+
+def test_a_column_with_dots_in_its_own_name_stays_what_it_is(plain_tokenizer):
+    rows = [{"a.b": "own", "a": {"b": "nested"}}]
+    assert prompts(plain_tokenizer, rows, prompt_column="a.b").prompt(0).text == "own"
+
+
+def test_a_template_takes_nested_cells(plain_tokenizer):
+    rows = [{"prompt": "1+1", "extra": {"unit": "m", "tries": [3]}}]
+    source = prompts(plain_tokenizer, rows, prompt_template="{prompt} in {extra.unit}, {extra.tries.0} tries")
+    assert source.prompt(0).text == "1+1 in m, 3 tries"
+
+
+def test_instruction_input_output(plain_tokenizer):
+    rows = [{"instruction": "Add.", "input": "1+1", "output": "2"}, {"instruction": "Say 4", "input": "", "output": "4"}]
+    source = sft(plain_tokenizer, rows)
+    assert [parts(plain_tokenizer, sample) for sample in source.all()] == [("Add.\n\n1+1", "2<eos>"), ("Say 4", "4<eos>")]
+    assert [prompts(plain_tokenizer, rows).prompt(uid).text for uid in range(2)] == ["Add.\n\n1+1", "Say 4"]
+
+
+def test_instruction_rows_may_be_chats(chat_tokenizer):
+    rows = [{"instruction": "Add.", "input": "1+1", "output": "2"}]
+    (sample,) = sft(chat_tokenizer, rows, as_chat=True).all()
+    assert parts(chat_tokenizer, sample) == ("[user]Add.\n\n1+1<eos>\n[assistant]", "2<eos>")
+
+
+@pytest.mark.parametrize("column", ["conversations", "conversation", "messages"])
+def test_sharegpt_rows_are_chats(chat_tokenizer, column):
+    (sample,) = sft(chat_tokenizer, [{column: SHAREGPT, "system": "Add."}]).all()
+    system = "" if column == "messages" else "[system]Add.<eos>\n"
+    assert parts(chat_tokenizer, sample) == (
+        f"{system}[user]1+1<eos>\n[assistant]2<eos>\n[user]2+2<eos>\n[assistant]", "4<eos>")
+    source = prompts(chat_tokenizer, [{column: SHAREGPT}], prompt_column=column)
+    assert source.prompt(0).text == as_chat(SHAREGPT)[:3]
+
+
+def test_the_reply_in_a_prompt_is_cut_off_with_a_warning(chat_tokenizer):
+    chat = [{"role": "user", "content": "1+1"}, {"role": "assistant", "content": "It is 2"}]
+    source = prompts(chat_tokenizer, [{"messages": chat}, {"messages": chat[:1]}], prompt_column="messages")
+    assert [source.prompt(uid).text for uid in range(2)] == [chat[:1], chat[:1]]
+    assert chat_tokenizer.decode(source.prompt(0).token_ids) == "[user]1+1<eos>\n[assistant]"
+    assert source.warnings() == ["prompts in memory: 1 prompts end with a message of the assistant's, which is left out "
+                                 "(data.prefill=true goes on with it)"]
+    with pytest.raises(UserError, match=r"row 1 .*no message but the assistant's"):
+        prompts(chat_tokenizer, [{"messages": chat[1:]}], prompt_column="messages")
+
+
+def test_every_turn_of_the_assistant_s_is_learned_where_asked_for(chat_tokenizer):
+    (sample,) = sft(chat_tokenizer, [{"messages": SHAREGPT}], learn_turns="all").all()
+    assert parts(chat_tokenizer, sample) == (
+        "[user]1+1<eos>\n[assistant]\n[user]2+2<eos>\n[assistant]", "2<eos>4<eos>")
+    assert chat_tokenizer.decode(sample.token_ids) == "[user]1+1<eos>\n[assistant]2<eos>\n[user]2+2<eos>\n[assistant]4<eos>"
+
+
+def test_a_template_that_rewrites_earlier_turns_gives_a_sample_for_each(chat_tokenizer):
+    import copy
+
+    tokenizer = copy.deepcopy(chat_tokenizer)
+    tokenizer.chat_template = (
+        "{% for m in messages %}[{{ m['role'] }}]"
+        "{% if m['role'] == 'assistant' and loop.last %}(thinks){% endif %}{{ m['content'] }}<eos>\n{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}")
+    source = sft(tokenizer, [{"messages": SHAREGPT}], learn_turns="all")
+    assert [parts(tokenizer, sample) for sample in source.all()] == [
+        ("[user]1+1<eos>\n[assistant]", "(thinks)2<eos>"),
+        ("[user]1+1<eos>\n[assistant]2<eos>\n[user]2+2<eos>\n[assistant]", "(thinks)4<eos>"),
+    ]
+
+
+def test_a_chat_without_a_turn_to_learn_is_bad(chat_tokenizer):
+    good, bad = {"messages": SHAREGPT}, {"messages": SHAREGPT[1:2]}
+    with pytest.raises(UserError, match=r"row 2 .*no message of the assistant's after another's"):
+        sft(chat_tokenizer, [good, bad], learn_turns="all")
+    trailing = {"messages": [*SHAREGPT, {"from": "human", "value": "thanks"}]}
+    assert sft(chat_tokenizer, [trailing], learn_turns="all").num_rows == 1
+
+
+def test_a_conversation_with_two_replies_is_a_pair(chat_tokenizer):
+    row = {"conversations": SHAREGPT[:1], CHOSEN: {"from": "gpt", "value": "2"}, REJECTED: {"from": "gpt", "value": "3"}}
+    config = from_dict({"algo.name": "dpo"})
+    (pair,) = PairSource.from_config(config, chat_tokenizer, context_length=64, rows=[row]).all()
+    prompt = "[user]1+1<eos>\n[assistant]"
+    assert chat_tokenizer.decode(pair.chosen_ids) == f"{prompt}2<eos>"
+    assert chat_tokenizer.decode(pair.rejected_ids) == f"{prompt}3<eos>"
+
+
+def test_content_in_parts_of_text_is_one_text_and_empty_keys_are_none(chat_tokenizer):
+    chat = [{"role": "user", "content": [{"type": "text", "text": "1+"}, {"type": "text", "text": "1"}], "name": None}]
+    assert prompts(chat_tokenizer, [{"prompt": chat}]).prompt(0).text == [{"role": "user", "content": "1+1"}]
+
+
+def test_what_the_template_gets(chat_tokenizer):
+    import copy
+
+    tokenizer = copy.deepcopy(chat_tokenizer)
+    tokenizer.chat_template += "{% if enable_thinking is defined and not enable_thinking %}<eos>{% endif %}"
+    chat = [{"prompt": [{"role": "user", "content": "q"}]}]
+    source = prompts(tokenizer, chat, chat_template_kwargs={"enable_thinking": False})
+    assert tokenizer.decode(source.prompt(0).token_ids) == "[user]q<eos>\n[assistant]<eos>"
+    with pytest.raises(UserError, match=r"has no 'enable_thinkin' in its chat template"):
+        prompts(tokenizer, chat, chat_template_kwargs={"enable_thinkin": False})
+    with pytest.raises(UserError, match=r"'add_generation_prompt' is set by what the prompt is for"):
+        prompts(tokenizer, chat, chat_template_kwargs={"add_generation_prompt": False})
+
+
+@pytest.mark.parametrize(("key", "value", "why"), [
+    ("data.prompt_template", "Solve it step by step.", r"has no \{prompt\}"),
+    ("data.prompt_template", "None", "is the word None: nothing is written null"),
+    ("data.system_prompt", "None", "is the word None"),
+    ("data.prompt_template", "{} {prompt}", r"name what goes into \{\}"),
+    ("data.prompt_template", "{prompt", "write a brace that is meant twice"),
+])
+def test_a_template_that_would_make_all_prompts_one_is_refused(key, value, why):
+    config = from_dict({"model.path": "m", "data.train": "d.jsonl", key: value})
+    with pytest.raises(UserError, match=why):
+        validate(config)
+
+
+def test_text_that_is_half_a_character_is_a_bad_row(plain_tokenizer, tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"prompt": "a"}\n{"prompt": "\\ud83d"}\n')
+    with pytest.raises(UserError, match=r"row 2 .*no valid text"):
+        prompts(plain_tokenizer, str(file))
+    assert json.loads(file.read_text().splitlines()[0]) == {"prompt": "a"}
