@@ -15,12 +15,15 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from flux_ray.data.rows import BadCell, first_line
+from flux_ray.config import DataConfig
+from flux_ray.data.forms import parsed
+from flux_ray.data.rows import BadCell, Row, first_line
 from flux_ray.errors import UserError
 from flux_ray.records import Message
 
 ASSISTANT = "assistant"
-OF_USERS = ("tools", "documents")  # arguments of apply_chat_template that aren't ours to give
+TOOLS, OWN_KWARGS = "tools", "chat_template_kwargs"  # columns that a template gets
+OF_USERS = (TOOLS, "documents")  # arguments of apply_chat_template that aren't ours to give
 
 
 def checked_messages(value: list[Any]) -> list[Message]:
@@ -71,6 +74,24 @@ def check_template_kwargs(tokenizer: Any, kwargs: Mapping[str, Any]) -> None:
         if not re.search(rf"\b{re.escape(name)}\b", str(getattr(tokenizer, "chat_template", None))):
             raise UserError(f"data.chat_template_kwargs: the tokenizer {tokenizer.name_or_path!r} has no {name!r} in its "
                             "chat template")
+
+
+def row_kwargs(row: Row, data: DataConfig) -> dict[str, Any]:
+    """What the template gets for a row: data.chat_template_kwargs, under the row's own, and its `tools`.
+
+    BadCell: they are no mapping, or no list.
+    """
+    kwargs, own, tools = dict(data.chat_template_kwargs), row.get(OWN_KWARGS), row.get(TOOLS)
+    if own is not None:
+        if not isinstance(own, dict):
+            raise BadCell(f"must be a mapping, got {type(own).__name__}", OWN_KWARGS)
+        kwargs |= {name: value for name, value in own.items() if value is not None}
+    if tools:
+        tools = parsed(tools)
+        if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+            raise BadCell("must be a list of tools' schemas", TOOLS)
+        kwargs[TOOLS] = tools
+    return kwargs
 
 
 def render(tokenizer: Any, messages: list[Message], kwargs: Mapping[str, Any], *, whole: bool = False) -> str:

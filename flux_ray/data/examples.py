@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from flux_ray.config import Config, DataConfig
+from flux_ray.config import Config
 from flux_ray.data.chat import ASSISTANT, check_template_kwargs, render, require_template
 from flux_ray.data.encode import Text
 from flux_ray.data.rows import BadCell
@@ -22,8 +22,6 @@ from flux_ray.data.tokens import CHUNK, encode_continuations, encode_starts, not
 from flux_ray.errors import UserError
 from flux_ray.model.stops import stop_token_ids
 from flux_ray.records import Message, Sample
-
-ALL = "all"  # data.learn_turns: every turn of the assistant's
 
 
 @dataclass(frozen=True)
@@ -64,29 +62,29 @@ def check_examples(tokenizer: Any, config: Config) -> None:
     check_template_kwargs(tokenizer, config.data.chat_template_kwargs)
 
 
-def as_example(prompt: Text, completion: str, tokenizer: Any, data: DataConfig) -> Example:
+def as_example(prompt: Text, completion: str, tokenizer: Any, kwargs: dict[str, Any]) -> Example:
     """The texts before and under the loss; a chat as its template writes it. BadCell: the template refuses it."""
     if isinstance(prompt, str):
         return Example(((prompt, False), (completion, True)))
     reply = {"role": ASSISTANT, "content": completion}
-    before, after = _answered(prompt, reply, tokenizer, data)
+    before, after = _answered(prompt, reply, tokenizer, kwargs)
     return Example(((before, False), (after[len(before):], True)), is_chat=True)
 
 
-def turns(messages: list[Message], tokenizer: Any, data: DataConfig) -> list[Example]:
-    """What a chat teaches: its last turn, the assistant's, or (data.learn_turns=all) every one of the assistant's.
+def turns(messages: list[Message], tokenizer: Any, kwargs: dict[str, Any], *, every: bool) -> list[Example]:
+    """What a chat teaches: its last turn, the assistant's, or every one of the assistant's.
 
     All are of one example where the template writes a turn alike whatever follows it; else each has one of its own,
     with the turns before it as the policy would be given them. BadCell: there is no such turn.
     """
     learned = [i for i, message in enumerate(messages) if message["role"] == ASSISTANT and i]
-    if data.learn_turns != ALL:
+    if not every:
         if messages[-1]["role"] != ASSISTANT or len(messages) < 2:
             raise BadCell("the last of at least two messages must be the assistant's")
         learned = learned[-1:]
     if not learned:
         raise BadCell("no message of the assistant's after another's")
-    written = [_answered(messages[:i], messages[i], tokenizer, data) for i in learned]
+    written = [_answered(messages[:i], messages[i], tokenizer, kwargs) for i in learned]
     apart = [Example(((before, False), (after[len(before):], True)), is_chat=True) for before, after in written]
     pieces, text = [], ""
     for before, after in written:
@@ -97,11 +95,12 @@ def turns(messages: list[Message], tokenizer: Any, data: DataConfig) -> list[Exa
     return [Example(tuple(pieces), is_chat=True)]
 
 
-def _answered(prompt: list[Message], reply: Message, tokenizer: Any, data: DataConfig) -> tuple[str, str]:
+def _answered(prompt: list[Message], reply: Message, tokenizer: Any, kwargs: dict[str, Any]) -> tuple[str, str]:
     """A chat's text before the reply, and with it."""
     require_template(tokenizer, "the data are chats")
-    before = render(tokenizer, prompt, data.chat_template_kwargs)
-    after = render(tokenizer, [*prompt, reply], data.chat_template_kwargs, whole=True)
+    check_template_kwargs(tokenizer, kwargs)
+    before = render(tokenizer, prompt, kwargs)
+    after = render(tokenizer, [*prompt, reply], kwargs, whole=True)
     if not after.startswith(before):
         raise BadCell("the chat template writes the prompt in another way once it is answered: use plain text columns")
     return before, after

@@ -8,6 +8,9 @@ Never:  replaces a column that is there.
 
 from __future__ import annotations
 
+import ast
+import json
+import re
 from typing import Any
 
 from flux_ray.config import DataConfig
@@ -17,6 +20,7 @@ MESSAGES = "messages"
 CONVERSATIONS = ("conversations", "conversation")  # of messages, in either form
 INSTRUCTION, INPUT, OUTPUT = "instruction", "input", "output"
 SYSTEM = "system"  # beside conversations: the system message
+LIST_OF_MAPPINGS = re.compile(r"\s*\[\s*\{")
 BETWEEN = "\n\n"  # instruction and input
 
 #: ShareGPT's name of who speaks ► a chat's role.
@@ -58,6 +62,24 @@ def _first_role(messages: list[Any]) -> Any:
     return messages[0].get("role") if messages and isinstance(messages[0], dict) else None
 
 
+def parsed(value: Any) -> Any:
+    """A text that is a list of mappings, as tables of text hold one (JSON's or Python's), as that list.
+
+    >>> parsed("[{'role': 'user', 'content': 'hi'}]"), parsed("[1] and [2]")
+    ([{'role': 'user', 'content': 'hi'}], '[1] and [2]')
+    """
+    if not isinstance(value, str) or not LIST_OF_MAPPINGS.match(value):
+        return value
+    for read in (json.loads, ast.literal_eval):
+        try:
+            found = read(value)
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            continue
+        if isinstance(found, list):
+            return found
+    return value
+
+
 def as_chat(value: Any) -> Any:
     """A cell with ShareGPT's messages as a chat's; a message alone as a list of it; anything else as it is.
 
@@ -66,6 +88,9 @@ def as_chat(value: Any) -> Any:
     >>> as_chat([{"from": "human", "value": "hi"}, {"from": "gpt", "value": "Hello", "tool_calls": None}])
     [{'role': 'user', 'content': 'hi'}, {'role': 'assistant', 'content': 'Hello'}]
     """
+    found = parsed(value)
+    if isinstance(found, list) and all(isinstance(one, dict) and (_is_message(one) or _is_sharegpt(one)) for one in found):
+        value = found
     messages = [value] if isinstance(value, dict) and (_is_message(value) or _is_sharegpt(value)) else value
     return [_as_message(message) for message in messages] if isinstance(messages, list) else messages
 

@@ -17,6 +17,7 @@ import numpy as np
 
 from flux_ray.algo import filters
 from flux_ray.config import DataConfig
+from flux_ray.data.chat import row_kwargs
 from flux_ray.data.encode import prompt_text
 from flux_ray.data.examples import Example, Limits, as_example, check_examples, encode_examples
 from flux_ray.data.order import EpochOrder
@@ -116,7 +117,7 @@ def _read(row: Row, data: DataConfig, tokenizer: Any) -> tuple[list[Example], np
         raise BadCell(str(error), data.prompt_column) from error
     texts = [_text(response) for response in responses]
     scores = np.array([_reward(value) for value in rewards])
-    return [as_example(prompt, text, tokenizer, data) for text in texts], scores
+    return [as_example(prompt, text, tokenizer, row_kwargs(row, data)) for text in texts], scores
 
 
 def _text(response: Any) -> str:

@@ -132,8 +132,10 @@ def shares(weights: Sequence[float], total: int) -> np.ndarray:
     >>> shares([3, 1, 0.0001], 8).tolist()
     [5, 2, 1]
     """
-    exact = np.array(weights, np.float64) / np.sum(weights) * (total - len(weights))
-    counts = np.floor(exact).astype(np.int64)
-    largest = np.argsort(counts - exact, kind="stable")[: total - len(weights) - counts.sum()]
-    counts[largest] += 1
-    return counts + 1
+    exact = np.array(weights, np.float64) / np.sum(weights) * total
+    counts = np.maximum(np.floor(exact).astype(np.int64), 1)
+    for _ in range(total - counts.sum()):
+        counts[np.argmax(exact - counts)] += 1
+    for _ in range(counts.sum() - total):   # those that were lifted to 1 take from the largest
+        counts[np.argmax(counts)] -= 1
+    return counts

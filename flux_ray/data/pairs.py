@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from flux_ray.config import Config, DataConfig
-from flux_ray.data.chat import checked_messages
+from flux_ray.data.chat import checked_messages, row_kwargs
 from flux_ray.data.encode import Text, checked_text, prompt_text
 from flux_ray.data.examples import Example, Limits, as_example, check_examples, encode_examples
 from flux_ray.data.forms import MESSAGES, as_chat
@@ -149,7 +149,7 @@ def _read(row: Row, data: DataConfig, tokenizer: Any) -> tuple[Example, Example]
     if not all(reply.strip() for reply in replies):
         raise _NoPair(EMPTY)
     text = prompt_text({**row, data.prompt_column: prompt}, data)
-    chosen, rejected = (as_example(text, reply, tokenizer, data) for reply in replies)
+    chosen, rejected = (as_example(text, reply, tokenizer, row_kwargs(row, data)) for reply in replies)
     return chosen, rejected
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from flux_ray.config import Config
-from flux_ray.data.chat import ASSISTANT, check_template_kwargs, render, require_template, without_reply
+from flux_ray.data.chat import ASSISTANT, check_template_kwargs, render, require_template, row_kwargs, without_reply
 from flux_ray.data.encode import Text, prompt_limit, prompt_text
 from flux_ray.data.order import EpochOrder, MixedOrder, stable_seed
 from flux_ray.data.preferences import CHOSEN, REJECTED, shared_prompt
@@ -66,8 +66,6 @@ class PromptSet:
 
     def _written(self, tokenizer: Any, bad: BadRows, read: list[int]) -> Iterator[tuple[str, bool]]:
         """What the tokenizer gets of each good row, and whether the template wrote it."""
-        kwargs = self.config.data.chat_template_kwargs
-        checked = False
         for number, row in enumerate(self._rows.rows):
             try:
                 whole = self._whole(row)
@@ -75,10 +73,9 @@ class PromptSet:
                 if isinstance(text, str):
                     written = text, False
                 else:
-                    if not checked:
-                        require_template(tokenizer, f"{self._rows.where(number)} is a chat")
-                        check_template_kwargs(tokenizer, kwargs)
-                        checked = True
+                    kwargs = row_kwargs(row, self.config.data)
+                    require_template(tokenizer, f"{self._rows.where(number)} is a chat")
+                    check_template_kwargs(tokenizer, kwargs)
                     written = render(tokenizer, text, kwargs), True
             except BadCell as error:
                 bad.add(number, error)

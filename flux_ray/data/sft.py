@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from flux_ray.config import Config, DataConfig
-from flux_ray.data.chat import checked_messages, with_system
+from flux_ray.data.chat import checked_messages, row_kwargs, with_system
 from flux_ray.data.encode import Text, checked_text, prompt_text
 from flux_ray.data.examples import Example, Limits, as_example, check_examples, encode_examples, turns
 from flux_ray.data.forms import MESSAGES, as_chat
@@ -29,6 +29,7 @@ from flux_ray.model.vocabulary import vocabulary_size
 from flux_ray.records import Sample
 
 TEXT_COLUMN = "text"
+ALL = "all"  # data.learn_turns: every turn of the assistant's
 
 
 class SftSource:
@@ -139,9 +140,11 @@ def _reader(rows: Rows, config: Config, tokenizer: Any) -> tuple[str, Callable[[
     if data.completion_column in rows.columns:
         rows.require(data.prompt_column, "data.prompt_column")
         return data.completion_column, lambda row: [
-            as_example(_prompt(row, data), completion_text(row[data.completion_column]), tokenizer, data)]
+            as_example(_prompt(row, data), completion_text(row[data.completion_column]), tokenizer,
+                       row_kwargs(row, data))]
     if MESSAGES in rows.columns:
-        return MESSAGES, lambda row: turns(_messages(row[MESSAGES], data), tokenizer, data)
+        return MESSAGES, lambda row: turns(_messages(row[MESSAGES], data), tokenizer, row_kwargs(row, data),
+                                           every=data.learn_turns == ALL)
     if TEXT_COLUMN in rows.columns:
         return TEXT_COLUMN, lambda row: [Example.of_text(checked_text(row[TEXT_COLUMN]))]
     if {CHOSEN, REJECTED} <= set(rows.columns):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
@@ -96,7 +97,6 @@ def test_every_turn_of_the_assistant_s_is_learned_where_asked_for(chat_tokenizer
 
 
 def test_a_template_that_rewrites_earlier_turns_gives_a_sample_for_each(chat_tokenizer):
-    import copy
 
     tokenizer = copy.deepcopy(chat_tokenizer)
     tokenizer.chat_template = (
@@ -133,7 +133,6 @@ def test_content_in_parts_of_text_is_one_text_and_empty_keys_are_none(chat_token
 
 
 def test_what_the_template_gets(chat_tokenizer):
-    import copy
 
     tokenizer = copy.deepcopy(chat_tokenizer)
     tokenizer.chat_template += "{% if enable_thinking is defined and not enable_thinking %}<eos>{% endif %}"
@@ -165,3 +164,67 @@ def test_text_that_is_half_a_character_is_a_bad_row(plain_tokenizer, tmp_path):
     with pytest.raises(UserError, match=r"row 2 .*no valid text"):
         prompts(plain_tokenizer, str(file))
     assert json.loads(file.read_text().splitlines()[0]) == {"prompt": "a"}
+
+
+def test_tools_and_a_row_s_own_arguments_reach_the_template(chat_tokenizer):
+    tokenizer = copy.deepcopy(chat_tokenizer)
+    tokenizer.chat_template = "{% for tool in tools or [] %}({{ tool['name'] }}){% endfor %}" + tokenizer.chat_template
+    tokenizer.chat_template += "{% if think is defined %}{{ think }}{% endif %}"
+    chat = [{"role": "user", "content": "q"}]
+    rows = [{"prompt": chat, "tools": [{"name": "add"}], "chat_template_kwargs": {"think": "no"}},
+            {"prompt": chat, "tools": '[{"name": "mul"}]', "chat_template_kwargs": None}, {"prompt": chat, "tools": None}]
+    source = prompts(tokenizer, rows, chat_template_kwargs={"think": "yes"})
+    assert [tokenizer.decode(source.prompt(uid).token_ids) for uid in range(3)] == [
+        "(add)[user]q<eos>\n[assistant]no", "(mul)[user]q<eos>\n[assistant]yes", "[user]q<eos>\n[assistant]yes"]
+    with pytest.raises(UserError, match=r"row 1 .*column 'tools': must be a list of tools' schemas"):
+        prompts(tokenizer, [{"prompt": chat, "tools": "a calculator"}])
+    with pytest.raises(UserError, match="has no 'tools' in its chat template"):
+        prompts(chat_tokenizer, rows[1:])
+
+
+@pytest.mark.parametrize("write", [json.dumps, str], ids=["json", "python"])
+def test_a_chat_in_a_table_of_text_is_a_chat(chat_tokenizer, write):
+    chat = [{"role": "user", "content": "it's 1+1"}]
+    assert prompts(chat_tokenizer, [{"prompt": write(chat)}]).prompt(0).text == chat
+    (sample,) = sft(chat_tokenizer, [{"messages": write([*chat, {"role": "assistant", "content": "2"}])}]).all()
+    assert parts(chat_tokenizer, sample)[1] == "2<eos>"
+    texts = ["[{x} in set]", '[{"role": "user"', "[1, 2]", '[{"a": 1}]']   # no chats
+    assert [prompts(chat_tokenizer, [{"prompt": text}]).prompt(0).text for text in texts] == texts
+
+
+@pytest.mark.parametrize("prompt", [
+    {"instruction": "1+1"}, {"messages": [{"role": "user", "content": "1+1"}]}, {"prompt": "1+1"},
+])
+def test_pairs_take_their_prompt_from_whatever_form_it_has(chat_tokenizer, prompt):
+    replies = {CHOSEN: [{"role": "assistant", "content": "2"}], REJECTED: [{"role": "assistant", "content": "3"}]}
+    config = from_dict({"algo.name": "dpo", "data.as_chat": True})
+    (pair,) = PairSource.from_config(config, chat_tokenizer, context_length=64, rows=[{**prompt, **replies}]).all()
+    assert chat_tokenizer.decode(pair.chosen_ids) == "[user]1+1<eos>\n[assistant]2<eos>"
+
+
+def test_a_reply_of_the_user_s_is_no_pair(chat_tokenizer):
+    row = {"prompt": [{"role": "user", "content": "q"}], CHOSEN: [{"role": "assistant", "content": "2"}],
+           REJECTED: [{"role": "user", "content": "3"}]}
+    with pytest.raises(UserError, match=r"row 1 .*column 'rejected': after what both share, one message of the assistant's"):
+        PairSource.from_config(from_dict({"algo.name": "dpo"}), chat_tokenizer, context_length=64, rows=[row])
+
+
+def test_a_turn_that_ends_with_the_end_token_already_has_one(chat_tokenizer):
+    messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a<eos>"}]
+    (sample,) = sft(chat_tokenizer, [{"messages": messages}]).all()
+    assert parts(chat_tokenizer, sample)[1] == "a<eos>"
+
+
+def test_tokens_that_were_made_elsewhere_are_refused_by_name(plain_tokenizer):
+    with pytest.raises(UserError, match=r"nothing to learn from.*\(columns: input_ids, labels\)"):
+        sft(plain_tokenizer, [{"input_ids": [1, 2], "labels": [1, 2]}])
+
+
+def test_what_a_message_has_beside_its_text_reaches_the_template(chat_tokenizer):
+    tokenizer = copy.deepcopy(chat_tokenizer)
+    tokenizer.chat_template = (
+        "{% for m in messages %}[{{ m.role }}]{% if m.reasoning_content %}({{ m.reasoning_content }}){% endif %}"
+        "{{ m.content }}<eos>{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}")
+    messages = [{"role": "user", "content": "q"}, {"role": "assistant", "reasoning_content": "so", "content": "a"}]
+    (sample,) = sft(tokenizer, [{"messages": messages}]).all()
+    assert parts(tokenizer, sample) == ("[user]q<eos>[assistant]", "(so)a<eos>")

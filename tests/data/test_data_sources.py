@@ -119,3 +119,10 @@ def test_a_broken_line_of_several_files_names_its_own(parts):
     with pytest.raises(UserError, match=r"part-9\.jsonl line 2: broken JSON"):
         load(str(parts))
     assert load(str(parts), on_bad_row="skip").num_broken == 1
+
+
+def test_shards_with_other_columns_and_an_empty_one(tmp_path):
+    write(tmp_path / "a.jsonl", [{"prompt": "a"}])
+    write(tmp_path / "b.jsonl", [])
+    write(tmp_path / "c.jsonl", [{"prompt": "c", "answer": "1"}])
+    assert list(load(str(tmp_path)).rows) == [{"prompt": "a", "answer": None}, {"prompt": "c", "answer": "1"}]
