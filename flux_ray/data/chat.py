@@ -67,13 +67,15 @@ def require_template(tokenizer: Any, why: str) -> None:
 
 def check_template_kwargs(tokenizer: Any, kwargs: Mapping[str, Any]) -> None:
     """UserError for an argument that the template doesn't know, and so would not heed, or that is ours to give."""
+    if not kwargs:
+        return
     ours = set(inspect.signature(tokenizer.apply_chat_template).parameters) - set(OF_USERS)
     for name in kwargs:
         if name in ours:
             raise UserError(f"data.chat_template_kwargs: {name!r} is set by what the prompt is for")
         if not re.search(rf"\b{re.escape(name)}\b", str(getattr(tokenizer, "chat_template", None))):
-            raise UserError(f"data.chat_template_kwargs: the tokenizer {tokenizer.name_or_path!r} has no {name!r} in its "
-                            "chat template")
+            raise UserError(f"data.chat_template_kwargs: the tokenizer {tokenizer.name_or_path!r} has no {name!r} in "
+                            "its chat template")
 
 
 def row_kwargs(row: Row, data: DataConfig) -> dict[str, Any]:

@@ -89,9 +89,9 @@ def as_chat(value: Any) -> Any:
     [{'role': 'user', 'content': 'hi'}, {'role': 'assistant', 'content': 'Hello'}]
     """
     found = parsed(value)
-    if isinstance(found, list) and all(isinstance(one, dict) and (_is_message(one) or _is_sharegpt(one)) for one in found):
+    if isinstance(found, list) and all(map(_is_message, found)):
         value = found
-    messages = [value] if isinstance(value, dict) and (_is_message(value) or _is_sharegpt(value)) else value
+    messages = [value] if _is_message(value) else value
     return [_as_message(message) for message in messages] if isinstance(messages, list) else messages
 
 
@@ -112,9 +112,9 @@ def _is_text(part: Any) -> bool:
     return isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
 
 
-def _is_sharegpt(message: Any) -> bool:
-    return isinstance(message, dict) and {"from", "value"} <= message.keys() and message.get("role") is None
+def _is_sharegpt(message: dict[str, Any]) -> bool:
+    return {"from", "value"} <= message.keys() and message.get("role") is None
 
 
-def _is_message(message: dict[str, Any]) -> bool:
-    return {"role", "content"} <= message.keys()
+def _is_message(value: Any) -> bool:
+    return isinstance(value, dict) and ({"role", "content"} <= value.keys() or _is_sharegpt(value))

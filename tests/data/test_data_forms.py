@@ -56,9 +56,11 @@ def test_a_template_takes_nested_cells(plain_tokenizer):
 
 
 def test_instruction_input_output(plain_tokenizer):
-    rows = [{"instruction": "Add.", "input": "1+1", "output": "2"}, {"instruction": "Say 4", "input": "", "output": "4"}]
-    source = sft(plain_tokenizer, rows)
-    assert [parts(plain_tokenizer, sample) for sample in source.all()] == [("Add.\n\n1+1", "2<eos>"), ("Say 4", "4<eos>")]
+    rows = [{"instruction": "Add.", "input": "1+1", "output": "2"},
+            {"instruction": "Say 4", "input": "", "output": "4"}]
+    samples = sft(plain_tokenizer, rows).all()
+    assert [parts(plain_tokenizer, sample) for sample in samples] == [
+        ("Add.\n\n1+1", "2<eos>"), ("Say 4", "4<eos>")]
     assert [prompts(plain_tokenizer, rows).prompt(uid).text for uid in range(2)] == ["Add.\n\n1+1", "Say 4"]
 
 
@@ -83,8 +85,9 @@ def test_the_reply_in_a_prompt_is_cut_off_with_a_warning(chat_tokenizer):
     source = prompts(chat_tokenizer, [{"messages": chat}, {"messages": chat[:1]}], prompt_column="messages")
     assert [source.prompt(uid).text for uid in range(2)] == [chat[:1], chat[:1]]
     assert chat_tokenizer.decode(source.prompt(0).token_ids) == "[user]1+1<eos>\n[assistant]"
-    assert source.warnings() == ["prompts in memory: 1 prompts end with a message of the assistant's, which is left out "
-                                 "(data.prefill=true goes on with it)"]
+    (warning,) = source.warnings()
+    assert warning == ("prompts in memory: 1 prompts end with a message of the assistant's, which is left out "
+                       "(data.prefill=true goes on with it)")
     with pytest.raises(UserError, match=r"row 1 .*no message but the assistant's"):
         prompts(chat_tokenizer, [{"messages": chat[1:]}], prompt_column="messages")
 
@@ -93,7 +96,8 @@ def test_every_turn_of_the_assistant_s_is_learned_where_asked_for(chat_tokenizer
     (sample,) = sft(chat_tokenizer, [{"messages": SHAREGPT}], learn_turns="all").all()
     assert parts(chat_tokenizer, sample) == (
         "[user]1+1<eos>\n[assistant]\n[user]2+2<eos>\n[assistant]", "2<eos>4<eos>")
-    assert chat_tokenizer.decode(sample.token_ids) == "[user]1+1<eos>\n[assistant]2<eos>\n[user]2+2<eos>\n[assistant]4<eos>"
+    assert chat_tokenizer.decode(sample.token_ids) == (
+        "[user]1+1<eos>\n[assistant]2<eos>\n[user]2+2<eos>\n[assistant]4<eos>")
 
 
 def test_a_template_that_rewrites_earlier_turns_gives_a_sample_for_each(chat_tokenizer):
@@ -119,7 +123,8 @@ def test_a_chat_without_a_turn_to_learn_is_bad(chat_tokenizer):
 
 
 def test_a_conversation_with_two_replies_is_a_pair(chat_tokenizer):
-    row = {"conversations": SHAREGPT[:1], CHOSEN: {"from": "gpt", "value": "2"}, REJECTED: {"from": "gpt", "value": "3"}}
+    row = {"conversations": SHAREGPT[:1], CHOSEN: {"from": "gpt", "value": "2"},
+           REJECTED: {"from": "gpt", "value": "3"}}
     config = from_dict({"algo.name": "dpo"})
     (pair,) = PairSource.from_config(config, chat_tokenizer, context_length=64, rows=[row]).all()
     prompt = "[user]1+1<eos>\n[assistant]"
@@ -172,7 +177,8 @@ def test_tools_and_a_row_s_own_arguments_reach_the_template(chat_tokenizer):
     tokenizer.chat_template += "{% if think is defined %}{{ think }}{% endif %}"
     chat = [{"role": "user", "content": "q"}]
     rows = [{"prompt": chat, "tools": [{"name": "add"}], "chat_template_kwargs": {"think": "no"}},
-            {"prompt": chat, "tools": '[{"name": "mul"}]', "chat_template_kwargs": None}, {"prompt": chat, "tools": None}]
+            {"prompt": chat, "tools": '[{"name": "mul"}]', "chat_template_kwargs": None},
+            {"prompt": chat, "tools": None}]
     source = prompts(tokenizer, rows, chat_template_kwargs={"think": "yes"})
     assert [tokenizer.decode(source.prompt(uid).token_ids) for uid in range(3)] == [
         "(add)[user]q<eos>\n[assistant]no", "(mul)[user]q<eos>\n[assistant]yes", "[user]q<eos>\n[assistant]yes"]
@@ -205,7 +211,7 @@ def test_pairs_take_their_prompt_from_whatever_form_it_has(chat_tokenizer, promp
 def test_a_reply_of_the_user_s_is_no_pair(chat_tokenizer):
     row = {"prompt": [{"role": "user", "content": "q"}], CHOSEN: [{"role": "assistant", "content": "2"}],
            REJECTED: [{"role": "user", "content": "3"}]}
-    with pytest.raises(UserError, match=r"row 1 .*column 'rejected': after what both share, one message of the assistant's"):
+    with pytest.raises(UserError, match=r"row 1 .*column 'rejected': after what both share, one message of the"):
         PairSource.from_config(from_dict({"algo.name": "dpo"}), chat_tokenizer, context_length=64, rows=[row])
 
 

@@ -45,13 +45,13 @@ def blank_first(form: str) -> PreTrainedTokenizerFast:
 def test_prompt_and_completion_together_are_the_file_s_text(form, prompt, completion):
     tokenizer = blank_first(form)
     assert adds_blank(tokenizer)
-    (sample,) = SftSource.from_config(Config(), tokenizer, context_length=64,
-                                      rows=[{"prompt": prompt, "completion": completion}]).all() if completion.strip() \
-        else [None]
-    if sample is not None:
+    if completion.strip():
+        rows = [{"prompt": prompt, "completion": completion}]
+        (sample,) = SftSource.from_config(Config(), tokenizer, context_length=64, rows=rows).all()
         assert tokenizer.decode(sample.token_ids, skip_special_tokens=True) == prompt + completion
         assert sample.token_ids[0] == 1 and sample.token_ids[-1] == 2
-    ids = np.concatenate([encode_starts(tokenizer, [(prompt, False)])[0], encode_continuations(tokenizer, [completion])[0]])
+    start, rest = encode_starts(tokenizer, [(prompt, False)]), encode_continuations(tokenizer, [completion])
+    ids = np.concatenate([start[0], rest[0]])
     assert tokenizer.decode(ids, skip_special_tokens=True) == prompt + completion
 
 
