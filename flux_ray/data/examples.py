@@ -125,7 +125,7 @@ def _sample(example: Example, pieces: list[np.ndarray], stops: np.ndarray, end: 
     last = len(pieces) - 1
     for place, (piece, (_, learned)) in enumerate(zip(pieces, example.pieces, strict=True)):
         num_learned = len(piece) if learned else 0
-        ends = np.flatnonzero(np.isin(piece, stops)) if learned and example.is_chat else []
+        ends = np.flatnonzero(np.isin(piece, stops)) if learned and example.is_chat else np.zeros(0, np.int64)
         if len(ends):
             num_learned = int(ends[0]) + 1
             piece = piece[:num_learned] if place == last else piece

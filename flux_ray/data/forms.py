@@ -11,6 +11,7 @@ from __future__ import annotations
 import ast
 import json
 import re
+from functools import partial
 from typing import Any
 
 from flux_ray.config import DataConfig
@@ -34,8 +35,8 @@ def shaped(rows: Rows, data: DataConfig) -> Rows:
                    data.pass_rate_column):
         rows = rows.reaching(column)
     if MESSAGES not in rows.columns:
-        column = next((name for name in CONVERSATIONS if name in rows.columns), None)
-        rows = rows.having(**{MESSAGES: lambda row: _conversation(row, column)}) if column else rows
+        for name in [name for name in CONVERSATIONS if name in rows.columns][:1]:  # the first that is there
+            rows = rows.having(**{MESSAGES: partial(_conversation, column=name)})
     if INSTRUCTION in rows.columns and data.prompt_column not in rows.columns:
         rows = rows.having(**{data.prompt_column: _instruction})
         if OUTPUT in rows.columns and data.completion_column not in rows.columns:

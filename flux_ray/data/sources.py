@@ -42,8 +42,9 @@ def load_rows(
     under `column`, so does a line of a .txt file; a list of Path objects is a list of files.
     UserError: nothing there, an unknown ending, no rows, an offline hub, and (unless on_bad_row is skip) a broken line.
     """
-    paths = paths_of(source)
+    paths = _paths_of(source)
     if paths is None:
+        assert not isinstance(source, (str, Path))
         return Rows.from_dicts(IN_MEMORY, islice(_in_memory(source, column), max_rows), on_bad_row="stop")
     parts = [(name, read) for path in paths for name, read in _opened(path, split, column)]
     if len(parts) == 1:
@@ -54,7 +55,7 @@ def load_rows(
     return Rows.from_dicts(name, _first(rows, max_rows), on_bad_row=on_bad_row)
 
 
-def paths_of(source: Any) -> list[str] | None:
+def _paths_of(source: Any) -> list[str] | None:
     """The paths that a source names; None for rows in memory."""
     if isinstance(source, (str, Path)):
         return [str(source)]
