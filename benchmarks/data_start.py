@@ -41,9 +41,8 @@ def make_rows(source: Path, file: Path, num_rows: int) -> list[str]:
 
 
 def tokenizer_of(texts: list[str]) -> Any:
-    from transformers import PreTrainedTokenizerFast
-
     from flux_ray.toy.gsm8k import byte_level_bpe
+    from transformers import PreTrainedTokenizerFast
 
     return PreTrainedTokenizerFast(
         tokenizer_object=byte_level_bpe(texts, VOCAB_SIZE), eos_token="<eos>", pad_token="<pad>",

@@ -23,7 +23,7 @@ from flux_ray.data.rows import BadCell, Rows, inside
 from flux_ray.data.sources import load_rows
 from flux_ray.data.tokens import encode_continuations, encode_starts
 from flux_ray.errors import UserError
-from tests.data.conftest import CHAT_TEMPLATE, CHARACTERS, make_tokenizer
+from tests.data.conftest import CHARACTERS, CHAT_TEMPLATE, make_tokenizer
 from tests.data.test_data_tokens import blank_first
 
 pytestmark = pytest.mark.unit
