@@ -12,7 +12,7 @@ import pytest
 
 pytest.importorskip("hypothesis", reason="hypothesis isn't installed: pip install -e '.[test]'")
 
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from flux_ray.config import Config, DataConfig, RolloutConfig
@@ -35,7 +35,7 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXTS, inner, max_size=3), max_leaves=6)
 ROWS = st.lists(st.dictionaries(TEXTS, JSON, min_size=1, max_size=4), min_size=1, max_size=6)
 KNOWN = st.text(st.sampled_from(CHARACTERS), min_size=1, max_size=20)
-FEW = settings(max_examples=60, deadline=None)
+FEW = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])   # a busy machine
 
 
 @FEW
@@ -126,8 +126,8 @@ def test_they_do_under_tokenizers_that_add_a_blank(form):
     @FEW
     @given(PRINTABLE, PRINTABLE)
     def holds(prompt, completion):
-        if any(word in prompt + completion for word in SPECIAL):
-            return
+        if prompt.startswith(" ") or any(word in prompt + completion for word in SPECIAL):
+            return   # of one blank at a text's start and of none these tokenizers make the same
         ids = np.concatenate([encode_starts(tokenizer, [(prompt, False)])[0],
                               encode_continuations(tokenizer, [completion])[0]])
         assert tokenizer.decode(ids, skip_special_tokens=True) == prompt + completion
