@@ -47,7 +47,7 @@ def ours(*, compiled: bool = True, trains_entropy: bool = False) -> HeadPass:
         rows = torch.arange(len(hidden), device=hidden.device)
         with contextlib.nullcontext() if compiled else _plain_passes():
             logprobs, entropy = head._ChunkedLogprobs.apply(hidden, weight, None, rows, targets,
-                                                            head.Chunking(1.0, CHUNK, True))
+                                                            head.Chunking(1.0, None, CHUNK, True))
             (logprobs.sum() + (0.01 * entropy.sum() if trains_entropy else 0.0)).backward()
 
     return run

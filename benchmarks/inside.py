@@ -65,7 +65,7 @@ def force_lengths() -> None:
         return await generate(engine, request)
 
     async def forced(self: RolloutEngine, request: SamplingRequest) -> Sampled:
-        if request.first:
+        if request.probes:
             return await generate(self, request)
         if not lengths:
             lengths.update(lengths_of(self._config))

@@ -19,23 +19,23 @@ from pathlib import Path
 import psutil
 
 from tests.system.conftest import make_toys
-from tests.system.program import Program, metrics, numbers
-from tests.system.test_rollout_workers import weights, worker_of
-from tests.system.test_run import options
+from tests.system.program import Program, actor_of, metrics, numbers
+from tests.system.small_run import options
+from tests.system.test_rollout_workers import weights
 
 MOST_APART_S = 1.5  # from one kill to the next, once another worker stands there: a step takes about a second
 
 
 def run(folder: Path, toys, *, num_steps: int, kills: int) -> Path:
     values = {**options(toys, toys.tied), "data.train": toys.data, "run_dir": folder / "run",
-              "driver.num_steps": num_steps, "rollout.num_engines": 1}
+              "driver.num_steps": num_steps}
     program = Program([f"{key}={value}" for key, value in values.items()], folder=folder)
     moments = random.Random(0)
     try:
         for kill in range(kills):
             program.wait_for_steps(min(num_steps - 1, kill * num_steps // max(kills, 1)), run_dir=folder / "run")
             time.sleep(moments.uniform(0.0, MOST_APART_S))
-            worker = worker_of(program, folder / "run")
+            worker = actor_of(folder / "run" / "logs" / "rollout-0.log")
             worker.send_signal(signal.SIGKILL)
             psutil.wait_procs([worker], timeout=10)
             print(f"killed after {len(metrics(folder / 'run'))} steps", flush=True)

@@ -8,14 +8,15 @@ Never:  holds a default; is imported by anything. The only file with hydra.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
-import dataclasses
 import io
 import os
 import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import flux_ray
 from flux_ray import config as configs
@@ -27,8 +28,6 @@ from flux_ray.errors import RunFailed, UserError, unknown
 RUN_FAILED = 1        # exit code: something broke; the line says what and where the log is
 USER_ERROR = 2        # exit code: the user can mend it
 INTERRUPTED = 130     # exit code of a program ended by Ctrl-C, as shells have it
-
-NOT_GIVEN = "not given"   # what explain takes for a model or data that aren't named
 
 #: [+, ++ or ~] key [= value]
 OVERRIDE = re.compile(r"(?P<sign>\+\+|\+|~|)(?P<key>[^=@~+]+)(?P<value>=.*)?", re.DOTALL)
@@ -84,7 +83,22 @@ def train(overrides: list[str]) -> None:
         print(helps.groups_help())
         print(helps.options_help())
         return
-    compose(overrides, then=_run)
+    only_print, overrides = _only_prints(overrides)
+    compose(overrides, then=_print if only_print else _run)
+
+
+def _only_prints(arguments: list[str]) -> tuple[bool, list[str]]:
+    """Whether they ask for the config alone (Hydra's `--cfg job`), and the others. Hydra's own config it prints itself.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--cfg", "-c")
+    parser.add_argument("--resolve", action="store_true")
+    asked, others = parser.parse_known_args(arguments)
+    return (True, others) if asked.cfg == "job" else (False, arguments)
+
+
+def _print(config: Config) -> None:
+    print(configs.to_yaml(configs.check_values(config)), end="")
 
 
 def _run(config: Config) -> None:
@@ -107,11 +121,7 @@ def _explain(config: Config) -> None:
     from flux_ray.plugins import load_plugins
 
     load_plugins(config.plugins)
-    # An objective doesn't depend on model and data: they may be left out.
-    model = dataclasses.replace(config.model, path=config.model.path or NOT_GIVEN)
-    data = dataclasses.replace(config.data, train=config.data.train or NOT_GIVEN)
-    config = configs.validate(dataclasses.replace(config, model=model, data=data))
-    warnings = check(config)
+    warnings = check(configs.check_values(config))   # an objective doesn't depend on model and data
     try_registered(config)
     for heading, text in explained(config):
         print(helps.paragraph(f"{heading:<12} {text}", indent=13))
@@ -159,45 +169,43 @@ def compose(overrides: list[str], *, then: Callable[[Config], None]) -> None:
     from hydra.errors import HydraException
     from hydra.types import RunMode
 
-    composed: list[tuple[configs.DictConfig, list[str]]] = []
+    composed: list[tuple[dict[str, Any], list[str]]] = []
 
     written = [match["key"] for match in map(OVERRIDE.fullmatch, overrides) if match]
 
-    def task(tree: configs.DictConfig) -> None:
-        settings = HydraConfig.get()
+    def task(tree: Any) -> None:
+        settings, given = HydraConfig.get(), configs.given(tree)
         if settings.mode == RunMode.MULTIRUN:
-            tree.run_dir = tree.run_dir or settings.runtime.output_dir
-            names.refuse_ambiguous(tree.algo.name, written)
-            then(configs.from_tree(tree))
+            names.refuse_ambiguous(given.get("algo.name"), written)
+            then(configs.from_dict({"run_dir": settings.runtime.output_dir, **given}))
         else:
-            words = configs.OmegaConf.to_container(settings.overrides.task, resolve=False)
-            composed.append((tree, words))  # type: ignore[arg-type]  # texts, some with an interpolation in them
+            composed.append((given, configs.as_written(settings.overrides.task)))
 
     ConfigStore.instance().store(name="defaults_in_config_py", node=configs.schema())
     application = hydra.main(version_base="1.3", config_path=str(configs.CONF.resolve()), config_name="config")(task)
     with _command_line(_by_our_names(overrides)):
         try:
             _refuse_disagreement(overrides)
+            _refuse_deletion(overrides)
             application()
         except HydraException as error:
             raise _one_line(error) from error
-    for tree, words in composed:
-        names.refuse_ambiguous(tree.algo.name, written)
-        then(configs.from_tree(_resumed(tree, words) if tree.resume else tree))
+    for given, words in composed:
+        names.refuse_ambiguous(given.get("algo.name"), written)
+        then(_resumed(given, words) if given.get("resume") else configs.from_dict(given))
 
 
-def _resumed(tree: configs.DictConfig, overrides: list[str]) -> configs.DictConfig:
+def _resumed(given: dict[str, Any], overrides: list[str]) -> Config:
     """The config of the run that goes on, with the options that the command line names over it.
 
     A command line that chooses a group (experiment=..., algo=...) is taken whole, as for a new run.
     """
     keys = {match["key"] for match in map(OVERRIDE.fullmatch, overrides) if match}
     if keys & set(helps.groups()):
-        return tree
-    old = configs.OmegaConf.create(run_dir.saved_config(tree.resume))
-    for key in keys:
-        configs.OmegaConf.update(old, key, configs.OmegaConf.select(tree, key), force_add=True)
-    return old
+        return configs.from_dict(given)
+    named = {option: value for option, value in given.items()
+             if any(key == option or key.startswith(f"{option}.") or option.startswith(f"{key}.") for key in keys)}
+    return configs.from_dict(named, before=run_dir.saved_config(given["resume"]))
 
 
 @contextlib.contextmanager
@@ -303,6 +311,14 @@ def _refuse_disagreement(overrides: list[str]) -> None:
         name, value = said.setdefault(ours["key"], (match["key"], match["value"]))
         if name != match["key"] and value != match["value"]:
             raise UserError(f"{ours['key']}: {name}{value} and {match['key']}{match['value']}; give one of them")
+
+
+def _refuse_deletion(overrides: list[str]) -> None:
+    keys = _keys()
+    for match in filter(None, map(OVERRIDE.fullmatch, overrides)):
+        if match["sign"] == "~" and match["key"] in keys:
+            raise UserError(f"{match['key']}: an option can't be taken away, only given another value (~ is for groups "
+                            "and open mappings)")
 
 
 def _one_line(error: Exception) -> UserError:

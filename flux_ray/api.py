@@ -9,7 +9,6 @@ Never:  runs a loop of its own.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,7 +21,7 @@ from flux_ray.config import Config
 from flux_ray.errors import UserError, unknown
 from flux_ray.observability.callbacks import Callback, Metrics, as_callback
 from flux_ray.outside_loop import outside_loop
-from flux_ray.plugins import refuse_while_importing
+from flux_ray.plugins import hand_over, refuse_while_importing
 
 if TYPE_CHECKING:
     from flux_ray.run import TrainingResult
@@ -56,11 +55,11 @@ def FluxConfig(**options: Any) -> Config:
     keys = [key for key, _ in configs.options()]
     flat = names.flatten(options, options=keys)
     before = names.flatten(run_dir.saved_config(flat["resume"]), options=keys) if flat.get("resume") else {}
-    algorithm = flat.get("algo.name", before.get("algo.name", "grpo"))
+    algorithm = flat.get("algo.name", before.get("algo.name", configs.DEFAULT_ALGORITHM))
     if algorithm == before.get("algo.name"):
-        return configs.from_dict({**before, **flat})
+        return configs.from_dict(flat, before=before)
     before = {key: value for key, value in before.items() if not key.startswith("algo.")}
-    return configs.from_dict({**before, **names.flatten(configs.preset(algorithm), options=keys), **flat})
+    return configs.from_dict({**names.flatten(configs.preset(algorithm), options=keys), **flat}, before=before)
 
 
 class FluxTrainer:
@@ -72,7 +71,7 @@ class FluxTrainer:
     Args:
         config: What `FluxConfig` gives.
         rewards: One reward or several: a rule's name, a registered name, "path/to/file.py:function", or a function.
-            A function must stand at the top of a file. None keeps `reward.functions`.
+            A function travels by its file, or as it is where it has none. None keeps `reward.functions`.
         backend: ray (ours), trl (TRL's trainers), or unsloth (TRL's, on a model that Unsloth opened).
     """
 
@@ -84,8 +83,8 @@ class FluxTrainer:
         _refuse_backend(backend, config)
         if rewards is not None:
             several = [rewards] if isinstance(rewards, str) or callable(rewards) else list(rewards)
-            functions = [reward if isinstance(reward, str) else name_of(reward) for reward in several]
-            config = dataclasses.replace(config, reward=dataclasses.replace(config.reward, functions=functions))
+            functions = [reward if isinstance(reward, str) else reference_of(reward) for reward in several]
+            config = configs.from_dict({**_flat(config), "reward.functions": functions})
         self.config, self.backend = config, backend
         self._callbacks: list[Callback] = []
         self._result: TrainingResult | None = None
@@ -153,22 +152,23 @@ class FluxTrainer:
         folder `evaluation` of the run. It raises what `fit` raises.
         """
         self._refuse_closed()
-        given, evaluation = prompts is not None, self.config.eval
-        if not given and not evaluation.data and not evaluation.share:
+        given = prompts is not None
+        evaluation = self.config.eval if isinstance(self.config, configs.EvaluatedConfig) else None
+        if not given and not (evaluation and (evaluation.data or evaluation.share)):
             raise UserError("evaluate: no prompts given, and eval.data names none")
-        from flux_ray import algo
-
-        pairs = algo.kind_of(self.config.algo).data == algo.PAIRS   # an evaluation compares them with the reference
+        pairs = isinstance(self.config, configs.PairsConfig)   # an evaluation compares them with the reference
         run = self._result.run_dir if self._result else self.config.run_dir
         # Of training alone, and `fit` may have been told what makes them fit together.
-        nothing_to_train = dataclasses.replace(
-            self.config, resume=None,
-            eval=dataclasses.replace(evaluation, stop_at=None, share=0.0 if given else evaluation.share),
-            critic=dataclasses.replace(self.config.critic, warmup_steps=0))
+        of_training: dict[str, Any] = {"resume": None, "eval.stop_at": None, "critic.warmup_steps": 0}
+        of_training |= {"eval.share": 0.0} if given else {}
+        own = dict(configs.options_of(type(self.config)))
+        nothing_to_train = configs.changed(
+            self.config, {key: value for key, value in of_training.items() if key in own})
         prompts = list(prompts) if isinstance(prompts, Iterator) else prompts   # it is read twice
+        named = evaluation.data if evaluation and not given else None
         config = FluxTrainer(nothing_to_train).prepare(prompts, eval_prompts=prompts, **{
-            "data.train": None if given else evaluation.data,
-            "data.split": evaluation.split if given or evaluation.data else None,
+            "data.train": named,
+            "data.split": evaluation.split if evaluation and (given or named) else None,
             "model.path": str(self._result.model_path) if self._result else None,
             "reference.path": self._reference_path() if self._result and pairs else None,
             "run_dir": str(Path(run, "evaluation")) if run else None,
@@ -189,8 +189,10 @@ class FluxTrainer:
         """The frozen policy, where one is asked: as the first `fit` began with it, where no other was named."""
         from flux_ray import algo
 
-        path = self.config.reference.path or self.config.model.path
-        return path if algo.needs_reference(self.config.algo) else None
+        config = self.config
+        if not isinstance(config, configs.ReferencedConfig) or not algo.needs_reference(config.algo):
+            return None
+        return config.reference.path or config.model.path
 
     def _refuse_closed(self) -> None:
         if self._closed:
@@ -206,7 +208,7 @@ class FluxTrainer:
         sources = {"data.train": _source(prompts), "eval.data": _source(eval_prompts)}
         given = {key: value for part in (changes, sources) for key, value in part.items() if value is not None}
         config = configs.validate(configs.from_dict({**_flat(self.config), **given}))
-        config = dataclasses.replace(config, plugins=[*config.plugins, *_files_of_registered(config)])
+        config = configs.changed(config, {"plugins": [*config.plugins, *_files_of_registered(config)]})
         if all(source != IN_MEMORY for source in sources.values()):
             return config
         config = run_dir.claim(config)
@@ -248,7 +250,7 @@ def create_rl_trainer(
     from flux_ray import algo
 
     config = FluxConfig(model_path=model_name, algorithm=algorithm, **{"data.train": dataset_name}, **options)
-    if config.algo.name not in algo.KINDS and not config.plugins:   # a plugin's are known where it is loaded
+    if isinstance(config, configs.PolicyGradientConfig) and not config.plugins:   # a plugin's are known once loaded
         algo.resolve(config.algo)
     if reward_model_name is not None:
         rewards = _with_model(config, rewards, reward_model_name)
@@ -260,9 +262,7 @@ def create_rl_trainer(
 
 def _with_model(config: Config, rewards: Reward | Sequence[Reward] | None, model: str) -> list[Reward]:
     """The run's rewards with the model among them. UserError where nothing is scored, or by another model too."""
-    from flux_ray import algo
-
-    if config.algo.name in algo.KINDS:
+    if not isinstance(config, configs.PolicyGradientConfig):
         raise UserError(f"reward_model_name={model!r}: algorithm {config.algo.name!r} scores nothing: leave it out")
     several: list[Reward] = list(config.reward.functions)
     if rewards is not None:
@@ -277,15 +277,13 @@ def _with_model(config: Config, rewards: Reward | Sequence[Reward] | None, model
 
 def _refuse_backend(backend: str, config: Config) -> None:
     """UserError for a backend that isn't known, and for what TRL hasn't."""
-    from flux_ray import algo
-
     if backend not in BACKENDS:
         raise unknown("backend", backend, BACKENDS)
     if backend == "ray":
         return
     from flux_ray.backends.trl_settings import check_trl, check_unsloth
 
-    if algo.needs_critic(config.algo):
+    if isinstance(config, configs.PPOConfig):
         raise UserError(f"backend={backend} has no {config.algo.name}: it has no critic; use backend=ray (ours, the "
                         "default)")
     check_trl(config)
@@ -315,6 +313,8 @@ def _files_of_registered(config: Config) -> list[str]:
     from flux_ray.reward.rules import RULES
     from flux_ray.rollout.functions import get_rollout, list_rollouts, single_turn
 
+    if not isinstance(config, configs.PolicyGradientConfig):
+        return []
     named = {config.algo.name, config.algo.estimator, config.algo.policy_loss}
     functions: list[Callable[..., Any]] = []
     functions += [entry.function for name, entry in ESTIMATORS.items() if name in named and not entry.ours]
@@ -349,9 +349,17 @@ def _write(prompts: Prompts | None, config: Config, *, evaluation: bool = False)
         return None
     assert config.run_dir is not None
     file = Path(config.run_dir, "eval_data.jsonl" if evaluation else "data.jsonl")
-    split = config.eval.split if evaluation else config.data.split
+    split = config.eval.split if evaluation and isinstance(config, configs.EvaluatedConfig) else config.data.split
     memory.write_rows(prompts, file, column=config.data.prompt_column, split=split)
     return str(file)
+
+
+def reference_of(reward: Callable[..., Any]) -> str:
+    """How the config names a reward: by its file; a notebook's, a lambda or a closure as a function handed over."""
+    try:
+        return name_of(reward)
+    except UserError:
+        return hand_over(reward)
 
 
 def name_of(function: Callable[..., Any]) -> str:

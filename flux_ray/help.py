@@ -70,7 +70,7 @@ def groups_help() -> str:
 def options_by_section() -> Iterator[tuple[str, list[tuple[str, str, str]]]]:
     """Each section with its options: (option, its default, what it means with its choices and bounds)."""
     for section, fields in itertools.groupby(configs.options(), key=lambda option: option[0].rpartition(".")[0]):
-        yield section or "The run", [(key, _written(configs.default_of(f)), _meaning(f)) for key, f in fields]
+        yield section or "The run", [(key, _written(configs.default_of(f)), _meaning(key, f)) for key, f in fields]
 
 
 def _written(default: object) -> str:
@@ -78,10 +78,24 @@ def _written(default: object) -> str:
     return json.dumps(default) if default is None or isinstance(default, bool) else str(default)
 
 
-def _meaning(f: dataclasses.Field[object]) -> str:
+def _meaning(key: str, f: dataclasses.Field[object]) -> str:
     choices, bounds = " | ".join(f.metadata["choices"]), f.metadata["bounds"]
     limits = ", ".join(f"{sign} {bounds[bound]}" for bound, sign in BOUND_SIGNS.items() if bound in bounds)
-    return f.metadata["help"] + "".join(f" [{note}]" for note in (choices, limits) if note)
+    return f.metadata["help"] + _readers(key) + "".join(f" [{note}]" for note in (choices, limits) if note)
+
+
+def _readers(key: str) -> str:
+    """Who reads an option, where not all objectives do, and for whom it has another default or meaning."""
+    alike: dict[tuple[str, str], list[str]] = {}
+    for reader, f in configs.readers(key).items():
+        alike.setdefault((_written(configs.default_of(f)), f.metadata["help"]), []).append(reader)
+    (first, who), *others = alike.items()
+    if not others and len(who) == len(configs.READERS):
+        return ""
+    parts = [", ".join(who)]
+    for (default, meaning), readers in others:
+        parts.append(f"{', '.join(readers)}: {default}" + (f", {meaning}" if meaning != first[1] else ""))
+    return f" ({'; '.join(parts)})"
 
 
 def options_help() -> str:

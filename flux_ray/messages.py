@@ -15,6 +15,8 @@ import numpy as np
 from flux_ray.cluster.group import CallFailed
 from flux_ray.records import Prompt, RolloutGroup, ScoredGroup
 
+PROBE_TOKENS = 8  # sampled behind each prompt of a probe: few steps, for the trainer waits for them
+
 
 class GroupAt(NamedTuple):
     """Where a group's arrays are: at a rollout worker, by its uid and attempt."""

@@ -2,6 +2,7 @@
 
 Takes:  the paths of `plugins`, and names of the form path/to/file.py:function or package.module:function.
 Gives:  `load_plugins`, `load_function`: each file is imported once in a process; what it registers is then known there.
+        `hand_over`: a name for a function that has no file.
         `same_function`: whether a registration is the same once more; `refuse_while_importing`.
 Never:  imports anything of the project's own parts: a plugin imports what it registers with.
 """
@@ -18,6 +19,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterable
 from contextvars import ContextVar
+from itertools import count
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -27,6 +29,10 @@ from flux_ray.errors import UserError, unknown
 #: The file that is being imported, if any.
 _importing: ContextVar[Path | None] = ContextVar("importing", default=None)
 _imported: dict[Path, ModuleType] = {}
+
+#: Before the name of a function that was handed over as itself.
+HANDED_OVER = "given:"
+_handed_over: dict[str, Callable[..., Any]] = {}
 
 
 def import_file(path: str, *, option: str) -> ModuleType:
@@ -136,8 +142,28 @@ def same_function(one: Callable[..., Any], other: Callable[..., Any]) -> bool:
     return len({(str(Path(code.co_filename).resolve()), code.co_qualname) for code in codes if code}) == 1
 
 
+def hand_over(function: Callable[..., Any], *, name: str | None = None) -> str:
+    """The name by which this process knows a function that none can import; `name`: what another process called it."""
+    if name is None:
+        own = "".join(filter(lambda c: c.isidentifier(), getattr(function, "__name__", type(function).__name__)))
+        names = (f"{HANDED_OVER}{own or 'reward'}{f'_{number}' if number else ''}" for number in count())
+        name = next(name for name in names if _handed_over.get(name, function) is function)
+    _handed_over[name] = function
+    return name
+
+
+def is_handed_over(name: str) -> bool:
+    """Whether it names a function that this process was given."""
+    return name in _handed_over
+
+
 def load_function(name: str, *, option: str) -> Callable[..., Any]:
     """The function that `path/to/file.py:function` or `package.module:function` names. UserError: what is missing."""
+    if name.startswith(HANDED_OVER):
+        if name not in _handed_over:
+            raise UserError(f"{option}: {name!r} was a function of the Python process that gave it: give it again, as "
+                            "FluxTrainer(config, rewards=[...]) does, or put it at the top of a file")
+        return _handed_over[name]
     place, _, attribute = name.rpartition(":")
     if not place or not attribute:
         raise UserError(f"{option}: {name!r} is not of the form path/to/file.py:function")

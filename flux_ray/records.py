@@ -85,8 +85,37 @@ class SamplingRequest:
     seed: int  # sample i is drawn with seed + i, whatever else runs beside it
     temperature: float
     max_tokens: int
-    first: bool = False  # before all that wait in the engine, where rollouts are asynchronous
+    probes: bool = False  # goes before all that wait, draws from the whole distribution, past the end token
     owner: str = ""  # incarnation of who asks: when that is gone, so is the request
+
+
+@dataclass(frozen=True)
+class ComparedTokens:
+    """What an engine and the trainer gave to the same tokens under the same weights, at the run's temperature.
+
+    Axis N: sampled tokens, by position in their sequence (from 0).
+
+    >>> ComparedTokens(0, np.array([8]), np.array([17]), np.float32([-1.5]), np.float32([-1.25])).gaps_N
+    array([0.25], dtype=float32)
+    """
+
+    engine: int
+    positions_N: np.ndarray  # int64
+    token_ids_N: np.ndarray  # int32
+    engine_logprobs_N: np.ndarray  # float32
+    trainer_logprobs_N: np.ndarray  # float32
+
+    @property
+    def gaps_N(self) -> np.ndarray:
+        return np.abs(self.trainer_logprobs_N - self.engine_logprobs_N)
+
+    @classmethod
+    def joined(cls, several: Sequence[ComparedTokens]) -> ComparedTokens:
+        """Those of one engine as one, in the order of their positions."""
+        order = np.argsort(np.concatenate([one.positions_N for one in several]), kind="stable")
+        names = ("positions_N", "token_ids_N", "engine_logprobs_N", "trainer_logprobs_N")
+        return cls(several[0].engine,
+                   *(np.concatenate([getattr(one, name) for one in several])[order] for name in names))
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Sets up and runs every check: lint, types, house rules, unit tests, then the real parts together.
+# Sets up and runs every check: lint, types, house rules and unit tests and, beside them, the real parts together.
+# launch/test.sh --all: and what only repeats (tests marked `all`): the same proof at another moment or of another size.
 # launch/test.sh [pytest arguments]: with arguments, only pytest with them (e.g. -m unit, tests/batch, -k name).
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
@@ -14,12 +15,26 @@ phase() {
     return $status
 }
 
+real="not unit and not all"
+if [ "${1:-}" = --all ]; then
+    real="not unit"
+    shift
+fi
 if [ $# -gt 0 ]; then
     exec python -m pytest "$@"
 fi
+
 phase lint ruff check flux_ray examples tests benchmarks
+
+# The real parts wait a good deal for processes to start and to end; the other checks compute on one core meanwhile.
+output="$(mktemp)"
+set -m   # a process group of its own, which an interrupt reaches
+phase "real engines, real training, real Ray" python -m pytest -m "$real" --durations=10 > "$output" 2>&1 &
+set +m
+beside=$!
+trap 'kill -INT -- "-$beside" 2> /dev/null && wait "$beside" || true; rm -f "$output"' EXIT
 phase types mypy
 phase house python -m pytest -q tests/house
 phase unit python -m pytest -q -m unit --ignore=tests/house
-echo "== the rest: real engines, real training, real Ray"
-exec python -m pytest -m "not unit"
+tail -n +1 -f --pid="$beside" "$output"
+wait "$beside"

@@ -17,6 +17,7 @@ from flux_ray.api import name_of
 from flux_ray.config import Config
 from flux_ray.errors import UserError
 from flux_ray.outside_loop import outside_loop
+from flux_ray.plugins import load_function
 
 pytestmark = pytest.mark.unit
 
@@ -219,7 +220,6 @@ def test_a_function_of_a_package():
 @pytest.mark.parametrize("call", ["fit('d')", "evaluate('d')"])
 def test_a_script_that_would_train_again(tmp_path, call):
     """Found where it is imported, be the call in a function of the script's; under `if __name__` it is none."""
-    from flux_ray.plugins import load_function
 
     script = REWARD + "from flux_ray import FluxConfig, FluxTrainer\n"
     run = f"    FluxTrainer(FluxConfig(model_path='m'), rewards=[good]).{call}\n"
@@ -272,6 +272,15 @@ def nested():
     def inner(prompts, completions):
         return [0.0]
     return inner
+
+
+def test_a_reward_without_a_file_is_handed_over():
+    first, second = (lambda completions: [0.0]), (lambda completions: [1.0])
+    config = FluxTrainer(FluxConfig(model_path="m"), rewards=[first, second, nested(), first]).config
+    assert config.reward.functions == ["given:lambda", "given:lambda_1", "given:inner", "given:lambda"]
+    assert load_function("given:lambda_1", option="reward.functions") is second
+    with pytest.raises(UserError, match="was a function of the Python process that gave it: give it again"):
+        load_function("given:nobody", option="reward.functions")
 
 
 @pytest.mark.parametrize("function", [lambda prompts, completions: [0.0], nested(), print])

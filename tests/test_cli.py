@@ -63,7 +63,7 @@ def test_groups_and_overrides():
 def test_an_experiment_chooses_its_algorithm_and_has_the_last_word():
     (config,) = composed(*READY, "experiment=addition_sft")
     values = yaml.safe_load((REPO / "conf" / "experiment" / "addition_sft.yaml").read_text())
-    assert config.algo.name == "sft" and config.algo.beta == 0.0
+    assert config.algo.name == "sft" and isinstance(config, configs.SFTConfig)
     assert config.train.learning_rate == values["train"]["learning_rate"]
 
 
@@ -104,7 +104,31 @@ def test_values_with_spaces_and_braces():
 
 def test_cfg_job_prints_the_whole_config(capsys):
     values = printed(capsys, "experiment=gsm8k", "n=4")
-    assert values["rollout"]["group_size"] == 4 and set(values) == set(configs.to_dict(Config()))
+    assert values["rollout"]["group_size"] == 4 and set(values) == set(configs.to_dict(configs.PolicyGradientConfig()))
+
+
+def test_cfg_job_prints_what_an_objective_reads_and_refuses_what_a_run_would(capsys):
+    values = printed(capsys, "algo=dpo", "algo.beta=0.3")
+    assert values["algo"] == {"name": "dpo", "beta": 0.3, "reference_free": False} and "reward" not in values
+    assert cli.main(["train", "algo=sft", "rollout.n=4", "--cfg", "job"]) == 2
+    assert "rollout.group_size=4 is read by grpo and its kin, ppo alone, not by sft" in capsys.readouterr().err
+    assert cli.main(["train", "rollout.group_size=0", "--cfg=job"]) == 2
+    assert "rollout.group_size must be >= 1, got 0" in capsys.readouterr().err
+
+
+def test_an_option_may_be_another_s(capsys):
+    assert printed(capsys, "train.num_ranks=2", "batch.prompts_per_step=${rollout.group_size}")["batch"][
+        "prompts_per_step"] == 4
+
+
+def test_a_run_of_an_older_version_goes_on(elsewhere, capsys):
+    """It saved every option there was."""
+    (elsewhere / "run").mkdir()
+    saved = {"algo": {"name": "sft", "beta": 0.0, "gamma": 1.0}, "rollout": {"max_tokens": 256, "max_model_len": 64}}
+    (elsewhere / "run" / "config.yaml").write_text(yaml.safe_dump(saved))
+    values = printed(capsys, "resume=run", "driver.num_steps=7")
+    assert values["algo"] == {"name": "sft"} and values["rollout"] == {"max_model_len": 64}
+    assert values["driver"] == {"num_steps": 7} and values["resume"] == "run"
 
 
 def test_a_folder_of_the_users_own(elsewhere):
@@ -164,6 +188,8 @@ def test_help_has_every_option_with_its_meaning(capsys):
         assert f" {key}=" in text and " ".join(f.metadata["help"].split()) in text
     assert "experiment: addition, addition_ppo," in text
     assert max(map(len, shown.splitlines())) <= helps.COLUMNS
+    assert " algo.beta=0.01 " in text and "dpo, ipo, cdpo: 0.1, scale of the implicit reward" in text
+    assert " critic.path=null where it starts: a policy or a reward model; none: the policy's own start (ppo)" in text
     assert cli.main([]) == 0 and "flux-ray train" in capsys.readouterr().out
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from flux_ray import config as configs
-from flux_ray.config import Config, from_dict, options, preset, to_dict, validate
+from flux_ray.config import PolicyGradientConfig, from_dict, options, preset, to_dict, validate
 from flux_ray.errors import UserError
 from flux_ray.names import RENAMED, canonical, flatten
 
@@ -23,7 +23,7 @@ def refusal(values: dict) -> str:
 
 
 def test_nothing_given_is_the_defaults():
-    assert from_dict({}) == Config()
+    assert from_dict({}) == PolicyGradientConfig()
 
 
 def test_to_dict_comes_back():
@@ -159,3 +159,61 @@ def test_a_users_own_algorithm_has_no_preset():
 def test_flatten_keeps_open_mappings_whole():
     assert flatten({"reward": {"options": {"regex": {"pattern": "x"}}}}, options=KEYS) == {
         "reward.options": {"regex": {"pattern": "x"}}}
+
+
+@pytest.mark.parametrize("name", configs.READERS)
+def test_each_objective_comes_back_from_its_values(name):
+    config = configs.READERS[name]()
+    assert type(from_dict(to_dict(config))) is type(config) and from_dict(to_dict(config)) == config
+
+
+def test_defaults_are_the_objective_s_own():
+    assert (from_dict({"algo.name": "dpo"}).algo.beta, from_dict({}).algo.beta) == (0.1, 0.01)
+    assert from_dict({"algo.name": "ppo"}).algo.kl_coef == 0.05 and from_dict({"algo.name": "mine"}).algo.kl_coef == 0.0
+    assert from_dict({"algo.name": "sft"}).train.learning_rate == 2e-5
+
+
+@pytest.mark.parametrize(("values", "message"), [
+    ({"algo.name": "sft", "rollout.engine_args.a": 1}, "rollout.engine_args.a=1 is read by grpo and its kin, ppo "
+     "alone, not by sft, which learns from examples and rolls nothing out: leave it out"),
+    ({"algo.name": "dpo", "data.completion_column": "c"}, "data.completion_column=c is read by sft alone, not by dpo: "
+     "leave it out, or choose algo=sft"),
+    ({"algo.name": "reward_model", "reference.path": "r"}, "reference.path=r is read by grpo and its kin, ppo, dpo, "
+     "ipo, cdpo alone, not by reward_model: leave it out"),
+])
+def test_an_option_of_another_objective_is_refused_by_who_reads_it(values, message):
+    assert refusal(values) == message
+
+
+def test_of_an_earlier_run_what_the_objective_does_not_have_was_never_read():
+    """An older version saved every option there was."""
+    before = {"algo": {"name": "dpo", "beta": 0.3, "gamma": 1.0, "entropy_coef": 0.0}, "rollout": {"group_size": 4},
+              "critic": {"path": None}, "train": {"num_ranks": 2}}
+    config = from_dict({"driver.num_steps": 7}, before=before)
+    assert config == from_dict({"algo": {"name": "dpo", "beta": 0.3}, "train.num_ranks": 2, "driver.num_steps": 7})
+    with pytest.raises(UserError, match=r"rollout\.group_size=4 is read by"):
+        from_dict({"rollout.group_size": 4}, before=before)
+    with pytest.raises(UserError, match=r"unknown option 'rollout\.grop_size'"):
+        from_dict({}, before={"rollout": {"grop_size": 4}})
+
+
+def test_what_hydra_was_given_is_known_from_what_was_left_alone():
+    tree = configs.schema()
+    assert configs.given(tree) == {}
+    tree.rollout.engine_args.a, tree.batch.prompts_per_step, tree.model.path = 1, "${rollout.group_size}", None
+    given = configs.given(tree)
+    assert given == {"rollout.engine_args": {"a": 1}, "batch.prompts_per_step": "${rollout.group_size}",
+                     "model.path": None}
+    assert from_dict(given).batch.prompts_per_step == 4
+
+
+def test_an_option_has_one_type_whoever_reads_it():
+    """As Hydra's schema holds one of them."""
+    for key, f in options():
+        assert {other.type for other in configs.readers(key).values()} == {f.type}, key
+
+
+def test_changed_keeps_the_objective():
+    config = from_dict({"algo.name": "ppo"})
+    other = configs.changed(config, {"critic.warmup_steps": 3, "seed": 5})
+    assert (type(other), other.critic.warmup_steps, other.seed, config.seed) == (type(config), 3, 5, 0)

@@ -21,6 +21,7 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+from transformers.utils import logging as hf_logging
 
 SPECIAL = ("<pad>", "<eos>", "<unk>")
 CHARACTERS = "0123456789+-*/=() .,:?!#\nabcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -55,7 +56,7 @@ def tiny_model(
         tie_word_embeddings=tied, pad_token_id=PAD_ID, eos_token_id=EOS_ID, bos_token_id=None,
         initializer_range=0.15,
     )
-    return _written(Qwen3ForCausalLM(config).to(dtype), folder)
+    return write_model(Qwen3ForCausalLM(config).to(dtype), folder)
 
 
 def tiny_gpt2(folder: str | Path, *, context: int = 64) -> Path:
@@ -64,10 +65,12 @@ def tiny_gpt2(folder: str | Path, *, context: int = 64) -> Path:
     config = GPT2Config(vocab_size=64, n_positions=context, n_embd=64, n_layer=2, n_head=2, initializer_range=0.15,
                         resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, pad_token_id=PAD_ID, eos_token_id=EOS_ID,
                         bos_token_id=None)
-    return _written(GPT2LMHeadModel(config), folder)
+    return write_model(GPT2LMHeadModel(config), folder)
 
 
-def _written(model: PreTrainedModel, folder: str | Path) -> Path:
+def write_model(model: PreTrainedModel, folder: str | Path) -> Path:
+    """The model as users have one: with a generation config and a tokenizer beside it."""
+    hf_logging.disable_progress_bar()
     model.generation_config = GenerationConfig(eos_token_id=EOS_ID, pad_token_id=PAD_ID)
     model.save_pretrained(folder)
     tiny_tokenizer(model.config.vocab_size).save_pretrained(folder)

@@ -17,7 +17,7 @@ from torch.nn.functional import pad
 from flux_ray.algo.algorithms import Algorithm
 from flux_ray.algo.estimators import Reduce, find_adv_estimator, on_one_rank
 from flux_ray.algo.kl import kl
-from flux_ray.config import AlgoConfig
+from flux_ray.config import PolicyAlgo
 from flux_ray.errors import UserError
 
 Views = dict[str, Any]  # by the keyword of estimators: (N, L) or (N,) tensors, or None
@@ -31,7 +31,7 @@ def compute_advantages(
     token_level_rewards: torch.Tensor,
     response_mask: torch.Tensor,
     index: torch.Tensor,
-    config: AlgoConfig,
+    config: PolicyAlgo,
     group_size: int,
     old_logprobs: torch.Tensor | None = None,
     reference_logprobs: torch.Tensor | None = None,
@@ -93,7 +93,7 @@ def _padded(view: torch.Tensor, length: int) -> torch.Tensor:
 
 def _estimate(name: str, views: Views, settings: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
     estimator = find_adv_estimator(name)
-    config: AlgoConfig = settings["config"]
+    config: PolicyAlgo = settings["config"]
     if estimator.ours:
         return estimator.function(**views, **settings)
     if not len(views["response_mask"]):  # a rank without groups: users' functions needn't think of it

@@ -12,9 +12,19 @@ from dataclasses import dataclass, replace
 
 from flux_ray import names
 from flux_ray.algo.estimators import ESTIMATORS, find_adv_estimator
-from flux_ray.algo.kinds import REINFORCEMENT, kind_of
 from flux_ray.algo.losses import POLICY_LOSSES, find_policy_loss
-from flux_ray.config import AlgoConfig, Config
+from flux_ray.config import (
+    DEFAULT_ALGORITHM,
+    Config,
+    LossConfig,
+    ObjectiveConfig,
+    PairsAlgoConfig,
+    PolicyAlgo,
+    PolicyConfig,
+    PolicyGradientConfig,
+    PPOAlgoConfig,
+    ReferencedConfig,
+)
 from flux_ray.errors import unknown
 
 
@@ -72,7 +82,7 @@ ALGORITHMS: dict[str, Algorithm] = {
 }
 
 
-def resolve(config: AlgoConfig) -> Algorithm:
+def resolve(config: LossConfig) -> Algorithm:
     """The algorithm of `config.name` with the estimator, loss and aggregation that the config sets instead of its own.
 
     Raises UserError for a name that isn't known, with the nearest that is.
@@ -87,34 +97,51 @@ def resolve(config: AlgoConfig) -> Algorithm:
     )
     find_policy_loss(algorithm.policy_loss)
     may_whiten = "whiten_advantages" in find_adv_estimator(algorithm.estimator).reads
-    return replace(algorithm, leaves_unwhitened=may_whiten and not config.whiten_advantages)
+    told_not_to = isinstance(config, PPOAlgoConfig) and not config.whiten_advantages
+    return replace(algorithm, leaves_unwhitened=may_whiten and told_not_to)
 
 
 def _find(name: str) -> Algorithm:
     if name in ALGORITHMS:
         return ALGORITHMS[name]
     if name in ESTIMATORS or name in POLICY_LOSSES:
-        # What a user registered under one name: grpo with the estimator, the loss, or both, of that name.
-        estimator = name if name in ESTIMATORS else "grpo"
-        return Algorithm(name, "", estimator, name if name in POLICY_LOSSES else "ppo", "sequence_mean")
+        # What a user registered under one name: the default with the estimator, the loss, or both, of that name.
+        default = ALGORITHMS[DEFAULT_ALGORITHM]
+        return replace(default, name=name, source="", estimator=name if name in ESTIMATORS else default.estimator,
+                       policy_loss=name if name in POLICY_LOSSES else default.policy_loss)
     raise unknown("algorithm", name, {*ALGORITHMS, *ESTIMATORS, *POLICY_LOSSES})
 
 
-def needs_critic(config: AlgoConfig) -> bool:
-    """Whether a critic is trained beside the policy, for its values."""
-    return kind_of(config) is REINFORCEMENT and resolve(config).needs_critic
-
-
-def needs_old_logprobs(config: AlgoConfig) -> bool:
+def needs_old_logprobs(config: PolicyAlgo) -> bool:
     """Whether the trainer computes π_old before its first update: for several updates, or a KL in the reward."""
     return config.kl_coef > 0 or (config.old_logprobs == "trainer" and config.epochs * config.mini_batches > 1)
 
 
-def masks_truncated(config: Config) -> bool:
-    """Whether truncated responses leave the loss: not under the soft penalty on length, which needs their gradient."""
+def needs_reference(config: ObjectiveConfig) -> bool:
+    """Whether any term asks for the frozen policy's log-probs."""
+    if isinstance(config, LossConfig):
+        return config.beta > 0 or config.kl_coef > 0
+    return isinstance(config, PairsAlgoConfig) and not config.reference_free
+
+
+def reference_is_base(config: Config) -> bool:
+    """Whether the reference that is asked for is the policy without its adapter: the training ranks have it already."""
+    if not isinstance(config, ReferencedConfig) or not needs_reference(config.algo):
+        return False
+    return config.train.lora.rank > 0 and config.reference.path is None
+
+
+def masks_truncated(config: PolicyConfig) -> bool:
+    """Whether truncated responses leave the loss: not under the soft penalty on length, which needs their gradient.
+
+    Responses that are given are taken as whole.
+    """
+    if not isinstance(config, PolicyGradientConfig):
+        return False
     return config.algo.mask_truncated and not config.reward.overlong_penalty
 
 
-def estimator_config(config: Config) -> AlgoConfig:
+def estimator_config(config: PolicyConfig) -> PolicyAlgo:
     """What estimators are told: rewards that were each normalised alone are not divided by their sum's std as well."""
-    return replace(config.algo, normalize_by_std=False) if config.reward.combine == "each" else config.algo
+    alone = isinstance(config, PolicyGradientConfig) and config.reward.combine == "each"
+    return replace(config.algo, normalize_by_std=False) if alone else config.algo

@@ -1,24 +1,29 @@
 """What is wrong or odd about a configuration, as far as the algorithm is concerned.
 
 Takes:  the whole Config.
-Gives:  `check`: a UserError for the first thing that can't be trained, else a list of warnings.
+Gives:  `check`: a UserError for the first thing that can't be trained, else a list of warnings; `check_groups`, of
+        groups that were rolled out before.
 Knows:  what each estimator and loss needs and reads (their registries say so).
-Never:  checks a value by itself (config.validate does), a file or a model.
+Never:  checks a value by itself (flux_ray.config does), a file or a model.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Collection, Iterator
 
-from flux_ray.algo.algorithms import Algorithm, resolve
-from flux_ray.algo.check_kinds import check_kind, ignored_by_rollouts
-from flux_ray.algo.estimators import ESTIMATOR_KNOBS, GAE_KNOBS, find_adv_estimator
-from flux_ray.algo.kinds import REINFORCEMENT, kind_of
+from flux_ray.algo.algorithms import ALGORITHMS, Algorithm, resolve
+from flux_ray.algo.estimators import find_adv_estimator
 from flux_ray.algo.kl import MAX_ERROR
 from flux_ray.algo.losses import PolicyLoss, find_policy_loss
-from flux_ray.config import AlgoConfig, Config, CriticConfig, preset
+from flux_ray.config import (
+    DEFAULT_ALGORITHM,
+    AlgoConfig,
+    Config,
+    GroupsConfig,
+    PolicyGradientConfig,
+    PPOConfig,
+    preset,
+)
 from flux_ray.errors import UserError
 from flux_ray.names import reward_name
 from flux_ray.records import OVERLONG
@@ -32,21 +37,19 @@ WITHOUT_KL = ("dr_grpo", "dapo", "gspo", "gspo_token", "cispo")
 #: Above it a clip range cannot bind on a ratio that is a mean over a sequence's tokens (2507.18071 has 3e-4 and 4e-4).
 MAX_USUAL_SEQUENCE_CLIP = 0.01
 
-_DEFAULTS = AlgoConfig()
-
 
 def check(config: Config) -> list[str]:
     """Warnings, one line each, about what is legal but odd. Raises UserError, with key and value, for what isn't."""
-    if kind_of(config.algo) is not REINFORCEMENT:
-        return check_kind(config)
+    if not isinstance(config, PolicyGradientConfig):
+        return []
     algorithm = resolve(config.algo)
-    for problem in (*_problems(config, algorithm), *_reward_problems(config),
-                    *_critic_problems(config, algorithm), *_ignored(config.algo, algorithm)):
+    for problem in (*_values_problems(config, algorithm), *_problems(config, algorithm), *_reward_problems(config),
+                    *_ignored(config.algo, algorithm)):
         raise UserError(problem)
     return list(_oddities(config, algorithm))
 
 
-def _problems(config: Config, algorithm: Algorithm) -> Iterator[str]:
+def _problems(config: PolicyGradientConfig, algorithm: Algorithm) -> Iterator[str]:
     algo, rollout = config.algo, config.rollout
     if algorithm.needs_groups and rollout.group_size < 2:
         yield f"rollout.group_size must be >= 2 for {algorithm.name}, got {rollout.group_size}"
@@ -75,7 +78,7 @@ def _problems(config: Config, algorithm: Algorithm) -> Iterator[str]:
                f"got {algo.off_policy_level}")
 
 
-def _reward_problems(config: Config) -> Iterator[str]:
+def _reward_problems(config: PolicyGradientConfig) -> Iterator[str]:
     reward, rollout = config.reward, config.rollout
     if reward.combine == "each" and rollout.group_size < 2:
         yield f"reward.combine=each normalises over a group: rollout.group_size must be >= 2, got {rollout.group_size}"
@@ -90,18 +93,14 @@ def _reward_problems(config: Config) -> Iterator[str]:
 
 def _ignored(algo: AlgoConfig, algorithm: Algorithm) -> Iterator[str]:
     """Settings that were changed and that nothing would read."""
-    yield from ignored_by_rollouts(algo)
     loss, estimator = find_policy_loss(algorithm.policy_loss), find_adv_estimator(algorithm.estimator)
     if loss.ours:
         for key in PolicyLoss.reads:
             if key not in loss.reads and _changed(algo, key):
                 yield f"algo.{key}={getattr(algo, key)} is not read by the loss {algorithm.policy_loss}: leave it out"
-    if estimator.ours:
-        for key in ESTIMATOR_KNOBS:
-            if key not in estimator.reads and _chosen(algo, key):
-                hint = ", or choose algo=ppo" if key in GAE_KNOBS else ""
-                yield (f"algo.{key}={getattr(algo, key)} is not read by the estimator {algorithm.estimator}: leave it "
-                       f"out{hint}")
+    if estimator.ours and "normalize_by_std" not in estimator.reads and _chosen(algo, "normalize_by_std"):
+        yield (f"algo.normalize_by_std={algo.normalize_by_std} is not read by the estimator {algorithm.estimator}: "
+               "leave it out")
     unread = {"kl_estimator": not algo.beta and "algo.beta", "off_policy_level": algo.off_policy == "none"
               and "algo.off_policy", "old_logprobs": loss.ours and not loss.ratio and "a loss with a ratio"}
     for key, missing in unread.items():
@@ -120,20 +119,19 @@ def _ignored(algo: AlgoConfig, algorithm: Algorithm) -> Iterator[str]:
                    f"which is {algo.off_policy}")
 
 
-def _critic_problems(config: Config, algorithm: Algorithm) -> Iterator[str]:
-    critic, defaults = config.critic, CriticConfig()
-    if algorithm.needs_critic:
-        if critic.warmup_steps >= config.driver.num_steps:
-            yield (f"critic.warmup_steps={critic.warmup_steps} must be < driver.num_steps={config.driver.num_steps}: "
-                   "the policy would never learn")
-        return
-    for field in dataclasses.fields(critic):
-        if getattr(critic, field.name) != getattr(defaults, field.name):
-            yield (f"critic.{field.name}={getattr(critic, field.name)} is read by nothing: {algorithm.name} has no "
-                   "critic (algo=ppo has one)")
+def _values_problems(config: PolicyGradientConfig, algorithm: Algorithm) -> Iterator[str]:
+    """An estimator with a critic's values beside an algorithm that has none, or the other way round."""
+    estimator = algorithm.estimator
+    if algorithm.needs_critic and not isinstance(config, PPOConfig):
+        beside = "" if estimator == ALGORITHMS["ppo"].estimator else f" algo.estimator={estimator}"
+        yield (f"the estimator {estimator} of algo.name={algorithm.name} needs a critic's values: choose "
+               f"algo=ppo{beside}")
+    if isinstance(config, PPOConfig) and not algorithm.needs_critic:
+        yield (f"algo.estimator={estimator} doesn't read the values of the critic that algo=ppo trains: choose another "
+               f"algorithm, e.g. algo={DEFAULT_ALGORITHM}")
 
 
-def _oddities(config: Config, algorithm: Algorithm) -> Iterator[str]:
+def _oddities(config: PolicyGradientConfig, algorithm: Algorithm) -> Iterator[str]:
     algo, name = config.algo, algorithm.name
     if algorithm.estimator == "dr_grpo" and algo.normalize_by_std:
         yield f"algo.normalize_by_std=True does nothing: {name} never divides by the standard deviation"
@@ -164,13 +162,21 @@ def _oddities(config: Config, algorithm: Algorithm) -> Iterator[str]:
 
 
 def _changed(algo: AlgoConfig, key: str) -> bool:
-    return getattr(algo, key) != getattr(_DEFAULTS, key)
+    return getattr(algo, key) != getattr(type(algo)(), key)
 
 
 def _chosen(algo: AlgoConfig, key: str) -> bool:
     """Changed, and not by the algorithm's own preset."""
-    return _changed(algo, key) and getattr(algo, key) != _preset(algo.name).get(key)
+    return _changed(algo, key) and getattr(algo, key) != preset(algo.name).get("algo", {}).get(key)
 
 
-def _preset(name: str) -> dict[str, Any]:
-    return preset(name).get("algo", {})
+def check_groups(config: GroupsConfig, *, sizes: Collection[int]) -> None:
+    """UserError for an algorithm that can't learn from given groups of these sizes."""
+    algorithm = resolve(config.algo)
+    estimator, what = find_adv_estimator(algorithm.estimator), "groups with given rewards"
+    if algorithm.needs_groups and min(sizes) < 2:
+        raise UserError(f"{what}: {algorithm.name} compares the responses of a prompt: a group of {min(sizes)} has "
+                        "nothing to compare")
+    if len(sizes) > 1 and (algorithm.estimator == "grpo_vectorized" or not estimator.ours):
+        raise UserError(f"{what}: the estimator {algorithm.estimator} works on groups of one size, the data have "
+                        f"{', '.join(map(str, sorted(sizes)))}")

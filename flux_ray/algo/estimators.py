@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from flux_ray.algo.rows import blocks, by_rows
-from flux_ray.config import AlgoConfig
+from flux_ray.config import AlgoConfig, PPOAlgoConfig
 from flux_ray.errors import UserError, unknown
 from flux_ray.formula import Formula
 from flux_ray.plugins import same_function
@@ -25,7 +25,7 @@ EPS_STD = 1e-6  # in the reward's unit, added to a standard deviation that divid
 Reduce = Callable[[torch.Tensor], torch.Tensor]
 AdvantagesAndReturns = tuple[torch.Tensor, torch.Tensor]
 
-_DEFAULTS = AlgoConfig()
+_DEFAULTS, _PPO_DEFAULTS = AlgoConfig(), PPOAlgoConfig()
 
 
 def on_one_rank(statistics: torch.Tensor) -> torch.Tensor:
@@ -115,7 +115,7 @@ def reinforce_pp_baseline(
 
 def gae(
     token_level_rewards: torch.Tensor, response_mask: torch.Tensor, *, values: torch.Tensor | None,
-    config: AlgoConfig = _DEFAULTS, reduce: Reduce = on_one_rank, **_: Any,
+    config: PPOAlgoConfig = _PPO_DEFAULTS, reduce: Reduce = on_one_rank, **_: Any,
 ) -> AdvantagesAndReturns:
     """A_t = Σ_k (γλ)^k δ_{t+k}, δ_t = r_t + γ·V_{t+1} − V_t, over loss tokens alone (1506.02438, eq. 16); R = A + V.
 
@@ -228,7 +228,6 @@ def _whiten(values_NL: torch.Tensor, mask_NL: torch.Tensor, reduce: Reduce) -> t
 
 #: Options of algo that an estimator reads only where it says so.
 GAE_KNOBS = ("gamma", "gae_lambda", "whiten_advantages")
-ESTIMATOR_KNOBS = (*GAE_KNOBS, "normalize_by_std")
 
 
 @dataclass(frozen=True)
@@ -238,7 +237,7 @@ class Estimator:
     needs_groups: bool        # compares the rows of a group: a group of one teaches nothing
     needs_whole_batch: bool   # its numbers depend on every row of the step
     needs_values: bool = False  # a critic's
-    reads: tuple[str, ...] = ()  # those of ESTIMATOR_KNOBS that it reads
+    reads: tuple[str, ...] = ()  # those of GAE_KNOBS and normalize_by_std that it reads
     ours: bool = True
 
 

@@ -13,20 +13,38 @@ import inspect
 from collections.abc import Callable, Iterator
 
 from flux_ray.algo import preferences, supervised, values
-from flux_ray.algo.algorithms import Algorithm, estimator_config, masks_truncated, needs_old_logprobs, resolve
+from flux_ray.algo.algorithms import (
+    Algorithm,
+    estimator_config,
+    masks_truncated,
+    needs_old_logprobs,
+    needs_reference,
+    reference_is_base,
+    resolve,
+)
 from flux_ray.algo.estimators import find_adv_estimator
-from flux_ray.algo.kinds import PAIRS, REINFORCEMENT, kind_of, needs_reference, reference_is_base
 from flux_ray.algo.kl import KL_ESTIMATORS
 from flux_ray.algo.losses import find_policy_loss
 from flux_ray.algo.objective import CORRECTIONS
 from flux_ray.batch import AGGREGATIONS
-from flux_ray.config import AlgoConfig, Config
+from flux_ray.config import (
+    AlgoConfig,
+    Config,
+    IPOAlgoConfig,
+    LossConfig,
+    PairsConfig,
+    PolicyGradientConfig,
+    PPOConfig,
+    ReferencedConfig,
+    SFTConfig,
+    changed,
+)
 from flux_ray.names import reward_name
 
 
 def explain(config: Config) -> list[tuple[str, str]]:
     """(heading, text) in the order of the computation. UserError for a name that isn't known."""
-    if kind_of(config.algo) is not REINFORCEMENT:
+    if not isinstance(config, PolicyGradientConfig):
         return [*_without_rollouts(config), *_trained(config)]
     algorithm = resolve(config.algo)
     algo = config.algo
@@ -39,7 +57,7 @@ def explain(config: Config) -> list[tuple[str, str]]:
         ("reward R", _reward(config)),
         *([("filter", _filter(config))] if config.filter.reward else []),
         ("advantage A", _advantage(config, algorithm)),
-        *([("critic", _critic(config))] if algorithm.needs_critic else []),
+        *([("critic", _critic(config))] if isinstance(config, PPOConfig) else []),
         ("minimised", "Σ over loss tokens of w·(" + " ".join(["policy term", *_extra_terms(algo)]) + ")"),
         ("policy term", _policy_term(config, algorithm)),
         ("ratio", _ratio(algo, algorithm)),
@@ -56,19 +74,20 @@ def explain(config: Config) -> list[tuple[str, str]]:
 
 def _without_rollouts(config: Config) -> Iterator[tuple[str, str]]:
     """What sft and the objectives on pairs mean."""
-    algo = config.algo
-    yield "algorithm", algo.name
-    if kind_of(algo).data != PAIRS:
+    yield "algorithm", config.algo.name
+    if isinstance(config, SFTConfig):
         yield "minimised", f"Σ over loss tokens of w·({supervised.FORMULA.text})"
         yield "weight w", AGGREGATIONS[supervised.AGGREGATION].formula.text
         yield "masked", "all but the completion and its end token"
         return
-    yield "minimised", f"the mean over pairs of {preferences.FORMULAS[algo.name].at(_values(config)).text}"
-    if algo.name == "reward_model":
-        yield "score s", preferences.FORMULAS[algo.name].where
+    formula = preferences.FORMULAS[config.algo.name]
+    yield "minimised", f"the mean over pairs of {formula.at(_values(config)).text}"
+    if not isinstance(config, PairsConfig):
+        yield "score s", formula.where
         return
+    algo = config.algo
     of_one = "log π" if algo.reference_free else "(log π − log π_ref)"
-    form = "mean" if algo.pair_logprobs == "mean" else "sum"
+    form = "mean" if isinstance(algo, IPOAlgoConfig) and algo.pair_logprobs == "mean" else "sum"
     yield "h", f"{of_one} of the chosen response less that of the rejected, each the {form} over its tokens"
     yield "reward r", f"{algo.beta:g}·{of_one}: what accuracy and margin are measured by"
     yield "masked", "the prompt"
@@ -82,39 +101,38 @@ def _trained(config: Config) -> Iterator[tuple[str, str]]:
                       if lora.rank else "all weights")
     if reference_is_base(config):
         yield "π_ref", "the policy without its adapter, in the training ranks: no reference actor is started"
-    elif needs_reference(config.algo):
+    elif isinstance(config, ReferencedConfig) and needs_reference(config.algo):
         yield "π_ref", f"{config.reference.path or 'the policy as it was loaded'}, in reference actors"
 
 
-def _reward(config: Config) -> str:
+def _reward(config: PolicyGradientConfig) -> str:
     reward = config.reward
-    functions = reward.functions or ["numeric_or_exact"]
-    weights = reward.weights or [1.0] * len(functions)
-    names = [reward_name(reference) for reference in functions]
+    names = [reward_name(reference) for reference in reward.scored_by]
+    weights = reward.weights or [1.0] * len(names)
     form = "{:g}·{}" if reward.combine == "sum" else "{:g}·z({})"
     text = " + ".join(form.format(w, name) for w, name in zip(weights, names, strict=True))
     if reward.combine == "each":
         text += ", z: less its group mean, over its group std"
     if reward.overlong_penalty:
-        cache = reward.overlong_tokens or config.rollout.max_tokens / 5
-        text += (f"; less up to {reward.overlong_penalty:g} for length, rising over the last {cache:g} of "
-                 f"{config.rollout.max_tokens} tokens")
+        longest = config.rollout.max_tokens
+        text += (f"; less up to {reward.overlong_penalty:g} for length, rising over the last "
+                 f"{reward.overlong_span(longest):g} of {longest} tokens")
     return text
 
 
-def _filter(config: Config) -> str:
+def _filter(config: PolicyGradientConfig) -> str:
     return (f"groups with the same {config.filter.reward} reward for all samples are dropped and drawn again, "
             f"{config.filter.max_batches} batches at most for a step")
 
 
-def _advantage(config: Config, algorithm: Algorithm) -> str:
+def _advantage(config: PolicyGradientConfig, algorithm: Algorithm) -> str:
     estimator = find_adv_estimator(algorithm.estimator)
-    told = dataclasses.replace(config, algo=estimator_config(config))
+    told = changed(config, {"algo": estimator_config(config)})
     return (str(estimator.formula.at(_values(told, estimator.function)))
             or f"what the registered estimator {algorithm.estimator} gives")
 
 
-def _critic(config: Config) -> str:
+def _critic(config: PPOConfig) -> str:
     critic = config.critic
     start = critic.path or "the policy's start"
     alone = f"; the first {critic.warmup_steps} steps train it alone" if critic.warmup_steps else ""
@@ -129,7 +147,7 @@ def _extra_terms(algo: AlgoConfig) -> Iterator[str]:
         yield f"− {algo.entropy_coef:g}·H"
 
 
-def _policy_term(config: Config, algorithm: Algorithm) -> str:
+def _policy_term(config: PolicyGradientConfig, algorithm: Algorithm) -> str:
     loss = find_policy_loss(algorithm.policy_loss)
     return (loss.formula.at(_values(config, loss.function)).text
             or f"what the registered loss {algorithm.policy_loss} gives")
@@ -149,7 +167,7 @@ def _ratio(algo: AlgoConfig, algorithm: Algorithm) -> str:
             "clip never binds")
 
 
-def _correction(config: Config) -> str:
+def _correction(config: PolicyGradientConfig) -> str:
     correction = CORRECTIONS.get(config.algo.off_policy)
     if correction is None:
         return "none of the trainer's policy against the sampler's"
@@ -166,7 +184,7 @@ def _kl(algo: AlgoConfig) -> Iterator[str]:
         yield f"in the reward, weight {algo.kl_coef:g}{adapted}: r_t less the weight times k1 = log π_old/π_ref"
 
 
-def _masked(config: Config) -> Iterator[str]:
+def _masked(config: PolicyGradientConfig) -> Iterator[str]:
     yield "tokens that the policy didn't sample (prompt, tools)"
     yield "samples that no reward scored"
     if masks_truncated(config):
@@ -181,4 +199,5 @@ def _values(config: Config, function: Callable[..., object] | None = None) -> di
     if found.get("clip_range_high") is None:
         found["clip_range_high"] = found.get("clip_range")
     arguments = inspect.signature(function).parameters.values() if function else ()
-    return found | {a.name: a.default for a in arguments if a.default is not a.empty} | config.algo.options
+    own = config.algo.options if isinstance(config.algo, LossConfig) else {}
+    return found | {a.name: a.default for a in arguments if a.default is not a.empty} | own

@@ -12,7 +12,7 @@ from collections.abc import Collection
 
 import numpy as np
 
-from flux_ray.config import Config, FilterConfig
+from flux_ray.config import KeptConfig, PolicyGradientConfig
 from flux_ray.errors import UserError, unknown
 from flux_ray.records import ScoredGroup
 
@@ -22,13 +22,13 @@ REWARD_FAILED = "reward_failed"  # a function raised or timed out, and reward.on
 TASK = "task"  # the value of filter.reward for the task reward: all functions but shaping
 
 
-def refusal(scored: ScoredGroup, config: FilterConfig) -> str | None:
+def refusal(scored: ScoredGroup, config: KeptConfig) -> str | None:
     """Why this group is dropped: SAME_REWARD, or UNSCORED where no sample has the reward; None: it is kept.
 
     >>> group = ScoredGroup(uid=1, rewards=np.array([1., .9]), task_rewards=np.array([1., 1.]), parts={},
     ...                     num_tokens=np.array([9, 8]), num_loss_tokens=np.array([3, 2]),
     ...                     truncated=np.array([False, False]), oldest_version=7)
-    >>> refusal(group, FilterConfig(reward="task"))
+    >>> refusal(group, KeptConfig(reward="task"))
     'same_reward'
     """
     if config.reward is None:
@@ -44,7 +44,7 @@ def refusal(scored: ScoredGroup, config: FilterConfig) -> str | None:
     return SAME_REWARD if np.ptp(given) == 0 else None
 
 
-def check_filter(config: Config, functions: Collection[str]) -> None:
+def check_filter(config: PolicyGradientConfig, functions: Collection[str]) -> None:
     """UserError where the filter could keep nothing, or looks at a reward that no function of the run gives."""
     name, group_size = config.filter.reward, config.rollout.group_size
     if name is None:

@@ -18,7 +18,7 @@ from flux_ray.algo.algorithms import Algorithm
 from flux_ray.algo.kl import MAX_LOG_RATIO, kl
 from flux_ray.algo.losses import find_policy_loss, token_ratio
 from flux_ray.algo.metrics import advantage_metrics, over_loss_tokens
-from flux_ray.config import AlgoConfig
+from flux_ray.config import AlgoConfig, PolicyAlgo
 from flux_ray.errors import UserError
 from flux_ray.formula import Formula
 from flux_ray.observability.metrics import Metric, Sum
@@ -26,7 +26,7 @@ from flux_ray.observability.metrics import Metric, Sum
 
 def policy_objective(
     algorithm: Algorithm,
-    config: AlgoConfig,
+    config: PolicyAlgo,
     *,
     log_prob: torch.Tensor,
     old_log_prob: torch.Tensor | None,
@@ -55,7 +55,7 @@ def policy_objective(
         old = sampler_log_prob
 
     loss, measured = _policy_term(algorithm.policy_loss, config, old, log_prob, advantages, mask)
-    if config.off_policy != "none":
+    if isinstance(config, AlgoConfig) and config.off_policy != "none":
         assert sampler_log_prob is not None, "an off-policy correction needs the sampler's log-probs"
         if loss.dim() == 0:
             raise UserError(f"policy loss {algorithm.policy_loss!r} gives a scalar, "
@@ -117,7 +117,7 @@ def _weighted(values: torch.Tensor, mask: torch.Tensor, loss_weights: torch.Tens
 
 
 def _policy_term(
-    name: str, config: AlgoConfig, old_log_prob: torch.Tensor, log_prob: torch.Tensor, advantages: torch.Tensor,
+    name: str, config: PolicyAlgo, old_log_prob: torch.Tensor, log_prob: torch.Tensor, advantages: torch.Tensor,
     mask: torch.Tensor,
 ) -> tuple[torch.Tensor, dict[str, Any]]:
     """The loss per token, or a registered loss's scalar, and what it measured."""

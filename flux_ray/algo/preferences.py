@@ -9,12 +9,13 @@ Never:  sees a token.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from flux_ray.config import AlgoConfig
+from flux_ray.config import IPOAlgoConfig, PairsAlgoConfig
 from flux_ray.formula import Formula
 from flux_ray.observability.metrics import Mean, Metric
 
@@ -50,7 +51,7 @@ def bradley_terry(chosen_B: Tensor, rejected_B: Tensor, margin_B: Tensor) -> Ten
 
 
 #: objective ► its loss per pair, from h and the config
-LOSSES: dict[str, Callable[[Tensor, AlgoConfig], Tensor]] = {
+LOSSES: dict[str, Callable[[Tensor, Any], Tensor]] = {
     "dpo": lambda gap_B, config: dpo(gap_B, beta=config.beta),
     "cdpo": lambda gap_B, config: cdpo(gap_B, beta=config.beta, label_smoothing=config.label_smoothing),
     "ipo": lambda gap_B, config: ipo(gap_B, beta=config.beta),
@@ -71,7 +72,7 @@ FORMULAS = {
 
 
 def preference_objective(
-    config: AlgoConfig, *, logprobs: Tensor, reference_logprobs: Tensor | None, num_tokens: Tensor, num_pairs: int,
+    config: PairsAlgoConfig, *, logprobs: Tensor, reference_logprobs: Tensor | None, num_tokens: Tensor, num_pairs: int,
 ) -> tuple[Tensor, dict[str, Metric]]:
     """The loss of `config.name` on B pairs of a step of `num_pairs`.
 
@@ -79,7 +80,7 @@ def preference_objective(
     are alike. num_tokens: (B, 2) tokens of each response, for algo.pair_logprobs=mean.
     """
     log_ratio_B2 = logprobs if reference_logprobs is None else logprobs - reference_logprobs
-    if config.pair_logprobs == "mean":
+    if isinstance(config, IPOAlgoConfig) and config.pair_logprobs == "mean":
         log_ratio_B2 = log_ratio_B2 / num_tokens
     loss_B = LOSSES[config.name](log_ratio_B2[:, 0] - log_ratio_B2[:, 1], config)
     return loss_B.sum() / num_pairs, _measured(loss_B, config.beta * log_ratio_B2)

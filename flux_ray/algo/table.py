@@ -18,7 +18,7 @@ from flux_ray.algo.kl import KL_ESTIMATORS
 from flux_ray.algo.losses import POLICY_LOSSES
 from flux_ray.algo.objective import CORRECTIONS
 from flux_ray.batch import AGGREGATIONS
-from flux_ray.config import preset
+from flux_ray.config import OFFLINE, PolicyGradientConfig, default_of, objective_of, options_of, preset
 from flux_ray.errors import UserError
 from flux_ray.formula import SYMBOLS, Formula, full_name
 
@@ -36,7 +36,7 @@ def tables() -> str:
     kl = {name: entry.formula for name, entry in KL_ESTIMATORS.items()}
     corrections = {name: entry.formula for name, entry in CORRECTIONS.items()}
     parts = {
-        "Algorithms": _table(("`algo=`", "source", "estimator", "loss", "aggregation", "what its preset sets"),
+        "Algorithms": _table(("`algo=`", "source", "estimator", "loss", "aggregation", "what it sets otherwise"),
                              _algorithms()),
         "Estimators: the advantage A": _formulas("`algo.estimator=`", estimators),
         "Losses: the policy term": _formulas("`algo.policy_loss=`", losses),
@@ -44,7 +44,7 @@ def tables() -> str:
         "The KL to the reference, per loss token": _formulas("`algo.kl_estimator=`", kl),
         "Corrections: what the policy term is multiplied by": _formulas("`algo.off_policy=`", corrections),
         "The critic, per loss token": _formulas("loss of", {"critic": values.FORMULA}),
-        "Pairs and completions": _table(("`algo=`", *COLUMNS, "what its preset sets"), [
+        "Pairs and completions": _table(("`algo=`", *COLUMNS, "what it sets otherwise"), [
             (*row, _preset(name)) for name, row in _rows({**preferences.FORMULAS, "sft": supervised.FORMULA})]),
     }
     return "\n\n".join(f"### {heading}\n\n{table}" for heading, table in parts.items())
@@ -66,8 +66,12 @@ def _algorithms() -> Iterator[Sequence[str]]:
 
 
 def _preset(name: str) -> str:
-    """The options as one would type them."""
-    typed = [f"`{key}={_typed(value)}`" for key, value in _leaves(preset(name)) if key != "algo.name"]
+    """The options as one would type them: of the preset, and the objective's own defaults that are not grpo's."""
+    usual = {key: default_of(f) for key, f in options_of(PolicyGradientConfig)}
+    own = {key: default_of(f) for key, f in options_of(objective_of(name)) if key in usual or name in OFFLINE}
+    numbers = {key: value for key, value in own.items() if key.startswith(("algo.", "train.")) and value is not False}
+    values = {key: value for key, value in numbers.items() if value != usual.get(key)} | dict(_leaves(preset(name)))
+    typed = [f"`{key}={_typed(value)}`" for key, value in values.items() if key != "algo.name"]
     return ", ".join(typed) or "nothing"
 
 

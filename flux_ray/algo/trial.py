@@ -10,12 +10,11 @@ from __future__ import annotations
 import torch
 
 from flux_ray.algo.advantages import compute_advantages
-from flux_ray.algo.algorithms import Algorithm, estimator_config, needs_old_logprobs, resolve
+from flux_ray.algo.algorithms import Algorithm, estimator_config, needs_old_logprobs, needs_reference, resolve
 from flux_ray.algo.estimators import find_adv_estimator
-from flux_ray.algo.kinds import REINFORCEMENT, kind_of, needs_reference
 from flux_ray.algo.losses import find_policy_loss
 from flux_ray.algo.objective import policy_objective
-from flux_ray.config import Config
+from flux_ray.config import Config, PolicyGradientConfig
 from flux_ray.errors import UserError
 
 NUM_GROUPS, LENGTH = 2, 4
@@ -23,7 +22,7 @@ NUM_GROUPS, LENGTH = 2, 4
 
 def try_registered(config: Config) -> None:
     """UserError where a registered function can't do what every step asks of it."""
-    if kind_of(config.algo) is not REINFORCEMENT:
+    if not isinstance(config, PolicyGradientConfig):
         return
     algorithm = resolve(config.algo)
     if find_adv_estimator(algorithm.estimator).ours and find_policy_loss(algorithm.policy_loss).ours:
@@ -40,7 +39,7 @@ def try_registered(config: Config) -> None:
         raise UserError(f"{what} failed on a made batch of {rows}: {type(error).__name__}: {error}") from error
 
 
-def _made(config: Config) -> dict[str, torch.Tensor]:
+def _made(config: PolicyGradientConfig) -> dict[str, torch.Tensor]:
     """Groups of rows of 1 to LENGTH loss tokens, log-probs near -1, rewards that differ."""
     rng = torch.Generator().manual_seed(0)
     num_rows = NUM_GROUPS * config.rollout.group_size
@@ -54,7 +53,7 @@ def _made(config: Config) -> dict[str, torch.Tensor]:
     }
 
 
-def _advantages(config: Config, algorithm: Algorithm) -> torch.Tensor:
+def _advantages(config: PolicyGradientConfig, algorithm: Algorithm) -> torch.Tensor:
     made = _made(config)
     needs_values = find_adv_estimator(algorithm.estimator).needs_values
     advantages, _ = compute_advantages(
@@ -66,7 +65,7 @@ def _advantages(config: Config, algorithm: Algorithm) -> torch.Tensor:
     return advantages
 
 
-def _loss(config: Config, algorithm: Algorithm, advantages: torch.Tensor) -> None:
+def _loss(config: PolicyGradientConfig, algorithm: Algorithm, advantages: torch.Tensor) -> None:
     made = _made(config)
     mask = made["mask"]
     loss, _ = policy_objective(

@@ -20,7 +20,7 @@ import numpy as np
 from flux_ray import run_dir
 from flux_ray.backends.trl_pairs import make_pair_trainer
 from flux_ray.backends.trl_settings import check_trl, opening, trainer_arguments
-from flux_ray.config import Config
+from flux_ray.config import Config, PairsConfig, PolicyGradientConfig
 from flux_ray.data import PairSource, PromptSource
 from flux_ray.errors import UserError
 from flux_ray.model import load_tokenizer, resolve_dtype
@@ -88,8 +88,9 @@ def train(config: Config, *, callbacks: Sequence[Callback] = (), load_model: Loa
 
 def _trainer(config: Config, prepared: Prepared, recorder: Recorder, load_model: LoadModel | None) -> Any:
     if isinstance(prepared.task, Rollouts):
+        assert isinstance(config, PolicyGradientConfig)
         return make_trainer(config, prepared.task.train, recorder=recorder, load_model=load_model)
-    assert isinstance(prepared.task.train, PairSource)
+    assert isinstance(prepared.task.train, PairSource) and isinstance(config, PairsConfig)
     device = _device(config)
     model = str(config.model.path) if load_model is None else load_model(config, device)
     return make_pair_trainer(config, prepared.task.train, recorder=recorder, model=model, device=device)
@@ -102,7 +103,7 @@ def _device(config: Config) -> str:
 
 
 def make_trainer(
-    config: Config, prompts: PromptSource, *, recorder: Recorder, load_model: LoadModel | None = None,
+    config: PolicyGradientConfig, prompts: PromptSource, *, recorder: Recorder, load_model: LoadModel | None = None,
 ) -> Any:
     """TRL's trainer, ready to train."""
     import trl
@@ -154,7 +155,7 @@ def rows(prompts: PromptSource, number: int) -> list[dict[str, Any]]:
 class Calling:
     """Rewards as our workers call them, on an event loop beside TRL's thread."""
 
-    def __init__(self, config: Config, tokenizer: Any) -> None:
+    def __init__(self, config: PolicyGradientConfig, tokenizer: Any) -> None:
         self._config, self._tokenizer = config, tokenizer
         self._end_ids = stop_token_ids(config.model.path, tokenizer)
         self._loop = asyncio.new_event_loop()
@@ -177,12 +178,14 @@ class Calling:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
 
 
-async def _caller(config: Config) -> Caller:
+async def _caller(config: PolicyGradientConfig) -> Caller:
     children = SandboxedRewards(config, Surroundings.here(config))
     return Caller(children, deadline_s=config.reward.deadline_s)
 
 
-def as_trl(function: RewardFunction, config: Config, calling: Calling) -> Callable[..., list[float | None]]:
+def as_trl(
+    function: RewardFunction, config: PolicyGradientConfig, calling: Calling
+) -> Callable[..., list[float | None]]:
     """The function as TRL calls one: under its name and with its options, deadline and answer column."""
 
     def reward(prompts: list[Any], completions: list[Any], **given: Any) -> list[float | None]:
@@ -208,7 +211,7 @@ def _ignored(name: str, value: float) -> None:
     """TRL gives no log_metric."""
 
 
-def _overlong_reward(config: Config) -> Callable[..., list[float | None]]:
+def _overlong_reward(config: PolicyGradientConfig) -> Callable[..., list[float | None]]:
     def reward(completion_ids: list[Any], **_: Any) -> list[float | None]:
         return overlong(np.array([len(ids) for ids in completion_ids]), config).tolist()
 

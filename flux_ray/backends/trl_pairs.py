@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from flux_ray.backends.trl_settings import PAIR_LOSSES, opening, optimizer_arguments
-from flux_ray.config import Config
+from flux_ray.config import PairsConfig
 from flux_ray.data import PairSource
 from flux_ray.model import load_tokenizer
 from flux_ray.run.recorder import Recorder
@@ -25,7 +25,7 @@ METRICS = {
 }
 
 
-def make_pair_trainer(config: Config, pairs: PairSource, *, recorder: Recorder, model: Any, device: str) -> Any:
+def make_pair_trainer(config: PairsConfig, pairs: PairSource, *, recorder: Recorder, model: Any, device: str) -> Any:
     """`model`: a path, or what another library opened."""
     import trl
     from datasets import Dataset
@@ -59,7 +59,7 @@ def rows(pairs: PairSource) -> list[dict[str, list[int]]]:
     ]
 
 
-def pair_arguments(config: Config, *, longest: int, device: str) -> dict[str, Any]:
+def pair_arguments(config: PairsConfig, *, longest: int, device: str) -> dict[str, Any]:
     """Keyword arguments of DPOConfig."""
     update = config.batch.prompts_per_step
     budget = max(config.batch.max_tokens_per_micro_batch // (2 * longest), 1)

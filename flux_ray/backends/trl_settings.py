@@ -9,14 +9,22 @@ Never:  imports trl.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 
 from flux_ray import algo
-from flux_ray.config import Config, preset
+from flux_ray.config import (
+    Config,
+    IPOAlgoConfig,
+    PairsConfig,
+    PolicyGradientConfig,
+    changed,
+    options_of,
+    preset,
+    value_of,
+)
 from flux_ray.errors import UserError, unknown
 from flux_ray.model import resolve_dtype
 from flux_ray.model.varlen import TORCH_VARLEN
@@ -70,15 +78,14 @@ def check_trl(config: Config) -> tuple[Config, list[str]]:
     """The config as TRL runs it, and what differs by its nature. UserError for a setting that it hasn't."""
     for problem in _problems(config):
         raise UserError(f"backend=trl: {problem}")
+    if not isinstance(config, PolicyGradientConfig):
+        return config, []
     warnings = []
     if config.filter.reward is not None:
-        config = dataclasses.replace(config, filter=dataclasses.replace(config.filter, reward=None))
         warnings.append(f"backend=trl has no dynamic sampling: {config.algo.name} keeps groups without an advantage")
-    if config.algo.name in PAIR_LOSSES:
-        return config, warnings
     if config.algo.entropy_coef and algo.resolve(config.algo).aggregation != "token_mean":
         warnings.append("backend=trl takes the entropy bonus as a mean over tokens, whatever weighs the other terms")
-    return config, warnings
+    return changed(config, {"filter.reward": None}), warnings
 
 
 def check_unsloth(config: Config) -> None:
@@ -91,17 +98,20 @@ def _problems(config: Config) -> Iterator[str]:
     name = config.algo.name
     if name not in {**ALGORITHMS, **PAIR_LOSSES}:
         yield str(unknown("algorithm", name, {**ALGORITHMS, **PAIR_LOSSES}))
+    own = dict(options_of(type(config)))
     for key, (value, why) in ONLY.items():
-        given: Any = config
-        for part in key.split("."):
-            given = getattr(given, part)
-        if given != value:
-            yield f"{key}={given} isn't there: {why}"
+        if key in own and value_of(config, key) != value:
+            yield f"{key}={value_of(config, key)} isn't there: {why}"
     if config.model.attention == TORCH_VARLEN:
         yield f"model.attention={TORCH_VARLEN} isn't there: it pads"
-    if name in PAIR_LOSSES:
+    if isinstance(config, PairsConfig):
         yield from _pair_problems(config)
-        return
+    if isinstance(config, PolicyGradientConfig):
+        yield from _policy_problems(config)
+
+
+def _policy_problems(config: PolicyGradientConfig) -> Iterator[str]:
+    name = config.algo.name
     if config.reference.path is not None and (config.algo.beta or config.algo.kl_coef):
         yield f"reference.path={config.reference.path} isn't there: its reference is the policy as it starts"
     for reference in config.reward.functions:
@@ -124,14 +134,14 @@ def _problems(config: Config) -> Iterator[str]:
             yield f"algo.{key}={getattr(config.algo, key)} isn't there for rloo"
 
 
-def _pair_problems(config: Config) -> Iterator[str]:
+def _pair_problems(config: PairsConfig) -> Iterator[str]:
     if config.algo.reference_free:
         yield "algo.reference_free=True isn't there: it has a reference always"
-    if config.algo.name == "ipo" and config.algo.pair_logprobs != "mean":
+    if isinstance(config.algo, IPOAlgoConfig) and config.algo.pair_logprobs != "mean":
         yield f"algo.pair_logprobs={config.algo.pair_logprobs} isn't there: its ipo takes means over tokens"
 
 
-def micro_batch_size(config: Config, *, longest_prompt: int) -> int:
+def micro_batch_size(config: PolicyGradientConfig, *, longest_prompt: int) -> int:
     """Samples of one forward pass: the most that divide an update's and keep to the token budget, at least 1."""
     update = config.batch.prompts_per_step * config.rollout.group_size // config.algo.mini_batches
     tokens = longest_prompt + config.rollout.max_tokens
@@ -139,7 +149,7 @@ def micro_batch_size(config: Config, *, longest_prompt: int) -> int:
     return max(size for size in range(1, most + 1) if update % size == 0)
 
 
-def trainer_arguments(config: Config, *, longest_prompt: int, device: str) -> dict[str, Any]:
+def trainer_arguments(config: PolicyGradientConfig, *, longest_prompt: int, device: str) -> dict[str, Any]:
     """Keyword arguments of GRPOConfig (rloo: RLOOConfig) for a config that `check_trl` gave."""
     algorithm, rollout = config.algo, config.rollout
     size = micro_batch_size(config, longest_prompt=longest_prompt)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from flux_ray.config import Config
+from flux_ray.config import Config, PolicyGradientConfig, PPOConfig, ReferencedConfig
 from flux_ray.errors import UserError
 from flux_ray.names import reward_model_path
 
@@ -52,7 +52,7 @@ class Role:
 @dataclass(frozen=True)
 class Plan:
     device: str  # cpu or cuda
-    weights_backend: str  # gloo, nccl or ipc
+    weights_backend: str | None  # gloo, nccl or ipc; None where there is no engine
     roles: tuple[Role, ...]
 
     def role(self, name: str) -> Role | None:
@@ -89,11 +89,10 @@ class Plan:
 
 
 def make_plan(
-    config: Config, *, cluster_gpus: int, needs_reference: bool, needs_critic: bool = False, trains: bool = True,
-    rollouts: bool = True,
+    config: Config, *, cluster_gpus: int, needs_reference: bool, trains: bool = True,
 ) -> Plan:
-    """The plan for a cluster with that many GPUs, with reference actors where the frozen policy is asked for, a critic
-    as large as the training group, and actors for each reward model that reward.functions names.
+    """The plan for a cluster with that many GPUs, with reference actors where the frozen policy is asked for, ppo's
+    critic as large as the training group, and actors for each reward model that reward.functions names.
 
     Where nothing is trained (an evaluation), engines and reward workers alone; without rollouts (sft, pairs, given
     groups) training ranks and reference, which evaluate as well. What can't be placed anywhere: UserError.
@@ -103,22 +102,13 @@ def make_plan(
         device = "cuda" if cluster_gpus else "cpu"
     if device == "cuda" and not cluster_gpus:
         raise UserError("cluster.device=cuda, but the cluster has no GPU")
-    counts = {}
-    if trains or not rollouts:
-        counts[TRAINER] = config.train.num_ranks
-        if needs_reference:
-            counts[REFERENCE] = config.reference.num_actors
-        if needs_critic:
-            counts[CRITIC] = config.train.num_ranks
-    if rollouts:
-        counts[ENGINE] = config.rollout.num_engines
-        counts[ROLLOUT] = config.rollout.num_workers or math.ceil(config.rollout.num_engines / ENGINES_PER_WORKER)
-        counts[REWARD] = config.reward.num_workers
-        num_models = len(list(filter(reward_model_path, config.reward.functions)))
-        if num_models:
-            counts[REWARD_MODEL] = num_models * config.reward.model_replicas
+    rollouts = isinstance(config, PolicyGradientConfig)
+    counts = _training(config, needs_reference) if trains or not rollouts else {}
+    gpus_each = dict.fromkeys(SHARED_GPU, 1)
+    if isinstance(config, PolicyGradientConfig):
+        counts |= _sampling(config)
+        gpus_each[ENGINE] = config.rollout.tensor_parallel_size
     host = ENGINE if rollouts else TRAINER  # whose placement groups the others live in where GPUs are shared
-    gpus_each = {**dict.fromkeys(SHARED_GPU, 1), ENGINE: config.rollout.tensor_parallel_size}
     wanted = sum(counts.get(name, 0) * gpus for name, gpus in gpus_each.items()) if device == "cuda" else 0
     guests = [name for name in SHARED_GPU if name in counts and name != host]
     shared = device == "cuda" and bool(guests) and (config.cluster.colocate or cluster_gpus == 1 < wanted)
@@ -144,6 +134,25 @@ def make_plan(
     return Plan(device, _weights_backend(config, device, shared), tuple(roles))
 
 
+def _training(config: Config, needs_reference: bool) -> dict[str, int]:
+    """Actors that train, and the frozen policy's."""
+    counts = {TRAINER: config.train.num_ranks}
+    if needs_reference and isinstance(config, ReferencedConfig):
+        counts[REFERENCE] = config.reference.num_actors
+    if isinstance(config, PPOConfig):
+        counts[CRITIC] = config.train.num_ranks
+    return counts
+
+
+def _sampling(config: PolicyGradientConfig) -> dict[str, int]:
+    """Actors that sample and score."""
+    rollout, reward = config.rollout, config.reward
+    counts = {ENGINE: rollout.num_engines, REWARD: reward.num_workers,
+              ROLLOUT: rollout.num_workers or math.ceil(rollout.num_engines / ENGINES_PER_WORKER)}
+    num_models = len(list(filter(reward_model_path, reward.functions)))
+    return counts | ({REWARD_MODEL: num_models * reward.model_replicas} if num_models else {})
+
+
 def _hosts_of_workers(num_workers: int, num_engines: int) -> tuple[int, ...]:
     """Worker i lives beside engine 8i; where there are more workers than that, beside any."""
     return tuple(ENGINES_PER_WORKER * i if ENGINES_PER_WORKER * i < num_engines else i % num_engines
@@ -161,7 +170,7 @@ def _check_shared(config: Config, counts: dict[str, int], host: str) -> None:
     if counts.get(REFERENCE, 0) > counts[host] and host == TRAINER:
         raise UserError(f"where GPUs are shared, reference.num_actors must not exceed train.num_ranks, got "
                         f"{counts[REFERENCE]} reference actors, {counts[TRAINER]} ranks")
-    if host == TRAINER:
+    if not isinstance(config, PolicyGradientConfig):
         return
     if config.rollout.tensor_parallel_size != 1:
         raise UserError(
@@ -176,7 +185,10 @@ def _check_shared(config: Config, counts: dict[str, int], host: str) -> None:
         )
 
 
-def _weights_backend(config: Config, device: str, shared: bool) -> str:
+def _weights_backend(config: Config, device: str, shared: bool) -> str | None:
+    """What the weights travel by; None where there is no engine."""
+    if not isinstance(config, PolicyGradientConfig):
+        return None
     right = "gloo" if device == "cpu" else "ipc" if shared else "nccl"
     chosen = config.weights.backend
     if chosen not in ("auto", right) and not (device == "cuda" and chosen == "gloo"):

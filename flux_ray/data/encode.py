@@ -11,7 +11,7 @@ import string
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from flux_ray.config import Config, DataConfig
+from flux_ray.config import DataConfig, PolicyGradientConfig
 from flux_ray.data.chat import checked_messages, with_system
 from flux_ray.data.forms import as_chat
 from flux_ray.data.rows import BadCell, Row, inside
@@ -79,7 +79,7 @@ def fill_template(template: str, row: Row, prompt: str) -> str:
         raise UserError(f"data.prompt_template {template!r}: {error} (write a brace that is meant twice)") from error
 
 
-def prompt_limit(config: Config, context_length: int) -> tuple[int, str]:
+def prompt_limit(config: PolicyGradientConfig, context_length: int) -> tuple[int, str]:
     """Tokens that the longest prompt may have, and why no more. UserError where the response leaves no room."""
     max_tokens, given = config.rollout.max_tokens, config.data.max_prompt_tokens
     room = context_length - max_tokens

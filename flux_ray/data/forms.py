@@ -14,9 +14,11 @@ import re
 from functools import partial
 from typing import Any
 
-from flux_ray.config import DataConfig
+from flux_ray.config import DataConfig, ExampleDataConfig
 from flux_ray.data.rows import Row, Rows
 
+#: The options that name columns: an objective has some of them.
+COLUMNS = ("prompt_column", "completion_column", "answer_column", "margin_column", "pass_rate_column")
 MESSAGES = "messages"
 CONVERSATIONS = ("conversations", "conversation")  # of messages, in either form
 INSTRUCTION, INPUT, OUTPUT = "instruction", "input", "output"
@@ -31,16 +33,16 @@ ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bard": "a
 
 def shaped(rows: Rows, data: DataConfig) -> Rows:
     """The rows with every column that the config names or that a form of rows gives, made where it is asked for."""
-    for column in (data.prompt_column, data.completion_column, data.answer_column, data.margin_column,
-                   data.pass_rate_column):
-        rows = rows.reaching(column)
+    for name in COLUMNS:
+        rows = rows.reaching(getattr(data, name, ""))
     if MESSAGES not in rows.columns:
         for name in [name for name in CONVERSATIONS if name in rows.columns][:1]:  # the first that is there
             rows = rows.having(**{MESSAGES: partial(_conversation, column=name)})
     if INSTRUCTION in rows.columns and data.prompt_column not in rows.columns:
         rows = rows.having(**{data.prompt_column: _instruction})
-        if OUTPUT in rows.columns and data.completion_column not in rows.columns:
-            rows = rows.having(**{data.completion_column: lambda row: row[OUTPUT]})
+        column = data.completion_column if isinstance(data, ExampleDataConfig) else OUTPUT
+        if OUTPUT in rows.columns and column not in rows.columns:
+            rows = rows.having(**{column: lambda row: row[OUTPUT]})
     return rows
 
 

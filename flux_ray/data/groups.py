@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from flux_ray.algo import filters
-from flux_ray.config import DataConfig
+from flux_ray.config import DataConfig, PolicyGradientConfig
 from flux_ray.data.chat import row_kwargs
 from flux_ray.data.encode import prompt_text
 from flux_ray.data.examples import Example, Limits, as_example, check_examples, encode_examples
@@ -52,7 +52,7 @@ class GroupSource:
     filter.reward left out.
     """
 
-    def __init__(self, loaded: LoadedSet, tokenizer: Any, *, context_length: int) -> None:
+    def __init__(self, loaded: LoadedSet[PolicyGradientConfig], tokenizer: Any, *, context_length: int) -> None:
         rows, config = loaded.rows, loaded.data_set.config
         check_examples(tokenizer, config)
         rows.require(config.data.prompt_column, "data.prompt_column")

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from flux_ray.config import Config, DataConfig
+from flux_ray.config import DataConfig, OnPairs
 from flux_ray.data.chat import checked_messages, row_kwargs
 from flux_ray.data.encode import Text, checked_text, prompt_text
 from flux_ray.data.examples import Example, Limits, as_example, check_examples, encode_examples
@@ -46,8 +46,10 @@ class PairSource:
     longest: tokens of the longest prompt with its response; has_margins: whether a margin column is there.
     """
 
-    def __init__(self, sets: Sequence[LoadedSet], config: Config, tokenizer: Any, *, context_length: int, shuffle: bool
-                 ) -> None:
+    def __init__(
+        self, sets: Sequence[LoadedSet[OnPairs]], config: OnPairs, tokenizer: Any, *, context_length: int,
+        shuffle: bool,
+    ) -> None:
         check_examples(tokenizer, config)
         self.source, self.skipped = ", ".join(one.rows.source for one in sets), Counter[str]()
         self.has_margins = any(one.data_set.config.data.margin_column in one.rows.columns for one in sets)
@@ -63,7 +65,7 @@ class PairSource:
         orders = [EpochOrder(size, seed=config.seed, shuffle=shuffle, name=name) for name, size in self.sizes.items()]
         self._order = MixedOrder(orders, [one.data_set.weight for one in sets], seed=config.seed, shuffle=shuffle)
 
-    def _load(self, loaded: LoadedSet, tokenizer: Any, context_length: int) -> list[PreferencePair]:
+    def _load(self, loaded: LoadedSet[OnPairs], tokenizer: Any, context_length: int) -> list[PreferencePair]:
         """The pairs of one set. UserError where none is left."""
         rows, config = loaded.rows, loaded.data_set.config
         _require_pairs(rows, config)
@@ -102,7 +104,7 @@ class PairSource:
 
     @classmethod
     def from_config(
-        cls, config: Config, tokenizer: Any, *, context_length: int, rows: list[Row] | str | None = None
+        cls, config: OnPairs, tokenizer: Any, *, context_length: int, rows: list[Row] | str | None = None
     ) -> PairSource:
         """The pairs of `data.train`, or `rows` (a path or dicts). UserError says what is wrong, and where."""
         sets = read_sets(config, TRAIN, rows)
@@ -110,7 +112,7 @@ class PairSource:
 
     @classmethod
     def for_eval(
-        cls, config: Config, tokenizer: Any, *, context_length: int, rows: list[Row] | str | None = None
+        cls, config: OnPairs, tokenizer: Any, *, context_length: int, rows: list[Row] | str | None = None
     ) -> PairSource:
         """The pairs of `eval.data`, or `rows`, in the file's order."""
         return cls(read_sets(config, EVAL, rows), config, tokenizer, context_length=context_length, shuffle=False)
@@ -132,7 +134,7 @@ def _counts(skipped: Counter[str]) -> str:
     return ", ".join(f"{count} {cause}" for cause, count in sorted(skipped.items()) if count)
 
 
-def _require_pairs(rows: Rows, config: Config) -> None:
+def _require_pairs(rows: Rows, config: OnPairs) -> None:
     missing = [column for column in (CHOSEN, REJECTED) if column not in rows.columns]
     if missing:
         raise UserError(

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from flux_ray.config import Config
+from flux_ray.config import PolicyGradientConfig
 from flux_ray.data.chat import ASSISTANT, check_template_kwargs, render, require_template, row_kwargs, without_reply
 from flux_ray.data.encode import Text, prompt_limit, prompt_text
 from flux_ray.data.order import EpochOrder, MixedOrder, stable_seed
@@ -37,7 +37,7 @@ class PromptSet:
     get; longest_prompt: in tokens.
     """
 
-    def __init__(self, loaded: LoadedSet, tokenizer: Any, *, context_length: int) -> None:
+    def __init__(self, loaded: LoadedSet[PolicyGradientConfig], tokenizer: Any, *, context_length: int) -> None:
         rows, self.data_set, self.config = loaded.rows, loaded.data_set, loaded.data_set.config
         self._column = column = self.config.data.prompt_column
         self._shared = column not in rows.columns and {CHOSEN, REJECTED} <= set(rows.columns)
@@ -134,8 +134,10 @@ class PromptSource:
     longest_prompt: in tokens.
     """
 
-    def __init__(self, sets: Sequence[LoadedSet], config: Config, tokenizer: Any, *, context_length: int, role: str
-                 ) -> None:
+    def __init__(
+        self, sets: Sequence[LoadedSet[PolicyGradientConfig]], config: PolicyGradientConfig, tokenizer: Any, *,
+        context_length: int, role: str,
+    ) -> None:
         self.sets = [PromptSet(loaded, tokenizer, context_length=context_length) for loaded in sets]
         self.source = ", ".join(one.source for one in self.sets)
         self.columns = frozenset.intersection(*(one.columns for one in self.sets))
@@ -149,14 +151,14 @@ class PromptSource:
 
     @classmethod
     def from_config(
-        cls, config: Config, tokenizer: Any, *, context_length: int, prompts: Prompts | None = None
+        cls, config: PolicyGradientConfig, tokenizer: Any, *, context_length: int, prompts: Prompts | None = None
     ) -> PromptSource:
         """The prompts to train on: `data.train`, or `prompts` in its place. UserError says what is wrong, and where."""
         return cls(read_sets(config, TRAIN, prompts), config, tokenizer, context_length=context_length, role=TRAIN)
 
     @classmethod
     def for_eval(
-        cls, config: Config, tokenizer: Any, *, context_length: int, prompts: Prompts | None = None
+        cls, config: PolicyGradientConfig, tokenizer: Any, *, context_length: int, prompts: Prompts | None = None
     ) -> PromptSource:
         """The prompts to evaluate on: `eval.data`, or `prompts`; in the file's order, with the same seeds each time."""
         return cls(read_sets(config, EVAL, prompts), config, tokenizer, context_length=context_length, role=EVAL)
@@ -175,7 +177,7 @@ class PromptSource:
         return [line for one in self.sets for line in one.warnings()]
 
 
-def _order(sets: Sequence[PromptSet], config: Config) -> MixedOrder:
+def _order(sets: Sequence[PromptSet], config: PolicyGradientConfig) -> MixedOrder:
     orders = [EpochOrder(one.num_rows, seed=config.seed, shuffle=config.data.shuffle, name=one.data_set.name,
                          curriculum=_curriculum(one)) for one in sets]
     weights = [one.data_set.weight for one in sets]

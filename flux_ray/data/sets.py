@@ -14,12 +14,12 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
 from flux_ray import config as configs
-from flux_ray.config import Config, DataConfig
+from flux_ray.config import DataConfig, EvaluatedConfig, PolicyGradientConfig, PromptDataConfig
 from flux_ray.data.files import known_formats
 from flux_ray.data.forms import shaped
 from flux_ray.data.order import stable_seed
@@ -34,29 +34,32 @@ OF_THE_RUN = ("train", "shuffle")  # options of data that no set has for itself
 NAME = re.compile(r"[A-Za-z0-9][\w.-]*")  # it stands in metrics' names
 
 
+C = TypeVar("C", bound=EvaluatedConfig)
+
+
 @dataclass(frozen=True)
-class DataSet:
+class DataSet(Generic[C]):
     """One set: where its rows are, and the run's config with what it has for itself."""
 
     name: str  # "" where there is one alone
     source: Any  # a path, a list of Path objects, or rows in memory
-    config: Config
+    config: C
     weight: float = 1.0  # its share of the prompts, relative to the others'
     rewards: tuple[str, ...] = ()  # the functions that score it; none: all
 
 
 @dataclass(frozen=True)
-class LoadedSet:
-    data_set: DataSet
+class LoadedSet(Generic[C]):
+    data_set: DataSet[C]
     rows: Rows
 
 
-def train_sets(config: Config, source: Any = None) -> list[DataSet]:
+def train_sets(config: C, source: Any = None) -> list[DataSet[C]]:
     """The sets of `data.train`, or `source` in their place. UserError names what is wrong with them."""
     return _sets(source, config.data.train, "data.train", config, {})
 
 
-def eval_sets(config: Config, source: Any = None) -> list[DataSet]:
+def eval_sets(config: C, source: Any = None) -> list[DataSet[C]]:
     """The sets of `eval.data`, of `source`, or (eval.share) those of data.train, for what is held out of them."""
     if source is None and config.eval.data is None and config.eval.share:
         return train_sets(config)
@@ -64,7 +67,7 @@ def eval_sets(config: Config, source: Any = None) -> list[DataSet]:
     return _sets(source, config.eval.data, "eval.data", config, of_eval)
 
 
-def read_sets(config: Config, role: str, source: Any = None, *, column: str | None = None) -> list[LoadedSet]:
+def read_sets(config: C, role: str, source: Any = None, *, column: str | None = None) -> list[LoadedSet[C]]:
     """The sets with their rows. UserError says what is wrong, and where.
 
     column: where a text without columns lies (none: data.prompt_column).
@@ -74,18 +77,21 @@ def read_sets(config: Config, role: str, source: Any = None, *, column: str | No
         data = one.config.data
         rows = load_rows(one.source, split=data.split, max_rows=data.max_rows,
                          column=column or data.prompt_column, on_bad_row=data.on_bad_row)
-        rows = _with_answer(shaped(rows, data), data.answer_column, config.data.answer_column)
+        rows = _with_answer(shaped(rows, data), data, config.data)
         if config.eval.share and config.eval.data is None:
             rows = _part(rows, one.config, held_out=role == EVAL)
         read.append(LoadedSet(one, rows))
     return read
 
 
-def _with_answer(rows: Rows, own: str, of_the_run: str) -> Rows:
+def _with_answer(rows: Rows, data: DataConfig, of_the_run: DataConfig) -> Rows:
     """The rows with the set's own answer column under the name that the run's rewards look for."""
-    if own == of_the_run or own not in rows.columns:
+    if not isinstance(data, PromptDataConfig) or not isinstance(of_the_run, PromptDataConfig):
         return rows
-    return rows.having(**{of_the_run: lambda row: row[own]})
+    own = data.answer_column
+    if own == of_the_run.answer_column or own not in rows.columns:
+        return rows
+    return rows.having(**{of_the_run.answer_column: lambda row: row[own]})
 
 
 def map_paths(given: Any, change: Callable[[str], str | None]) -> Any:
@@ -101,7 +107,7 @@ def map_paths(given: Any, change: Callable[[str], str | None]) -> Any:
     return {name: map_paths(one, change) for name, one in given.items()}
 
 
-def _sets(source: Any, configured: Any, key: str, config: Config, base: dict[str, Any]) -> list[DataSet]:
+def _sets(source: Any, configured: Any, key: str, config: C, base: dict[str, Any]) -> list[DataSet[C]]:
     """The sets of `source`, or (None) of what the config has under `key`. What is no name is rows in memory."""
     given = configured if source is None else source
     if source is not None and not isinstance(source, (str, Mapping)):
@@ -115,7 +121,7 @@ def _sets(source: Any, configured: Any, key: str, config: Config, base: dict[str
     return [_one(str(name), value, f"{key}.{name}", config, base) for name, value in given.items()]
 
 
-def _one(name: str, given: Any, key: str, config: Config, base: dict[str, Any]) -> DataSet:
+def _one(name: str, given: Any, key: str, config: C, base: dict[str, Any]) -> DataSet[C]:
     if name and not NAME.fullmatch(name):
         raise UserError(f"{key}: the name of a set has letters, digits, '_', '-' and '.' alone")
     options = dict(given) if isinstance(given, Mapping) else {PATH: given}
@@ -132,26 +138,27 @@ def _one(name: str, given: Any, key: str, config: Config, base: dict[str, Any]) 
     return DataSet(name, paths, _configured(scored_by, {**base, **options}, key), float(weight), tuple(rewards))
 
 
-def _configured(config: Config, options: dict[str, Any], key: str) -> Config:
+def _configured(config: C, options: dict[str, Any], key: str) -> C:
     """The config with these options of `data`. UserError for one that a set hasn't, or a wrong value."""
-    known = {field.name for field in dataclasses.fields(DataConfig)} - set(OF_THE_RUN)
+    known = {field.name for field in dataclasses.fields(config.data)} - set(OF_THE_RUN)
     for name in options:
         if name not in known:
             raise UserError(f"{key}: {unknown('option', name, {*known, PATH, WEIGHT, REWARDS})}")
-    typed = configs.from_dict({f"data.{name}": value for name, value in options.items()})
-    data = dataclasses.replace(config.data, **{name: getattr(typed.data, name) for name in options})
-    configured = dataclasses.replace(config, data=data)
+    written = {f"data.{name}": value for name, value in options.items()}
+    typed = configs.from_dict({"algo.name": config.algo.name, **written})
+    changes = {f"data.{name}": getattr(typed.data, name) for name in options}
     try:
-        configs.check_values(configured)
+        return configs.check_values(configs.changed(config, changes))
     except UserError as error:
         raise UserError(f"{key}: {error}") from error
-    return configured
 
 
-def _with_rewards(config: Config, rewards: Any, key: str) -> Config:
+def _with_rewards(config: C, rewards: Any, key: str) -> C:
     """The config with the functions of that set alone. UserError for one that isn't among the run's."""
     if not rewards:
         return config
+    if not isinstance(config, PolicyGradientConfig):
+        raise UserError(f"{key}.{REWARDS}: algo.name={config.algo.name} scores nothing: leave it out")
     reward = config.reward
     names = [reward_name(function) for function in reward.functions]
     if not isinstance(rewards, list) or not all(isinstance(name, str) for name in rewards):
@@ -162,11 +169,12 @@ def _with_rewards(config: Config, rewards: Any, key: str) -> Config:
     weights = reward.weights or [1.0] * len(names)
     kept = [i for i, name in enumerate(names) if name in rewards]
     options = {name: value for name, value in reward.options.items() if name in rewards}
-    return dataclasses.replace(config, reward=dataclasses.replace(
-        reward, functions=[reward.functions[i] for i in kept], weights=[weights[i] for i in kept], options=options))
+    return configs.changed(config, {
+        "reward.functions": [reward.functions[i] for i in kept], "reward.weights": [weights[i] for i in kept],
+        "reward.options": options})
 
 
-def _part(rows: Rows, config: Config, *, held_out: bool) -> Rows:
+def _part(rows: Rows, config: EvaluatedConfig, *, held_out: bool) -> Rows:
     """The rows that eval.share holds out, or all others: a pure function of the seed and of their prompts.
 
     Rows of one prompt stay together, or the evaluation would ask what was trained on.

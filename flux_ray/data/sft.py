@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from flux_ray.config import Config, DataConfig
+from flux_ray.config import DataConfig, SFTConfig
 from flux_ray.data.chat import checked_messages, row_kwargs, with_system
 from flux_ray.data.encode import Text, checked_text, prompt_text
 from flux_ray.data.examples import Example, Limits, as_example, check_examples, encode_examples, turns
@@ -41,8 +41,10 @@ class SftSource:
     num_rows: samples; num_skipped: bad rows left out; source: as for PromptSource.
     """
 
-    def __init__(self, sets: Sequence[LoadedSet], config: Config, tokenizer: Any, *, context_length: int, shuffle: bool
-                 ) -> None:
+    def __init__(
+        self, sets: Sequence[LoadedSet[SFTConfig]], config: SFTConfig, tokenizer: Any, *, context_length: int,
+        shuffle: bool,
+    ) -> None:
         check_examples(tokenizer, config)
         read = [_Samples(loaded, tokenizer, context_length=context_length) for loaded in sets]
         self._tokens = Tokens.joined([one.tokens for one in read])
@@ -58,7 +60,7 @@ class SftSource:
 
     @classmethod
     def from_config(
-        cls, config: Config, tokenizer: Any, *, context_length: int, rows: list[Row] | str | None = None
+        cls, config: SFTConfig, tokenizer: Any, *, context_length: int, rows: list[Row] | str | None = None
     ) -> SftSource:
         """The rows of `data.train`, or `rows` (a path or dicts). UserError says what is wrong, and where."""
         sets = read_sets(config, TRAIN, rows, column=TEXT_COLUMN)
@@ -66,7 +68,7 @@ class SftSource:
 
     @classmethod
     def for_eval(
-        cls, config: Config, tokenizer: Any, *, context_length: int, rows: list[Row] | str | None = None
+        cls, config: SFTConfig, tokenizer: Any, *, context_length: int, rows: list[Row] | str | None = None
     ) -> SftSource:
         """The rows of `eval.data`, or `rows`, in the file's order."""
         sets = read_sets(config, EVAL, rows, column=TEXT_COLUMN)
@@ -94,7 +96,7 @@ class SftSource:
 class _Samples:
     """The samples of one set: their tokens, and which of all these are learned."""
 
-    def __init__(self, loaded: LoadedSet, tokenizer: Any, *, context_length: int) -> None:
+    def __init__(self, loaded: LoadedSet[SFTConfig], tokenizer: Any, *, context_length: int) -> None:
         self._rows, self.name, config = loaded.rows, loaded.data_set.name, loaded.data_set.config
         column, self._read = _reader(self._rows, config, tokenizer)
         self._bad = BadRows(self._rows, column, config.data.on_bad_row)
@@ -134,7 +136,7 @@ def _counted(numbers: list[int]) -> Iterable[int]:
         place += 1
 
 
-def _reader(rows: Rows, config: Config, tokenizer: Any) -> tuple[str, Callable[[Row], list[Example]]]:
+def _reader(rows: Rows, config: SFTConfig, tokenizer: Any) -> tuple[str, Callable[[Row], list[Example]]]:
     """The column that errors name, and what makes the examples of a row."""
     data = config.data
     if data.completion_column in rows.columns:

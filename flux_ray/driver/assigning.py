@@ -12,7 +12,7 @@ import asyncio
 from typing import NamedTuple
 
 from flux_ray.clock import now_s
-from flux_ray.config import Config
+from flux_ray.config import PolicyGradientConfig
 from flux_ray.driver.entry import NOBODY, Entry, Key
 from flux_ray.driver.ledger import Ledger
 from flux_ray.driver.workers import Workers
@@ -32,7 +32,7 @@ class Asked(NamedTuple):
 
 
 class Assigning:
-    def __init__(self, config: Config, ledger: Ledger, workers: Workers) -> None:
+    def __init__(self, config: PolicyGradientConfig, ledger: Ledger, workers: Workers) -> None:
         self._ledger, self._workers = ledger, workers
         self._num_parts = config.rollout.split_groups
         # What still waits in an engine when new weights come would find its prefix as the old ones computed it.

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from flux_ray.algo import filters
-from flux_ray.config import Config
+from flux_ray.config import PolicyGradientConfig
 
 CAUSES = (*filters.CAUSES, filters.REWARD_FAILED)
 KEPT = "trained"  # the fate of a group that passes: this step's batch, or a later one's
@@ -22,14 +22,14 @@ SURPLUS = "surplus"  # of one that passed and was over-sampled: the batch was fu
 class DropStats:
     """Counts of one run. `num_tokens` are a group's sampled tokens.
 
-    >>> drops = DropStats(Config(), total=0)
+    >>> drops = DropStats(PolicyGradientConfig(), total=0)
     >>> drops.kept(num_tokens=40); drops.dropped("same_reward", num_tokens=8)
     >>> metrics = drops.step_metrics()
     >>> metrics["filter/acceptance_rate"], metrics["filter/length_issued"], metrics["filter/length_same_reward"]
     (0.5, 6.0, 2.0)
     """
 
-    def __init__(self, config: Config, *, total: int) -> None:
+    def __init__(self, config: PolicyGradientConfig, *, total: int) -> None:
         self.total = total  # over the whole run, resumed ones included
         self._max_batches, self._batch = config.filter.max_batches, config.batch.prompts_per_step
         self._group_size = config.rollout.group_size

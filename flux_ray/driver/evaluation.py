@@ -13,7 +13,7 @@ from typing import Any
 
 from flux_ray.clock import now_s
 from flux_ray.cluster.group import first_failure
-from flux_ray.config import Config
+from flux_ray.config import PolicyGradientConfig
 from flux_ray.data import PromptSource
 from flux_ray.driver.stages import Stages
 from flux_ray.messages import GroupReady
@@ -29,7 +29,7 @@ Evaluated = tuple[dict[str, float], list[dict[str, Any]]]
 
 
 class Evaluation:
-    def __init__(self, config: Config, prompts: PromptSource, stages: Stages) -> None:
+    def __init__(self, config: PolicyGradientConfig, prompts: PromptSource, stages: Stages) -> None:
         self._config, self._prompts, self._stages = config, prompts, stages
         self._temperature = config.rollout.temperature if config.eval.temperature is None else config.eval.temperature
         self._lengths = Lengths(config.rollout.max_tokens)  # of these rows, from one evaluation to the next

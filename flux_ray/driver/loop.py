@@ -11,16 +11,20 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from flux_ray.clock import now_s
 from flux_ray.cluster.group import first_failure
-from flux_ray.config import Config
+from flux_ray.config import PolicyGradientConfig
 from flux_ray.data import PromptSource
+from flux_ray.driver.agreement import Agreement
 from flux_ray.driver.entry import Entry, Taken
 from flux_ray.driver.evaluation import Evaluated, Evaluation
 from flux_ray.driver.measure import batch_metrics
 from flux_ray.driver.ranks import Ranks
 from flux_ray.driver.stages import Stages
 from flux_ray.driver.versions import Versions
+from flux_ray.errors import UserError
 from flux_ray.records import LoopState, Prompt, ScoredGroup
 from flux_ray.rollout.dispatch import Lengths
 
@@ -28,9 +32,9 @@ from flux_ray.rollout.dispatch import Lengths
 class Loop:
     """One run of reinforcement learning, a step at a time."""
 
-    def __init__(self, config: Config, *, stages: Stages, ranks: Ranks, prompts: PromptSource, versions: Versions
-                 ) -> None:
-        self._config, self._prompts, self._versions = config, prompts, versions
+    def __init__(self, config: PolicyGradientConfig, *, stages: Stages, ranks: Ranks, prompts: PromptSource,
+                 versions: Versions, agreement: Agreement) -> None:
+        self._config, self._prompts, self._versions, self._agreement = config, prompts, versions, agreement
         self.stages, self.ranks, self.ledger = stages, ranks, stages.ledger
         self.evaluation: Evaluation | None = None  # none: eval.data names nothing
         #: Tokens of finished groups that the ranks take before a batch is whole; inf: they wait for all of it.
@@ -45,9 +49,18 @@ class Loop:
         return self.stages.step
 
     async def begin(self, tasks: asyncio.TaskGroup) -> None:
-        """Publish even the first weights: what is wrong with the weight channel shows here."""
+        """Publish even the first weights: what is wrong with the weight channel, or with either side's idea of the
+        model, shows here. UserError where engines and trainer disagree, unless the config allows it."""
         self.stages.begin(tasks)
         await self.ranks.publish(self._versions.publish(self.step), self.step)
+        prompts = self._agreement.first_prompts(self._prompts)
+        while (compared := await self.ranks.probe(prompts, self.stages.workers)) is None:
+            await self.stages.workers.all_serve()
+        told = self._agreement.disagreement(compared)
+        if told is not None and not self._config.weights.allow_logprob_gap:
+            raise UserError(told)
+        if told is not None:
+            self.stages.warn("logprob_gap", told)
 
     def go_on(self) -> None:
         """Let prompts in: a group starts in each slot that is free."""
@@ -68,12 +81,29 @@ class Loop:
         publish_s, learned = await first_failure(together)
         metrics = batch_metrics(self._batch, step, self._versions) | report.metrics | learned | begun
         metrics |= {"train/step_s": train_s, "weights/publish_s": publish_s} | self.ledger.drops.step_metrics()
-        metrics |= await self.ranks.probe(self._prompts.prompt(0), self.stages.workers)
+        metrics |= await self._gap_after_publish()
+        told = self._agreement.later(metrics)
+        if told is not None:
+            self.stages.warn("logprob_gap", f"step {step + 1}: {told}")
         self.ledger.trained()
         self.stages.step = report.step
         if report.step == self._config.driver.num_steps:
             self.stages.forget(list(self.ledger.slots))  # no failure of theirs is to keep the result from being saved
         return metrics | {"driver/version": float(self._versions.highest), "driver/step_s": now_s() - start_s}
+
+    async def _gap_after_publish(self) -> dict[str, float]:
+        """weights/logprob_gap_* of a few tokens under the new weights.
+
+        For asynchronous runs, whose batches may hold no sample of the present version. Nothing for synchronous ones,
+        nor where a rollout worker dies meanwhile: the next step's tells.
+        """
+        if not self._config.driver.max_staleness:
+            return {}
+        compared = await self.ranks.probe([self._agreement.later_prompt(self._prompts)], self.stages.workers)
+        if not compared:
+            return {}
+        gaps_N = np.concatenate([one.gaps_N for one in compared])
+        return {"weights/logprob_gap_mean": float(gaps_N.mean()), "weights/logprob_gap_max": float(gaps_N.max())}
 
     async def _begin_step(self) -> dict[str, float]:
         """Backward of all groups of the step but those of the last part, which the ranks hold; what was waited."""

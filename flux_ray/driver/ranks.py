@@ -13,19 +13,20 @@ from collections.abc import Sequence
 from flux_ray.batch import balance
 from flux_ray.clock import now_s
 from flux_ray.cluster.group import Group, all_within, first_failure
-from flux_ray.config import Config
+from flux_ray.config import PolicyGradientConfig
 from flux_ray.driver.entry import Entry
 from flux_ray.driver.workers import Workers
 from flux_ray.messages import GroupAt
 from flux_ray.protocols import CriticRank, TrainingRank
-from flux_ray.records import Prompt, StepReport
+from flux_ray.records import ComparedTokens, Prompt, StepReport
 
 PUBLISH_PHASES = 3  # start, send, finish; gloo's first two are one
 HOLD_DEADLINE_S = 600.0  # for a rank to bring the arrays of its part of a step
 
 
 class Ranks:
-    def __init__(self, config: Config, *, trainer: Group[TrainingRank], critic: Group[CriticRank] | None) -> None:
+    def __init__(self, config: PolicyGradientConfig, *, trainer: Group[TrainingRank], critic: Group[CriticRank] | None
+                 ) -> None:
         self._config, self.trainer, self.critic = config, trainer, critic
 
     async def hold(self, part: Sequence[Entry]) -> list[GroupAt]:
@@ -83,22 +84,23 @@ class Ranks:
                 raise RuntimeError(f"engine {engine} serves version {label} after version {version} was published")
         return now_s() - start_s
 
-    async def probe(self, prompt: Prompt, workers: Workers) -> dict[str, float]:
-        """weights/logprob_gap_* of a few tokens that each engine samples right after a publish.
+    async def probe(self, prompts: Sequence[Prompt], workers: Workers) -> list[ComparedTokens] | None:
+        """What each engine samples after these prompts right after a publish, with its log-probs and the trainer's.
 
-        For asynchronous runs, whose batches may hold no sample of the present version. Nothing for synchronous ones,
-        nor where a rollout worker dies meanwhile: the next step's tells.
+        None where a rollout worker dies meanwhile.
         """
-        if not self._config.driver.max_staleness:
-            return {}
         # It goes first, and yet waits for a place beside what runs.
         deadline_s = self._config.rollout.deadline_s + self._config.weights.deadline_s
         engines = range(self._config.rollout.num_engines)
-        probed = await first_failure([workers.probe(prompt, engine, 2 * deadline_s) for engine in engines])
-        places = [at for at in probed if at is not None]
-        missing = await all_within([rank.call(TrainingRank.hold, places) for rank in self.trainer], HOLD_DEADLINE_S)
-        if len(places) < len(probed) or any(missing):
-            return {}
-        gaps = await all_within([rank.call(TrainingRank.logprob_gap) for rank in self.trainer], deadline_s)
-        mean, largest = gaps[0]
-        return {"weights/logprob_gap_mean": mean, "weights/logprob_gap_max": largest}
+        probed = await first_failure([workers.probe(prompts, engine, 2 * deadline_s) for engine in engines])
+        if any(places is None for places in probed):
+            return None
+        places = [(engine, at) for engine, of_engine in enumerate(probed) for at in of_engine or ()]
+        groups = [at for _, at in places]
+        missing = await all_within([rank.call(TrainingRank.hold, groups) for rank in self.trainer], HOLD_DEADLINE_S)
+        if any(missing):
+            return None
+        asked = [engine for engine, _ in places]
+        compared = await all_within([rank.call(TrainingRank.compare_held, engines=asked) for rank in self.trainer],
+                                    deadline_s)
+        return compared[0]  # all ranks have made all of them

@@ -15,7 +15,7 @@ from flux_ray.clock import now_s
 from flux_ray.cluster.group import Group
 from flux_ray.cluster.plan import ROLLOUT
 from flux_ray.cluster.supervisor import Supervisor
-from flux_ray.config import Config
+from flux_ray.config import PolicyGradientConfig
 from flux_ray.driver.assigning import Assigning
 from flux_ray.driver.entry import NOBODY, Entry, State
 from flux_ray.driver.ledger import Ledger
@@ -27,11 +27,11 @@ from flux_ray.records import Prompt
 
 
 class Stages:
-    def __init__(self, config: Config, ledger: Ledger, *, workers: Group[RolloutWorker], supervisor: Supervisor,
-                 warn: Callable[[str, str], None], step: int = 0) -> None:
+    def __init__(self, config: PolicyGradientConfig, ledger: Ledger, *, workers: Group[RolloutWorker],
+                 supervisor: Supervisor, warn: Callable[[str, str], None], step: int = 0) -> None:
         """`warn` is given what kind of thing it was, and a text. `step`: done."""
         self.log_dir: Path | None = None  # where the actors' own output lies, for who is told of a failure
-        self._config, self.ledger, self._warn, self.step = config, ledger, warn, step
+        self._config, self.ledger, self.warn, self.step = config, ledger, warn, step
         self.workers = Workers(workers, supervisor)
         self._assigning = Assigning(config, ledger, self.workers)
         self.generate = self._assigning.ask
@@ -102,10 +102,10 @@ class Stages:
         row = self._end(entry).where
         self.ledger.drop(entry, news.cause, self.step)
         if entry.uid < 0:
-            self._warn("evaluation", f"evaluation, {row} left out: {news.why}")
+            self.warn("evaluation", f"evaluation, {row} left out: {news.why}")
             self.evaluated.pop(entry.uid).set_result(None)
         elif news.why:
-            self._warn(news.cause, f"{row} dropped: {news.why}")
+            self.warn(news.cause, f"{row} dropped: {news.why}")
         self.changed.set()
         self.on_free_slot()
 

@@ -9,7 +9,7 @@ Never:  waits for a worker that answers nobody: the supervisor is told of it.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from flux_ray.clock import now_s
@@ -67,14 +67,20 @@ class Workers:
         self._orders[index].scored_again.append(key)
         self._send_soon(index)
 
-    async def probe(self, prompt: Prompt, engine: int, deadline_s: float) -> GroupAt | None:
+    async def probe(self, prompts: Sequence[Prompt], engine: int, deadline_s: float) -> list[GroupAt] | None:
         """A few tokens that the engine samples now, by way of one of the workers; None where that is dead, or dies."""
         if not self._serves[engine % len(self)].is_set():
             return None
+        worker = self._workers[engine % len(self)]
         try:
-            return await self._workers[engine % len(self)].call(RolloutWorker.probe, prompt, engine).within(deadline_s)
+            return await worker.call(RolloutWorker.probe, prompts, engine).within(deadline_s)
         except ActorDied:
             return None
+
+    async def all_serve(self) -> None:
+        """Waits until all that were lost are replaced. The supervisor ends the run where one can't be."""
+        for serves in self._serves:
+            await serves.wait()
 
     async def text(self, index: int, key: Key) -> str | None:
         """Of the group's first response, for people; None where it is lost."""

@@ -6,9 +6,13 @@ from flux_ray.model.load import (
     load_policy,
     load_score,
     load_tokenizer,
+    longest_context,
+    policy_traits,
     resolve_dtype,
+    score_traits,
     skeleton,
     slow_dtype,
+    turns,
 )
 from flux_ray.model.lora import Adapter, adapt, check_targets
 from flux_ray.model.packed import PackedModel
@@ -18,6 +22,6 @@ from flux_ray.model.score import ScoreModel, last_token, padding_token
 
 __all__ = [
     "Adapter", "PackedModel", "PolicyModel", "ScoreModel", "adapt", "atomic_folder", "check_score_model",
-    "check_targets", "context_length", "last_token", "load_policy", "load_score", "load_tokenizer", "padding_token",
-    "resolve_dtype", "save_model", "skeleton", "slow_dtype",
+    "check_targets", "context_length", "last_token", "load_policy", "load_score", "load_tokenizer", "longest_context",
+    "padding_token", "policy_traits", "resolve_dtype", "save_model", "score_traits", "skeleton", "slow_dtype", "turns",
 ]

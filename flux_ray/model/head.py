@@ -24,10 +24,23 @@ from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
+class HeadForm:
+    """A model's logits as a function of z = lm_head(hidden): scale · z, or cap · tanh(scale · z / cap)."""
+
+    scale: float = 1.0
+    cap: float | None = None
+
+
+@dataclass(frozen=True)
 class Chunking:
-    """How a head's pass is done: logits are multiplied by `scale` (1/temperature and the model's own factor)."""
+    """How a head's pass is done.
+
+    z = scale · lm_head(h), with 1/temperature and the model's own factor in it; with a cap, cap · tanh(z / cap), with
+    1/temperature in the cap too.
+    """
 
     scale: float
+    cap: float | None
     chunk_tokens: int
     with_entropy: bool
 
@@ -37,10 +50,18 @@ def _product(rows_CH: Tensor, weight_VH: Tensor, bias_V: Tensor | None) -> Tenso
     return nn.functional.linear(rows_CH, weight_VH, bias_V)
 
 
-def measure(logits_CV: Tensor, targets_C: Tensor, scale: float, with_entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """(log-probs, logsumexp, entropy) of a chunk, (C,) fp32 each. Takes the logits for itself."""
+def _scaled(logits_CV: Tensor, scale: float, cap: float | None) -> Tensor:
+    """z in fp32, in the logits' own memory where they are fp32."""
     logits_CV = logits_CV.float()
     logits_CV = logits_CV.mul_(scale) if scale != 1.0 else logits_CV
+    return logits_CV if cap is None else logits_CV.div_(cap).tanh_().mul_(cap)
+
+
+def measure(
+    logits_CV: Tensor, targets_C: Tensor, scale: float, with_entropy: bool, cap: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(log-probs, logsumexp, entropy) of a chunk, (C,) fp32 each. Takes the logits for itself."""
+    logits_CV = _scaled(logits_CV, scale, cap)
     normalizer_C = torch.logsumexp(logits_CV, dim=-1)
     logprobs_C = logits_CV.gather(1, targets_C[:, None])[:, 0] - normalizer_C
     if not with_entropy:
@@ -51,15 +72,15 @@ def measure(logits_CV: Tensor, targets_C: Tensor, scale: float, with_entropy: bo
 
 def differentiate(
     logits_CV: Tensor, targets_C: Tensor, measured: tuple[Tensor, Tensor], grads: tuple[Tensor, Tensor | None],
-    scale: float,
+    scale: float, cap: float | None = None,
 ) -> Tensor:
     """Gradient by the product of a chunk (C, V), in its type. Takes the logits for itself.
 
     measured: logsumexp and entropy; grads: by log-probs and by entropy, None where that is only measured; (C,) each.
     """
     (normalizer_C, entropy_C), (grad_logprobs_C, grad_entropy_C) = measured, grads
-    dtype, logits_CV = logits_CV.dtype, logits_CV.float()
-    logits_CV = logits_CV.mul_(scale) if scale != 1.0 else logits_CV
+    dtype, logits_CV = logits_CV.dtype, _scaled(logits_CV, scale, cap)
+    slope_CV = None if cap is None else 1 - (logits_CV / cap).square_()  # of z by what the cap is put on
     grad_CV = logits_CV.sub_(normalizer_C[:, None])
     probs_CV = grad_CV.exp()
     if grad_entropy_C is not None:
@@ -69,16 +90,22 @@ def differentiate(
     grad_CV.sub_(probs_CV.mul_(grad_logprobs_C[:, None]))
     del probs_CV
     grad_CV.scatter_add_(1, targets_C[:, None], grad_logprobs_C[:, None])
+    grad_CV = grad_CV if slope_CV is None else grad_CV.mul_(slope_CV)
     return grad_CV.mul_(scale).to(dtype)
 
 
+def _fused_scaled(logits: Tensor, scale: float, cap: float | None) -> Tensor:
+    logits = logits.float() * scale
+    return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
 def fused_measure(
-    logits_CV: Tensor, targets_C: Tensor, scale: float, with_entropy: bool,
+    logits_CV: Tensor, targets_C: Tensor, scale: float, with_entropy: bool, cap: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `measure`, without a block of its own for a compiler to write."""
-    scaled_CV = logits_CV.float() * scale
+    scaled_CV = _fused_scaled(logits_CV, scale, cap)
     normalizer_C = torch.logsumexp(scaled_CV, dim=-1)
-    target_C = logits_CV.gather(1, targets_C[:, None])[:, 0].float() * scale
+    target_C = _fused_scaled(logits_CV.gather(1, targets_C[:, None])[:, 0], scale, cap)
     if not with_entropy:
         return target_C - normalizer_C, normalizer_C, torch.zeros_like(normalizer_C)
     centred_CV = scaled_CV - normalizer_C[:, None]
@@ -87,16 +114,19 @@ def fused_measure(
 
 def fused_differentiate(
     logits_CV: Tensor, targets_C: Tensor, measured: tuple[Tensor, Tensor], grads: tuple[Tensor, Tensor | None],
-    scale: float,
+    scale: float, cap: float | None = None,
 ) -> Tensor:
     """As `differentiate`: a compiler reads each logit once and writes its gradient once."""
     (normalizer_C, entropy_C), (grad_logprobs_C, grad_entropy_C) = measured, grads
-    centred_CV = logits_CV.float() * scale - normalizer_C[:, None]
+    scaled_CV = _fused_scaled(logits_CV, scale, cap)
+    centred_CV = scaled_CV - normalizer_C[:, None]
     probs_CV = centred_CV.exp()
     is_target_CV = torch.arange(logits_CV.shape[1], device=logits_CV.device) == targets_C[:, None]
     grad_CV = (is_target_CV.float() - probs_CV) * grad_logprobs_C[:, None]
     if grad_entropy_C is not None:
         grad_CV = grad_CV - probs_CV * (centred_CV + entropy_C[:, None]) * grad_entropy_C[:, None]
+    if cap is not None:
+        grad_CV = grad_CV * (1 - (scaled_CV / cap).square())
     return (grad_CV * scale).to(logits_CV.dtype)
 
 
@@ -134,7 +164,8 @@ class _ChunkedLogprobs(torch.autograd.Function):
             chunk = slice(start, start + how.chunk_tokens)
             measured, _ = _passes(rows_N[chunk])
             result_2N[0, chunk], normalizer_N[chunk], result_2N[1, chunk] = measured(
-                _product(hidden_RH[rows_N[chunk]], weight_VH, bias_V), targets_N[chunk], how.scale, how.with_entropy)
+                _product(hidden_RH[rows_N[chunk]], weight_VH, bias_V), targets_N[chunk], how.scale, how.with_entropy,
+                how.cap)
         ctx.save_for_backward(hidden_RH, weight_VH, bias_V, rows_N, targets_N, normalizer_N, result_2N[1].clone())
         ctx.how = how
         return result_2N
@@ -154,7 +185,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
             _, differentiated = _passes(rows_CH)
             grad_CV = differentiated(
                 _product(rows_CH, weight_VH, bias_V), targets_N[chunk], (normalizer_N[chunk], entropy_N[chunk]),
-                (grad_logprobs_N[chunk], grad_entropy_N[chunk] if through_entropy else None), how.scale)
+                (grad_logprobs_N[chunk], grad_entropy_N[chunk] if through_entropy else None), how.scale, how.cap)
             # A row is the predecessor of one target only, so a plain write would do; index_add needs no such promise.
             grad_hidden_RH.index_add_(0, rows_N[chunk], grad_CV @ weight_VH)
             if grad_weight_VH is not None:
@@ -168,7 +199,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
 class LogprobHead(nn.Linear):
     """A model's own lm_head (same parameters, same names) whose forward gives log-probs of given tokens."""
 
-    logit_scale: float = 1.0
+    form: HeadForm = HeadForm()
     chunk_tokens: int = 1024
 
     def forward(  # type: ignore[override]
@@ -178,14 +209,15 @@ class LogprobHead(nn.Linear):
 
         One tensor, so that ZeRO-3 sees one output of this module whether or not the loss uses the entropy.
         """
-        how = Chunking(self.logit_scale / temperature, self.chunk_tokens, with_entropy)
+        cap = None if self.form.cap is None else self.form.cap / temperature
+        how = Chunking(self.form.scale / temperature, cap, self.chunk_tokens, with_entropy)
         return _ChunkedLogprobs.apply(hidden_RH, self.weight, self.bias, rows_N, targets_N, how)
 
 
-def put_in_place(head: nn.Linear, *, logit_scale: float, chunk_tokens: int) -> LogprobHead:
+def put_in_place(head: nn.Linear, *, chunk_tokens: int, form: HeadForm = HeadForm()) -> LogprobHead:
     """Turn this very module into a LogprobHead: parameters, ties and names stay as they are."""
     head.__class__ = LogprobHead
     assert isinstance(head, LogprobHead)
-    head.logit_scale = logit_scale
+    head.form = form
     head.chunk_tokens = chunk_tokens
     return head

@@ -2,23 +2,25 @@
 
 Takes:  a local folder or a hub name, a type, a layout.
 Gives:  PolicyModel or ScoreModel in that type with dropout off; its tokenizer.
-Knows:  what must be true of a model before its log-probs can be trusted: every weight loaded, names as in the
-        checkpoint, logits that are a scaled lm_head(hidden); the last is tried on a few tokens, not assumed.
+Knows:  what must be true of a model before its log-probs can be trusted: every weight loaded, an attention that heeds
+        all that the model asks of it, a head whose form is known.
 Never:  runs code that came with a model, or asks the network for what looks like a local path.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from torch import nn
-from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import logging as hf_logging
 
 from flux_ray.errors import UserError, unknown
@@ -27,9 +29,9 @@ from flux_ray.model.attention import CAUSAL_BLOCKS
 from flux_ray.model.packed import LAYOUTS
 from flux_ray.model.policy import PolicyModel
 from flux_ray.model.score import HEAD, ScoreModel
+from flux_ray.model.traits import EAGER, Traits, traits_of
 
-NUM_PROBE_TOKENS = 8  # enough that a factor or a cap on the logits shows, too few to cost anything
-LOGIT_FACTORS = ("logit_scale", "logits_scaling", "lm_head_multiplier")  # as configs call them; some divide by theirs
+NUM_TRIAL_TOKENS = 8  # enough that a token which sees too much shows, too few to cost anything
 #: Attention that keeps the sequences of one row apart by their borders: torch's, or that of a package of its own.
 VARLEN_KERNELS = (varlen.TORCH_VARLEN, "flash_attention_2", "flash_attention_3")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -78,17 +80,17 @@ def load_policy(
 ) -> PolicyModel:
     """Load a causal language model. UserError (one line) for a path, a model or a setting that can't be used."""
     resolve_layout(layout, attention, dtype)  # what can't be is refused before the model is opened
+    traits = policy_traits(path, attention)
     config = _open("model", path, transformers.AutoConfig.from_pretrained)
     _turn_off_dropout(config)
     hf, info = _open("model", path, transformers.AutoModelForCausalLM.from_pretrained, config=config, dtype=dtype,
-                     attn_implementation="sdpa", output_loading_info=True)
+                     attn_implementation=EAGER, output_loading_info=True)
     if info["missing_keys"]:
         raise UserError(f"model {str(path)!r} lacks weights: {', '.join(sorted(info['missing_keys'])[:3])}")
-    _refuse_renamed_weights(hf, path)
-    scale = _logit_scale(hf, path)
-    layout, attention = _layout_for(hf, layout, attention, dtype)
-    _ready_to_train(hf, attention, gradient_checkpointing)
-    policy = PolicyModel(hf, layout=layout, chunk_tokens=chunk_tokens, logit_scale=scale)
+    layout, attention = _layout_for(hf, traits, layout, attention)
+    _ready_to_train(hf, traits, attention, gradient_checkpointing)
+    policy = PolicyModel(hf, layout=layout, chunk_tokens=chunk_tokens, head=traits.head)
+    policy.checkpoint_names = traits.names
     policy.original_config = _open("model", path, transformers.AutoConfig.from_pretrained)
     policy.original_config.dtype = dtype
     return policy
@@ -107,20 +109,21 @@ def load_score(
     scores = not new_head or has_score_head(path)
     if scores:
         check_score_model(path)
+    traits = score_traits(path, attention)
     config = _open("model", path, transformers.AutoConfig.from_pretrained, num_labels=1)
     _turn_off_dropout(config)
     hf, info = _open("model", path, transformers.AutoModelForSequenceClassification.from_pretrained, config=config,
-                     dtype=dtype, attn_implementation="sdpa", output_loading_info=True)
+                     dtype=dtype, attn_implementation=EAGER, output_loading_info=True)
     missing = {name for name in info["missing_keys"] if scores or not name.startswith(f"{HEAD}.")}
     if missing:
         raise UserError(f"model {str(path)!r} lacks weights: {', '.join(sorted(missing)[:3])}")
-    _refuse_renamed_weights(hf, path)
-    _check_score_head(hf, path)
-    layout, attention = _layout_for(hf, layout, attention, dtype)
+    _check_causal(hf, path)
+    layout, attention = _layout_for(hf, traits, layout, attention)
     if not scores:
         getattr(hf, HEAD).weight.data.zero_()
-    _ready_to_train(hf, attention, gradient_checkpointing)
+    _ready_to_train(hf, traits, attention, gradient_checkpointing)
     model = ScoreModel(hf, layout=layout, has_new_head=not scores)
+    model.checkpoint_names = traits.names
     original = _open("model", path, transformers.AutoConfig.from_pretrained, num_labels=1)
     original.architectures, original.dtype = [type(hf).__name__], dtype
     model.original_config = original
@@ -143,9 +146,10 @@ def check_score_model(path: str | Path) -> None:
         raise UserError(f"model {str(path)!r} has {config.num_labels} labels: a score is one number")
 
 
-def _ready_to_train(hf: Any, attention: str, gradient_checkpointing: bool) -> None:
+def _ready_to_train(hf: Any, traits: Traits, attention: str, gradient_checkpointing: bool) -> None:
     try:
-        hf.set_attn_implementation(attention)  # not before: flash attention can't run the probe on a CPU
+        if not traits.own_attention:
+            hf.set_attn_implementation(attention)
     except (ValueError, ImportError, KeyError) as error:
         raise UserError(f"model.attention={attention} can't be used here: {str(error).splitlines()[0]}") from error
     if not torch.cuda.is_available():
@@ -156,11 +160,53 @@ def _ready_to_train(hf: Any, attention: str, gradient_checkpointing: bool) -> No
         hf.enable_input_require_grads()
 
 
-def skeleton(path: str | Path) -> nn.Module:
+def skeleton(path: str | Path, auto_class: Any = transformers.AutoModelForCausalLM, **config: Any) -> Any:
     """The modules of the causal language model at `path`, made from its config alone: no weight takes memory."""
-    config = _open("model", path, transformers.AutoConfig.from_pretrained)
+    opened = _open("model", path, transformers.AutoConfig.from_pretrained, **config)
+    opened.dtype = None  # some layers refuse to run in another type than a checkpoint's, even without numbers
     with torch.device("meta"):
-        return transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        return _open("model", path, lambda _, **more: auto_class.from_config(
+            opened, dtype=torch.bfloat16, attn_implementation=EAGER, **more))
+
+
+def policy_traits(path: str | Path, attention: str = "auto") -> Traits:
+    """What the causal language model at `path` computes. UserError where we, or this attention, can't do as it does."""
+    with _quiet():
+        return _heeded(traits_of(skeleton(path), f"model {str(path)!r}"), path, attention)
+
+
+def score_traits(path: str | Path, attention: str = "auto") -> Traits:
+    """As `policy_traits`, of the model at `path` with a head that scores."""
+    with _quiet():
+        model = skeleton(path, transformers.AutoModelForSequenceClassification, num_labels=1)
+        head: Any = getattr(model, HEAD, None)
+        if type(head) is not nn.Linear or head.bias is not None:
+            raise UserError(f"model {str(path)!r} ({model.config.model_type}): its scores don't come from one linear "
+                            f"layer {HEAD!r} without a bias over the hidden states: such models are not supported")
+        return _heeded(traits_of(model, f"model {str(path)!r}"), path, attention)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """While it lasts transformers logs errors alone: what a skeleton can't do, or not fast, says nothing of a run."""
+    before = hf_logging.get_verbosity()
+    hf_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(before)
+
+
+def _heeded(traits: Traits, path: str | Path, attention: str) -> Traits:
+    """The same. UserError where `attention` was chosen and isn't the model's to have."""
+    unheeded = traits.unheeded(attention)
+    if attention != "auto" and traits.own_attention:
+        raise UserError(f"model.attention={attention}: model {str(path)!r} lets nobody choose its attention: leave "
+                        "model.attention at auto")
+    if attention != "auto" and unheeded:
+        raise UserError(f"model.attention={attention}: model {str(path)!r} has {' and '.join(unheeded)}, which this "
+                        f"attention passes over: leave model.attention at auto, or set it to {EAGER}")
+    return traits
 
 
 def load_tokenizer(path: str | Path) -> Any:
@@ -179,7 +225,7 @@ def _open(what: str, path: str | Path, opener: Any, **options: Any) -> Any:
     if _looks_local(str(path)) and not folder.is_dir():
         raise UserError(f"{what} {str(path)!r}: no such folder")
     if folder.is_dir() and what == "model" and not (folder / "config.json").is_file():
-        raise UserError(f"{what} {str(path)!r}: the folder has no config.json")
+        raise UserError(f"{what} {str(path)!r}: {_adapter(folder) or 'the folder has no config.json'}")
     hf_logging.disable_progress_bar()
     try:
         return opener(name, trust_remote_code=False, **options)
@@ -189,6 +235,17 @@ def _open(what: str, path: str | Path, opener: Any, **options: Any) -> Any:
         raise UserError(f"{what} {str(path)!r}{where}: {reason}") from error
 
 
+def _adapter(folder: Path) -> str | None:
+    """What to do with a folder that holds an adapter (LoRA) and no model; None for any other."""
+    file = folder / "adapter_config.json"
+    if not file.is_file():
+        return None
+    base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    return (f"the folder holds an adapter of {base!r}, not a model: merge the two first, "
+            f"AutoPeftModelForCausalLM.from_pretrained({str(folder)!r}).merge_and_unload().save_pretrained(FOLDER) "
+            "with peft, copy the tokenizer's files there, and name that FOLDER")
+
+
 def _turn_off_dropout(config: Any) -> None:
     for part in {id(c): c for c in (config, config.get_text_config())}.values():
         for name, value in part.to_dict().items():
@@ -196,62 +253,27 @@ def _turn_off_dropout(config: Any) -> None:
                 setattr(part, name, 0.0)
 
 
-def _refuse_renamed_weights(hf: Any, path: str | Path) -> None:
-    """A model whose checkpoint names differ from its parameters' would be sent to engines under wrong names."""
-    state = {name: tensor.to("meta") for name, tensor in hf.state_dict().items()}
-    renamed = set(revert_weight_conversion(hf, dict(state))) ^ set(state)
-    if renamed:
-        raise UserError(f"model {str(path)!r} ({hf.config.model_type}) keeps its weights under other names than it "
-                        f"trains them ({sorted(renamed)[0]} …): such models are not supported yet")
-
-
-def _logit_scale(hf: Any, path: str | Path) -> float:
-    """c where the model's logits are c * lm_head(hidden); UserError for any other shape of head."""
-    config, head = hf.config.get_text_config(), hf.get_output_embeddings()
-    cap = getattr(config, "final_logit_softcapping", None)
-    if cap:
-        raise UserError(f"model {str(path)!r}: final_logit_softcapping={cap} is not supported")
-    if type(head) is not nn.Linear:
-        raise UserError(f"model {str(path)!r}: its head is {type(head).__name__}, which is not supported")
-    ids = torch.arange(NUM_PROBE_TOKENS)[None] % config.vocab_size
-    was_training = hf.training
-    hf.eval()
-    with torch.no_grad():
-        plain = head(hf.base_model(input_ids=ids, use_cache=False)[0]).float()
-        logits = hf(input_ids=ids, use_cache=False).logits.float()
-    hf.train(was_training)
-    known = {name: float(getattr(config, name, None) or 1.0) for name in LOGIT_FACTORS}
-    tolerance = 1e-5 if plain.dtype == head.weight.dtype else 1e-2  # relative to the largest logit, fp32 and bf16
-    for scale in (1.0, *known.values(), *(1 / value for value in known.values())):
-        if (plain * scale - logits).abs().max() <= tolerance * logits.abs().max():
-            return scale
-    raise UserError(f"model {str(path)!r} ({hf.config.model_type}): its logits are not a scaled lm_head(hidden), "
-                    f"such a head is not supported (config: {known})")
-
-
-def _check_score_head(hf: Any, path: str | Path) -> None:
-    """UserError unless the scores are head(hidden) of a model in which no token sees those after it."""
-    head: Any = getattr(hf, HEAD, None)
-    if type(head) is not nn.Linear or head.bias is not None:
-        raise UserError(f"model {str(path)!r} ({hf.config.model_type}): its scores don't come from one linear layer "
-                        f"{HEAD!r} over the hidden states: such models are not supported")
-    ids = torch.arange(NUM_PROBE_TOKENS)[None] % hf.config.get_text_config().vocab_size
-    half = NUM_PROBE_TOKENS // 2
+def _check_causal(hf: Any, path: str | Path) -> None:
+    """UserError for a model in which a token sees those after it."""
+    ids = torch.arange(NUM_TRIAL_TOKENS)[None] % hf.config.get_text_config().vocab_size
+    half = NUM_TRIAL_TOKENS // 2
     hf.eval()
     with torch.no_grad():
         whole, part = (hf.base_model(input_ids=i, use_cache=False)[0].float() for i in (ids, ids[:, :half]))
-    tolerance = 1e-4 if head.weight.dtype == torch.float32 else 3e-2  # relative to the largest hidden number
+    tolerance = 1e-4 if hf.dtype == torch.float32 else 3e-2  # relative to the largest hidden number
     if (whole[:, :half] - part).abs().max() > tolerance * part.abs().max():
         raise UserError(f"model {str(path)!r} ({hf.config.model_type}): its tokens see those after them: only causal "
                         "models are supported")
 
 
-def _layout_for(hf: Any, layout: str, attention: str, dtype: torch.dtype) -> tuple[str, str]:
-    """As resolve_layout; where sequences in one row would see one another, or the model asks for what the kernels can't
-    do, auto is padded, and a choice a UserError.
+def _layout_for(hf: Any, traits: Traits, layout: str, attention: str) -> tuple[str, str]:
+    """As resolve_layout, with an attention that heeds all that the model asks; where sequences in one row would see one
+    another, or the model asks for what the kernels can't do, auto is padded, and a choice a UserError.
     """
-    resolved = resolve_layout(layout, attention, dtype)
-    unable = None if resolved[0] == "padded" else _why_not_in_one_row(hf, resolved[1])
+    resolved = resolve_layout(layout, attention, hf.dtype)
+    if resolved[0] != "varlen":
+        resolved = resolved[0], EAGER if traits.unheeded(resolved[1]) else resolved[1]
+    unable = None if resolved[0] == "padded" else _why_not_in_one_row(hf, traits, resolved[1])
     if unable is None:
         return resolved
     if layout != "auto" or attention == varlen.TORCH_VARLEN:
@@ -259,20 +281,22 @@ def _layout_for(hf: Any, layout: str, attention: str, dtype: torch.dtype) -> tup
         raise UserError(f"{chosen}: {hf.config.model_type} has {unable}: leave model.layout and model.attention at "
                         "auto")
     warnings.warn(f"{hf.config.model_type} has {unable}: its micro-batches are padded rows", stacklevel=2)
-    return resolve_layout("padded", attention, dtype)
+    return _layout_for(hf, traits, "padded", attention)
 
 
-def _why_not_in_one_row(hf: Any, attention: str) -> str | None:
+def _why_not_in_one_row(hf: Any, traits: Traits, attention: str) -> str | None:
     """What the model has that keeps its sequences from being in one row; None where they stay apart there.
 
     Tried on a few tokens: a hybrid model's convolutions and recurrences carry their state over the border, whatever
     attention does; others give attention more than torch's kernels take. Twice the same sequence must give the same
     hidden states: the first has nothing before it.
     """
-    config = hf.config.get_text_config()
+    config, unheeded = hf.config.get_text_config(), traits.unheeded(attention)
+    if unheeded:
+        return " and ".join(unheeded)
     if attention == varlen.TORCH_VARLEN and getattr(config, varlen.CHUNKED, None):
         return "attention in chunks"
-    num_tokens = NUM_PROBE_TOKENS // 2
+    num_tokens = NUM_TRIAL_TOKENS // 2
     positions = torch.arange(num_tokens).repeat(2)[None]
     was_training, before = hf.training, hf.config._attn_implementation
     hf.eval()
@@ -296,10 +320,41 @@ def _why_not_in_one_row(hf: Any, attention: str) -> str | None:
     return "layers that carry their state from one sequence of a row into the next"
 
 
+#: How configs call the length of their context; the first that is there counts.
+LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "max_sequence_length", "seq_len")
+#: A kind of rotary positions whose config names the length before it is multiplied by its factor.
+STRETCHED = "linear"
+#: Kinds that beyond a length turn all positions of a text otherwise: by the longest text of the batch in transformers,
+#: by the longest that may ever come in vLLM. They agree up to that length alone. ► where configs name it.
+BY_LENGTH = {"longrope": "original_max_position_embeddings", "dynamic": "max_position_embeddings"}
+
+
 def context_length(path: str | Path) -> int:
     """The model's context in tokens, from its config alone. UserError (one line) where there is no model."""
+    length = longest_context(path)
+    if length is None:
+        raise UserError(f"model {str(path)!r}: its config names no length of its context ({LENGTHS[0]}): set "
+                        "rollout.max_model_len")
+    return length
+
+
+def longest_context(path: str | Path) -> int | None:
+    """As `context_length`; None where the config names none."""
     config = _open("model", path, transformers.AutoConfig.from_pretrained).get_text_config()
-    length = getattr(config, "max_position_embeddings", None)
-    if not length:
-        raise UserError(f"model {str(path)!r}: its config names no max_position_embeddings: set rollout.max_model_len")
-    return int(length)
+    rope = getattr(config, "rope_parameters", None) or {}
+    kind, length = rope.get("rope_type"), next(filter(None, (getattr(config, name, None) for name in LENGTHS)), None)
+    if length is None:
+        return None
+    if kind in BY_LENGTH:
+        return int(rope.get(BY_LENGTH[kind]) or getattr(config, BY_LENGTH[kind], length))
+    return int(length * (rope.get("factor") or 1 if kind == STRETCHED else 1))
+
+
+def turns(path: str | Path) -> list[int]:
+    """Positions from which on the model at `path` computes otherwise than before: its windows, its rotary stretches."""
+    config = _open("model", path, transformers.AutoConfig.from_pretrained).get_text_config()
+    rope = getattr(config, "rope_parameters", None) or {}
+    several = [rope, *(one for one in rope.values() if isinstance(one, dict))]
+    found = [getattr(config, name, None) for name in ("sliding_window", varlen.CHUNKED)]
+    found += [one.get("original_max_position_embeddings") for one in several]
+    return sorted({int(turn) for turn in found if turn})

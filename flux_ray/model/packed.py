@@ -28,6 +28,7 @@ class PackedModel(nn.Module):
         self.hf = hf
         self.layout = layout
         self.original_config: Any = hf.config  # what is saved beside the weights
+        self.checkpoint_names: dict[str, str] = {}  # of a parameter ► in the checkpoint, where they differ
         self.adapter: Adapter | None = None  # with train.lora, what `adapt` gave
 
     def hidden_states(self, micro_batch: Any) -> tuple[Tensor, Tensor]:

@@ -11,16 +11,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from flux_ray.model.head import LogprobHead, put_in_place
+from flux_ray.model.head import HeadForm, LogprobHead, put_in_place
 from flux_ray.model.packed import PackedModel
 
 
 class PolicyModel(PackedModel):
     """A transformers causal language model whose head gives log-probs."""
 
-    def __init__(self, hf: nn.Module, *, layout: str, chunk_tokens: int, logit_scale: float = 1.0) -> None:
+    def __init__(self, hf: nn.Module, *, layout: str, chunk_tokens: int, head: HeadForm | None = None) -> None:
         super().__init__(hf, layout=layout)
-        put_in_place(hf.get_output_embeddings(), logit_scale=logit_scale, chunk_tokens=chunk_tokens)
+        put_in_place(hf.get_output_embeddings(), form=head or HeadForm(), chunk_tokens=chunk_tokens)
 
     @property
     def head(self) -> LogprobHead:

@@ -16,13 +16,11 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from flux_ray.model.traits import WORDS
+
 TORCH_VARLEN = "torch_varlen"
 LEAST_CAPABILITY = (8, 0)  # Ampere
 MOST_HEAD_DIM, HEAD_DIM_STEP = 256, 8
-#: What a model asks of attention beyond what the kernels have: argument ► in words.
-UNABLE = {"softcap": "a cap on its attention's scores", "s_aux": "attention sinks",
-          "position_bias": "a bias on its attention's scores", "indices": "sparse attention",
-          "block_indices": "sparse attention"}
 CHUNKED = "attention_chunk_size"  # of a model's config: transformers says it in the mask alone, which is none here
 
 
@@ -52,7 +50,7 @@ def torch_varlen(
     """
     from torch.nn.attention.varlen import varlen_attn
 
-    asked = [words for name, words in UNABLE.items() if more.get(name) is not None]
+    asked = [words for name, words in WORDS.items() if more.get(name) is not None]
     asked += ["dropout"] * bool(more.get("dropout"))
     asked += ["a mask of its own"] * (attention_mask is not None)
     asked += ["attention to later tokens"] * (more.get("is_causal") is False)

@@ -188,7 +188,5 @@ def explain(error: BaseException, *, options: Collection[str]) -> UserError | No
     if isinstance(cause, (ConfigKeyError, AttributeError)):
         return unknown_option(key, options=options)
     first_line = (cause.msg or str(cause)).splitlines()[0]
-    if "deletion" in first_line:
-        first_line = "an option can't be taken away, only given another value (~ is for groups and open mappings)"
     got = "" if cause.value is None or str(cause.value) in first_line else f" (got {cause.value!r})"
     return UserError(f"{key}: {first_line}{got}")

@@ -14,9 +14,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
-from flux_ray.config import Config, to_dict
+from flux_ray.config import Config, to_yaml
 from flux_ray.errors import UserError
 from flux_ray.run_dir import CONFIG, run_of
 
@@ -54,7 +52,7 @@ class RunFolder:
                 f"run_dir={self.path} holds a run already: choose another folder, or go on with resume={self.path}"
             )
         self.logs.mkdir(parents=True, exist_ok=True)
-        (self.path / CONFIG).write_text(OmegaConf.to_yaml(OmegaConf.create(to_dict(config))), encoding="utf-8")
+        (self.path / CONFIG).write_text(to_yaml(config), encoding="utf-8")
         for name in (METRICS, SAMPLES, EVAL):
             file = self.path / name
             if resume_step is not None and file.exists():

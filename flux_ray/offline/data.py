@@ -8,19 +8,16 @@ Never:  starts anything; rolls out.
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from flux_ray import algo
-from flux_ray.algo.check_kinds import check_offline
-from flux_ray.config import Config
+from flux_ray.algo.check import check_groups
+from flux_ray.config import Config, GroupsConfig, OnPairs, PolicyGradientConfig, SFTConfig, as_groups
 from flux_ray.data import GroupSource, PairSource, SftSource
 from flux_ray.data.sets import LoadedSet
 from flux_ray.errors import UserError
 
 Source = SftSource | PairSource | GroupSource
-SOURCES: dict[str, type[SftSource] | type[PairSource]] = {algo.EXAMPLES: SftSource, algo.PAIRS: PairSource}
 
 
 @dataclass(frozen=True)
@@ -34,24 +31,38 @@ class OfflineData:
 
 def read(config: Config, tokenizer: Any, *, context_length: int) -> OfflineData:
     """The data of an objective on completions or pairs. UserError for what they can't be."""
-    source = SOURCES[algo.kind_of(config.algo).data]
-    train = source.from_config(config, tokenizer, context_length=context_length)
-    evaluates = config.eval.data or config.eval.share
-    evaluation = source.for_eval(config, tokenizer, context_length=context_length) if evaluates else None
+    if isinstance(config, SFTConfig):
+        return _examples(config, tokenizer, context_length)
+    assert isinstance(config, OnPairs), config.algo.name
+    return _pairs(config, tokenizer, context_length)
+
+
+def _evaluates(config: SFTConfig | OnPairs) -> bool:
+    return bool(config.eval.data or config.eval.share)
+
+
+def _examples(config: SFTConfig, tokenizer: Any, context_length: int) -> OfflineData:
+    train = SftSource.from_config(config, tokenizer, context_length=context_length)
+    evaluation = SftSource.for_eval(config, tokenizer, context_length=context_length) if _evaluates(config) else None
+    return OfflineData(train, evaluation, (*train.warnings(), *(evaluation.warnings() if evaluation else [])))
+
+
+def _pairs(config: OnPairs, tokenizer: Any, context_length: int) -> OfflineData:
+    train = PairSource.from_config(config, tokenizer, context_length=context_length)
+    evaluation = PairSource.for_eval(config, tokenizer, context_length=context_length) if _evaluates(config) else None
     warnings = [*train.warnings(), *(evaluation.warnings() if evaluation else [])]
-    if isinstance(train, PairSource) and train.has_margins and algo.kind_of(config.algo).model != algo.SCORE:
+    if train.has_margins and not config.is_score:
         warnings.append(f"{train.source}: column {config.data.margin_column!r} is read by algo=reward_model alone")
     return OfflineData(train, evaluation, tuple(warnings))
 
 
 def read_groups(
-    sets: list[LoadedSet], config: Config, tokenizer: Any, *, context_length: int,
-) -> tuple[Config, OfflineData]:
-    """Groups with their rewards, and the Config with what they settle. UserError for what can't be learned from."""
+    sets: list[LoadedSet], config: PolicyGradientConfig, tokenizer: Any, *, context_length: int,
+) -> tuple[GroupsConfig, OfflineData]:
+    """Groups with their rewards, and the config of learning from them. UserError for what can't be learned from."""
     if len(sets) > 1:
         raise UserError(f"data.train: groups with given rewards are of one set, but it names {len(sets)}")
     source = GroupSource(sets[0], tokenizer, context_length=context_length)
-    warnings = [*check_offline(config, sizes=source.sizes), *source.warnings()]
-    rollout = dataclasses.replace(config.rollout, group_size=max(source.sizes))
-    reward = dataclasses.replace(config.reward, overlong_penalty=0.0)
-    return dataclasses.replace(config, rollout=rollout, reward=reward), OfflineData(source, None, tuple(warnings))
+    groups, warnings = as_groups(config, sizes=source.sizes)
+    check_groups(groups, sizes=source.sizes)
+    return groups, OfflineData(source, None, (*warnings, *source.warnings()))

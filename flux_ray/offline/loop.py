@@ -13,8 +13,8 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Any, Protocol
 
-from flux_ray import algo, run_dir
-from flux_ray.config import Config
+from flux_ray import run_dir
+from flux_ray.config import Config, PairsConfig
 from flux_ray.data import GroupSource, PairSource, SftSource
 from flux_ray.observability.reward_metrics import length_metrics, reward_metrics
 from flux_ray.observability.run_folder import RunFolder
@@ -124,7 +124,7 @@ def make_learner(config: Config, *, data: OfflineData, stages: OfflineStages, fo
     if isinstance(train, PairSource):
         assert evaluation is None or isinstance(evaluation, PairSource)
         reference = None
-        if algo.needs_reference(config.algo):
+        if isinstance(config, PairsConfig) and not config.algo.reference_free:
             earlier = run_dir.run_of(config.resume) if config.resume else None
             path = str(config.reference.path or config.model.path)
             reference = KeptReference(folder, path=path, ask=stages.pair_reference, earlier=earlier)

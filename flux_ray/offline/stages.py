@@ -16,7 +16,7 @@ import numpy as np
 
 from flux_ray.batch import balance
 from flux_ray.cluster.group import Group, Router, all_within, first_failure
-from flux_ray.config import Config
+from flux_ray.config import Config, ReferenceConfig, ReferencedConfig
 from flux_ray.data import OfflineGroup
 from flux_ray.protocols import LogprobSums, ReferenceScorer, TrainingRank
 from flux_ray.records import PreferencePair, Sample, StepReport
@@ -32,6 +32,7 @@ class OfflineStages:
     def __init__(self, config: Config, *, trainer: Group[TrainingRank], reference: Group[ReferenceScorer] | None
                  ) -> None:
         self._config, self.trainer, self._reference = config, trainer, reference
+        self._settings = config.reference if isinstance(config, ReferencedConfig) else ReferenceConfig()
         self._router: Router[ReferenceScorer] = Router()
         # A deadline counts from when a chunk is sent: it is sent once an actor is about to be free for it.
         self._turns = asyncio.Semaphore(CHUNKS_AT_ONCE * (len(reference) if reference is not None else 1))
@@ -75,7 +76,7 @@ class OfflineStages:
             parts = await self._each(TrainingRank.pair_reference,
                                      [{"pairs": [pairs[i] for i in share]} for share in shares])
         else:
-            shares = _chunks([pair.num_tokens for pair in pairs], self._config.reference.max_tokens_per_forward)
+            shares = _chunks([pair.num_tokens for pair in pairs], self._settings.max_tokens_per_forward)
             parts = await first_failure([
                 self._ask(ReferenceScorer.pair_logprobs, [pairs[i] for i in share],
                           sum(pairs[i].num_tokens for i in share)) for share in shares])
@@ -89,7 +90,7 @@ class OfflineStages:
         async with self._turns:
             actor = self._router.choose(list(self._reference), num_tokens)
             try:
-                return await actor.call(method, items).within(self._config.reference.deadline_s)
+                return await actor.call(method, items).within(self._settings.deadline_s)
             finally:
                 self._router.done(actor, num_tokens)
 
@@ -98,7 +99,7 @@ class OfflineStages:
         sizes = [int(group.scored.num_tokens.sum()) for group in groups]
         reference: list[list[np.ndarray]] | None = None
         if self._reference is not None:
-            chunks = _chunks(sizes, self._config.reference.max_tokens_per_forward)
+            chunks = _chunks(sizes, self._settings.max_tokens_per_forward)
             given = await first_failure([
                 self._ask(ReferenceScorer.group_logprobs, [groups[i].group for i in chunk],
                           sum(sizes[i] for i in chunk)) for chunk in chunks])

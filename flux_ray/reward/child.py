@@ -16,7 +16,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from flux_ray.plugins import load_plugins
+from flux_ray.cluster.functions import unpack
+from flux_ray.plugins import hand_over, load_plugins
 from flux_ray.reward.registry import Function, function_of, signature_of
 from flux_ray.reward.values import RewardError, checked
 from flux_ray.sandbox.child import Ask, Handler
@@ -24,13 +25,17 @@ from flux_ray.sandbox.child import Ask, Handler
 Told = dict[str, Any]
 
 
-def make(*, references: list[str], plugins: list[str], folder: str | None, env: dict[str, str]) -> Handler:
+def make(
+    *, references: list[str], plugins: list[str], folder: str | None, env: dict[str, str], functions: dict[str, bytes]
+) -> Handler:
     """The handler of a call, or, for None, of how all functions are called."""
     os.environ.update(env)
     if folder is not None and Path(folder).is_dir():
         os.chdir(folder)
         sys.path.append(folder)  # as `python -m` has it
     load_plugins(plugins)
+    for name, packed in functions.items():
+        hand_over(unpack(packed), name=name)
     function = functools.cache(function_of)  # a child imports what it calls
 
     def handle(payload: dict[str, Any] | None, ask: Ask) -> Told | Coroutine[Any, Any, Told]:
@@ -48,7 +53,8 @@ def _signature(call: Function, reference: str) -> Told:
 
 
 def _call(call: Function, payload: dict[str, Any]) -> Told | Coroutine[Any, Any, Told]:
-    size, logged = payload["size"], {}
+    size: int = payload["size"]
+    logged: dict[str, float] = {}
     given = {name: [value] * size for name, value in payload["same"].items()} | payload["each"]
     named = {
         "trainer_state": SimpleNamespace(**payload["state"]),

@@ -15,9 +15,16 @@ import numpy as np
 import torch
 
 from flux_ray.batch import Serving, pack
-from flux_ray.config import Config
+from flux_ray.config import PolicyGradientConfig
 from flux_ray.errors import UserError
-from flux_ray.model import check_score_model, context_length, last_token, load_score, load_tokenizer
+from flux_ray.model import (
+    check_score_model,
+    context_length,
+    last_token,
+    load_score,
+    load_tokenizer,
+    score_traits,
+)
 from flux_ray.model.scoring import per_sample
 from flux_ray.names import reward_model_path, reward_name
 from flux_ray.records import FINISH_STOP, Responses, Sample
@@ -89,7 +96,7 @@ def have_same_tokens(one: Any, other: Any) -> bool:
     return one.get_vocab() == other.get_vocab() and one.eos_token_id == other.eos_token_id
 
 
-def check_reward_models(config: Config, tokenizer: Any, *, longest_prompt: int) -> list[str]:
+def check_reward_models(config: PolicyGradientConfig, tokenizer: Any, *, longest_prompt: int) -> list[str]:
     """A warning for each reward model whose tokenizer isn't the policy's.
 
     UserError for what is no sequence classification model with one label, or has too short a context.
@@ -101,6 +108,7 @@ def check_reward_models(config: Config, tokenizer: Any, *, longest_prompt: int) 
             continue
         try:
             check_score_model(path)
+            score_traits(path, config.model.attention)
             context, its = context_length(path), load_tokenizer(path)
         except UserError as error:
             raise UserError(f"reward.functions, {reference}: {error}") from error

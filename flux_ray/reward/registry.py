@@ -15,15 +15,14 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-from flux_ray.config import Config
+from flux_ray.config import PolicyGradientConfig
 from flux_ray.errors import UserError, unknown
 from flux_ray.names import reward_model_path, reward_name
-from flux_ray.plugins import load_function, same_function
+from flux_ray.plugins import is_handed_over, load_function, same_function
 from flux_ray.reward.rules import IN_MAIN_THREAD, RULES, SHAPING
 
 ANSWER_COLUMNS = ("answer", "solution", "label")  # beside data.answer_column: what people call it
 INNER_ANSWERS = ("ground_truth", "answer", "solution", "target", "value", "label")  # of a cell that is an object
-DEFAULT_REWARD = "numeric_or_exact"
 #: What every function is given beside the data's columns, as TRL's GRPOTrainer gives it.
 GIVEN = frozenset({"prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric"})
 
@@ -100,12 +99,14 @@ def list_rewards() -> list[str]:
     return sorted({*RULES, *_registered})
 
 
-def load_functions(config: Config, signatures: Mapping[str, Signature] = NONE_KNOWN) -> tuple[RewardFunction, ...]:
-    """The functions that the config names (none: numeric_or_exact). UserError: a name, weight or option is wrong.
+def load_functions(
+    config: PolicyGradientConfig, signatures: Mapping[str, Signature] = NONE_KNOWN
+) -> tuple[RewardFunction, ...]:
+    """The functions that the config names (none: the default). UserError: a name, weight or option is wrong.
 
     `signatures`: of the `unknown_here` ones, as the child that has imported them tells; others are imported here.
     """
-    references = config.reward.functions or [DEFAULT_REWARD]
+    references = config.reward.scored_by
     names = [reward_name(reference) for reference in references]
     repeated = {name for name in names if names.count(name) > 1}
     if repeated:
@@ -136,10 +137,11 @@ def _load(reference: str, known: Signature | None, weight: float, options: dict[
     return RewardFunction(reward_name(reference), reference, call, signature, weight, options, is_rule, in_child)
 
 
-def unknown_here(config: Config) -> list[str]:
+def unknown_here(config: PolicyGradientConfig) -> list[str]:
     """The functions of users' files and packages: who wants to know them asks a child process that imports them."""
     return [reference for reference in config.reward.functions
-            if ":" in reference and reward_model_path(reference) is None and not reference.startswith("flux_ray.")]
+            if ":" in reference and reward_model_path(reference) is None
+            and not reference.startswith("flux_ray.") and not is_handed_over(reference)]
 
 
 def function_of(reference: str) -> Function:
@@ -193,7 +195,7 @@ def _check_options(function: RewardFunction) -> None:
             raise UserError(f"reward.options.{function.name}: {type(error).__name__}: {error}") from error
 
 
-def find_answer_column(config: Config, columns: Collection[str]) -> str | None:
+def find_answer_column(config: PolicyGradientConfig, columns: Collection[str]) -> str | None:
     """The column that the rules compare with: data.answer_column, else one called answer, solution or label.
 
     data.answer_column may lead into a cell: reward_model.ground_truth. One that was named and isn't there is not
@@ -250,7 +252,7 @@ def count_silent(function: RewardFunction, answers: Sequence[Any]) -> int:
 
 
 def resolve_functions(
-    config: Config, columns: Collection[str], signatures: Mapping[str, Signature] = NONE_KNOWN
+    config: PolicyGradientConfig, columns: Collection[str], signatures: Mapping[str, Signature] = NONE_KNOWN
 ) -> tuple[RewardFunction, ...]:
     """`load_functions`, with what they need looked for among the data's columns. UserError names what is missing."""
     answer_column = find_answer_column(config, columns)

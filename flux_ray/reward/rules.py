@@ -198,4 +198,4 @@ def _graded(completions: Texts, answer: Column, is_right: Callable[[str, str], b
 def close_within(tolerance: float) -> Callable[[Fraction, Fraction], bool]:
     """Of a number below 1 that share: 1e-10 isn't 2e-10."""
     allowed = Fraction(tolerance)
-    return lambda one, right: abs(one - right) <= allowed * min(1, abs(right))
+    return lambda one, right: abs(one - right) <= allowed * min(Fraction(1), abs(right))

@@ -19,8 +19,10 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakSet
 
-from flux_ray.config import Config
+from flux_ray.cluster.functions import pack
+from flux_ray.config import PolicyGradientConfig
 from flux_ray.errors import UserError
+from flux_ray.plugins import HANDED_OVER, load_function
 from flux_ray.reward.registry import Signature, unknown_here
 from flux_ray.sandbox import Child, ChildEnded, Entry, warm_up
 
@@ -39,25 +41,28 @@ class Surroundings:
 
     folder: str | None = None
     env: dict[str, str] = field(default_factory=dict, repr=False)
+    functions: dict[str, bytes] = field(default_factory=dict, repr=False)  # those that no process can import, packed
 
     @classmethod
-    def here(cls, config: Config) -> Surroundings:
+    def here(cls, config: PolicyGradientConfig) -> Surroundings:
         """This process's. UserError where a variable that reward.env names isn't set."""
         for name in config.reward.env:
             if name not in os.environ:
                 raise UserError(f"reward.env: the environment has no variable {name!r}; set it, or leave it out")
-        return cls(str(Path.cwd()), {name: os.environ[name] for name in config.reward.env})
+        functions = {name: pack(load_function(name, option="reward.functions"), name=name)
+                     for name in config.reward.functions if name.startswith(HANDED_OVER)}
+        return cls(str(Path.cwd()), {name: os.environ[name] for name in config.reward.env}, functions)
 
 
 class SandboxedRewards:
     """Children start at the first call."""
 
-    def __init__(self, config: Config, surroundings: Surroundings) -> None:
+    def __init__(self, config: PolicyGradientConfig, surroundings: Surroundings) -> None:
         self._deadline_s, self._start_deadline_s = config.reward.deadline_s, config.cluster.start_deadline_s
         self._references = unknown_here(config)
         self._entry = Entry("flux_ray.reward.child:make", {
             "references": self._references, "plugins": list(config.plugins), "folder": surroundings.folder,
-            "env": surroundings.env})
+            "env": surroundings.env, "functions": surroundings.functions})
         self._children: dict[bool, Child] = {}  # by whether its functions are async
         self._starting = asyncio.Lock()
         self._alone = asyncio.Lock()
@@ -156,7 +161,7 @@ def _signature(*, parameters: list[list[Any]], is_async: bool, is_shaping: bool)
     return Signature({parameter.name: parameter for parameter in made}, is_async, is_shaping)
 
 
-def ask_signatures(config: Config) -> dict[str, Signature]:
+def ask_signatures(config: PolicyGradientConfig) -> dict[str, Signature]:
     """`SandboxedRewards.signatures`, of a child that ends at once. For a process that has no event loop of its own."""
     if not unknown_here(config):
         return {}

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from flux_ray.cluster.group import Actor, Members, Router
-from flux_ray.config import Config
+from flux_ray.config import PolicyGradientConfig
 from flux_ray.protocols import RewardModelScorer
 from flux_ray.records import OVERLONG, Responses, Scores
 from flux_ray.reward.calls import Arguments, Caller
@@ -29,13 +29,12 @@ from flux_ray.reward.sandboxed import SandboxedRewards, Surroundings
 REWARD_MODEL_ROLE = "reward_model"
 MODEL_DEADLINE_S = 3600.0  # of one call: reward.deadline_s comes first, as long as the model answers nobody
 BEGUN_TRAVELS_S = 0.2  # for the answer of `begun_alone` to be out, before users' code may end the process
-OVERLONG_SHARE = 0.2  # of rollout.max_tokens: where the soft penalty begins, unless reward.overlong_tokens says it
 
 
 class RewardWorker:
     """One scoring process's work. Several `score` calls may run at once; functions that aren't async take turns."""
 
-    def __init__(self, config: Config, surroundings: Surroundings | None = None) -> None:
+    def __init__(self, config: PolicyGradientConfig, surroundings: Surroundings | None = None) -> None:
         """`surroundings`: of users' functions; none: this process's."""
         self._config = config
         self._children = SandboxedRewards(config, surroundings or Surroundings.here(config))
@@ -161,11 +160,11 @@ class RewardWorker:
             self._router.done(actor, 1)
 
 
-def overlong(lengths_G: np.ndarray, config: Config) -> np.ndarray:
+def overlong(lengths_G: np.ndarray, config: PolicyGradientConfig) -> np.ndarray:
     """(G,) float64: the soft penalty, 0 up to L_max - L_cache sampled tokens, then falling in a straight line to
     -reward.overlong_penalty at L_max = rollout.max_tokens (2503.14476, eq. 13)."""
     longest = config.rollout.max_tokens
-    cache = config.reward.overlong_tokens or longest * OVERLONG_SHARE
+    cache = config.reward.overlong_span(longest)
     return -config.reward.overlong_penalty * np.clip((lengths_G - (longest - cache)) / cache, 0.0, 1.0)
 
 

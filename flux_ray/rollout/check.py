@@ -8,15 +8,11 @@ Never:  imports vLLM: that takes seconds, prints on the terminal and sets this p
 
 from __future__ import annotations
 
-import ast
-import difflib
-import functools
 import importlib.metadata
-import importlib.util
 import socket
-from pathlib import Path
 
 from flux_ray.config import RolloutConfig
+from flux_ray.config.libraries import fields, refuse_unknown, trees
 from flux_ray.errors import UserError
 
 ENTRY_POINT = "flux_ray_gloo"  # as pyproject.toml names it
@@ -44,12 +40,10 @@ def check_engine_args(config: RolloutConfig) -> None:
     for key in config.engine_args:
         if key in OWN_ENGINE_ARGS:
             raise UserError(f"rollout.engine_args.{key} can't be set there: {OWN_ENGINE_ARGS[key]}")
-    known = _vllm_engine_args() if config.engine_args else frozenset()
-    for key in config.engine_args:
-        if known and key not in known:
-            near = difflib.get_close_matches(key, sorted(known - OWN_ENGINE_ARGS.keys()), n=1)
-            hint = f": did you mean 'rollout.engine_args.{near[0]}'?" if near else ""
-            raise UserError(f"unknown option 'rollout.engine_args.{key}'{hint or ': vLLM has no such engine argument'}")
+    if config.engine_args:
+        known = fields(trees("vllm", "engine/arg_utils.py"), "EngineArgs", "AsyncEngineArgs")
+        refuse_unknown(config.engine_args, known, option="rollout.engine_args", library="vLLM",
+                       not_offered=OWN_ENGINE_ARGS)
 
 
 def check_installed(entry_point: str = ENTRY_POINT) -> None:
@@ -57,21 +51,6 @@ def check_installed(entry_point: str = ENTRY_POINT) -> None:
     if not importlib.metadata.entry_points(group="vllm.general_plugins", name=entry_point):
         raise UserError(f"flux_ray isn't installed on {socket.gethostname()}, only on its path (as --working-dir puts "
                         "it): vLLM finds the weight transfer by an entry point. Install it there (pip, or our image)")
-
-
-@functools.cache
-def _vllm_engine_args() -> frozenset[str]:
-    """The fields of vLLM's AsyncEngineArgs, read from its source; none where vLLM isn't installed."""
-    vllm = importlib.util.find_spec("vllm")
-    file = Path(vllm.origin).parent / "engine" / "arg_utils.py" if vllm and vllm.origin else None
-    if file is None or not file.is_file():
-        return frozenset()
-    tree = ast.parse(file.read_text(encoding="utf-8"))
-    classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
-    fields = [field for name in ("EngineArgs", "AsyncEngineArgs") if name in classes for field in classes[name].body]
-    return frozenset(
-        field.target.id for field in fields if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
-    )
 
 
 def check_kv_cache(model_path: str, *, context: int, dtype_bytes: int, kv_cache_gib: float) -> None:

@@ -18,11 +18,12 @@ from typing import Any, TypeVar
 import numpy as np
 
 from flux_ray.cluster.group import Members
-from flux_ray.config import Config, RolloutConfig
+from flux_ray.config import PolicyGradientConfig, RolloutConfig
 from flux_ray.lifetime import PLUGIN
 from flux_ray.records import FINISH_LENGTH, FINISH_STOP, Completion, Sampled, SamplingRequest
 from flux_ray.rollout.check import ENTRY_POINT, check_engine_args, check_installed
 from flux_ray.rollout.cpu_startup.forking import fork_engine_core
+from flux_ray.rollout.known_models import engine_args_of
 
 CPU_BATCHED_TOKENS = 8192  # tokens of one forward of an engine on CPU, at least
 LOOK_EVERY_S = 1.0  # whether vLLM's process lives, while it is waited for
@@ -55,7 +56,8 @@ class RolloutEngine:
     """
 
     def __init__(
-        self, config: Config, *, index: int, device: str, dtype: str, weights_backend: str, gpu_share: float = 1.0
+        self, config: PolicyGradientConfig, *, index: int, device: str, dtype: str, weights_backend: str,
+        gpu_share: float = 1.0,
     ) -> None:
         self._config = config
         self._index = index
@@ -141,7 +143,9 @@ class RolloutEngine:
         elif self._device == "cpu":
             args["distributed_executor_backend"] = "uni"  # one process fewer
         check_engine_args(config)
-        return args | config.engine_args
+        known = engine_args_of(str(self._config.model.path), self._device)
+        overrides = known.get("hf_overrides", {}) | (config.engine_args.get("hf_overrides") or {})
+        return args | known | config.engine_args | ({"hf_overrides": overrides} if overrides else {})
 
     async def meet(self, members: Members) -> None:
         """Requests of those that are no member any more end: nobody waits for them."""
@@ -164,7 +168,7 @@ class RolloutEngine:
         self._running[task] = request.owner
         try:
             tokens = await self._tokens(request)
-            request_id, priority = f"{self._index}-{next(self._request_ids)}", -1 if request.first else 0
+            request_id, priority = f"{self._index}-{next(self._request_ids)}", self._priority(request)
             with _vllm_alive():
                 async for output in self._engine.generate(tokens, self._params(request), request_id, priority=priority):
                     final = output
@@ -175,30 +179,32 @@ class RolloutEngine:
         newest = max((int(c.versions.max()) for c in completions if c.num_tokens), default=self._version)
         return Sampled(completions, self._step_of[newest])
 
+    def _priority(self, request: SamplingRequest) -> int:
+        """The lower goes first; 0 where vLLM takes all by their age."""
+        return -1 if request.probes and self._config.driver.max_staleness else 0
+
     def _params(self, request: SamplingRequest) -> Any:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        config = self._config.rollout
-        params = SamplingParams(
+        config, probes = self._config.rollout, request.probes
+        past_the_end = config.ignore_eos or probes
+        return SamplingParams(
             n=request.n,
             seed=request.seed,
             temperature=request.temperature,
-            top_p=config.top_p,
-            top_k=config.top_k,
-            min_p=config.min_p,
+            top_p=1.0 if probes else config.top_p,
+            top_k=0 if probes else config.top_k,
+            min_p=0.0 if probes else config.min_p,
             max_tokens=request.max_tokens,
-            stop=list(config.stop) or None,
-            stop_token_ids=self._stop_ids,
-            ignore_eos=config.ignore_eos,
+            stop=None if probes else list(config.stop) or None,
+            stop_token_ids=[] if past_the_end else self._stop_ids,
+            ignore_eos=past_the_end,
             logprobs=0,
             flat_logprobs=True,
-            detokenize=bool(config.stop),
+            detokenize=bool(config.stop) and not probes,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
-        if config.ignore_eos:
-            params.stop_token_ids = []
-        return params
 
     async def _tokens(self, request: SamplingRequest) -> Any:
         from vllm.inputs import TokensPrompt
@@ -207,6 +213,8 @@ class RolloutEngine:
         if self._config.rollout.kv_after_update == "keep":
             await self._serving.wait()  # whose version it will be of
             tokens["cache_salt"] = str(self._version)  # a prefix computed by older weights is never hit
+        if request.probes:
+            tokens["cache_salt"] = f"probe {self._version}"  # what is sampled doesn't depend on what was probed
         return tokens
 
     # The weight update, in the order of its calls, with the names of vLLM's framework.

@@ -9,15 +9,15 @@ Keeps:  the sandbox, and what an engine's context is.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
 
-from flux_ray.cluster.group import Members
-from flux_ray.config import Config
+from flux_ray.cluster.group import Members, first_failure
+from flux_ray.config import PolicyGradientConfig
 from flux_ray.errors import UserError
-from flux_ray.messages import Assignment
+from flux_ray.messages import PROBE_TOKENS, Assignment
 from flux_ray.protocols import Engine
 from flux_ray.records import Prompt, RolloutGroup, SamplingRequest, Trajectory
 from flux_ray.rollout.environments import SandboxedRollout
@@ -25,12 +25,10 @@ from flux_ray.rollout.functions import Rollout, one_turn, single_turn
 from flux_ray.rollout.generate import Limits, PromptGenerate
 from flux_ray.rollout.texts import texts_of
 
-PROBE_SAMPLES, PROBE_TOKENS = 4, 4  # enough to show weights that differ; few steps, for the trainer waits for them
-
 
 class Sampling:
     def __init__(
-        self, config: Config, *, tokenizer_path: str, tokenizer: Any = None, end_ids: Collection[int] = ()
+        self, config: PolicyGradientConfig, *, tokenizer_path: str, tokenizer: Any = None, end_ids: Collection[int] = ()
     ) -> None:
         """`tokenizer`: that of the path, where it is read already. `end_ids`: tokens that end a response."""
         self._config, self._tokenizer = config, tokenizer or _load_tokenizer(tokenizer_path)
@@ -85,13 +83,16 @@ class Sampling:
             raise TimeoutError(f"engine {engine}: {prompt.where} took longer than "
                                f"rollout.deadline_s={deadline_s:g} s") from None
 
-    async def probe(self, prompt: Prompt, engine: int, members: Members, owner: str) -> RolloutGroup:
-        """A few tokens after the prompt, all sampled by the weights that the engine serves now."""
+    async def probe(self, prompts: Sequence[Prompt], engine: int, members: Members, owner: str) -> list[RolloutGroup]:
+        """A few tokens after each prompt, all sampled by the weights that the engine serves now."""
+        return list(await first_failure([self._probe(prompt, engine, members, owner) for prompt in prompts]))
+
+    async def _probe(self, prompt: Prompt, engine: int, members: Members, owner: str) -> RolloutGroup:
         assert self._limits is not None, "it has not started"
-        left = self._limits.response_tokens(len(prompt.token_ids), prompt_length=len(prompt.token_ids))
-        request = SamplingRequest(prompt.token_ids, PROBE_SAMPLES, seed=prompt.seed,
+        left = self._limits.context_length - len(prompt.token_ids)
+        request = SamplingRequest(prompt.token_ids, prompt.num_samples, seed=prompt.seed,
                                   temperature=self._config.rollout.temperature, max_tokens=min(PROBE_TOKENS, left),
-                                  first=True, owner=owner)
+                                  probes=True, owner=owner)
         call = members.of("engine")[engine].call(Engine.generate, request)
         sampled = await call.within(self._limits.deadline_s, what="probe")
         return RolloutGroup(prompt, tuple(one_turn(prompt, completion) for completion in sampled.completions))

@@ -16,7 +16,7 @@ import numpy as np
 
 from flux_ray.cluster.group import Actor, ActorDied, Call, Members, Router
 from flux_ray.cluster.plan import REFERENCE, REWARD
-from flux_ray.config import Config
+from flux_ray.config import PolicyGradientConfig
 from flux_ray.messages import RewardWorkerLost
 from flux_ray.protocols import ReferenceScorer, RewardScorer
 from flux_ray.records import FINISH_LENGTH, Prompt, Responses, RolloutGroup, ScoredGroup, Scores
@@ -35,7 +35,7 @@ class LostRewardWorker(Exception):
 
 
 class Scoring:
-    def __init__(self, config: Config, *, most_groups: int) -> None:
+    def __init__(self, config: PolicyGradientConfig, *, most_groups: int) -> None:
         """`most_groups`: that may wait in one reward worker at once."""
         self._config = config
         # Functions take turns, and one that fails is called for each sample alone. Each call has its own deadline

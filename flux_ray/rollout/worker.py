@@ -6,7 +6,7 @@ Never:  runs users' code; waits for another actor without a deadline.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,21 +14,22 @@ from flux_ray.algo import filters
 from flux_ray.clock import now_s
 from flux_ray.cluster.group import ActorError, Members
 from flux_ray.cluster.plan import ROLLOUT
-from flux_ray.config import Config
+from flux_ray.config import PolicyGradientConfig
 from flux_ray.messages import Assignment, GroupAt, GroupDropped, GroupReady, Orders, PartGenerated
 from flux_ray.records import Prompt, RolloutGroup
 from flux_ray.rollout.owned import Carried, Owned
 from flux_ray.rollout.sampling import Sampling
 from flux_ray.rollout.scoring import LostRewardWorker, Scoring, responses_of, scored_group
 
-PROBE_UID = -(10**12)  # less the engine's index: no prompt's
+PROBE_UID = -(10**12)  # and below: no prompt's
+MOST_PROBES = 1000  # of one engine at once
 
 
 class RolloutWorker(Owned):
     """Orders start groups; `news` says what became of them."""
 
     def __init__(
-        self, config: Config, *, index: int, tokenizer_path: str, most_groups: int, tokenizer: Any = None,
+        self, config: PolicyGradientConfig, *, index: int, tokenizer_path: str, most_groups: int, tokenizer: Any = None,
         end_ids: Collection[int] = (),
     ) -> None:
         """`most_groups`: that may wait in one reward worker at once. `end_ids`: see Sampling."""
@@ -93,12 +94,16 @@ class RolloutWorker(Owned):
         del self.carried[key]
         self.tell(GroupDropped(*key, cause, why))
 
-    async def probe(self, prompt: Prompt, engine: int) -> GroupAt:
-        """Have the engine sample a few tokens by the weights that it serves now; kept until the next probe."""
-        prompt = replace(prompt, uid=PROBE_UID - engine)
-        group = await self._sampling.probe(prompt, engine, self._members, self._incarnation)
-        self.carried[prompt.uid, 0] = Carried(Assignment(prompt, 0, engine, len(group.trajectories)), group=group)
-        return GroupAt(self._index, prompt.uid, 0)
+    async def probe(self, prompts: Sequence[Prompt], engine: int) -> list[GroupAt]:
+        """Have the engine sample a few tokens after each prompt by the weights that it serves now; kept until the next
+        probe."""
+        places = []
+        for i, group in enumerate(await self._sampling.probe(prompts, engine, self._members, self._incarnation)):
+            uid = PROBE_UID - engine * MOST_PROBES - i
+            prompt = replace(prompts[i], uid=uid)
+            self.carried[uid, 0] = Carried(Assignment(prompt, 0, engine, prompt.num_samples), group=group)
+            places.append(GroupAt(self._index, uid, 0))
+        return places
 
     def close(self) -> None:
         self._sampling.close()

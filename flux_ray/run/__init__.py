@@ -151,15 +151,10 @@ def _own_cpus(prepared: Prepared, *, trains: bool) -> float:
 
 def _plan(prepared: Prepared, *, gpus: int, trains: bool) -> Plan:
     """What is placed where, on a cluster of that many GPUs. UserError for what can't be."""
-    from flux_ray import algo
     from flux_ray.cluster.plan import make_plan
     from flux_ray.run.build import check_engines
-    from flux_ray.run.prepare import Rollouts
 
-    plan = make_plan(
-        prepared.config, cluster_gpus=gpus, needs_reference=prepared.needs_reference, trains=trains,
-        needs_critic=algo.needs_critic(prepared.config.algo), rollouts=isinstance(prepared.task, Rollouts),
-    )
+    plan = make_plan(prepared.config, cluster_gpus=gpus, needs_reference=prepared.needs_reference, trains=trains)
     check_engines(prepared, plan)
     return plan
 

@@ -19,13 +19,13 @@ from flux_ray import algo
 from flux_ray.batch import pair_samples
 from flux_ray.cluster.group import Actor, Members, first_failure
 from flux_ray.cluster.plan import CRITIC, TRAINER
-from flux_ray.config import Config
+from flux_ray.config import Config, PolicyGradientConfig, PPOConfig
 from flux_ray.messages import GroupAt
 from flux_ray.model.scoring import by_group, response_sums, scoring_samples
 from flux_ray.protocols import CriticRank as CriticRankStub
 from flux_ray.protocols import Engine, LogprobSums
 from flux_ray.protocols import TrainingRank as TrainingRankStub
-from flux_ray.records import PreferencePair, RolloutGroup, StepReport
+from flux_ray.records import ComparedTokens, PreferencePair, RolloutGroup, StepReport
 from flux_ray.reference import Reference
 from flux_ray.run.holder import Holder
 from flux_ray.train import Critic, Trainer
@@ -38,19 +38,23 @@ PEER_DEADLINE_S = 600.0  # for the arrays that policy and critic exchange
 class TrainingRank(Trainer):
     """A rank of the training group with its end of the weight channel to the engines."""
 
-    def __init__(self, config: Config, *, rank: int, weights_backend: str, **group: Any) -> None:
+    def __init__(self, config: Config, *, rank: int, weights_backend: str | None = None, **group: Any) -> None:
+        """`weights_backend`: of the way to the engines, where there are any."""
         super().__init__(config, rank=rank, **group)
         self._rank, self._holder = rank, Holder()
         self._values: list[list[np.ndarray]] | None = None  # a critic's, of the groups that are held
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._publisher = Publisher(
-            self,
-            rank=rank,
-            backend=weights_backend,
-            deadline_s=config.weights.deadline_s,
-            bucket_bytes=config.weights.bucket_mib * MIB,
-            staged=staged(config),
-        )
+        self._publisher: Publisher | None = None
+        if isinstance(config, PolicyGradientConfig):
+            assert weights_backend is not None
+            self._publisher = Publisher(
+                self,
+                rank=rank,
+                backend=weights_backend,
+                deadline_s=config.weights.deadline_s,
+                bucket_bytes=config.weights.bucket_mib * MIB,
+                staged=staged(config),
+            )
 
     async def meet(self, members: Members) -> None:
         self._holder.members, self._loop = members, asyncio.get_running_loop()
@@ -82,14 +86,17 @@ class TrainingRank(Trainer):
         return self.returns
 
     def prepare_channel(self) -> None:
+        assert self._publisher is not None
         self._publisher.prepare()
 
     def connect(self, engines: Sequence[Actor[Engine]], *, address: str, port: int, send_dtype: str) -> None:
         """Open the weight channel to these engines."""
-        tensor_parallel_size = self.config.rollout.tensor_parallel_size
+        config = self.config
+        assert isinstance(config, PolicyGradientConfig) and self._publisher is not None
+        tensor_parallel_size = config.rollout.tensor_parallel_size
 
         def call(method: Callable[..., Any], payloads: list[tuple[Any, ...]]) -> list[Any]:
-            deadline_s = self.config.weights.deadline_s
+            deadline_s = config.weights.deadline_s
 
             async def every() -> list[Any]:
                 return await first_failure([engine.call(method, *payload).within(deadline_s)
@@ -102,25 +109,28 @@ class TrainingRank(Trainer):
                                 port=port, send_dtype=send_dtype)
 
     def publish(self, version: int, step: int) -> list[str]:
+        assert self._publisher is not None
         return self._publisher.publish(version, step)
 
-    def logprob_gap(self) -> tuple[float, float]:
-        """|trainer's - sampler's log-probs| over sampled tokens of the groups held, mean and largest. All ranks hold
-        all."""
+    def compare_held(self, *, engines: Sequence[int]) -> list[ComparedTokens]:
+        """Of each group held, sampled by the engine of the same place in `engines`: its log-probs and the trainer's.
+
+        All ranks hold all.
+        """
         groups = self._holder.groups
-        gaps = [
-            np.abs(logprobs_T - trajectory.sampler_logprobs)[trajectory.loss_mask]
-            for group, of_group in zip(groups, self.logprobs(groups), strict=True)
+        return [
+            ComparedTokens(engine, np.flatnonzero(trajectory.loss_mask), *(
+                of_tokens[trajectory.loss_mask]
+                for of_tokens in (trajectory.token_ids, trajectory.sampler_logprobs, logprobs_T)))
+            for engine, group, of_group in zip(engines, groups, self.logprobs(groups), strict=True)
             for trajectory, logprobs_T in zip(group.trajectories, of_group, strict=True)
         ]
-        gaps_S = np.concatenate(gaps)
-        return float(gaps_S.mean()), float(gaps_S.max())
 
 
 class CriticRank(Critic):
     """A rank of the critic. It holds the same groups as the policy's rank of the same number."""
 
-    def __init__(self, config: Config, *, rank: int, **group: Any) -> None:
+    def __init__(self, config: PPOConfig, *, rank: int, **group: Any) -> None:
         super().__init__(config, rank=rank, **group)
         self._rank, self._holder = rank, Holder()
         self._values: list[list[np.ndarray]] = []  # of the groups that are held
@@ -161,7 +171,7 @@ class ReferencePolicy(Reference):
         return list(zip(sums[::2], sums[1::2], strict=True))
 
 
-def staged(config: Config) -> bool | None:
+def staged(config: PolicyGradientConfig) -> bool | None:
     """Whether a gloo update comes in beside running requests; None: where that costs no memory."""
     if config.weights.staging == "auto" and config.driver.max_staleness:
         return None

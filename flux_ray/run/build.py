@@ -8,7 +8,6 @@ Knows:  which class runs in which role, what each is told, what its death means;
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import math
 from typing import Any
 
@@ -17,7 +16,8 @@ from flux_ray.cluster.group import all_within
 from flux_ray.cluster.groups import Cluster, RayGroup
 from flux_ray.cluster.plan import CRITIC, ENGINE, REFERENCE, REWARD, REWARD_MODEL, ROLLOUT, TRAINER, Plan, Role
 from flux_ray.cluster.supervisor import OnDeath, Supervisor
-from flux_ray.config import Config
+from flux_ray.config import Config, PolicyGradientConfig, PolicyModelConfig, ReferencedConfig, SampledConfig, changed
+from flux_ray.driver.agreement import Agreement
 from flux_ray.driver.drop_stats import DropStats
 from flux_ray.driver.evaluation import Evaluation
 from flux_ray.driver.ledger import Ledger
@@ -27,7 +27,7 @@ from flux_ray.driver.stages import Stages
 from flux_ray.driver.staleness import Bound
 from flux_ray.driver.versions import Versions
 from flux_ray.errors import UserError
-from flux_ray.model import context_length, load_tokenizer, resolve_dtype
+from flux_ray.model import context_length, load_tokenizer, resolve_dtype, turns
 from flux_ray.model.stops import stop_token_ids
 from flux_ray.names import reward_model_path
 from flux_ray.offline.data import OfflineData
@@ -55,7 +55,7 @@ INFORMED = (ENGINE, ROLLOUT, REWARD, TRAINER, CRITIC)  # roles that are told who
 def check_engines(prepared: Prepared, plan: Plan) -> None:
     """What only the plan and the data together can tell, before an actor starts. UserError."""
     config, task = prepared.config, prepared.task
-    if not isinstance(task, Rollouts) or plan.device != "cpu":
+    if not isinstance(config, PolicyGradientConfig) or not isinstance(task, Rollouts) or plan.device != "cpu":
         return
     path = str(config.model.path)
     dtype_bytes = resolve_dtype(config.model.dtype, plan.device).itemsize
@@ -91,11 +91,11 @@ class Build:
         async with asyncio.TaskGroup() as tasks:
             await self._begin_sampling(task, tasks)
         await self.supervisor.begin()
-        return Evaluation(self._config, task.evaluation, self._stages(recorder))
+        return Evaluation(self._sampling, task.evaluation, self._stages(recorder))
 
     async def _rollout_loop(self, task: Rollouts, recorder: Recorder) -> Loop:
         """All roles, started side by side; then the weight channel from trainer to engines."""
-        config, groups, start = self._config, self._groups, self._prepared.start
+        config, groups, start = self._sampling, self._groups, self._prepared.start
         async with asyncio.TaskGroup() as tasks:
             await self._begin_sampling(task, tasks)
             tasks.create_task(self._build_sender())
@@ -108,14 +108,21 @@ class Build:
         stages = self._stages(recorder)
         loop = Loop(config, stages=stages, prompts=task.train,
                     ranks=Ranks(config, trainer=groups[TRAINER], critic=groups.get(CRITIC)),
-                    versions=Versions(max_staleness=config.driver.max_staleness, highest=start.version))
+                    versions=Versions(max_staleness=config.driver.max_staleness, highest=start.version),
+                    agreement=self._agreement(task))
         loop.part_tokens = part_tokens(config, self._plan)
         if task.evaluation is not None:
             loop.evaluation = Evaluation(config, task.evaluation, stages)
         return loop
 
+    def _agreement(self, task: Rollouts) -> Agreement:
+        config = self._sampling
+        path = str(config.model.path)
+        return Agreement(config, dtype=_dtype_name(config.model.dtype, self._plan.device),
+                         context=_context(config, task) or context_length(path), turns=turns(path))
+
     def _stages(self, recorder: Recorder) -> Stages:
-        config, start = self._config, self._prepared.start
+        config, start = self._sampling, self._prepared.start
         bound = Bound(config.batch.prompts_per_step, config.driver.max_staleness, config.filter.oversample)
         num_parts = min(config.rollout.split_groups, config.rollout.group_size)
         ledger = Ledger(bound, DropStats(config, total=start.prompts_dropped), num_parts=num_parts,
@@ -137,6 +144,12 @@ class Build:
         return OfflineLoop(learner, start=self._prepared.start)
 
     @property
+    def _sampling(self) -> PolicyGradientConfig:
+        """The config of a run that rolls out."""
+        assert isinstance(self._config, PolicyGradientConfig), self._config.algo.name
+        return self._config
+
+    @property
     def trained(self) -> list[RayGroup[Any]]:
         """The groups that train a model, the policy's first."""
         return [self._groups[role] for role in (TRAINER, CRITIC) if role in self._groups]
@@ -153,11 +166,10 @@ class Build:
         tasks.create_task(self._build_rewards())
 
     async def _build_engines(self, task: Rollouts) -> None:
-        config, role, engines = self._config, self._plan.role(ENGINE), self._groups[ENGINE]
+        config, role, engines = self._sampling, self._plan.role(ENGINE), self._groups[ENGINE]
         assert role is not None
-        rollout = dataclasses.replace(config.rollout, max_model_len=_context(config, task))
         arguments: dict[str, Any] = {
-            "config": dataclasses.replace(config, rollout=rollout),
+            "config": changed(config, {"rollout.max_model_len": _context(config, task)}),
             "device": self._plan.device,
             "dtype": _dtype_name(config.model.dtype, self._plan.device),
             "weights_backend": self._plan.weights_backend,
@@ -168,7 +180,7 @@ class Build:
         await all_within([engine.call(Engine.start) for engine in engines], config.cluster.start_deadline_s)
 
     async def _build_workers(self, task: Rollouts) -> None:
-        config, workers = self._config, self._groups[ROLLOUT]
+        config, workers = self._sampling, self._groups[ROLLOUT]
         batches = config.driver.max_staleness + 1 + config.filter.oversample
         most_groups = math.ceil(batches * config.batch.prompts_per_step)
         most_groups += task.evaluation.num_rows if task.evaluation is not None else 0
@@ -180,7 +192,7 @@ class Build:
 
     async def _build_rewards(self) -> None:
         """The reward workers, and the reward models that they ask: replica r of model m is actor m x replicas + r."""
-        config, rewards, device = self._config, self._groups[REWARD], _device(self._plan)
+        config, rewards, device = self._sampling, self._groups[REWARD], _device(self._plan)
         deadline_s = config.cluster.start_deadline_s
         async with asyncio.TaskGroup() as tasks:
             each = {"config": config, "surroundings": Surroundings.here(config)}
@@ -200,13 +212,14 @@ class Build:
 
     async def _build_reference(self) -> None:
         config, device, reference = self._config, _device(self._plan), self._groups[REFERENCE]
+        assert isinstance(config, ReferencedConfig) and isinstance(config.model, PolicyModelConfig)
         dtype = config.model.dtype if config.reference.dtype == "auto" else config.reference.dtype
         arguments: dict[str, Any] = {
             "path": config.reference.path or config.model.path,
             "dtype": resolve_dtype(dtype, device),
             "device": device,
             # Pairs were not sampled here: their log-probs are the model's own.
-            "temperature": 1.0 if algo.kind_of(config.algo).data == algo.PAIRS else config.rollout.temperature,
+            "temperature": config.rollout.temperature if isinstance(config.rollout, SampledConfig) else 1.0,
             "max_tokens_per_forward": config.reference.max_tokens_per_forward,
             "attention": config.model.attention,
             "layout": config.model.layout,
@@ -237,7 +250,7 @@ class Build:
 
     async def _connect(self) -> None:
         """Open the weight channel: rank 0 meets every engine worker; the other ranks only learn that they needn't."""
-        trainer, deadline_s = self._groups[TRAINER], self._config.weights.deadline_s
+        trainer, deadline_s = self._groups[TRAINER], self._sampling.weights.deadline_s
         address, port = await trainer.address(0, deadline_s=deadline_s)
         send_dtype = _dtype_name(self._config.model.dtype, self._plan.device)
         engines = list(self._groups[ENGINE])
@@ -248,12 +261,13 @@ class Build:
 
 def on_death(config: Config) -> dict[str, OnDeath]:
     """What the death of an actor of each role does."""
-    reward = OnDeath.REPLACE if config.reward.on_failure == "drop" else OnDeath.END_RUN
+    drops = isinstance(config, PolicyGradientConfig) and config.reward.on_failure == "drop"
+    reward = OnDeath.REPLACE if drops else OnDeath.END_RUN
     policies = dict.fromkeys((ENGINE, TRAINER, CRITIC, REFERENCE, REWARD_MODEL), OnDeath.END_RUN)
     return policies | {ROLLOUT: OnDeath.REPLACE, REWARD: reward}
 
 
-def _context(config: Config, task: Rollouts) -> int | None:
+def _context(config: PolicyGradientConfig, task: Rollouts) -> int | None:
     """Tokens that an engine must have room for: it holds the KV of its whole context, and a model's own may be huge.
 
     None (the model's own) for rollouts of a user's, which may see more tokens than they sample.
@@ -264,7 +278,7 @@ def _context(config: Config, task: Rollouts) -> int | None:
     return min(task.longest_prompt + rollout.max_tokens, context_length(str(config.model.path)))
 
 
-def part_tokens(config: Config, plan: Plan) -> float:
+def part_tokens(config: PolicyGradientConfig, plan: Plan) -> float:
     """Tokens of finished groups on which backward starts before the batch is whole: a micro-batch for each rank.
 
     inf where it waits for all. On shared processors it would only be slower, and a synchronous run waits there so that
@@ -289,7 +303,9 @@ def _env(config: Config, plan: Plan, role: str) -> dict[str, str]:
         threads = config.train.num_threads if role in (TRAINER, CRITIC) else 1
         env |= {"OMP_NUM_THREADS": str(threads), "CUDA_VISIBLE_DEVICES": ""}
         env |= KEEP_MEMORY if role in FORWARDING else {}
-    if role == ENGINE or (role == TRAINER and plan.weights_backend != "gloo"):  # rank 0 takes vLLM's own senders
+    # Rank 0 takes vLLM's own senders.
+    near_vllm = role == ENGINE or (role == TRAINER and plan.weights_backend != "gloo")
+    if near_vllm and isinstance(config, PolicyGradientConfig):
         env = engine_env(plan.device, config.rollout) | env
     return env | config.cluster.env
 

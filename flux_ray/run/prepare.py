@@ -8,7 +8,6 @@ Never:  starts an actor.
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -19,13 +18,32 @@ from flux_ray import algo
 from flux_ray.algo.check import check as check_algo
 from flux_ray.algo.filters import check_filter
 from flux_ray.algo.trial import try_registered
-from flux_ray.config import Config, validate
+from flux_ray.config import (
+    PAIRS,
+    READERS,
+    Config,
+    PolicyGradientConfig,
+    PPOConfig,
+    ReferencedConfig,
+    changed,
+    options_of,
+    validate,
+    value_of,
+)
 from flux_ray.data import PromptSource, are_groups
 from flux_ray.data.preferences import CHOSEN, REJECTED
 from flux_ray.data.prompts import PromptSet
 from flux_ray.data.sets import TRAIN, map_paths, read_sets
 from flux_ray.errors import UserError
-from flux_ray.model import check_targets, context_length, load_tokenizer, skeleton
+from flux_ray.model import (
+    check_targets,
+    context_length,
+    load_tokenizer,
+    longest_context,
+    policy_traits,
+    score_traits,
+    skeleton,
+)
 from flux_ray.names import REWARD_MODEL, reward_model_path
 from flux_ray.offline import data as offline_data
 from flux_ray.offline.data import OfflineData
@@ -119,17 +137,21 @@ def _check_values(draft: Draft) -> None:
 
 
 def _check_options_of_libraries(draft: Draft) -> None:
-    check_engine_args(draft.config.rollout)
+    if isinstance(draft.config, PolicyGradientConfig):
+        check_engine_args(draft.config.rollout)
     check_deepspeed_options(draft.config)
 
 
 def _check_rollout_function(draft: Draft) -> None:
-    get_rollout(draft.config.rollout.function)
+    if isinstance(draft.config, PolicyGradientConfig):
+        get_rollout(draft.config.rollout.function)
 
 
 def _check_model(draft: Draft) -> None:
     assert draft.context
+    _check_context(draft.config)
     _check_weights("model.path", draft.path)
+    _check_traits(draft.config)
     _check_targets(draft.config)
     draft.tokenizer = load_tokenizer(draft.config.model.tokenizer or draft.path)
 
@@ -148,18 +170,20 @@ def _check_checkpoint(draft: Draft) -> None:
 
 def _check_reference(draft: Draft) -> None:
     """A reference that can't be opened. A folder's context need not be known where one is given."""
-    config, path = draft.config, draft.config.reference.path
+    config = draft.config
+    path = config.reference.path if isinstance(config, ReferencedConfig) else None
     if path is None or not algo.needs_reference(config.algo) or algo.reference_is_base(config):
         return
     if not (config.rollout.max_model_len is not None and (Path(path) / "config.json").is_file()):
         context_length(path)
     _check_weights("reference.path", path)
+    policy_traits(path, config.model.attention)
 
 
 def _read_data(draft: Draft) -> None:
     """What there is to learn from: of the objective's kind, or groups with rewards, which show by their columns."""
     config = draft.config
-    if algo.kind_of(config.algo) is not algo.REINFORCEMENT:
+    if not isinstance(config, PolicyGradientConfig):
         offline = offline_data.read(config, draft.tokenizer, context_length=draft.context)
         draft.task, draft.warnings = offline, [*draft.warnings, *offline.warnings]
         return
@@ -169,7 +193,7 @@ def _read_data(draft: Draft) -> None:
         draft.warnings += [*prompts.warnings(), *_pairs(config, prompts)]
         draft.task = Rollouts(prompts, None)
         return
-    if algo.needs_critic(config.algo):
+    if isinstance(config, PPOConfig):
         raise UserError(f"data.train={config.data.train} holds groups with rewards: {config.algo.name} learns from "
                         "what it samples itself, scored by reward.functions")
     draft.config, offline = offline_data.read_groups(sets, config, draft.tokenizer, context_length=draft.context)
@@ -179,15 +203,16 @@ def _read_data(draft: Draft) -> None:
 def _check_rewards(draft: Draft) -> None:
     """Functions, reward models and the filter, of a task with rollouts."""
     config, task = draft.config, draft.task
-    if not isinstance(task, Rollouts):
+    if not isinstance(task, Rollouts) or not isinstance(config, PolicyGradientConfig):
         return
     functions = list(config.reward.functions) or [_default_reward(config, task.train)]
-    config = draft.config = _with(config, "reward", functions=functions)
+    config = draft.config = changed(config, {"reward.functions": functions})
     draft.warnings += _reward_models(config, draft.tokenizer, task.train)
-    if algo.needs_critic(config.algo) and config.critic.path:
+    if isinstance(config, PPOConfig) and config.critic.path:
         _check_critic(config.critic.path, draft.tokenizer,
                       longest=task.train.longest_prompt + config.rollout.max_tokens)
-    config = draft.config = _with(config, "reward", opening=_opening(config, draft.tokenizer, task.train))
+    config = draft.config = changed(
+        config, {"reward.opening": _opening(config, draft.tokenizer, task.train)})
     draft.signatures = ask_signatures(config)
     resolved, silent = _rewards(config, task.train, draft.signatures)
     draft.warnings += silent
@@ -196,7 +221,9 @@ def _check_rewards(draft: Draft) -> None:
 
 def _read_evaluation(draft: Draft) -> None:
     config, task = draft.config, draft.task
-    if isinstance(task, Rollouts) and (config.eval.data or config.eval.share):
+    if not isinstance(task, Rollouts) or not isinstance(config, PolicyGradientConfig):
+        return
+    if config.eval.data or config.eval.share:
         evaluation = PromptSource.for_eval(config, draft.tokenizer, context_length=draft.context)
         draft.warnings += [*evaluation.warnings(), *_rewards(config, evaluation, draft.signatures)[1]]
         draft.task = Rollouts(task.train, evaluation)
@@ -216,11 +243,11 @@ CHECKS: tuple[Callable[[Draft], None], ...] = (
 )
 
 
-def _pairs(config: Config, prompts: PromptSource) -> list[str]:
+def _pairs(config: PolicyGradientConfig, prompts: PromptSource) -> list[str]:
     """A warning that of preference pairs the prompts alone are read; UserError where no reward is named either."""
     if not {CHOSEN, REJECTED} <= prompts.columns:
         return []
-    learners = ", ".join(name for name, kind in algo.KINDS.items() if kind.data == algo.PAIRS)
+    learners = ", ".join(name for name, cls in READERS.items() if cls.learns_from == PAIRS)
     what = (f"{prompts.source} holds preference pairs ({CHOSEN}, {REJECTED}), of which algo.name={config.algo.name} "
             f"reads the prompts alone ({learners} learn from pairs)")
     if not config.reward.functions and find_answer_column(config, prompts.columns) is None:
@@ -228,7 +255,7 @@ def _pairs(config: Config, prompts: PromptSource) -> list[str]:
     return [what]
 
 
-def _reward_models(config: Config, tokenizer: Any, prompts: PromptSource) -> list[str]:
+def _reward_models(config: PolicyGradientConfig, tokenizer: Any, prompts: PromptSource) -> list[str]:
     for reference in config.reward.functions:
         path = reward_model_path(reference)
         if path == "":
@@ -249,7 +276,7 @@ def _check_critic(path: str, tokenizer: Any, *, longest: int) -> None:
         raise UserError(f"critic.path={path}: its tokenizer isn't the policy's, whose tokens it is given as they are")
 
 
-def _opening(config: Config, tokenizer: Any, prompts: PromptSource) -> str | None:
+def _opening(config: PolicyGradientConfig, tokenizer: Any, prompts: PromptSource) -> str | None:
     """What rewards see before a completion, as the prompts end: with the blanks after it. UserError: they don't."""
     opening = config.reward.opening
     if not (opening or "").strip():
@@ -262,14 +289,14 @@ def _opening(config: Config, tokenizer: Any, prompts: PromptSource) -> str | Non
     return end[start:]
 
 
-def _default_reward(config: Config, prompts: PromptSource) -> str:
+def _default_reward(config: PolicyGradientConfig, prompts: PromptSource) -> str:
     """The one function that stands in where none is named; UserError where the data don't call for one."""
     functions = [resolve_functions(one.config, one.columns, {}) for one in prompts.sets]
     return functions[0][0].name
 
 
 def _rewards(
-    config: Config, prompts: PromptSource, signatures: Mapping[str, Signature]
+    config: PolicyGradientConfig, prompts: PromptSource, signatures: Mapping[str, Signature]
 ) -> tuple[tuple[RewardFunction, ...], list[str]]:
     """The run's functions; a warning for each that has nothing to say of some of the prompts that it scores.
 
@@ -279,10 +306,9 @@ def _rewards(
     return load_functions(config, signatures), warnings
 
 
-def _silent(config: Config, prompts: PromptSet, signatures: Mapping[str, Signature]) -> list[str]:
+def _silent(config: PolicyGradientConfig, prompts: PromptSet, signatures: Mapping[str, Signature]) -> list[str]:
     """The warnings about one set, which may have functions of its own among the run's."""
-    own = prompts.config.reward if prompts.data_set.rewards else config.reward
-    config = dataclasses.replace(prompts.config, reward=own)
+    config = changed(prompts.config, {} if prompts.data_set.rewards else {"reward": config.reward})
     functions, warnings = resolve_functions(config, prompts.columns, signatures), []
     column = find_answer_column(config, prompts.columns)
     answers = []
@@ -300,14 +326,8 @@ def _silent(config: Config, prompts: PromptSet, signatures: Mapping[str, Signatu
 
 def _absolute(config: Config) -> Config:
     """Paths of users' files as every process finds them, whatever folder it runs in."""
-    config = dataclasses.replace(config, plugins=[str(Path(path).expanduser().absolute()) for path in config.plugins])
-    config = _with(config, "reward", functions=[_absolute_function(name) for name in config.reward.functions])
-    config = _with(config, "rollout", function=_absolute_function(config.rollout.function))
-    config = _with(config, "model", path=_local(config.model.path), tokenizer=_local(config.model.tokenizer))
-    config = _with(config, "reference", path=_local(config.reference.path))
-    config = _with(config, "critic", path=_local(config.critic.path))
-    config = _with(config, "data", train=map_paths(config.data.train, _local))
-    return _with(config, "eval", data=map_paths(config.eval.data, _local))
+    own = dict(options_of(type(config)))
+    return changed(config, {key: absolute(value_of(config, key)) for key, absolute in PATHS.items() if key in own})
 
 
 def _local(path: str | None) -> str | None:
@@ -323,9 +343,26 @@ def _check_weights(key: str, path: str) -> None:
         raise UserError(f"{key}={path}: the folder holds no weights ({', '.join(WEIGHTS)})")
 
 
+def _check_traits(config: Config) -> None:
+    """UserError for a model, a critic's too, that computes something which we, or the attention chosen, don't."""
+    trained = score_traits if config.is_score else policy_traits
+    trained(str(config.model.path), config.model.attention)
+    if isinstance(config, PPOConfig):
+        score_traits(config.critic.path or str(config.model.path), config.model.attention)
+
+
+def _check_context(config: Config) -> None:
+    """UserError for a context that the model has no positions for."""
+    asked, longest = config.rollout.max_model_len, longest_context(str(config.model.path))
+    if asked is not None and longest is not None and asked > longest:
+        raise UserError(f"rollout.max_model_len={asked} is more than the {longest} positions of model.path="
+                        f"{config.model.path} (longrope and dynamic rotary positions: those before they change): "
+                        f"set it to {longest} at most")
+
+
 def _check_targets(config: Config) -> None:
     """UserError for train.lora.targets that a model which is trained, a critic's among them, hasn't."""
-    critic = config.critic.path if algo.needs_critic(config.algo) else None
+    critic = config.critic.path if isinstance(config, PPOConfig) else None
     for path in filter(None, (config.model.path, critic) if config.train.lora.rank else ()):
         check_targets(skeleton(path), config.train.lora)
 
@@ -341,5 +378,14 @@ def _absolute_function(name: str) -> str:
     return f"{Path(path).expanduser().absolute()}:{function}" if colon and path.endswith(".py") else name
 
 
-def _with(config: Config, group: str, **values: object) -> Config:
-    return dataclasses.replace(config, **{group: dataclasses.replace(getattr(config, group), **values)})
+def _each(absolute: Callable[[str], str]) -> Callable[[list[str]], list[str]]:
+    return lambda names: [absolute(name) for name in names]
+
+
+#: Options that are paths, or hold some ► what makes a value of theirs absolute.
+PATHS: dict[str, Callable[[Any], Any]] = {
+    "plugins": _each(lambda path: str(Path(path).expanduser().absolute())),
+    "reward.functions": _each(_absolute_function), "rollout.function": _absolute_function,
+    "model.path": _local, "model.tokenizer": _local, "reference.path": _local, "critic.path": _local,
+    "data.train": lambda given: map_paths(given, _local), "eval.data": lambda given: map_paths(given, _local),
+}

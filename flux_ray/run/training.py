@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from flux_ray.cluster.group import Group
-from flux_ray.config import Config
+from flux_ray.config import Config, EvaluatedConfig, PolicyGradientConfig
 from flux_ray.protocols import Trains
 from flux_ray.records import LoopState, Prompt, ScoredGroup
 from flux_ray.run.checkpoint import save_whole
@@ -55,6 +55,10 @@ class Training:
         self._config, self._loop, self._recorder = config, loop, recorder
         self._trained, self._progress = trained, progress
         self._last_step = config.driver.num_steps  # sooner where an evaluation reaches eval.stop_at
+        self._eval_every = config.eval.every if isinstance(config, EvaluatedConfig) else 0
+        self._stop_at, self._samples_per_step = None, 0
+        if isinstance(config, PolicyGradientConfig):
+            self._stop_at, self._samples_per_step = config.eval.stop_at, config.observability.samples_per_step
 
     async def run(self) -> None:
         """All steps. The first failure, of a step or beside it, ends it."""
@@ -81,7 +85,7 @@ class Training:
         await self._evaluate_if_due()
         if self._loop.step < self._last_step:
             self._loop.go_on()
-        for sample in await self._loop.samples(self._config.observability.samples_per_step):
+        for sample in await self._loop.samples(self._samples_per_step):
             self._recorder.sample(step, *sample)
 
     def _is_due(self, every: int) -> bool:
@@ -95,7 +99,7 @@ class Training:
     async def _evaluate_if_due(self) -> None:
         """At the start, every eval.every steps and at the end, which comes where eval.stop_at is reached."""
         step = self._loop.step
-        if step in (0, self._config.driver.num_steps) or self._is_due(self._config.eval.every):
+        if step in (0, self._config.driver.num_steps) or self._is_due(self._eval_every):
             evaluated = await self._loop.evaluate()
             if evaluated is not None:
                 self._recorder.evaluation(step, *evaluated)
@@ -111,7 +115,7 @@ class Training:
             self._stop_if_reached(before)
 
     def _stop_if_reached(self, evaluated: dict[str, float]) -> None:
-        level, reached = self._config.eval.stop_at, evaluated.get("eval/task_mean", -math.inf)
+        level, reached = self._stop_at, evaluated.get("eval/task_mean", -math.inf)
         if level is not None and reached >= level:
             self._last_step = self._loop.step
             self._recorder.terminal.say(f"eval/task_mean {reached:.3f} has reached eval.stop_at={level:g}")

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from flux_ray import algo
 from flux_ray.batch import MicroBatch, Weighting, divisor, make_samples
-from flux_ray.config import Config
+from flux_ray.config import PPOConfig
 from flux_ray.model.scoring import by_group, per_sample, scoring_samples
 from flux_ray.observability.metrics import Metric, merge, read
 from flux_ray.records import RolloutGroup, ScoredGroup, StepReport
@@ -30,7 +30,9 @@ AGGREGATION = "token_mean"  # of the value loss
 class Critic(Rank):
     """All methods are collective."""
 
-    def __init__(self, config: Config, **place: Any) -> None:
+    config: PPOConfig
+
+    def __init__(self, config: PPOConfig, **place: Any) -> None:
         tokenizer = config.model.tokenizer or config.model.path  # saved beside it; the critic's folder may have none
         model = replace(config.model, path=config.critic.path or config.model.path, tokenizer=tokenizer)
         train = replace(config.train, learning_rate=config.critic.learning_rate)

@@ -99,4 +99,4 @@ def _checkpoint_entries(model: PackedModel) -> Iterator[Entry]:
         name = adapter.checkpoint_name(kept_name) if adapter else kept_name
         if name is not None and id(tensor) not in seen:
             seen.add(id(tensor))
-            yield Entry(name, tensor, factors.get(name))
+            yield Entry(model.checkpoint_names.get(name, name), tensor, factors.get(name))

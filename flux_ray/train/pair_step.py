@@ -18,7 +18,7 @@ from torch import Tensor
 
 from flux_ray import algo
 from flux_ray.batch import MicroBatch, pack, pair_samples
-from flux_ray.config import AlgoConfig, Config
+from flux_ray.config import Config, ObjectiveConfig, PairsAlgoConfig
 from flux_ray.model import ScoreModel, last_token
 from flux_ray.observability.metrics import Metric, merge
 from flux_ray.records import PreferencePair
@@ -55,7 +55,7 @@ def measure(engine: Engine, config: Config, share: PairShare) -> dict[str, Metri
 class PairObjective:
     """The loss of one micro-batch, whose sequences are chosen, rejected, chosen, rejected …"""
 
-    algo: AlgoConfig
+    algo: ObjectiveConfig
     reference_N: Tensor | None  # per sample, as packed from
     margins_N: Tensor  # the pair's, at both its samples
     num_pairs: int  # of the step, over all ranks
@@ -65,7 +65,7 @@ class PairObjective:
     ) -> tuple[Tensor, dict[str, Metric]]:
         ids_B = micro_batch.sample_ids_B
         values_B2 = _per_sequence(values_S, micro_batch).view(-1, PAIR)
-        if algo.kind_of(self.algo).model == algo.SCORE:
+        if not isinstance(self.algo, PairsAlgoConfig):
             margins_B = self.margins_N[ids_B].view(-1, PAIR)[:, 0].to(values_S.device)
             return algo.score_objective(scores=values_B2, margins=margins_B, num_pairs=self.num_pairs)
         reference_B2 = None
@@ -109,6 +109,6 @@ def _packed(engine: Engine, config: Config, share: PairShare) -> list[MicroBatch
 
 def _asked(config: Config) -> dict[str, Any]:
     """What the model is asked for."""
-    if algo.kind_of(config.algo).model == algo.SCORE:
+    if config.is_score:
         return {"at": "last"}
     return {"temperature": 1.0, "with_entropy": False}

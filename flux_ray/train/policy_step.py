@@ -29,7 +29,7 @@ from flux_ray.batch import (
     response_views,
     to_padded,
 )
-from flux_ray.config import Config
+from flux_ray.config import Config, PolicyConfig, PolicyGradientConfig, PPOConfig
 from flux_ray.model.scoring import by_group, per_sample, scoring_samples
 from flux_ray.observability.metrics import Metric, merge
 from flux_ray.records import Sample
@@ -45,7 +45,7 @@ class Begun:
     metrics: dict[str, Metric]
 
 
-def accumulate(engine: Engine, config: Config, batch: RankBatch, begun: Begun | None) -> Begun:
+def accumulate(engine: Engine, config: PolicyConfig, batch: RankBatch, begun: Begun | None) -> Begun:
     """Forward and backward of some of the step's groups; `run` brings the rest. Collective.
 
     Not for what needs the whole batch.
@@ -62,7 +62,7 @@ def accumulate(engine: Engine, config: Config, batch: RankBatch, begun: Begun | 
 
 
 def run(
-    engine: Engine, config: Config, batch: RankBatch, begun: Begun | None = None,
+    engine: Engine, config: PolicyConfig, batch: RankBatch, begun: Begun | None = None,
 ) -> tuple[dict[str, Metric], list[list[np.ndarray]]]:
     """All updates of one step; none in the steps in which a critic learns alone. Collective.
 
@@ -71,7 +71,7 @@ def run(
     algorithm = algo.resolve(config.algo)
     prepared = _prepared(engine, config, algorithm, batch)
     returned = by_group(prepared.returns, batch.groups)
-    steps_alone = config.critic.warmup_steps if algorithm.needs_critic else 0
+    steps_alone = config.critic.warmup_steps if isinstance(config, PPOConfig) else 0
     if batch.step < steps_alone:
         return prepared.metrics, returned
     total_updates = (config.driver.num_steps - steps_alone) * config.algo.epochs * config.algo.mini_batches
@@ -91,7 +91,7 @@ def run(
     return merge(measured), returned
 
 
-def _asked(config: Config) -> dict[str, Any]:
+def _asked(config: PolicyConfig) -> dict[str, Any]:
     """What the policy's forward is asked for."""
     return {"temperature": config.rollout.temperature, "with_entropy": True}
 
@@ -107,8 +107,9 @@ class PreparedBatch:
     metrics: dict[str, Metric]
 
 
-def _prepared(engine: Engine, config: Config, algorithm: Algorithm, batch: RankBatch) -> PreparedBatch:
-    batch = replace(batch, scores=[estimated(score, config.reward) for score in batch.scores])
+def _prepared(engine: Engine, config: PolicyConfig, algorithm: Algorithm, batch: RankBatch) -> PreparedBatch:
+    if isinstance(config, PolicyGradientConfig):
+        batch = replace(batch, scores=[estimated(score, config.reward) for score in batch.scores])
     old = _old_logprobs(engine, config, batch) if algo.needs_old_logprobs(config.algo) else None
     (advantages, returns), kl_paid = _advantages(engine, config, algorithm, batch, old)
     return PreparedBatch(batch, old, advantages, returns, kl_paid)
@@ -126,7 +127,7 @@ class MiniBatch:
 class PolicyObjective:
     """The algorithm's loss on one micro-batch, in the padded views that estimators and losses are written for."""
 
-    config: Config
+    config: PolicyConfig
     algorithm: Algorithm
     mini_batch: MiniBatch
     measure_gap: bool
@@ -168,12 +169,12 @@ def logprobs(
     return per_sample(values, micro_batches, len(samples))
 
 
-def _old_logprobs(engine: Engine, config: Config, batch: RankBatch) -> list[np.ndarray]:
+def _old_logprobs(engine: Engine, config: PolicyConfig, batch: RankBatch) -> list[np.ndarray]:
     return logprobs(engine, config, scoring_samples(batch.groups), temperature=config.rollout.temperature)
 
 
 def _advantages(
-    engine: Engine, config: Config, algorithm: Algorithm, batch: RankBatch, old: list[np.ndarray] | None,
+    engine: Engine, config: PolicyConfig, algorithm: Algorithm, batch: RankBatch, old: list[np.ndarray] | None,
 ) -> tuple[tuple[list[np.ndarray], list[np.ndarray]], dict[str, Metric]]:
     """Per-sample (T,) advantages and returns of this rank's groups, and what is measured of a KL in their rewards.
 
@@ -201,7 +202,7 @@ def _advantages(
 
 
 def _mini_batch(
-    engine: Engine, config: Config, algorithm: Algorithm, prepared: PreparedBatch, part: Part,
+    engine: Engine, config: PolicyConfig, algorithm: Algorithm, prepared: PreparedBatch, part: Part,
 ) -> MiniBatch:
     samples = make_samples(
         part.batch.groups, part.batch.scores, advantages=prepared.advantages[part.samples],

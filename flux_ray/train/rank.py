@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from flux_ray import run_dir
-from flux_ray.config import Config
+from flux_ray.config import Config, PolicyModelConfig
 from flux_ray.errors import UserError
 from flux_ray.model import (
     PackedModel,
@@ -32,6 +32,7 @@ from flux_ray.model import (
 from flux_ray.train import checkpoint, full_weights, setup
 from flux_ray.train.engine import Engine
 
+SAVED_AT_ONCE_BYTES = 64 * 2**20  # whole weights that are gathered together while a model is saved
 Load = Callable[[Config, torch.dtype], PackedModel]
 
 
@@ -48,7 +49,7 @@ class Rank:
         torch.manual_seed(config.seed + rank)
         self.config = config
         self.step = 0
-        self.kl_coef = config.algo.kl_coef  # of the next step: algo.kl_target moves it
+        self.kl_coef = 0.0  # of the next step, where there is a KL in the reward
         dtype = resolve_dtype(config.model.dtype, device)
         self.model = load(config, dtype)
         if config.train.lora.rank:
@@ -71,15 +72,19 @@ class Rank:
     def load_checkpoint(self, folder: str | Path) -> None:
         """Go on as if never stopped; any number of ranks, any ZeRO stage."""
         self.step, kl_coef = checkpoint.load(self.engine, folder)
-        if self.config.algo.kl_target is not None:   # a fixed one is the config's, which a resume may change
+        if self.adapts_kl:   # a fixed one is the config's, which a resume may change
             self.kl_coef = kl_coef
+
+    @property
+    def adapts_kl(self) -> bool:
+        return False
 
     def save_model(self, folder: str | Path) -> None:
         """The model in Hugging Face layout, its adapter merged; the adapter alone, as peft has it, beside it.
 
         Rank 0 writes.
         """
-        weights = self.iter_weights(self.config.weights.bucket_mib * 2**20)
+        weights = self.iter_weights(SAVED_AT_ONCE_BYTES)
         if self.engine.rank == 0:
             tokenizer = load_tokenizer(self.config.model.tokenizer or str(self.config.model.path))
             if isinstance(self.model, ScoreModel):
@@ -113,6 +118,7 @@ class Rank:
 
 def trained_policy(config: Config, dtype: torch.dtype) -> PackedModel:
     """The policy of model.path."""
+    assert isinstance(config.model, PolicyModelConfig), config.algo.name
     return load_policy(
         str(config.model.path), dtype=dtype, attention=config.model.attention, layout=config.model.layout,
         chunk_tokens=config.model.logprob_chunk_tokens, gradient_checkpointing=config.train.gradient_checkpointing,

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from flux_ray import algo
 from flux_ray.batch import MicroBatch, StepCounts, pack, step_counts
-from flux_ray.config import Config
+from flux_ray.config import Config, PolicyConfig
 from flux_ray.observability.metrics import Metric, Sum
 from flux_ray.records import RolloutGroup, Sample, ScoredGroup
 from flux_ray.train.engine import Engine
@@ -47,7 +47,7 @@ class Part:
     counts: StepCounts
 
 
-def split(engine: Engine, config: Config, batch: RankBatch) -> list[Part]:
+def split(engine: Engine, config: PolicyConfig, batch: RankBatch) -> list[Part]:
     """Consecutive groups of this rank, algo.mini_batches parts. Collective."""
     bounds = np.linspace(0, len(batch.groups), config.algo.mini_batches + 1).astype(int)
     first_sample = np.cumsum([0, *(len(group.trajectories) for group in batch.groups)])

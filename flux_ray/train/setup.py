@@ -9,13 +9,10 @@ Never:  imports deepspeed before the environment says which device it is for (it
 from __future__ import annotations
 
 import ast
-import difflib
-import importlib.util
 import math
 import os
 from collections.abc import Iterator
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +20,7 @@ import torch.distributed as dist
 
 from flux_ray import ports
 from flux_ray.config import Config, TrainConfig
+from flux_ray.config.libraries import fields, refuse_unknown, trees
 from flux_ray.errors import UserError
 
 #: DeepSpeed's keys that come from elsewhere in our config, and where they are set instead
@@ -52,48 +50,25 @@ def check_deepspeed_options(config: Config) -> None:
                 raise UserError(f"train.deepspeed.{key}={value!r} is set by {where}: leave it out of train.deepspeed")
     if not given:
         return
-    _refuse_unknown(given, _top_level_keys(), "train.deepspeed")
+    ours: dict[str, Any] = {"library": "DeepSpeed", "not_offered": OWN_KEYS}
+    refuse_unknown(given, _top_level_keys(), option="train.deepspeed", **ours)
     if isinstance(given.get("zero_optimization"), dict):
-        _refuse_unknown(given["zero_optimization"], _zero_keys(), "train.deepspeed.zero_optimization")
-
-
-def _refuse_unknown(given: dict[str, Any], known: frozenset[str], where: str) -> None:
-    for key in given if known else ():
-        if key not in known:
-            near = difflib.get_close_matches(key, sorted(known - OWN_KEYS.keys()), n=1)
-            hint = f": did you mean '{where}.{near[0]}'?" if near else ": DeepSpeed has no such option"
-            raise UserError(f"unknown option '{where}.{key}'{hint}")
+        refuse_unknown(given["zero_optimization"], _zero_keys(), option="train.deepspeed.zero_optimization", **ours)
 
 
 def _top_level_keys() -> frozenset[str]:
-    """Every name that stands in quotes where DeepSpeed reads its config: its keys, and more than its keys.
-
-    Read from its source: its import takes seconds and looks for a device. None where it isn't installed.
-    """
-    texts = set()
-    for file in _deepspeed_files("**/constants.py", "**/*config.py"):
-        nodes = ast.walk(ast.parse(file.read_text(encoding="utf-8")))
-        texts |= {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    """Every name that stands in quotes where DeepSpeed reads its config: its keys, and more than its keys."""
+    nodes = (node for tree in trees("deepspeed", "**/constants.py", "**/*config.py") for node in ast.walk(tree))
+    texts = {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
     return frozenset(text for text in texts if text.isidentifier())
 
 
 def _zero_keys() -> frozenset[str]:
     """The fields of DeepSpeed's own class for `zero_optimization`, and the older names that they go by."""
-    keys = set()
-    for file in _deepspeed_files("runtime/zero/config.py"):
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-                keys.add(node.target.id)
-            if isinstance(node, ast.keyword) and node.arg == "alias" and isinstance(node.value, ast.Constant):
-                keys.add(str(node.value.value))
-    return frozenset(keys)
-
-
-def _deepspeed_files(*patterns: str) -> list[Path]:
-    package = importlib.util.find_spec("deepspeed")
-    if package is None or package.origin is None:
-        return []
-    return [file for pattern in patterns for file in Path(package.origin).parent.glob(pattern)]
+    files = trees("deepspeed", "runtime/zero/config.py")
+    older = {str(node.value.value) for tree in files for node in ast.walk(tree)
+             if isinstance(node, ast.keyword) and node.arg == "alias" and isinstance(node.value, ast.Constant)}
+    return fields(files) | older
 
 
 def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -14,10 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from flux_ray.algo import adapted_coef
-from flux_ray.algo.kinds import SCORE, kind_of, reference_is_base
+from flux_ray.algo import adapted_coef, reference_is_base
 from flux_ray.batch import pair_samples
-from flux_ray.config import Config
+from flux_ray.config import Config, LossConfig, PolicyConfig, changed
 from flux_ray.model.scoring import by_group, response_sums, scoring_samples
 from flux_ray.observability.metrics import Mean, Metric, read
 from flux_ray.records import PreferencePair, RolloutGroup, Sample, ScoredGroup, StepReport
@@ -30,8 +29,9 @@ class Trainer(Rank):
     """A rank of the group that trains what model.path names: a policy, or the objective's score model."""
 
     def __init__(self, config: Config, **place: Any) -> None:
-        load = trained_score if kind_of(config.algo).model == SCORE else trained_policy
-        super().__init__(config, load=load, **place)
+        super().__init__(config, load=trained_score if config.is_score else trained_policy, **place)
+        if isinstance(config.algo, LossConfig):
+            self.kl_coef = config.algo.kl_coef
         self.returns: list[list[np.ndarray]] = []  # of the last step, by group and trajectory: what a critic learns
         self._begun: policy_step.Begun | None = None  # what `accumulate` has done of the next
 
@@ -64,15 +64,24 @@ class Trainer(Rank):
         self._begun = policy_step.accumulate(self.engine, self._step_config, batch, self._begun)
 
     @property
-    def _step_config(self) -> Config:
-        return replace(self.config, algo=replace(self.config.algo, kl_coef=self.kl_coef))
+    def adapts_kl(self) -> bool:
+        return isinstance(self.config.algo, LossConfig) and self.config.algo.kl_target is not None
+
+    @property
+    def _policy_config(self) -> PolicyConfig:
+        assert isinstance(self.config, PolicyConfig), self.config.algo.name
+        return self.config
+
+    @property
+    def _step_config(self) -> PolicyConfig:
+        return changed(self._policy_config, {"algo.kl_coef": self.kl_coef})
 
     def _batch(
         self, groups: Sequence[RolloutGroup], scores: Sequence[ScoredGroup], reference_logprobs: PerGroup | None,
         step: int, versions: Sequence[int] | None,
     ) -> RankBatch:
         if reference_logprobs is None and reference_is_base(self.config):
-            temperature = self.config.rollout.temperature
+            temperature = self._policy_config.rollout.temperature
             rows = self.reference_logprobs(scoring_samples(groups), temperature=temperature)
             reference_logprobs = by_group(rows, groups)
         return RankBatch(groups, scores, step, (step,) if versions is None else versions, reference_logprobs)
@@ -110,14 +119,16 @@ class Trainer(Rank):
         merged = self.engine.merge(metrics)
         paid = merged.get("actor/reward_kl")
         moved = "train/grad_norm" in merged  # not while a critic learns alone: no coefficient would bring it nearer
-        if self.config.algo.kl_target is not None and moved and isinstance(paid, Mean) and paid.weight:
-            self.kl_coef = adapted_coef(self.kl_coef, kl=paid.value, target=self.config.algo.kl_target,
-                                        num_sequences=paid.weight, horizon=self.config.algo.kl_horizon)
+        config = self.config.algo
+        if (isinstance(config, LossConfig) and config.kl_target is not None
+                and moved and isinstance(paid, Mean) and paid.weight):
+            self.kl_coef = adapted_coef(self.kl_coef, kl=paid.value, target=config.kl_target,
+                                        num_sequences=paid.weight, horizon=config.kl_horizon)
         return StepReport(step, read(merged))
 
     def logprobs(self, groups: Sequence[RolloutGroup]) -> list[list[np.ndarray]]:
         """Log-probs per group and trajectory, (T,) float32, 0 off the mask, at the rollout's temperature."""
-        samples, temperature = scoring_samples(groups), self.config.rollout.temperature
+        samples, temperature = scoring_samples(groups), self._policy_config.rollout.temperature
         return by_group(policy_step.logprobs(self.engine, self.config, samples, temperature=temperature), groups)
 
     def reference_logprobs(self, samples: Sequence[Sample], *, temperature: float) -> list[np.ndarray]:

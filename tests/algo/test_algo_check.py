@@ -3,12 +3,11 @@ import re
 import pytest
 
 from flux_ray import algo
-from flux_ray.algo.check import check
-from flux_ray.algo.check_kinds import check_offline
+from flux_ray.algo.check import check, check_groups
 from flux_ray.algo.estimators import ESTIMATORS
 from flux_ray.algo.losses import POLICY_LOSSES
 from flux_ray.batch import AGGREGATIONS
-from flux_ray.config import AlgoConfig, from_dict, options, preset
+from flux_ray.config import AlgoConfig, PPOAlgoConfig, as_groups, check_values, from_dict, options, preset
 from flux_ray.errors import UserError
 
 pytestmark = pytest.mark.unit
@@ -22,7 +21,7 @@ def test_every_algorithm_by_its_preset_has_nothing_to_remark(name):
 
 
 def test_presets_hold_what_the_papers_say():
-    """Knobs that differ from config.py, by algorithm, as the papers and the algorithms' table have them."""
+    """Knobs that differ from the default's, by algorithm, as the papers and the algorithms' table have them."""
     off = {"beta": 0.0, "entropy_coef": 0.0}
     gspo = {**off, "clip_range": 3e-4, "clip_range_high": 4e-4}
     table = {
@@ -103,22 +102,30 @@ def test_which_log_probs_are_needed():
     ({"reward.overlong_tokens": 8, "reward.overlong_penalty": 1.0, "rollout.max_tokens": 4},
      "reward.overlong_tokens=8 must be <= rollout.max_tokens=4"),
     ({"reward.functions": ["my.py:overlong"], "reward.overlong_penalty": 1.0}, "give it another name"),
-    ({"algo.name": "sft", "eval.stop_at": 0.8}, "eval.stop_at=0.8 looks at rewards: algo=sft has none"),
-    ({"algo.name": "sft", "driver.max_staleness": 1}, "driver.max_staleness=1: algo=sft learns from examples, nothing"),
-    ({**preset("dpo"), "driver.streaming": "always"}, "driver.streaming=always: algo=dpo learns from pairs, nothing"),
-    ({"algo.name": "sft", "filter.oversample": 0.5}, "filter.oversample=0.5: algo=sft learns from examples"),
-    ({"algo.name": "sft", "rollout.split_groups": 2}, "rollout.split_groups=2: algo=sft learns from examples, nothing"),
+    ({"algo.name": "sft", "eval.stop_at": 0.8}, "eval.stop_at=0.8 is read by grpo and its kin, ppo alone"),
+    ({"algo.name": "sft", "driver.max_staleness": 1}, "not by sft, which learns from examples and rolls nothing out"),
+    ({**preset("dpo"), "driver.streaming": "always"}, "not by dpo, which learns from pairs and rolls nothing out"),
+    ({"algo.name": "sft", "filter.oversample": 0.5}, "filter.oversample=0.5 is read by grpo and its kin, ppo alone"),
+    ({"algo.name": "sft", "rollout.split_groups": 2}, "rollout.split_groups=2 is read by grpo and its kin, ppo alone"),
     ({"algo.name": "reinforce_pp", "driver.streaming": "always"}, "driver.streaming=always: reinforce_pp needs the"),
     ({"algo.mini_batches": 2, "driver.streaming": "always"}, "driver.streaming=always: grpo needs the whole batch"),
-    ({"algo.name": "sft", "algo.clip_range": 0.3}, "algo.clip_range=0.3 is not read by sft: leave it out"),
-    ({**preset("dpo"), "algo.label_smoothing": 0.2}, "algo.label_smoothing=0.2 is not read by dpo"),
-    ({**preset("dpo"), "algo.epochs": 2}, "algo.epochs=2 is not read by dpo"),
+    ({"algo.name": "sft", "algo.clip_range": 0.3}, "algo.clip_range=0.3 is read by grpo and its kin, ppo alone"),
+    ({**preset("dpo"), "algo.label_smoothing": 0.2}, "algo.label_smoothing=0.2 is read by cdpo alone, not by dpo"),
+    ({**preset("dpo"), "algo.epochs": 2}, "algo.epochs=2 is read by grpo and its kin, ppo alone, not by dpo"),
     ({"algo.name": "ipo", "algo.beta": 0.0}, "algo.beta must be > 0 for ipo"),
     ({**preset("dpo"), "algo.reference_free": True, "reference.path": "r"}, "reference.path=r beside"),
-    ({**preset("dpo"), "reward.functions": ["numeric"]}, "reward.functions=['numeric'] score rollouts: algo=dpo"),
-    ({"algo.name": "reward_model", "algo.beta": 0.3}, "algo.beta=0.3 is not read by reward_model"),
+    ({**preset("dpo"), "reward.functions": ["numeric"]}, "reward.functions=['numeric'] is read by grpo "),
+    ({"algo.name": "reward_model", "algo.beta": 0.3}, "dpo, ipo, cdpo alone, not by reward_model"),
     ({"algo.reference_free": True}, "algo.reference_free=True is read by dpo, ipo, cdpo alone, not by grpo"),
-    ({"algo.label_smoothing": 0.1}, "algo.label_smoothing=0.1 is read by cdpo alone, not by grpo"),
+    ({"algo.label_smoothing": 0.1}, "algo.label_smoothing=0.1 is read by cdpo alone, not by grpo: leave it out, or "),
+    ({"algo.gamma": 0.9}, "algo.gamma=0.9 is read by ppo alone, not by grpo: leave it out, or choose algo=ppo"),
+    ({"algo.name": "rloo", "critic.warmup_steps": 1}, "critic.warmup_steps=1 is read by ppo alone, not by rloo"),
+    ({"algo.name": "mine", "critic.path": "c"}, "critic.path=c is read by ppo alone, not by mine"),
+    ({"algo.name": "sft", "rollout.group_size": 1}, "rollout.group_size=1 is read by grpo and its kin, ppo alone"),
+    ({"algo.estimator": "gae"}, "the estimator gae of algo.name=grpo needs a critic's values: choose algo=ppo"),
+    ({"algo.name": "ppo", "algo.estimator": "rloo"}, "algo.estimator=rloo doesn't read the values of the critic"),
+    ({"algo.name": "ppo", "algo.normalize_by_std": False}, "is not read by the estimator gae"),
+    ({"algo.name": "ppo", "critic.warmup_steps": 100}, "critic.warmup_steps=100 must be < driver.num_steps=100"),
     ({"algo.name": "rloo", "algo.normalize_by_std": False}, "algo.normalize_by_std=False is not read by the estimator"),
     ({"algo.name": "reinforce", "algo.old_logprobs": "sampler"}, "is not read without a loss with a ratio: leave it"),
     ({"algo.beta": 0.0, "algo.kl_estimator": "k2"}, "algo.kl_estimator=k2 is not read without algo.beta: leave it out"),
@@ -131,7 +138,7 @@ def test_which_log_probs_are_needed():
 ])
 def test_refused(values, message):
     with pytest.raises(UserError, match=re.escape(message)) as error:
-        check(from_dict(values))
+        check(check_values(from_dict(values)))
     assert "\n" not in str(error.value)
 
 
@@ -158,7 +165,6 @@ def test_legal_but_odd(values, message):
     {**preset("reinforce_pp_baseline"), "algo.beta": 0.0},
     {"algo.clip_range": 0.3, "algo.mini_batches": 2},
     {"driver.max_staleness": 2, "algo.off_policy": "tis", "algo.tis_cap": 3.0},
-    {"algo.name": "sft", "rollout.group_size": 1},
     preset("sft"), preset("dpo"), preset("ipo"), preset("cdpo"), preset("reward_model"),
     {"algo.name": "ipo", "algo.beta": 0.1, "algo.pair_logprobs": "sum"}, {**preset("dpo"), "algo.reference_free": True},
 ])
@@ -178,9 +184,26 @@ def test_what_a_user_registered_is_an_algorithm_by_its_name():
         del ESTIMATORS["mine"], POLICY_LOSSES["mine_too"]
 
 
+def test_an_estimator_of_a_users_that_needs_values_needs_ppo():
+    try:
+        algo.register_adv_estimator("valued", needs_values=True)(lambda *a, **kw: a)
+        with pytest.raises(UserError, match=r"needs a critic's values: choose algo=ppo algo\.estimator=valued"):
+            check(from_dict({"algo.name": "valued"}))
+        assert check(from_dict({"algo.name": "ppo", "algo.estimator": "valued"})) == []
+        assert algo.resolve(PPOAlgoConfig(estimator="valued")).needs_critic
+    finally:
+        del ESTIMATORS["valued"]
+
+
 def test_knobs_that_a_loss_reads_are_options():
     keys = {key for key, _ in options()}
     assert all(f"algo.{knob}" in keys for loss in POLICY_LOSSES.values() for knob in loss.reads)
+
+
+def groups(values, sizes):
+    config, warnings = as_groups(check_values(from_dict(values)), sizes=sizes)
+    check_groups(config, sizes=sizes)
+    return config, warnings
 
 
 @pytest.mark.parametrize(("values", "sizes", "message"), [
@@ -189,20 +212,24 @@ def test_knobs_that_a_loss_reads_are_options():
                                                "have 3, 4"),
     ({"algo.old_logprobs": "sampler"}, {4}, "algo.old_logprobs=sampler: nobody recorded"),
     ({"algo.off_policy": "tis"}, {4}, "algo.off_policy=tis: nobody recorded"),
-    ({"reward.functions": ["numeric"]}, {4}, "reward.functions=['numeric'] beside rewards that are given"),
+    ({"reward.functions": ["numeric"]}, {4}, "reward.functions=['numeric']: there are rewards that are given"),
     ({"driver.max_staleness": 1}, {4}, "driver.max_staleness=1: nothing is rolled out"),
+    ({"reward.combine": "each"}, {4}, "reward.combine=each: there is one reward"),
+    ({"rollout.num_engines": 2}, {4}, "rollout.num_engines=2: nothing is rolled out"),
+    ({"rollout.group_size": 3}, {4}, "rollout.group_size=3: the data have groups of 4: leave it out"),
     ({"driver.streaming": "always"}, {4}, "driver.streaming=always: nothing is rolled out"),
     ({"filter.oversample": 0.5}, {4}, "filter.oversample=0.5: nothing is rolled out"),
     ({"filter.reward": "numeric"}, {4}, "filter.reward=numeric: there is one reward"),
-    ({"eval.data": "e.jsonl"}, {4}, "eval.data=e.jsonl needs engines"),
+    ({"eval.data": "e.jsonl"}, {4}, "eval.data=e.jsonl: it needs engines"),
 ])
 def test_what_given_groups_lack(values, sizes, message):
     with pytest.raises(UserError, match=re.escape(message)):
-        check_offline(from_dict(values), sizes=sizes)
+        groups(values, sizes)
 
 
 def test_given_groups_of_any_size():
-    assert check_offline(from_dict({}), sizes={2, 5}) == []
-    assert check_offline(from_dict({"algo.name": "reinforce"}), sizes={1}) == []
-    (warning,) = check_offline(from_dict(preset("dapo")), sizes={4})
+    config, warnings = groups({}, {2, 5})
+    assert (config.rollout.group_size, warnings) == (5, [])
+    assert groups({"algo.name": "reinforce"}, {1})[1] == []
+    (warning,) = groups(preset("dapo"), {4})[1]
     assert "reward.overlong_penalty=1.0: not added to rewards that are given" in warning

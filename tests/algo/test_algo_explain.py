@@ -12,7 +12,7 @@ from flux_ray.algo.losses import POLICY_LOSSES
 from flux_ray.algo.objective import CORRECTIONS
 from flux_ray.algo.preferences import FORMULAS
 from flux_ray.batch import AGGREGATIONS
-from flux_ray.config import options
+from flux_ray.config import OBJECTIVES, PAIRS, options, options_of
 from flux_ray.errors import UserError
 from flux_ray.formula import full_name
 
@@ -29,7 +29,7 @@ def test_everything_of_ours_has_its_formula_and_source():
     entries = [*ours, *AGGREGATIONS.values(), *KL_ESTIMATORS.values(), *CORRECTIONS.values()]
     for formula in (*(entry.formula for entry in entries), *FORMULAS.values()):
         assert formula.text and formula.source
-    assert set(FORMULAS) == {name for name, kind in algo.KINDS.items() if kind.data == algo.PAIRS}
+    assert set(FORMULAS) == {name for name, cls in OBJECTIVES.items() if cls.learns_from == PAIRS}
 
 
 def test_formulas_name_the_options_that_the_code_reads():
@@ -42,7 +42,9 @@ def test_formulas_name_the_options_that_the_code_reads():
                for option in set(entry.reads) - set(entry.formula.options) if entry.ours}
     # dr_grpo never divides, whatever is set; cispo's bound is clip_range where clip_range_high isn't set.
     assert unnamed == {("dr_grpo", "normalize_by_std"), ("cispo", "clip_range")}
-    assert all(set(formula.options) == set(algo.KINDS[name].reads) for name, formula in FORMULAS.items())
+    for name, formula in FORMULAS.items():
+        own = {key for key, _ in options_of(OBJECTIVES[name]) if key.startswith("algo.")} - {"algo.name"}
+        assert {f"algo.{option}" for option in formula.options} == own
 
 
 def test_the_epsilon_of_the_text_is_that_of_the_code():

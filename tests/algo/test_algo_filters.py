@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from flux_ray.algo.filters import check_filter, refusal
-from flux_ray.config import FilterConfig, from_dict, preset
+from flux_ray.config import KeptConfig, from_dict, preset
 from flux_ray.errors import UserError
 from flux_ray.records import ScoredGroup
 
@@ -35,12 +35,12 @@ def group(task, *, rewards=None, **parts) -> ScoredGroup:
     (group([1, 1]), None, None),
 ])
 def test_refusal(scored, reward, cause):
-    assert refusal(scored, FilterConfig(reward=reward)) == cause
+    assert refusal(scored, KeptConfig(reward=reward)) == cause
 
 
 def test_a_part_that_is_not_there():
     with pytest.raises(UserError, match=r"filter\.reward: unknown reward 'rihgt': did you mean 'right'"):
-        refusal(group([1, 0], right=[1, 0]), FilterConfig(reward="rihgt"))
+        refusal(group([1, 0], right=[1, 0]), KeptConfig(reward="rihgt"))
 
 
 def test_checked_at_start():

@@ -7,9 +7,20 @@ import pair_oracle as oracle
 import pytest
 import torch
 
-from flux_ray.algo.kinds import KINDS, kind_of, needs_reference
+from flux_ray.algo import needs_reference
 from flux_ray.algo.preferences import LOSSES, METRICS, preference_objective, score_objective
-from flux_ray.config import AlgoConfig
+from flux_ray.config import (
+    OBJECTIVES,
+    AlgoConfig,
+    CDPOAlgoConfig,
+    IPOAlgoConfig,
+    PairsAlgoConfig,
+    PairsConfig,
+    PolicyGradientConfig,
+    RewardModelAlgoConfig,
+    SFTAlgoConfig,
+    objective_of,
+)
 from flux_ray.observability.metrics import merge, read
 
 pytestmark = pytest.mark.unit
@@ -22,7 +33,7 @@ CASES = {
     "cdpo": ("cdpo", {"label_smoothing": 0.1}, {"epsilon": 0.1}),
     "cdpo, half wrong": ("cdpo", {"label_smoothing": 0.5}, {"epsilon": 0.5}),
     "ipo": ("ipo", {"pair_logprobs": "mean"}, {"mean": True}),
-    "ipo of sums": ("ipo", {}, {}),
+    "ipo of sums": ("ipo", {"pair_logprobs": "sum"}, {}),
 }
 
 
@@ -34,7 +45,7 @@ def batch_of(seed):
 
 
 def ours(name, batch, options, *, num_pairs=SIZE):
-    config = AlgoConfig(name=name, **{"beta": 0.1, **options})
+    config = {"dpo": PairsAlgoConfig, "ipo": IPOAlgoConfig, "cdpo": CDPOAlgoConfig}[name](**{"beta": 0.1, **options})
     logprobs = torch.from_numpy(batch["logprobs"]).requires_grad_()
     reference = None if config.reference_free else torch.from_numpy(batch["reference"])
     loss, metrics = preference_objective(config, logprobs=logprobs, reference_logprobs=reference,
@@ -101,8 +112,8 @@ def test_parts_of_a_step_add_up():
 
 
 def test_who_needs_a_reference():
-    assert set(LOSSES) == {name for name, kind in KINDS.items() if kind.has_reference}
-    assert needs_reference(AlgoConfig(name="dpo")) and not needs_reference(AlgoConfig(name="dpo", reference_free=True))
-    assert not needs_reference(AlgoConfig(name="sft")) and not needs_reference(AlgoConfig(name="reward_model"))
-    assert needs_reference(AlgoConfig(name="grpo")) and not needs_reference(AlgoConfig(name="grpo", beta=0.0))
-    assert kind_of(AlgoConfig(name="mine")).data == "prompts"
+    assert set(LOSSES) == {name for name, cls in OBJECTIVES.items() if issubclass(cls, PairsConfig)}
+    assert needs_reference(PairsAlgoConfig()) and not needs_reference(PairsAlgoConfig(reference_free=True))
+    assert not needs_reference(SFTAlgoConfig()) and not needs_reference(RewardModelAlgoConfig())
+    assert needs_reference(AlgoConfig()) and not needs_reference(AlgoConfig(beta=0.0))
+    assert objective_of("mine") is PolicyGradientConfig

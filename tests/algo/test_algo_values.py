@@ -9,7 +9,7 @@ import torch
 from test_algo_estimators import ragged
 
 from flux_ray import algo
-from flux_ray.config import AlgoConfig, from_dict
+from flux_ray.config import PPOAlgoConfig, check_values, from_dict
 from flux_ray.errors import UserError
 from flux_ray.observability.metrics import merge, read
 
@@ -29,7 +29,7 @@ def brute_force(rewards, mask, values, *, gamma, lam):
 
 
 def gae(rewards, mask, index, values, *, kl_coef=0.0, old=None, reference=None, **settings):
-    config = AlgoConfig(name="ppo", kl_coef=kl_coef, **settings)
+    config = PPOAlgoConfig(kl_coef=kl_coef, **settings)
     made = {"old_logprobs": old, "reference_logprobs": reference, "values": values}
     tensors = {name: None if array is None else torch.from_numpy(array) for name, array in made.items()}
     advantages, returns = algo.compute_advantages(
@@ -134,25 +134,23 @@ def test_the_objective_as_the_oracle_however_it_is_split():
 
 
 def test_what_ppo_is_made_of():
-    ppo = algo.resolve(AlgoConfig(name="ppo"))
+    ppo = algo.resolve(PPOAlgoConfig())
     assert (ppo.estimator, ppo.policy_loss, ppo.aggregation) == ("gae", "ppo", "token_mean")
     assert ppo.needs_critic and ppo.needs_whole_batch and not ppo.needs_groups
-    assert not algo.resolve(AlgoConfig(name="ppo", whiten_advantages=False)).needs_whole_batch
-    assert algo.needs_critic(AlgoConfig(estimator="gae")) and not algo.needs_critic(AlgoConfig())
-    assert not algo.needs_critic(AlgoConfig(name="sft"))
+    assert not algo.resolve(PPOAlgoConfig(whiten_advantages=False)).needs_whole_batch
 
 
 @pytest.mark.parametrize(("changed", "message"), [
-    ({"algo.gamma": 0.9}, r"algo\.gamma=0\.9 is not read by the estimator grpo"),
-    ({"algo.whiten_advantages": False}, r"algo\.whiten_advantages=False is not read by the estimator grpo"),
-    ({"critic.learning_rate": 1e-4}, r"critic\.learning_rate=0\.0001 is read by nothing: grpo has no critic"),
+    ({"algo.gamma": 0.9}, r"algo\.gamma=0\.9 is read by ppo alone, not by grpo"),
+    ({"algo.whiten_advantages": False}, r"algo\.whiten_advantages=False is read by ppo alone"),
+    ({"critic.learning_rate": 1e-4}, r"critic\.learning_rate=0\.0001 is read by ppo alone, not by grpo"),
     ({"algo.name": "ppo", "critic.warmup_steps": 100}, r"critic\.warmup_steps=100 must be < driver\.num_steps=100"),
 ])
 def test_what_nothing_reads_is_refused(changed, message):
     from flux_ray.algo.check import check
 
     with pytest.raises(UserError, match=message):
-        check(from_dict(changed))
+        check(check_values(from_dict(changed)))
     check(from_dict({"algo.name": "ppo", "algo.gamma": 0.9, "critic.warmup_steps": 3}))
 
 

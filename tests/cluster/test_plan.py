@@ -7,9 +7,9 @@ from flux_ray.errors import UserError
 pytestmark = pytest.mark.unit
 
 
-def plan(gpus=0, reference=False, critic=False, rollouts=True, trains=True, **options):
-    return make_plan(from_dict(options), cluster_gpus=gpus, needs_reference=reference, needs_critic=critic,
-                     rollouts=rollouts, trains=trains)
+def plan(gpus=0, reference=False, trains=True, algorithm="grpo", **options):
+    config = from_dict({"algo.name": algorithm, **options})
+    return make_plan(config, cluster_gpus=gpus, needs_reference=reference, trains=trains)
 
 
 def test_on_cpu_every_role_has_its_bundles_and_every_engine_its_own_group():
@@ -66,19 +66,19 @@ def test_a_rollout_worker_has_no_gpu_and_its_engine_is_not_shared_for_it(gpus):
 
 
 def test_supervised_training_places_the_trainer_alone():
-    assert [role.name for role in plan(rollouts=False, **{"train.num_ranks": 2}).roles] == ["trainer"]
+    assert [role.name for role in plan(algorithm="sft", **{"train.num_ranks": 2}).roles] == ["trainer"]
 
 
 @pytest.mark.parametrize("trains", [True, False])
 def test_pairs_are_trained_on_and_evaluated_by_ranks_and_a_reference(trains):
-    got = plan(reference=True, rollouts=False, trains=trains, **{"train.num_ranks": 2})
+    got = plan(reference=True, algorithm="dpo", trains=trains, **{"train.num_ranks": 2})
     assert [(role.name, role.count) for role in got.roles] == [("trainer", 2), ("reference", 1)]
 
 
 def test_one_gpu_holds_the_ranks_and_the_reference_of_pairs():
-    got = plan(gpus=1, reference=True, rollouts=False)
+    got = plan(gpus=1, reference=True, algorithm="dpo")
     assert got.total["GPU"] == 1.0 and got.role("reference").inside == "trainer"
-    assert plan(gpus=1, rollouts=False).role("trainer").gpus == 1.0   # alone it has the GPU to itself
+    assert plan(gpus=1, algorithm="sft").role("trainer").gpus == 1.0   # alone it has the GPU to itself
 
 
 def test_without_a_kl_there_is_no_reference():
@@ -120,18 +120,18 @@ def test_what_no_cluster_could_place_is_refused_by_name(gpus, options, words):
 
 def test_more_references_than_ranks_to_live_with():
     with pytest.raises(UserError, match=r"reference\.num_actors must not exceed train\.num_ranks"):
-        plan(gpus=1, reference=True, rollouts=False, **{"reference.num_actors": 2})
+        plan(gpus=1, reference=True, algorithm="dpo", **{"reference.num_actors": 2})
 
 
 MODELS = {"reward.functions": ["numeric", "model:/a", "model:/b"], "reward.model_replicas": 2}
 
 
 def test_a_critic_is_as_large_as_the_training_group_and_each_reward_model_has_its_replicas():
-    got = plan(critic=True, **{"train.num_ranks": 2}, **MODELS)
+    got = plan(algorithm="ppo", **{"train.num_ranks": 2}, **MODELS)
     assert [(role.name, role.count) for role in got.roles] == [
         ("engine", 1), ("trainer", 2), ("critic", 2), ("reward_model", 4), ("reward", 1), ("rollout", 1)]
     assert got.bundles()["critic"] == [[{"CPU": 1.0}] * 2]   # they start together: one placement group
-    alone = plan(critic=False, trains=False, **MODELS)
+    alone = plan(algorithm="ppo", trains=False, **MODELS)
     assert [role.name for role in alone.roles] == ["engine", "reward_model", "reward", "rollout"]
 
 
@@ -144,13 +144,13 @@ def test_an_evaluation_shares_the_gpu_with_reward_models_alone():
 
 
 def test_on_gpus_of_their_own():
-    got = plan(gpus=8, reference=True, critic=True, **{"train.num_ranks": 2}, **MODELS)
+    got = plan(gpus=8, reference=True, algorithm="ppo", **{"train.num_ranks": 2}, **MODELS)
     assert got.total["GPU"] == 1 + 2 + 2 + 1 + 4 and got.weights_backend == "nccl"
     assert {role.name: role.gpus for role in got.roles}["reward"] == 0.0
 
 
 def test_on_one_gpu_all_of_them_live_in_the_engines_place():
-    got = plan(gpus=1, reference=True, critic=True, **MODELS)
+    got = plan(gpus=1, reference=True, algorithm="ppo", **MODELS)
     shares = {role.name: role.gpus * role.count for role in got.roles}
     assert got.total["GPU"] == 1.0 and 0.99 < sum(shares.values()) <= 1.0
     assert {role.name for role in got.roles if role.inside == "engine"} == {

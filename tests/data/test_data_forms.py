@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from flux_ray.config import Config, DataConfig, RolloutConfig, from_dict, validate
+from flux_ray.config import from_dict, validate
 from flux_ray.data import PairSource, PromptSource, SftSource
 from flux_ray.data.forms import as_chat
 from flux_ray.data.preferences import CHOSEN, REJECTED
@@ -20,12 +20,13 @@ SHAREGPT = [{"from": "human", "value": "1+1"}, {"from": "gpt", "value": "2"},
 
 
 def prompts(tokenizer, rows, **data):
-    config = Config(data=DataConfig(shuffle=False, **data), rollout=RolloutConfig(max_tokens=16))
+    data = {f"data.{name}": value for name, value in data.items()}
+    config = from_dict({"data.shuffle": False, "rollout.max_tokens": 16, **data})
     return PromptSource.from_config(config, tokenizer, context_length=256, prompts=rows)
 
 
 def sft(tokenizer, rows, **data):
-    config = Config(data=DataConfig(shuffle=False, **data))
+    config = from_dict({"algo.name": "sft", "data.shuffle": False, **{f"data.{k}": v for k, v in data.items()}})
     return SftSource.from_config(config, tokenizer, context_length=256, rows=rows)
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from tokenizers.processors import TemplateProcessing
 
-from flux_ray.config import Config, DataConfig, EvalConfig, RolloutConfig
+from flux_ray.config import from_dict
 from flux_ray.data.order import stable_seed
 from flux_ray.data.prompts import PromptSource
 from flux_ray.errors import UserError
@@ -20,7 +20,7 @@ GSM8K = Path(__file__).parents[2].parent / "shared" / "data" / "gsm8k" / "train.
 
 
 def make(tokenizer, prompts=None, *, seed=0, **data):
-    config = Config(seed=seed, data=DataConfig(**data), rollout=RolloutConfig(group_size=3, max_tokens=16))
+    config = from_dict({"seed": seed, "data": data, "rollout.group_size": 3, "rollout.max_tokens": 16})
     return PromptSource.from_config(config, tokenizer, context_length=CONTEXT, prompts=prompts)
 
 
@@ -58,7 +58,7 @@ def test_every_epoch_has_every_row_once_in_another_order(plain_tokenizer):
 
 
 def test_seeds_are_distinct_and_leave_room_for_the_samples(plain_tokenizer):
-    config = Config(eval=EvalConfig(num_samples=2))
+    config = from_dict({"eval.num_samples": 2})
     train = PromptSource.from_config(config, plain_tokenizer, context_length=300, prompts=ROWS)
     evaluation = PromptSource.for_eval(config, plain_tokenizer, context_length=300, prompts=ROWS)
     seeds = [source.prompt(uid).seed for source in (train, evaluation) for uid in range(1000)]
@@ -151,7 +151,7 @@ def test_a_config_that_does_not_go_with_the_data_is_refused(plain_tokenizer, row
 
 
 def test_a_response_as_long_as_the_context_is_refused(plain_tokenizer):
-    config = Config(rollout=RolloutConfig(max_tokens=64))
+    config = from_dict({"rollout.max_tokens": 64})
     with pytest.raises(UserError, match=r"rollout\.max_tokens=64 leaves no room for a prompt in a context of 64"):
         PromptSource.from_config(config, plain_tokenizer, context_length=64, prompts=ROWS)
 
@@ -159,8 +159,8 @@ def test_a_response_as_long_as_the_context_is_refused(plain_tokenizer):
 def test_real_word_problems(plain_tokenizer):
     if not GSM8K.is_file():
         pytest.skip(f"{GSM8K} is not here")
-    data = DataConfig(train=str(GSM8K), prompt_column="question", max_rows=200, prompt_template="Q: {prompt}\nA:")
-    config = Config(data=data)
+    data = {"train": str(GSM8K), "prompt_column": "question", "max_rows": 200, "prompt_template": "Q: {prompt}\nA:"}
+    config = from_dict({"data": data})
     source = PromptSource.from_config(config, plain_tokenizer, context_length=4096)
     assert source.num_rows == 200 and source.columns == {"answer"}
     prompt = source.prompt(0)

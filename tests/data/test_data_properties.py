@@ -15,7 +15,7 @@ pytest.importorskip("hypothesis", reason="hypothesis isn't installed: pip instal
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from flux_ray.config import Config, DataConfig, RolloutConfig
+from flux_ray.config import SFTConfig, from_dict
 from flux_ray.data import PromptSource, SftSource
 from flux_ray.data.encode import fill_template
 from flux_ray.data.order import EpochOrder, MixedOrder
@@ -76,7 +76,7 @@ def test_a_way_leads_where_its_names_say(rows):
 @FEW
 @given(JSON)
 def test_any_cell_is_a_prompt_or_a_bad_row_in_one_line(cell):
-    config = Config(data=DataConfig(), rollout=RolloutConfig(max_tokens=8))
+    config = from_dict({"rollout.max_tokens": 8})
     rows = [{"prompt": "1+1="}, {"prompt": cell, "messages": cell, "completion": cell}]
     try:
         source = PromptSource.from_config(config, TOKENIZER, context_length=4096, prompts=rows)
@@ -86,7 +86,7 @@ def test_any_cell_is_a_prompt_or_a_bad_row_in_one_line(cell):
     try:
         rows = [{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]},
                 {"messages": cell}]
-        SftSource.from_config(config, TOKENIZER, context_length=4096, rows=rows)
+        SftSource.from_config(SFTConfig(), TOKENIZER, context_length=4096, rows=rows)
     except UserError as error:
         assert "row 2 (from 1): column 'messages': " in str(error) and "\n" not in str(error)
 

@@ -4,7 +4,7 @@ import json
 import numpy as np
 import pytest
 
-from flux_ray.config import Config, DataConfig, ModelConfig
+from flux_ray.config import from_dict
 from flux_ray.data.sft import SftSource
 from flux_ray.errors import UserError
 
@@ -14,7 +14,7 @@ PAIRS = [{"prompt": f"{number}+1=", "completion": str(number + 1)} for number in
 
 
 def make(tokenizer, rows, *, seed=0, context_length=64, **data):
-    config = Config(seed=seed, data=DataConfig(**data))
+    config = from_dict({"algo.name": "sft", "seed": seed, "data": data})
     return SftSource.from_config(config, tokenizer, context_length=context_length, rows=rows)
 
 
@@ -55,7 +55,7 @@ def test_a_chat_ends_where_a_rollout_of_the_model_does(chat_tokenizer, tmp_path)
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
     chat_tokenizer = copy.deepcopy(chat_tokenizer)
     chat_tokenizer.chat_template = chat_tokenizer.chat_template.replace("<eos>\n", "\n<eos>")
-    config = Config(model=ModelConfig(path=str(tmp_path)))
+    config = from_dict({"algo.name": "sft", "model.path": str(tmp_path)})
     rows = [{"messages": [{"role": "user", "content": "2+2"}, {"role": "assistant", "content": "4"}]}]
     (sample,) = SftSource.from_config(config, chat_tokenizer, context_length=64, rows=rows).batch(0, 1)
     assert parts(chat_tokenizer, sample)[1] == "4\n"

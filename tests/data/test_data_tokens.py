@@ -10,7 +10,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from flux_ray.config import Config, DataConfig, from_dict
+from flux_ray.config import SFTConfig, from_dict
 from flux_ray.data import PairSource, PromptSource, SftSource
 from flux_ray.data.tokens import Tokens, adds_blank, encode_continuations, encode_starts, special_prefix
 from flux_ray.errors import UserError
@@ -47,7 +47,7 @@ def test_prompt_and_completion_together_are_the_file_s_text(form, prompt, comple
     assert adds_blank(tokenizer)
     if completion.strip():
         rows = [{"prompt": prompt, "completion": completion}]
-        (sample,) = SftSource.from_config(Config(), tokenizer, context_length=64, rows=rows).all()
+        (sample,) = SftSource.from_config(SFTConfig(), tokenizer, context_length=64, rows=rows).all()
         assert tokenizer.decode(sample.token_ids, skip_special_tokens=True) == prompt + completion
         assert sample.token_ids[0] == 1 and sample.token_ids[-1] == 2
     start, rest = encode_starts(tokenizer, [(prompt, False)]), encode_continuations(tokenizer, [completion])
@@ -69,7 +69,7 @@ def test_a_text_has_one_bos(text):
 def test_plain_text_to_learn_has_one_bos_and_it_is_not_learned():
     tokenizer = blank_first("first")
     for text in ("4 A", "<s>4 A"):
-        (sample,) = SftSource.from_config(Config(), tokenizer, context_length=64, rows=[{"text": text}]).all()
+        (sample,) = SftSource.from_config(SFTConfig(), tokenizer, context_length=64, rows=[{"text": text}]).all()
         assert (sample.token_ids == 1).sum() == 1 and not sample.loss_mask[0] and sample.loss_mask[1:].all()
 
 
@@ -97,8 +97,8 @@ def test_a_token_without_a_row_in_the_model_s_embedding_is_refused_by_row(tmp_pa
 
     tokenizer = AutoTokenizer.from_pretrained(tiny_model(tmp_path, tied=True))
     tokenizer.add_tokens(["<tool>"])
-    config = from_dict({"model.path": str(tmp_path), "rollout.max_tokens": 8,
-                        "algo.name": {"prompts": "grpo"}.get(kind, kind)})
+    config = from_dict({"model.path": str(tmp_path), "algo.name": {"prompts": "grpo"}.get(kind, kind),
+                        **({"rollout.max_tokens": 8} if kind == "prompts" else {})})
     rows = [{"prompt": "ab", "completion": "b", "chosen": "b", "rejected": "c"},
             {"prompt": "a<tool>", "completion": "b", "chosen": "b", "rejected": "c"}]
     why = r"row 2 \(from 1\).*token '<tool>' has id 64, but the model's embedding has 64 rows \(the tokenizer has 65"
@@ -120,8 +120,8 @@ def test_tokens_of_many_texts_lie_in_one_array():
 
 def test_samples_are_the_same_in_chunks_of_any_size(plain_tokenizer, monkeypatch):
     rows = [{"prompt": f"{i}+1=", "completion": str(i + 1)} for i in range(20)]
-    whole = SftSource.from_config(Config(data=DataConfig()), plain_tokenizer, context_length=64, rows=rows).all()
+    whole = SftSource.from_config(SFTConfig(), plain_tokenizer, context_length=64, rows=rows).all()
     monkeypatch.setattr("flux_ray.data.tokens.CHUNK", 3)
     monkeypatch.setattr("flux_ray.data.examples.CHUNK", 7)
-    parts = SftSource.from_config(Config(data=DataConfig()), plain_tokenizer, context_length=64, rows=rows).all()
+    parts = SftSource.from_config(SFTConfig(), plain_tokenizer, context_length=64, rows=rows).all()
     assert [s.token_ids.tolist() for s in whole] == [s.token_ids.tolist() for s in parts]

@@ -13,12 +13,12 @@ from typing import Any
 
 from flux_ray.config import (
     BatchConfig,
-    Config,
     DriverConfig,
     FilterConfig,
-    ObservabilityConfig,
+    PolicyGradientConfig,
     RewardConfig,
     RolloutConfig,
+    RolloutObservabilityConfig,
     TrainConfig,
 )
 from flux_ray.driver.loop import Loop
@@ -66,11 +66,11 @@ class RandomSchedule:
                       for i in range(chance.choice([0, 0, 1, 3, 6]))]
 
     @staticmethod
-    def plain(**values: Any) -> Config:
+    def plain(**values: Any) -> PolicyGradientConfig:
         """A config without the cost of parsing one."""
         given = dict(group_size=1, num_steps=1, max_staleness=0, oversample=0.0, num_engines=1, max_num_seqs=100,
                      split_groups=1, num_workers=1, num_ranks=1, samples_per_step=0) | values
-        return Config(
+        return PolicyGradientConfig(
             batch=BatchConfig(prompts_per_step=given["prompts_per_step"]),
             rollout=RolloutConfig(num_engines=given["num_engines"], group_size=given["group_size"],
                                   max_num_seqs=given["max_num_seqs"], split_groups=given["split_groups"]),
@@ -79,7 +79,7 @@ class RandomSchedule:
                                 oversample=given["oversample"]),
             train=TrainConfig(num_ranks=given["num_ranks"]),
             driver=DriverConfig(num_steps=given["num_steps"], max_staleness=given["max_staleness"]),
-            observability=ObservabilityConfig(samples_per_step=given["samples_per_step"]))
+            observability=RolloutObservabilityConfig(samples_per_step=given["samples_per_step"]))
 
     def world(self) -> World:
         return World(self.costs, length_of=self._length, fate_of=self._fate, prompt_tokens=3, num_rows=7,

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from flux_ray.config import BatchConfig, Config, FilterConfig, RolloutConfig
+from flux_ray.config import BatchConfig, FilterConfig, PolicyGradientConfig, RolloutConfig
 from flux_ray.driver.drop_stats import DropStats
 from flux_ray.driver.entry import NOBODY, Entry, State
 from flux_ray.driver.ledger import Ledger
@@ -30,7 +30,7 @@ ONE = np.ones(1)
 class Spent(DropStats):
     """Notes how many groups' turns came with each that was dropped."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: PolicyGradientConfig) -> None:
         super().__init__(config, total=0)
         self.spent: list[int] = []
 
@@ -40,8 +40,9 @@ class Spent(DropStats):
 
 
 def make(prompts_per_step: int, max_staleness: int = 0, oversample: float = 0.0, **more: Any) -> Ledger:
-    config = Config(batch=BatchConfig(prompts_per_step=prompts_per_step), rollout=RolloutConfig(group_size=1),
-                    filter=FilterConfig(max_batches=NO_LIMIT))
+    config = PolicyGradientConfig(
+        batch=BatchConfig(prompts_per_step=prompts_per_step), rollout=RolloutConfig(group_size=1),
+        filter=FilterConfig(max_batches=NO_LIMIT))
     return Ledger(Bound(prompts_per_step, max_staleness, oversample), Spent(config), **{"num_parts": 1, **more})
 
 

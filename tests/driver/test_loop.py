@@ -10,6 +10,7 @@ import pytest
 from flux_ray.cluster.group import ActorError
 from flux_ray.config import from_dict
 from flux_ray.data import PromptSource
+from flux_ray.errors import UserError
 from flux_ray.observability.callbacks import as_callback
 from flux_ray.observability.run_folder import EVAL, METRICS, SAMPLES, RunFolder, read_lines
 from flux_ray.observability.terminal import Terminal
@@ -23,17 +24,17 @@ pytestmark = pytest.mark.unit
 
 
 def run(tmp_path, rewards_of, *, callbacks=(), seconds_of=None, deadly=(), lost=(), done=0, version=-1,
-        rows="", **values) -> Parts:
+        gap_of=None, terminal=None, rows="", **values) -> Parts:
     """Three steps of four prompts, of which some are `done`; gives what the parts saw. metrics.jsonl is in tmp_path."""
     config = from_dict({"batch.prompts_per_step": 4, "rollout.group_size": 2, "driver.num_steps": 3,
                         "rollout.max_tokens": 4, **values})
     folder = RunFolder(tmp_path)
     folder.create(config, resume_step=done or None)
-    recorder = Recorder(config, folder=folder, terminal=Terminal(io.StringIO(), enabled=True),
+    recorder = Recorder(config, folder=folder, terminal=Terminal(terminal or io.StringIO(), enabled=True),
                         callbacks=callbacks)
     sums = rows or [f"{i}+1=" for i in range(9)]
     prompts = PromptSource.from_config(config, tiny_tokenizer(), context_length=64, prompts=sums)
-    parts = Parts(rewards_of, seconds_of=seconds_of, deadly=set(deadly), lost=set(lost))
+    parts = Parts(rewards_of, seconds_of=seconds_of, deadly=set(deadly), lost=set(lost), gap_of=gap_of)
     start = LoopState(step=done, next_uid=4 * done, version=version)
     asyncio.run(asyncio.wait_for(train(config, parts, prompts=prompts, recorder=recorder, start=start), 30))
     return parts
@@ -235,12 +236,40 @@ def noting(done: list[int]):
 
 @pytest.mark.parametrize("num_engines", [1, 3])
 @pytest.mark.parametrize("max_staleness", [0, 1])
-def test_an_asynchronous_run_probes_each_engine_after_every_publish(tmp_path, max_staleness, num_engines):
-    """The trainer's gap is here the number of groups that it was measured on."""
-    run(tmp_path, differs_but_every_third, **{"driver.max_staleness": max_staleness,
-                                              "rollout.num_engines": num_engines})
+def test_each_engine_is_probed_before_the_first_step_and_after_each_of_an_asynchronous_run(
+        tmp_path, max_staleness, num_engines):
+    parts = run(tmp_path, differs_but_every_third, **{"driver.max_staleness": max_staleness,
+                                                      "rollout.num_engines": num_engines})
+    first, *later = parts.probed
+    assert set(first) == set(range(num_engines)) and len(first) >= 4 * num_engines, "at several lengths each"
+    assert later == ([list(range(num_engines))] * 3 if max_staleness else [])
     gaps = [line.get("weights/logprob_gap_max") for line in read_lines(tmp_path / METRICS)]
-    assert gaps == ([float(num_engines)] * 3 if max_staleness else [None] * 3)
+    assert gaps == ([0.0] * 3 if max_staleness else [None] * 3)
+
+
+def test_a_run_whose_engine_and_trainer_disagree_ends_before_it_trains(tmp_path):
+    def gap_of(engine, version, position):
+        return 0.25 if engine == 1 and position >= 40 else 0.0
+
+    with pytest.raises(BaseException) as told:  # of several tasks
+        run(tmp_path / "stops", lambda uid: [1, 0], gap_of=gap_of, **{"rollout.num_engines": 2})
+    error = first_cause(told.value)
+    assert isinstance(error, UserError) and str(error).startswith("engine 1 and the trainer")
+    assert "-1.0000 from the engine, -0.7500 from the trainer" in str(error)
+    assert not (tmp_path / "stops" / METRICS).exists()
+    log = io.StringIO()
+    parts = run(tmp_path / "goes on", lambda uid: [1, 0], gap_of=gap_of, terminal=log,
+                **{"rollout.num_engines": 2, "weights.allow_logprob_gap": True})
+    assert len(parts.trained) == 3 and "warning: engine 1 and the trainer" in log.getvalue()
+
+
+def test_a_gap_that_comes_later_is_told_at_every_step_and_the_run_goes_on(tmp_path):
+    log = io.StringIO()
+    parts = run(tmp_path, lambda uid: [1, 0], gap_of=lambda engine, version, position: 0.25 * (version > 0),
+                terminal=log, seconds_of=lambda prompt: 0.4, **{"driver.max_staleness": 1})
+    assert len(parts.trained) == 3
+    assert [line["weights/logprob_gap_max"] for line in read_lines(tmp_path / METRICS)] == [0.25] * 3
+    assert "step 1: weights/logprob_gap_mean is 2.5e-01" in log.getvalue()
 
 
 def test_the_first_weights_are_published_too_and_a_resumed_run_publishes_above_all_of_before(tmp_path):

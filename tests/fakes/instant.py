@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from flux_ray.messages import GroupAt
 from flux_ray.protocols import Engine
 from flux_ray.records import (
     FINISH_LENGTH,
+    ComparedTokens,
     Completion,
     Responses,
     RolloutGroup,
@@ -48,7 +50,7 @@ class InstantEngine:
         return 10**6
 
     async def generate(self, request: SamplingRequest) -> Sampled:
-        if not request.first:
+        if not request.probes:
             await asyncio.sleep(float(os.environ[HOLD_S]))
         num = request.max_tokens
         made = [Completion(np.full(num, 5 + i % 2, np.int32), np.full(num, -0.5, np.float32),
@@ -105,8 +107,8 @@ class InstantRank:
     def train_held(self, *, step: int, **_: Any) -> StepReport:
         return StepReport(step + 1, {f"actor/metric_{i}": 0.5 + i for i in range(NUM_METRICS)})
 
-    def logprob_gap(self) -> tuple[float, float]:
-        return 0.0, 0.0
+    def compare_held(self, *, engines: Sequence[int]) -> list[ComparedTokens]:
+        return []
 
     def save_model(self, folder: str) -> None:
         Path(folder).mkdir(parents=True, exist_ok=True)

@@ -16,8 +16,9 @@ import numpy as np
 
 from flux_ray.cluster.group import Members
 from flux_ray.cluster.supervisor import OnDeath, Supervisor
-from flux_ray.config import Config
+from flux_ray.config import PolicyGradientConfig
 from flux_ray.data import PromptSource
+from flux_ray.driver.agreement import Agreement
 from flux_ray.driver.drop_stats import DropStats
 from flux_ray.driver.evaluation import Evaluation
 from flux_ray.driver.ledger import Ledger
@@ -29,6 +30,7 @@ from flux_ray.driver.versions import Versions
 from flux_ray.messages import GroupAt, Orders
 from flux_ray.records import (
     FINISH_STOP,
+    ComparedTokens,
     Completion,
     LoopState,
     Prompt,
@@ -66,6 +68,8 @@ class Parts:
     referenced: list[int] = field(default_factory=list)
     trained: list[list[int]] = field(default_factory=list)
     saved: list[str] = field(default_factory=list)
+    probed: list[list[int]] = field(default_factory=list)  # the engine of each probed group
+    gap_of: Any = None  # (engine, version, position) ► what the trainer's log-prob is above the engine's; none: 0
     holder: Holder = field(default_factory=Holder)  # the trainer's
     assigned: dict[int, tuple[Prompt, int]] = field(default_factory=dict)  # by seed: a part, and who carries it
 
@@ -76,7 +80,7 @@ class Parts:
         return 10**6
 
     async def generate(self, request: SamplingRequest) -> Sampled:
-        if not request.first:  # a probe's
+        if not request.probes:  # a probe's
             prompt, worker = self.assigned[request.seed]
             self.rolled.append(prompt.uid)
             if prompt.uid in self.deadly:
@@ -123,10 +127,18 @@ class Parts:
         self.published.append((version, step))
         return [str(version)]
 
-    def logprob_gap(self) -> tuple[float, float]:
+    def compare_held(self, *, engines: Sequence[int]) -> list[ComparedTokens]:
+        """The gap that the test asks for, of one token a group, at the end of its prompt."""
         versions = {t.newest_version for group in self.holder.groups for t in group.trajectories}
         assert versions == {self.version}, "what was probed is the present version"
-        return 0.0, float(len(self.holder.groups))
+        self.probed.append(list(engines))
+        compared = []
+        for engine, group in zip(engines, self.holder.groups, strict=True):
+            position = len(group.prompt.token_ids)
+            gap = self.gap_of(engine, self.version, position) if self.gap_of else 0.0
+            compared.append(ComparedTokens(engine, np.array([position]), np.array([7]), np.float32([-1.0]),
+                                           np.float32([-1.0 + gap])))
+        return compared
 
     def save_checkpoint(self, folder: str) -> None:
         self.saved.append(folder)
@@ -146,7 +158,7 @@ class Tokenizer:
 class Worker(RolloutWorker):
     """The real one; it notes whose requests the engines will get."""
 
-    def __init__(self, config: Config, index: int, parts: Parts) -> None:
+    def __init__(self, config: PolicyGradientConfig, index: int, parts: Parts) -> None:
         super().__init__(config, index=index, tokenizer_path="", most_groups=1, tokenizer=Tokenizer())
         self._number, self._parts = index, parts
 
@@ -161,7 +173,8 @@ class Worker(RolloutWorker):
             self.forget(key)
 
 
-async def train(config: Config, parts: Parts, *, prompts: PromptSource, recorder: Recorder, start: LoopState) -> None:
+async def train(config: PolicyGradientConfig, parts: Parts, *, prompts: PromptSource, recorder: Recorder,
+                start: LoopState) -> None:
     """All steps, with evaluations on the same prompts where eval.every asks for them. Raises what ends the run."""
     supervisor = Supervisor(start_deadline_s=5)
     groups: dict[str, Any] = {
@@ -187,7 +200,7 @@ async def train(config: Config, parts: Parts, *, prompts: PromptSource, recorder
     training.result()
 
 
-def make_loop(config: Config, groups: dict[str, Any], supervisor: Supervisor, *, prompts: PromptSource,
+def make_loop(config: PolicyGradientConfig, groups: dict[str, Any], supervisor: Supervisor, *, prompts: PromptSource,
               recorder: Recorder, start: LoopState) -> Loop:
     bound = Bound(config.batch.prompts_per_step, config.driver.max_staleness, config.filter.oversample)
     ledger = Ledger(bound, DropStats(config, total=start.prompts_dropped), num_steps=config.driver.num_steps,
@@ -196,7 +209,8 @@ def make_loop(config: Config, groups: dict[str, Any], supervisor: Supervisor, *,
     stages = Stages(config, ledger, workers=groups["rollout"], supervisor=supervisor, warn=recorder.warn_of,
                     step=start.step)
     loop = Loop(config, stages=stages, ranks=Ranks(config, trainer=groups["trainer"], critic=None), prompts=prompts,
-                versions=Versions(max_staleness=config.driver.max_staleness, highest=start.version))
+                versions=Versions(max_staleness=config.driver.max_staleness, highest=start.version),
+                agreement=Agreement(config, dtype="float32", context=200))
     if config.eval.every:
         loop.evaluation = Evaluation(config, prompts, stages)
     return loop

@@ -1,7 +1,7 @@
 """A run in simulated time: the real loop, ledger, stages, supervisor and rollout workers, on engines, rewards and ranks
 that only let time pass.
 
-Takes:  a Config, what things cost (`Costs`), how long each response is, what each group is worth (`World`).
+Takes:  a config, what things cost (`Costs`), how long each response is, what each group is worth (`World`).
 Gives:  `simulate`: what was started, trained on, dropped and stopped, and when each step ended.
 Knows:  that a loop with nothing to run and nothing to wait for will never go on: `Deadlock`.
 Never:  sleeps: the clock jumps to the next event.
@@ -17,7 +17,7 @@ import math
 import random
 import selectors
 from collections import defaultdict, deque
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -25,7 +25,8 @@ from typing import Any
 import numpy as np
 
 from flux_ray.cluster.supervisor import OnDeath, Supervisor
-from flux_ray.config import Config
+from flux_ray.config import PolicyGradientConfig
+from flux_ray.driver.agreement import Agreement
 from flux_ray.driver.drop_stats import DropStats
 from flux_ray.driver.ledger import Ledger
 from flux_ray.driver.loop import Loop
@@ -36,6 +37,7 @@ from flux_ray.driver.versions import Versions
 from flux_ray.messages import GroupAt, Orders
 from flux_ray.records import (
     FINISH_STOP,
+    ComparedTokens,
     Completion,
     LoopState,
     Prompt,
@@ -168,7 +170,7 @@ class Engine:
     async def generate(self, request: SamplingRequest) -> Sampled:
         size = self._world.group_size
         uid, first = divmod(request.seed, size)  # a part's samples keep their seeds
-        if request.first:
+        if request.probes:
             return Sampled((self._completion(1, self._version, self._version),), self._step)
         lengths = [self._world.length_of(uid, first + i) for i in range(request.n)]
         running = _Request(request.n, asyncio.get_running_loop().create_future())
@@ -270,7 +272,7 @@ class NoTexts:
 class CountedWorker(RolloutWorker):
     """The real rollout worker, which takes its time for a group; the driver's own time is spent as orders come."""
 
-    def __init__(self, config: Config, index: int, world: World) -> None:
+    def __init__(self, config: PolicyGradientConfig, index: int, world: World) -> None:
         self._world = world
         super().__init__(config, index=index, tokenizer_path="", most_groups=1, tokenizer=NoTexts())
         self._free_s = 0.0
@@ -386,14 +388,14 @@ class Rank:
         self._world.step_of[version] = step
         return [engine.resume(version, step) for engine in self._engines]
 
-    async def logprob_gap(self) -> tuple[float, float]:
-        return 0.0, 0.0
+    async def compare_held(self, *, engines: Sequence[int]) -> list[ComparedTokens]:
+        return []
 
 
 class Prompts:
     """Obeys as much of data.PromptSource as the loop asks for."""
 
-    def __init__(self, config: Config, world: World) -> None:
+    def __init__(self, config: PolicyGradientConfig, world: World) -> None:
         self._group_size, self._world = config.rollout.group_size, world
         self._ids = np.zeros(world.prompt_tokens, np.int32)
 
@@ -420,7 +422,7 @@ class Noted:
     def warn_of(self, kind: str, text: str) -> None: ...
 
 
-def simulate(config: Config, world: World, *, clock: SimulatedTime, start: LoopState | None = None,
+def simulate(config: PolicyGradientConfig, world: World, *, clock: SimulatedTime, start: LoopState | None = None,
              part_tokens: float = math.inf) -> Loop:
     """Run the config's steps in the world, which notes what happens. Deadlock where nothing will ever happen again."""
     world.group_size = config.rollout.group_size
@@ -434,7 +436,7 @@ def simulate(config: Config, world: World, *, clock: SimulatedTime, start: LoopS
         owned.BATCHING_WINDOW_S, owned.NEWS_AT_LEAST_EVERY_S = before
 
 
-async def _run(config: Config, world: World, start: LoopState, part_tokens: float) -> Loop:
+async def _run(config: PolicyGradientConfig, world: World, start: LoopState, part_tokens: float) -> Loop:
     engines = [Engine(world, max_num_seqs=config.rollout.max_num_seqs) for _ in range(config.rollout.num_engines)]
     supervisor = Supervisor(start_deadline_s=NEVER_S)
     makers: dict[str, tuple[Callable[[int], Any], int, OnDeath]] = {
@@ -456,7 +458,8 @@ async def _run(config: Config, world: World, start: LoopState, part_tokens: floa
                     step=start.step)
     prompts: Any = Prompts(config, world)
     loop = Loop(config, stages=stages, ranks=Ranks(config, trainer=groups["trainer"], critic=None), prompts=prompts,
-                versions=Versions(max_staleness=config.driver.max_staleness, highest=start.version))
+                versions=Versions(max_staleness=config.driver.max_staleness, highest=start.version),
+                agreement=Agreement(config, dtype="float32", context=2 * world.prompt_tokens))
     loop.part_tokens = part_tokens
     for at_s, worker in world.kills:
         asyncio.get_running_loop().call_later(at_s, lambda i=worker: groups["rollout"][i].kill())

@@ -27,7 +27,7 @@ LEVELS = {
     "flux_ray.messages": 0,
     "flux_ray.protocols": 0,
     "flux_ray.observability.metrics": 0,
-    "flux_ray.cluster.group": 0,
+    "flux_ray.cluster.functions": 0, "flux_ray.cluster.group": 0,
     "flux_ray.model": 1,
     "flux_ray.algo": 1,
     "flux_ray.batch": 1,

@@ -20,7 +20,6 @@ MAX_NESTING = 3
 
 #: What may pass a budget: where ► why.
 EXCEPTIONS: dict[str, str] = {
-    "flux_ray/config.py lines": "every knob is in this one file",
     "flux_ray/algo/advantages.py compute_advantages arguments": "the tensors that estimators may ask for, by name",
     "flux_ray/algo/objective.py policy_objective arguments": "the tensors of the loss, each by its name",
     "flux_ray/batch/samples.py make_samples arguments": "the parts that a sample is made of, each by its name",

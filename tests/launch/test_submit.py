@@ -115,6 +115,7 @@ def test_a_training_run(cluster, tmp_path):
                   "driver.num_steps=2", f"run_dir={tmp_path}/run")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "step 2/2" in done.stdout and "succeeded" in done.stdout
+    assert f"done: model in {tmp_path}/run/model" in done.stdout
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["driver/version"] for line in lines] == [1, 2]
     assert (tmp_path / "run" / "model" / "model.safetensors").is_file()

@@ -37,7 +37,7 @@ def memory_trace(profiler: profile) -> list[int]:
 def peak_extra_bytes(shape: Shape) -> int:
     """Most bytes alive at once beyond what was there before; in backward, less the weight's gradient."""
     head = torch.nn.Linear(shape.hidden, shape.vocabulary, bias=False, dtype=shape.dtype)
-    put_in_place(head, logit_scale=1.0, chunk_tokens=shape.chunk)
+    put_in_place(head, chunk_tokens=shape.chunk)
     hidden = torch.randn(shape.tokens, shape.hidden).to(shape.dtype).requires_grad_()
     rows = torch.arange(shape.tokens - 1)
     targets = torch.randint(shape.vocabulary, (shape.tokens - 1,))

@@ -21,32 +21,41 @@ def chunk() -> tuple[torch.Tensor, torch.Tensor]:
             torch.randint(VOCABULARY, (ROWS,), generator=generator))
 
 
+def by_the_formula(logits: torch.Tensor, scale: float, cap: float | None) -> torch.Tensor:
+    return logits * scale if cap is None else cap * torch.tanh(logits * scale / cap)
+
+
 @pytest.mark.parametrize("with_entropy", [True, False])
 @pytest.mark.parametrize("scale", [1.0, 1.7])
-def test_both_ways_give_the_same_numbers(scale: float, with_entropy: bool) -> None:
+@pytest.mark.parametrize("cap", [None, 2.0])
+def test_both_ways_give_the_same_numbers(scale: float, with_entropy: bool, cap: float | None) -> None:
     logits, targets = chunk()
-    one = head.measure(logits.clone(), targets, scale, with_entropy)
-    other = head.fused_measure(logits.clone(), targets, scale, with_entropy)
+    one = head.measure(logits.clone(), targets, scale, with_entropy, cap)
+    other = head.fused_measure(logits.clone(), targets, scale, with_entropy, cap)
+    wanted = by_the_formula(logits.double(), scale, cap).log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    torch.testing.assert_close(one[0].double(), wanted, atol=1e-5, rtol=1e-5)
     for a, b in zip(one, other, strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
     assert bool(one[2].any()) == with_entropy
 
 
 @pytest.mark.parametrize("trains_entropy", [True, False])
-def test_both_ways_give_the_gradient_of_the_formula(trains_entropy: bool) -> None:
+@pytest.mark.parametrize("cap", [None, 2.0])
+def test_both_ways_give_the_gradient_of_the_formula(trains_entropy: bool, cap: float | None) -> None:
     logits, targets = chunk()
     scale, weights = 1.7, torch.tensor([1.0, -2.0, 0.5, 0.0, 3.0])
     entropy_weights = torch.tensor([0.3, 0.0, -1.0, 2.0, 0.1]) if trains_entropy else None
     z = logits.double().requires_grad_()
-    log_p = torch.log_softmax(z * scale, -1)
+    log_p = torch.log_softmax(by_the_formula(z, scale, cap), -1)
     entropy = -(log_p.exp() * log_p).sum(-1)
     loss = (log_p.gather(1, targets[:, None])[:, 0] * weights).sum()
     if entropy_weights is not None:
         loss = loss + (entropy * entropy_weights).sum()
     (wanted,) = torch.autograd.grad(loss, z)
-    normalizer = torch.logsumexp(logits * scale, -1)
+    normalizer = torch.logsumexp(by_the_formula(logits, scale, cap), -1)
     for way in (head.differentiate, head.fused_differentiate):
-        got = way(logits.clone(), targets, (normalizer, entropy.detach().float()), (weights, entropy_weights), scale)
+        got = way(logits.clone(), targets, (normalizer, entropy.detach().float()), (weights, entropy_weights), scale,
+                  cap)
         torch.testing.assert_close(got.double(), wanted, atol=1e-5, rtol=1e-5)
 
 
@@ -63,7 +72,7 @@ def test_compiled_on_a_gpu_it_gives_what_it_gives_on_a_cpu(dtype: torch.dtype) -
         linear = torch.nn.Linear(64, 1000, bias=True).to(dtype)
         linear.load_state_dict(plain.state_dict())
         linear.to(device)
-        made = head.put_in_place(linear, logit_scale=2.0, chunk_tokens=32)
+        made = head.put_in_place(linear, form=head.HeadForm(2.0), chunk_tokens=32)
         inputs = hidden.detach().to(device).requires_grad_()
         logprobs, entropy = made(inputs, rows.to(device), targets.to(device), 0.7, True)
         (logprobs.sum() + 0.1 * entropy.sum()).backward()
@@ -79,7 +88,7 @@ def test_where_it_is_compiled_sizes_change_and_nothing_else_does(monkeypatch) ->
         pytest.skip("nothing to compile with here")
     compiled = (torch.compile(head.fused_measure), torch.compile(head.fused_differentiate))
     torch.manual_seed(0)
-    linear = head.put_in_place(torch.nn.Linear(16, 100), logit_scale=2.0, chunk_tokens=8)
+    linear = head.put_in_place(torch.nn.Linear(16, 100), form=head.HeadForm(2.0), chunk_tokens=8)
     results = []
     for passes in (lambda rows: compiled if len(rows) > 1 else (head.measure, head.differentiate),
                    lambda rows: (head.measure, head.differentiate)):

@@ -70,7 +70,7 @@ def test_values_and_gradients(tmp_path, layout: str, tied: bool, chunk_tokens: i
 
 
 def test_head_with_bias_and_no_entropy(tmp_path) -> None:
-    from flux_ray.model.head import put_in_place
+    from flux_ray.model.head import HeadForm, put_in_place
 
     torch.manual_seed(1)
     head = torch.nn.Linear(16, 40, bias=True).double()
@@ -78,7 +78,7 @@ def test_head_with_bias_and_no_entropy(tmp_path) -> None:
     rows, targets, weights = torch.tensor([0, 2, 5]), torch.tensor([7, 0, 39]), torch.tensor([1.0, -2.0, 0.5])
     log_p = torch.log_softmax(head(hidden) * 3 / TEMPERATURE, -1)[rows, targets]
     wanted = torch.autograd.grad((log_p * weights).sum(), [hidden, head.weight, head.bias])
-    put_in_place(head, logit_scale=3.0, chunk_tokens=2)
+    put_in_place(head, form=HeadForm(3.0), chunk_tokens=2)
     got_log_p, entropy = head(hidden, rows, targets, TEMPERATURE, False)
     torch.testing.assert_close(got_log_p.double(), log_p, atol=1e-5, rtol=0)
     assert not entropy.any()

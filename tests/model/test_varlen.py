@@ -27,6 +27,7 @@ from flux_ray.batch import MicroBatch, make_micro_batch
 from flux_ray.errors import UserError
 from flux_ray.model import load, load_policy, varlen
 from flux_ray.model.load import resolve_layout
+from flux_ray.model.traits import traits_of
 from flux_ray.records import Sample
 
 pytestmark = pytest.mark.unit
@@ -107,14 +108,16 @@ UNABLE = {
 @pytest.mark.parametrize("unable", UNABLE)
 def test_a_model_that_the_kernels_cant_do_is_padded_and_a_choice_refused(tmp_path, monkeypatch, unable: str) -> None:
     hf = AutoModelForCausalLM.from_config(UNABLE[unable], dtype=torch.bfloat16, attn_implementation="sdpa")
+    with torch.device("meta"):
+        traits = traits_of(AutoModelForCausalLM.from_config(UNABLE[unable], dtype=torch.bfloat16), "model")
     monkeypatch.setattr(varlen, "why_not", lambda dtype: None)
     with pytest.warns(match=f"{hf.config.model_type} has {unable}"):
-        assert load._layout_for(hf, "auto", "auto", torch.bfloat16)[0] == "padded"
+        assert load._layout_for(hf, traits, "auto", "auto")[0] == "padded"
     assert hf.config._attn_implementation == "sdpa"
     for layout, attention, named in (("varlen", "auto", "model.layout=varlen"),
                                      ("auto", varlen.TORCH_VARLEN, "model.attention=torch_varlen")):
         with pytest.raises(UserError) as told:
-            load._layout_for(hf, layout, attention, torch.bfloat16)
+            load._layout_for(hf, traits, layout, attention)
         assert str(told.value) == (f"{named}: {hf.config.model_type} has {unable}: leave model.layout and "
                                    "model.attention at auto")
 

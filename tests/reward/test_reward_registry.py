@@ -2,7 +2,7 @@ import re
 
 import pytest
 
-from flux_ray.config import Config, DataConfig, RewardConfig
+from flux_ray.config import PolicyGradientConfig, PromptDataConfig, RewardConfig
 from flux_ray.errors import UserError
 from flux_ray.plugins import load_function, load_plugins
 from flux_ray.reward import registry
@@ -17,20 +17,20 @@ def registered(monkeypatch):
 
 
 def rewards(**knobs):
-    return Config(reward=RewardConfig(**knobs))
+    return PolicyGradientConfig(reward=RewardConfig(**knobs))
 
 
 def test_an_answer_column_alone_means_numeric_or_exact():
     for column in ("answer", "solution", "label"):
-        (function,) = resolve_functions(Config(), {column, "other"})
+        (function,) = resolve_functions(PolicyGradientConfig(), {column, "other"})
         assert function.name == "numeric_or_exact"
-    (function,) = resolve_functions(Config(data=DataConfig(answer_column="gold")), {"gold"})
+    (function,) = resolve_functions(PolicyGradientConfig(data=PromptDataConfig(answer_column="gold")), {"gold"})
     assert function.name == "numeric_or_exact"
 
 
 def test_nothing_to_reward_with_is_refused_naming_the_ways():
     with pytest.raises(UserError) as error:
-        resolve_functions(Config(), {"topic"})
+        resolve_functions(PolicyGradientConfig(), {"topic"})
     for way in ("topic", "data.answer_column", "reward.functions", "exact_match", "file.py:my_", "register_reward"):
         assert way in str(error.value)
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
 import subprocess
 import sys
 import textwrap
+import threading
 from pathlib import Path
 
 import pytest
 
 from flux_ray.config import Config, from_dict
 from flux_ray.errors import UserError
+from flux_ray.plugins import hand_over
 from flux_ray.reward import RewardWorker, Surroundings, ask_signatures, resolve_functions
 from flux_ray.reward.values import RewardError
 from tests.reward.test_reward_worker import make_group, responses_to
@@ -225,6 +228,23 @@ def test_a_reward_that_exits_fails_by_name_and_the_next_call_is_answered(tmp_pat
     assert str(ended).endswith("ChildEnded: the process in which it ran exited with 3"), ended
     assert scores.rewards.tolist() == [1.0]
     assert isinstance(exited, RewardError) and str(exited).endswith("sample 1 of 1: SystemExit: 4")
+
+
+def test_a_closure_reaches_the_process_that_calls_it():
+    """What it holds comes along; async ones, and objects that can be called, do as well."""
+    right = {"42": 1.0}
+
+    def graded(completions, **columns):
+        return [right.get(completion, 0.0) for completion in completions]
+
+    async def judged(completions, **columns):
+        return graded(completions)
+
+    for function in (graded, judged, functools.partial(graded, unused=1)):
+        assert rewards_of(hand_over(function)) == [1.0, 0.0]
+    lock = threading.Lock()
+    with pytest.raises(UserError, match=r"given:lambda: the function can't be given to other processes.*thread"):
+        rewards_of(hand_over(lambda completions: [float(lock.locked())]))
 
 
 COLUMNS = "def graded(completions, completion, prompt=None, **columns):\n" \

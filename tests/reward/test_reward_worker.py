@@ -7,7 +7,7 @@ import psutil
 import pytest
 
 from flux_ray.cluster.group import Members
-from flux_ray.config import Config, DataConfig, RewardConfig, RolloutConfig, from_dict
+from flux_ray.config import PolicyGradientConfig, PromptDataConfig, RewardConfig, RolloutConfig, from_dict
 from flux_ray.messages import Assignment, GroupReady, Orders, PartGenerated
 from flux_ray.records import Completion, Prompt, RolloutGroup, Sampled, Trajectory
 from flux_ray.reward.values import BAD_RESULT, RAISED, TIMED_OUT, RewardError
@@ -68,7 +68,7 @@ def score(tmp_path):
         path.write_text(code)
         knobs["functions"] = [name if name.isidentifier() else f"{path}{name}" for name in knobs.get("functions", [])]
         rollout = RolloutConfig(max_tokens=knobs.pop("max_tokens", 256))
-        config = Config(reward=RewardConfig(**knobs), data=data or DataConfig(), rollout=rollout)
+        config = PolicyGradientConfig(reward=RewardConfig(**knobs), data=data or PromptDataConfig(), rollout=rollout)
         return asyncio.run(scored(RewardWorker(config), group))
 
     async def scored(worker, group):
@@ -120,7 +120,7 @@ def test_the_soft_penalty_on_length_is_shaping(score):
 
 def test_the_configured_answer_column_is_what_rules_compare_with(score):
     group = make_group(["42"], columns={"gold": "42", "answer": "no"})
-    assert score(group, functions=["exact_match"], data=DataConfig(answer_column="gold")).rewards.tolist() == [1]
+    assert score(group, functions=["exact_match"], data=PromptDataConfig(answer_column="gold")).rewards.tolist() == [1]
     assert score(group, functions=["exact_match"]).rewards.tolist() == [0]
 
 
@@ -220,7 +220,7 @@ def test_a_late_call_does_not_hold_up_the_next_one(tmp_path):
     (tmp_path / "mine.py").write_text(
         "import time\ndef f(completions):\n    time.sleep(30 if completions == ['1'] else 0)\n    return [1.0]\n"
     )
-    config = Config(reward=RewardConfig(functions=[f"{tmp_path}/mine.py:f"], deadline_s=1.0))
+    config = PolicyGradientConfig(reward=RewardConfig(functions=[f"{tmp_path}/mine.py:f"], deadline_s=1.0))
     worker = RewardWorker(config)
 
     async def both():
@@ -239,7 +239,7 @@ def test_an_async_function_that_blocks_harms_no_other(tmp_path):
         "import time\nasync def f(completions):\n"
         "    time.sleep({'1': 0.4, '2': 30}.get(completions[0], 0))\n    return [1.0]\n"
     )
-    config = Config(reward=RewardConfig(functions=[f"{tmp_path}/mine.py:f"], deadline_s=1.0))
+    config = PolicyGradientConfig(reward=RewardConfig(functions=[f"{tmp_path}/mine.py:f"], deadline_s=1.0))
     worker = RewardWorker(config)
 
     async def all_of_them():
@@ -258,7 +258,7 @@ def test_functions_that_are_not_async_take_turns(tmp_path):
         "import time\nRUNNING = []\ndef f(completions):\n    RUNNING.append(1)\n    time.sleep(0.01)\n"
         "    at_once = len(RUNNING)\n    RUNNING.pop()\n    return [at_once]\n"
     )
-    config = Config(reward=RewardConfig(functions=[f"{tmp_path}/mine.py:f"]))
+    config = PolicyGradientConfig(reward=RewardConfig(functions=[f"{tmp_path}/mine.py:f"]))
     worker = RewardWorker(config)
 
     async def many():
@@ -274,7 +274,7 @@ def test_a_cancelled_call_leaves_the_line_and_a_running_one_keeps_its_turn_to_it
         "    RUNNING.append(1)\n    time.sleep(0.3)\n    at_once = len(RUNNING)\n    RUNNING.pop()\n"
         "    return [10 * len(CALLED) + at_once]\n"
     )
-    config = Config(reward=RewardConfig(functions=[f"{tmp_path / 'mine.py'}:f"]))
+    config = PolicyGradientConfig(reward=RewardConfig(functions=[f"{tmp_path / 'mine.py'}:f"]))
 
     async def three():
         worker = RewardWorker(config)
@@ -337,7 +337,8 @@ def test_the_process_of_a_hanging_reward_is_ended(tmp_path):
     (tmp_path / "mine.py").write_text(
         "import os, time\nfrom pathlib import Path\ndef f(completions):\n"
         "    Path(__file__).with_name('pid').write_text(str(os.getpid()))\n    time.sleep(3600)\n")
-    worker = RewardWorker(Config(reward=RewardConfig(functions=[f"{tmp_path}/mine.py:f"], deadline_s=0.5)))
+    reward = RewardConfig(functions=[f"{tmp_path}/mine.py:f"], deadline_s=0.5)
+    worker = RewardWorker(PolicyGradientConfig(reward=reward))
     with pytest.raises(RewardError):
         asyncio.run(scored_by(worker, make_group(["1"])))
     _, alive = psutil.wait_procs([child for child in psutil.Process().children(recursive=True)
@@ -377,7 +378,7 @@ async def f(completions):
 def gated(tmp_path):
     """A worker whose reward is given as soon as the test opens the gate of that text, and what has begun there."""
     (tmp_path / "mine.py").write_text(GATED_CODE)
-    worker = RewardWorker(Config(reward=RewardConfig(functions=[f"{tmp_path}/mine.py:f"])))
+    worker = RewardWorker(PolicyGradientConfig(reward=RewardConfig(functions=[f"{tmp_path}/mine.py:f"])))
 
     class Gates:
         def score(self, text):
@@ -435,7 +436,7 @@ async def test_who_is_scored_alone_waits_for_those_that_run_and_others_wait_for_
 
 async def test_who_fails_alone_lets_others_go_on(tmp_path):
     (tmp_path / "mine.py").write_text("def f(completions): return [1 / (completions[0] != '1')]")
-    worker = RewardWorker(Config(reward=RewardConfig(functions=[f"{tmp_path}/mine.py:f"])))
+    worker = RewardWorker(PolicyGradientConfig(reward=RewardConfig(functions=[f"{tmp_path}/mine.py:f"])))
     alone = asyncio.create_task(worker.score_alone(responses_to(make_group(["1"]))))
     await asyncio.sleep(0)
     other = asyncio.create_task(worker.score(responses_to(make_group(["2"]))))

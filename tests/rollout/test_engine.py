@@ -18,7 +18,7 @@ from flux_ray.rollout.dispatch import split
 from flux_ray.rollout.engine import CPU_BATCHED_TOKENS, RolloutEngine
 from flux_ray.rollout.functions import Turns
 from flux_ray.rollout.generate import Limits, PromptGenerate
-from flux_ray.rollout.sampling import PROBE_SAMPLES, Sampling
+from flux_ray.rollout.sampling import Sampling
 from flux_ray.rollout.worker import RolloutWorker
 from flux_ray.weights import sender
 from flux_ray.weights.publish import Publisher
@@ -53,7 +53,7 @@ class Rolls:
         return (await self.roll_and_step(prompt))[0]
 
     async def probe(self, prompt):
-        return await self.sampling.probe(prompt, 0, self.members, OWNER)
+        return (await self.sampling.probe([prompt], 0, self.members, OWNER))[0]
 
     async def generate_of(self, prompt):
         """What a rollout function of a user's is given."""
@@ -228,7 +228,7 @@ async def test_a_probe_waits_for_a_place_and_not_for_those_that_wait_longer(roll
     groups = [asyncio.create_task(one(seed)) for seed in range(4)]
     await asyncio.sleep(0.02)
     probed = await rolls.probe(prompt_of([5, 6, 7]))
-    assert len(ended) <= 1 and len(probed.trajectories) == PROBE_SAMPLES
+    assert len(ended) <= 1 and len(probed.trajectories) == 4
     await asyncio.gather(*groups)
 
 

@@ -15,7 +15,7 @@ from flux_ray.messages import Assignment
 from flux_ray.records import FINISH_LENGTH, FINISH_STOP, Completion, Prompt, Sampled, SamplingRequest
 from flux_ray.rollout.functions import get_rollout, register_rollout, single_turn
 from flux_ray.rollout.generate import Limits, PromptGenerate
-from flux_ray.rollout.sampling import PROBE_SAMPLES, Sampling
+from flux_ray.rollout.sampling import Sampling
 from tests.fakes.actors import LocalActor
 from tests.tiny import tiny_tokenizer
 
@@ -156,7 +156,7 @@ async def test_an_engine_is_told_the_tokens_the_temperature_and_who_asks():
     await generate([5], sample=1)
     (asked, _) = engine.asked
     assert asked.token_ids.tolist() == [5, 6, 7] and asked.token_ids.dtype == np.int32
-    assert (asked.n, asked.temperature, asked.owner, asked.first) == (3, 0.9, "rollout 0 #1", False)
+    assert (asked.n, asked.temperature, asked.owner, asked.probes) == (3, 0.9, "rollout 0 #1", False)
     assert generate.step == 9, "of the newest policy that answered, and not of the last"
 
 
@@ -207,9 +207,9 @@ async def test_an_evaluation_has_a_temperature_of_its_own_and_a_probe_goes_first
     trajectories, step = await sampling.sample(Assignment(made_prompt(), 0, 0, 4), members, "rollout 0 #1")
     assert len(trajectories) == 4 and step == 9
     await sampling.sample(Assignment(made_prompt(), 0, 0, 4, temperature=0.0, evaluates=True), members, "rollout 0 #1")
-    probed = await sampling.probe(made_prompt(length=18), 0, members, "rollout 0 #1")
+    (probed,) = await sampling.probe([made_prompt(length=18)], 0, members, "rollout 0 #1")
     sampled, evaluated, probe = engine.asked
-    assert (sampled.temperature, evaluated.temperature) == (0.9, 0.0) and not sampled.first
-    assert (probe.first, probe.temperature, probe.owner) == (True, 0.9, "rollout 0 #1")
-    assert (probe.n, probe.max_tokens) == (PROBE_SAMPLES, 2), "no more tokens than the engine has a place for"
-    assert len(probed.trajectories) == PROBE_SAMPLES
+    assert (sampled.temperature, evaluated.temperature) == (0.9, 0.0) and not sampled.probes
+    assert (probe.probes, probe.temperature, probe.owner) == (True, 0.9, "rollout 0 #1")
+    assert (probe.n, probe.max_tokens) == (4, 2), "no more tokens than the engine has a place for"
+    assert len(probed.trajectories) == 4

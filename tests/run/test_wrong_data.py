@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from flux_ray.config import from_dict, preset
+from flux_ray.config import OFFLINE, GroupsConfig, from_dict, preset
 from flux_ray.data import GroupSource, PairSource, SftSource
 from flux_ray.errors import UserError
 from flux_ray.offline.data import OfflineData
@@ -33,8 +33,9 @@ def prepared(model, tmp_path):
     def make(algorithm: str, rows: list[dict[str, Any]], **options: Any) -> Prepared:
         file = tmp_path / "data.jsonl"
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        return prepare(from_dict({**preset(algorithm), "model.path": str(model), "data.train": str(file),
-                                  "rollout.max_tokens": 8, **options}))
+        shorter = {"rollout.max_tokens": 8} if algorithm not in OFFLINE else {}
+        return prepare(from_dict({**preset(algorithm), "model.path": str(model), "data.train": str(file), **shorter,
+                                  **options}))
 
     return make
 
@@ -74,7 +75,7 @@ def test_the_right_kind_needs_no_engine(prepared, algorithm, rows, kind, asks):
     assert isinstance(got.task, OfflineData) and isinstance(got.task.train, kind)
     assert got.needs_reference == asks
     if kind is GroupSource:
-        assert got.config.rollout.group_size == 2 and got.config.reward.functions == []
+        assert isinstance(got.config, GroupsConfig) and got.config.rollout.group_size == 2
 
 
 def test_pairs_left_out_and_columns_that_nobody_reads_are_told(prepared):
@@ -120,5 +121,5 @@ def test_groups_of_several_sets_and_a_share_of_them_are_refused(prepared, tmp_pa
     sets = {"a": str(tmp_path / "data.jsonl"), "b": str(tmp_path / "more.jsonl")}
     with pytest.raises(UserError, match="groups with given rewards are of one set, but it names 2"):
         prepared("grpo", GROUPS, **{"data.train": sets})
-    with pytest.raises(UserError, match=r"eval\.share=0\.5 needs engines"):
+    with pytest.raises(UserError, match=r"eval\.share=0\.5: it needs engines"):
         prepared("grpo", [{**GROUPS[0], "prompt": f"{i}="} for i in range(4)], **{"eval.share": 0.5})

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from tests.system.program import Program
+from flux_ray import FluxConfig, FluxTrainer
+from tests.system.kept import KeptCluster, kept_processes
+from tests.system.program import REPO, Program
+from tests.system.small_run import NUM_STEPS, options
 from tests.tiny import tiny_gpt2, tiny_model
 
 REWARDS = '''
@@ -74,3 +79,39 @@ def start() -> Iterator[Callable[..., Program]]:
     yield make
     for program in started:
         program.end_all()
+
+
+@pytest.fixture(scope="session")
+def plugin(tmp_path_factory) -> Path:
+    """The algorithm of the documentation's own page, as a file."""
+    page = (REPO / "docs" / "algorithm.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```python\n(# my_algo\.py\n.*?)```", page, re.DOTALL)
+    file = tmp_path_factory.mktemp("plugin") / "my_algo.py"
+    file.write_text(block)
+    return file
+
+
+@pytest.fixture(scope="package")
+def whole(toys, plugin, tmp_path_factory) -> Iterator[Path]:
+    """The folder of an uninterrupted run from Python: tied embeddings, temperature 1, two engines, two ranks.
+
+    Its processes, which have imported the plugin, are those that later runs find (`kept`).
+    """
+    run_dir = tmp_path_factory.mktemp("whole") / "run"
+    values = options(toys, toys.tied) | {"rollout.num_engines": 2, "rollout.max_model_len": 64,
+                                                "plugins": [str(plugin)]}
+    try:
+        with kept_processes():
+            result = FluxTrainer(FluxConfig(algorithm="grpo", **values, run_dir=str(run_dir))).fit(str(toys.data))
+        assert result.run_dir == run_dir and result.model_path.is_dir() and result.num_steps == NUM_STEPS
+        assert [line["step"] for line in result.history] == list(range(NUM_STEPS))
+        yield run_dir
+    finally:
+        KeptCluster.end()
+
+
+@pytest.fixture(scope="package")
+def kept(whole) -> Callable[..., AbstractContextManager[None]]:
+    """`with kept():` runs within it are on the processes of `whole`; `kept(anew=[ENGINE])` where an engine's model or
+    options differ from those of `whole`, or where it dies."""
+    return kept_processes

@@ -1,42 +1,68 @@
-"""A cluster whose processes outlive a run, so that several short runs pay for their start once.
+"""Processes that outlive a run, so that many short runs pay for their start once.
 
-Takes:  runs after one another, of one model and one set of rollout options, on equally many actors.
-Gives:  KeptCluster, in the place of cluster.groups.Cluster: each run makes its trainer, reference and rewards anew in
-        processes that are there already, and opens its own wire to engines that go on serving.
+Takes:  runs after one another on equally many actors; those that share engines have one model and one set of rollout
+        options.
+Gives:  KeptCluster, in the place of cluster.groups.Cluster: each run makes its trainer, reference, rollouts and rewards
+        anew in processes that are there already, and opens its own channel to engines that go on serving. Roles in
+        `anew` are the run's own. `log_of`, where a kept actor writes.
 Never:  leaves a process behind: `end` ends them.
 """
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import dataclasses
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
+import pytest
 import ray
+from ray.util.placement_group import remove_placement_group
 
-from flux_ray.cluster.groups import Cluster, RayGroup
-from flux_ray.cluster.plan import ENGINE, Plan, Role
+from flux_ray.cluster.groups import CLOSE_DEADLINE_S, Cluster, RayGroup
+from flux_ray.cluster.plan import ENGINE, ROLLOUT, Plan, Role
+from flux_ray.cluster.rpc import Host
 
-NUM_CPUS = 12  # declared: actors share the cores that there are
+NUM_CPUS = 24  # declared: actors share the cores that there are
+
+
+@dataclasses.dataclass
+class Kept:
+    """The actors of one role."""
+
+    start: Callable[[int], Any]
+    handles: list[Any]
+    log_files: list[Path]
+    serves: bool = False  # an engine that an earlier run has built and started
 
 
 class KeptGroup(RayGroup):
     """A RayGroup of actors that an earlier run may have built; engines are built and started by the first alone."""
 
-    def __init__(self, actors: list[Any], built: set[str], role: str, log_files: list[Path]) -> None:
-        super().__init__(role, lambda index: actors[index], log_files)
-        self._serving = role == ENGINE and role in built
-        built.add(role)
+    def __init__(self, role: Role, kept: Kept) -> None:
+        assert role.count <= len(kept.handles), f"{role.name}: {len(kept.handles)} are kept, not {role.count}"
+        super().__init__(role.name, lambda index: kept.handles[index], kept.log_files[: role.count])
+        self._kept = kept
 
     async def build(self, cls: Any, each: list[dict[str, Any]], *, deadline_s: float) -> None:
-        if not self._serving:
+        if not self._kept.serves:
             await super().build(cls, each, deadline_s=deadline_s)
+        self._kept.serves = self.role == ENGINE
+
+    async def replace(self, index: int, *, deadline_s: float) -> None:
+        """The new one stands in the place in later runs too."""
+        self[index].kill()
+        self._kept.handles[index] = self._kept.start(index)
+        await super().replace(index, deadline_s=deadline_s)
 
 
 class KeptCluster(Cluster):
-    _actors: ClassVar[dict[str, list[Any]]] = {}
-    _built: ClassVar[set[str]] = set()
+    _kept: ClassVar[dict[str, Kept]] = {}
     _kept_places: ClassVar[dict[str, list[Any]]] = {}
+    anew: ClassVar[frozenset[str]] = frozenset()  # roles whose actors are the run's own
 
     def connect(self, address: str | None, *, cpus: float, **options: Any) -> None:
         super().connect(address, cpus=NUM_CPUS, **options)
@@ -44,25 +70,50 @@ class KeptCluster(Cluster):
 
     async def place(self, plan: Plan, *, deadline_s: float) -> None:
         """Those roles that no earlier run had."""
-        new = [role for role in plan.roles if role.name not in self._kept_places]
+        new = [role for role in plan.roles if role.name in self.anew or role.name not in self._kept_places]
         await super().place(dataclasses.replace(plan, roles=tuple(new)), deadline_s=deadline_s)
-        self._kept_places.update(self._placements)
-        self._placements = dict(self._kept_places)
+        self._kept_places.update({name: of for name, of in self._placements.items() if name not in self.anew})
+        self._placements = {**self._kept_places, **self._placements}
 
     def spawn(self, role: Role, *, env: dict[str, str], plugins: bool = True) -> RayGroup:
-        if role.name not in self._actors:
-            self._actors[role.name] = [actor.handle for actor in super().spawn(role, env=env, plugins=plugins)]
-        group = KeptGroup(self._actors[role.name], self._built, role.name,
-                          [self._log_dir / f"{role.name}-{i}.log" for i in range(role.count)])
-        self._groups.append(group)
-        return group
+        if role.name in self.anew:
+            return super().spawn(role, env=env, plugins=plugins)
+        if role.name not in self._kept:
+            first = super().spawn(role, env=env, plugins=plugins)
+            self._groups.remove(first)
+            self._kept[role.name] = Kept(first._make, [actor.handle for actor in first], first._log_files)
+        self._groups.append(KeptGroup(role, self._kept[role.name]))
+        return self._groups[-1]
 
     async def close(self) -> None:
-        """All of it stays for the next run."""
+        """What is the run's own; all else stays for the next run. Rollouts end their own children."""
+        closing = [group.close() if group.role in self.anew else _closed(group) for group in self._groups]
+        await asyncio.gather(*closing, return_exceptions=True)
+        for placed in (placed for name in self.anew for placed in self._placements.get(name, ())):
+            remove_placement_group(placed)
+
+    @classmethod
+    def log_of(cls, role: str, index: int = 0) -> Path:
+        return cls._kept[role].log_files[index]
 
     @classmethod
     def end(cls) -> None:
         """Ends Ray and with it every actor."""
         ray.shutdown()
-        for kept in (cls._actors, cls._built, cls._kept_places):
+        for kept in (cls._kept, cls._kept_places):
             kept.clear()
+
+
+async def _closed(group: RayGroup) -> None:
+    for actor in group if group.role == ROLLOUT else ():
+        with contextlib.suppress(Exception):
+            await actor.host(Host.close).within(CLOSE_DEADLINE_S)
+
+
+@contextmanager
+def kept_processes(*, anew: Collection[str] = ()) -> Iterator[None]:
+    """Runs within it are on processes that are kept, but for these roles."""
+    with pytest.MonkeyPatch.context() as patch:
+        cluster = type("PartlyKept", (KeptCluster,), {"anew": frozenset(anew)})
+        patch.setattr("flux_ray.cluster.groups.Cluster", cluster)
+        yield

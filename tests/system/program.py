@@ -101,6 +101,19 @@ class Program:
         self.process.wait(10)
 
 
+def actor_of(log_file: Path) -> psutil.Process:
+    """The process of the Ray actor that writes to this log, once it is there."""
+    for _ in range(600):
+        for process in psutil.process_iter():
+            try:
+                if os.readlink(f"/proc/{process.pid}/fd/1") == str(log_file) and "ray::" in " ".join(process.cmdline()):
+                    return process
+            except (OSError, psutil.Error):
+                continue
+        time.sleep(0.1)
+    raise AssertionError(f"no actor that writes to {log_file}")
+
+
 def metrics(run_dir: Path) -> list[dict[str, Any]]:
     file = run_dir / "metrics.jsonl"
     return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []

@@ -7,24 +7,26 @@ import math
 import pytest
 
 from flux_ray import FluxConfig, FluxTrainer
+from flux_ray.cluster.plan import ENGINE
 from tests.house.documented import undocumented
 from tests.system.program import metrics
-from tests.system.test_run import assert_agreement, options
+from tests.system.small_run import assert_agreement, options
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(400)]
 
 NUM_STEPS = 8
 
 
-def test_partial_rollouts_go_on_after_an_update_within_the_bound(toys, tmp_path):
+def test_partial_rollouts_go_on_after_an_update_within_the_bound(kept, toys, tmp_path):
     """Groups split over two engines, responses so long that updates come under them. GPT-2's tied head and
     embedding have names of their own."""
     values = options(toys, toys.gpt2) | {
-        "driver.max_staleness": 1, "driver.num_steps": NUM_STEPS, "rollout.split_groups": 2, "rollout.max_tokens": 48,
-        "rollout.ignore_eos": True, "filter.reward": "task", "train.num_ranks": 2,
+        "driver.max_staleness": 1, "driver.num_steps": NUM_STEPS, "rollout.num_engines": 2, "rollout.split_groups": 2,
+        "rollout.max_tokens": 48, "rollout.ignore_eos": True, "filter.reward": "task",
         "batch.max_tokens_per_micro_batch": 256,  # of about 1,800 a step: backward begins before the batch is whole
     }
-    result = FluxTrainer(FluxConfig(algorithm="grpo", **values, run_dir=str(tmp_path / "run"))).fit(str(toys.data))
+    with kept(anew=[ENGINE]):
+        result = FluxTrainer(FluxConfig(algorithm="grpo", **values, run_dir=str(tmp_path / "run"))).fit(str(toys.data))
     assert_agreement(result.run_dir, toys.gpt2, num_steps=NUM_STEPS)
     lines = metrics(result.run_dir)
     assert undocumented(name for line in lines for name in line) == []

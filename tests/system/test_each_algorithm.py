@@ -11,9 +11,8 @@ from transformers import AutoModelForSequenceClassification
 from flux_ray import FluxConfig, FluxTrainer, algo
 from tests.house.documented import undocumented
 from tests.model.test_score import written
-from tests.system.kept import KeptCluster
 from tests.system.program import NUMBERS, metrics
-from tests.system.test_run import MAX_GAP
+from tests.system.small_run import MAX_GAP
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(400)]
 
@@ -35,16 +34,9 @@ KL_IN_REWARD = {"ppo", "rloo", "reinforce_pp"}
 WITH_REFERENCE = KL_IN_REWARD | {"grpo", "grpo_vectorized", "reinforce_pp_baseline"}
 
 
-@pytest.fixture(scope="module")
-def _kept():
-    yield KeptCluster
-    KeptCluster.end()
-
-
 @pytest.fixture
-def run(_kept, toys, tmp_path, monkeypatch):
+def run(kept, toys, tmp_path):
     """The lines of a short run of an algorithm; its model is in tmp_path/run/model."""
-    monkeypatch.setattr("flux_ray.cluster.groups.Cluster", _kept)
 
     def fit(name: str, **more) -> list[dict]:
         options = {"model.path": str(toys.tied), "rollout.max_tokens": 8, "batch.prompts_per_step": 4, "num_ranks": 2,
@@ -52,7 +44,8 @@ def run(_kept, toys, tmp_path, monkeypatch):
                    "reward.functions": ["digits"], "run_dir": str(tmp_path / "run"), **OPTIONS.get(name, {}), **more}
         given = [f"{toys.rewards}:{f}" if f == "digits" else f for f in options["reward.functions"]]
         config = FluxConfig(algorithm=name, **{**options, "reward.functions": given})
-        result = FluxTrainer(config).fit(str(toys.data))
+        with kept():
+            result = FluxTrainer(config).fit(str(toys.data))
         assert result.num_steps == options["num_steps"]
         lines = metrics(result.run_dir)
         assert undocumented(name for line in lines for name in line) == []

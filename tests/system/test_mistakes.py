@@ -1,4 +1,4 @@
-"""What a run finds wrong before an actor starts: one readable line, exit code 2, nothing made."""
+"""What a run finds wrong before an actor starts: one readable line, nothing made."""
 
 from __future__ import annotations
 
@@ -7,10 +7,14 @@ import shutil
 import sys
 
 import pytest
+import yaml
 
+from flux_ray import FluxConfig, FluxTrainer
 from flux_ray.__main__ import main
 from flux_ray.config import from_dict
+from flux_ray.errors import UserError
 from flux_ray.run.prepare import prepare
+from tests.families import make_family
 from tests.tiny import tiny_model
 
 pytestmark = pytest.mark.unit
@@ -23,11 +27,14 @@ def model(tmp_path_factory):
 
 @pytest.fixture
 def refused(model, tmp_path, monkeypatch, capfd):
-    """main() with a right command line and then the given words; gives the one line that it must be refused with."""
+    """A right configuration and then the given words, as on a command line; gives the one line that refuses it.
+
+    From Python: how the command line composes its words, which takes most of a second, has tests of its own.
+    """
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data.jsonl").write_text("".join(json.dumps({"prompt": f"{i}+1=", "answer": "1"}) + "\n"
                                                  for i in range(8)))
-    right = {"model.path": str(model), "data.train": "data.jsonl", "run_dir": "run", "rollout.max_tokens": "16",
+    right = {"model.path": str(model), "data.train": "data.jsonl", "run_dir": "run", "rollout.max_tokens": 16,
              "cluster.address": "127.0.0.1:1"}  # a mistake that isn't seen must not start a run
 
     def files() -> list:
@@ -35,15 +42,14 @@ def refused(model, tmp_path, monkeypatch, capfd):
 
     def refuse(*words: str) -> str:
         before = files()
-        given = {word.partition("=")[0] for word in words}
-        assert main(["train", *(f"{k}={v}" for k, v in right.items() if k not in given), *words]) == 2
-        shown = capfd.readouterr()
-        lines = shown.err.splitlines()
-        assert shown.out == "" and len(lines) == 1 and lines[0].startswith("flux-ray: "), shown
+        given = {key: yaml.safe_load(value) for key, _, value in (word.partition("=") for word in words)}
+        with pytest.raises(UserError) as refusal:
+            FluxTrainer(FluxConfig(**right | given)).fit()
+        assert capfd.readouterr() == ("", "") and "\n" not in str(refusal.value)
         assert files() == before, "a run was started"
         ray = sys.modules.get("ray")
         assert ray is None or not ray.is_initialized()
-        return lines[0].removeprefix("flux-ray: ")
+        return str(refusal.value)
 
     return refuse
 
@@ -57,6 +63,7 @@ def refused(model, tmp_path, monkeypatch, capfd):
     (["model.path=/no/such/model"], "/no/such/model"),
     (["train.lora.rank=4", "train.lora.targets=[q_proj,lm_hed]"], "'lm_hed' (known: all-linear, down_proj, gate_proj"),
     (["train.lora.rank=4", "train.lora.targets=[lm_head]"], "'lm_head' is lm_head (the model's head): linear layers"),
+    (["rollout.max_model_len=4096"], "rollout.max_model_len=4096 is more than the 64 positions of model.path="),
     (["data.train=no_such.jsonl"], "no_such.jsonl: no such file"),
     (["data.prompt_column=promt"], "data.jsonl: unknown column 'promt': did you mean 'prompt'?"),
     (["rollout.max_tokens=62"], "data.jsonl row 1 (from 1): column 'prompt': 4 tokens, more than the 2 that"),
@@ -85,8 +92,17 @@ def refused(model, tmp_path, monkeypatch, capfd):
     (["resume=no/such/run"], "resume=no/such/run: there is no"),
     (["weights.backend=nccl", "cluster.device=cpu", "cluster.address=null"], "weights.backend=nccl can't work on CPU"),
 ])
-def test_a_mistake_on_the_command_line(refused, words, message):
+def test_a_mistake_in_the_options(refused, words, message):
     assert message in refused(*words)
+
+
+def test_on_the_command_line_it_is_one_line_and_an_exit_code(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data.jsonl").write_text('{"prompt": "1+1=", "answer": "2"}\n')
+    assert main(["train", "model.path=/no/such/model", "data.train=data.jsonl", "run_dir=run"]) == 2
+    shown = capfd.readouterr()
+    assert shown.out == "" and shown.err.startswith("flux-ray: ") and shown.err.count("\n") == 1, shown
+    assert "/no/such/model" in shown.err and not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("text, message", [
@@ -140,7 +156,7 @@ def test_an_engine_argument_that_vllm_does_not_have(refused):
     message = refused("rollout.engine_args.enforce_eagr=true")
     assert message == ("unknown option 'rollout.engine_args.enforce_eagr': "
                        "did you mean 'rollout.engine_args.enforce_eager'?")
-    assert "vLLM has no such engine argument" in refused("rollout.engine_args.zzzzzz=1")
+    assert "vLLM has no such option" in refused("rollout.engine_args.zzzzzz=1")
 
 
 @pytest.mark.parametrize("key", ["model.path", "reference.path"])
@@ -163,6 +179,21 @@ def test_local_paths_are_absolute_and_hub_names_stay(model, tmp_path, monkeypatc
     assert config.data.train == str(tmp_path / "train.jsonl") and config.eval.data == str(tmp_path / "eval.jsonl")
     unused = prepare(from_dict({**given, "algo.beta": 0.0, "reference.path": "someone/some-model"})).config
     assert unused.reference.path == "someone/some-model"
+
+
+@pytest.mark.parametrize("words", [
+    ["model.path={experts}"], ["algo.beta=0.01", "reference.path={experts}"],
+    ["algo=ppo", "critic.path={experts}"], ["reward.functions=['model:{experts}']"]])
+def test_a_model_that_computes_what_we_dont_in_any_place(refused, tmp_path, words):
+    for family, more, expected in (
+            ("Mixtral", [], "is a mixture of experts: such models are not supported yet"),
+            ("Gemma 2", ["model.attention=sdpa"], "a cap on its attention's scores, which this attention passes over")):
+        folder = make_family(family, tmp_path / family.replace(" ", ""))
+        if "reward" in words[-1]:
+            config = json.loads((folder / "config.json").read_text())
+            config |= {"architectures": ["ForSequenceClassification"], "id2label": {"0": "score"}}
+            (folder / "config.json").write_text(json.dumps(config))
+        assert expected in refused(*(word.format(experts=folder) for word in words), *more)
 
 
 def test_ppo_wants_a_reward_model_that_is_one_and_a_critic_that_reads_its_tokens(refused, model, tmp_path):

@@ -3,37 +3,36 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import signal
-import time
+import threading
 from pathlib import Path
 
 import psutil
 import pytest
 
-from tests.system.program import metrics, numbers
-from tests.system.test_run import options
+from flux_ray import FluxConfig, FluxTrainer
+from tests.system.kept import KeptCluster
+from tests.system.program import actor_of, metrics, numbers
+from tests.system.small_run import options
 
-pytestmark = [pytest.mark.system, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.system, pytest.mark.timeout(400)]
 
-NUM_STEPS = 8
 KILL_AFTER_STEPS = (1, 4)
 
 ROLLOUTS = '''
-"""single_turn, with trouble: each kind once, and only where FOLDER is given."""
+"""single_turn, with trouble: each kind once."""
 import os
 import time
 from pathlib import Path
 
 from flux_ray.rollout.functions import single_turn
 
+TROUBLE = Path(__file__).parent / "trouble"
+
 
 def once(name):
-    folder = os.environ.get("TROUBLE")
-    if not folder:
-        return False
     try:
-        Path(folder, name).touch(exist_ok=False)
+        (TROUBLE / name).touch(exist_ok=False)
     except FileExistsError:
         return False
     return True
@@ -48,77 +47,53 @@ async def troubled(prompt, generate):
     if prompt.uid == 25 and once("blocks"):
         time.sleep(5)
     trajectories = await single_turn(prompt, generate)
-    if folder := os.environ.get("TROUBLE"):
-        with Path(folder, "times").open("a") as times:
-            times.write(f"{prompt.uid} {began_s} {time.monotonic()}\\n")
+    with (TROUBLE / "times").open("a") as times:
+        times.write(f"{prompt.uid} {began_s} {time.monotonic()}\\n")
     return trajectories
 '''
 
 
-def run(start, toys, folder: Path, *more: str, kills: tuple[int, ...] = ()) -> Path:
-    """The run's folder. After so many steps each the rollout worker is killed."""
-    values = {**options(toys, toys.tied), "data.train": toys.data, "run_dir": folder / "run",
-              "driver.num_steps": NUM_STEPS, "rollout.num_engines": 1}
-    program = start(*(f"{key}={value}" for key, value in values.items()), *more, folder=folder)
-    for steps in kills:
-        program.wait_for_steps(steps, run_dir=folder / "run")
-        time.sleep(0.2)
-        worker = worker_of(program, folder / "run")
-        worker.send_signal(signal.SIGKILL)
-        psutil.wait_procs([worker], timeout=10)
-    assert program.end() == 0, program.shown
+def run(kept, toys, folder: Path, *, on_step=None, **more) -> Path:
+    """The folder of the run that `whole` is, on one engine."""
+    values = options(toys, toys.tied) | more
+    with kept():
+        FluxTrainer(FluxConfig(algorithm="grpo", **values, run_dir=str(folder / "run"))).fit(
+            str(toys.data), callbacks=[on_step] if on_step else [])
     return folder / "run"
-
-
-def worker_of(program, run_dir: Path) -> psutil.Process:
-    """The process that writes to the rollout worker's log and is a Ray actor, once it is there."""
-    for _ in range(600):
-        for process in program.processes():
-            try:
-                is_it = os.readlink(f"/proc/{process.pid}/fd/1") == str(run_dir / "logs" / "rollout-0.log")
-                if is_it and "ray::" in " ".join(process.cmdline()):
-                    return process
-            except OSError:
-                continue
-        time.sleep(0.1)
-    raise AssertionError("no rollout worker")
 
 
 def weights(run_dir: Path) -> str:
     return hashlib.sha256((run_dir / "model" / "model.safetensors").read_bytes()).hexdigest()
 
 
-@pytest.fixture(scope="module")
-def undisturbed(toys, tmp_path_factory):
-    from tests.system.program import Program
+def test_a_rollout_worker_that_is_killed_changes_no_bit(kept, toys, tmp_path, whole):
+    """A moment into the steps that follow."""
+    killed = []
 
-    started = []
+    def kill():
+        worker = actor_of(KeptCluster.log_of("rollout"))
+        worker.send_signal(signal.SIGKILL)
+        killed.append(worker.pid)
+        psutil.wait_procs([worker], timeout=10)
 
-    def start(*arguments, folder):
-        started.append(Program(list(arguments), folder=folder))
-        return started[-1]
+    def on_step(step, metrics):
+        if step + 1 in KILL_AFTER_STEPS:
+            threading.Timer(0.2, kill).start()
 
-    try:
-        yield run(start, toys, tmp_path_factory.mktemp("undisturbed"))
-    finally:
-        for program in started:
-            program.end_all()
-
-
-def test_a_rollout_worker_that_is_killed_changes_no_bit(toys, tmp_path, start, undisturbed):
-    killed = run(start, toys, tmp_path, kills=KILL_AFTER_STEPS)
-    assert numbers(metrics(killed)) == numbers(metrics(undisturbed))
-    assert weights(killed) == weights(undisturbed)
+    disturbed = run(kept, toys, tmp_path, on_step=on_step)
+    assert len(set(killed)) == len(KILL_AFTER_STEPS)
+    assert numbers(metrics(disturbed)) == numbers(metrics(whole))
+    assert weights(disturbed) == weights(whole)
 
 
-def test_rollouts_that_exit_hang_or_block_once_are_trained_on_after_all(toys, tmp_path, start, undisturbed):
+def test_rollouts_that_exit_hang_or_block_once_are_trained_on_after_all(kept, toys, tmp_path, whole):
     (tmp_path / "rollouts.py").write_text(ROLLOUTS)
     (tmp_path / "trouble").mkdir()
-    troubled = run(start, toys, tmp_path, f"rollout.function={tmp_path}/rollouts.py:troubled",
-                   f"cluster.env.TROUBLE={tmp_path}/trouble", "rollout.deadline_s=20", "rollout.max_model_len=64")
+    troubled = run(kept, toys, tmp_path, **{"rollout.function": f"{tmp_path}/rollouts.py:troubled",
+                                            "rollout.deadline_s": 12.0})
     assert sorted(path.name for path in (tmp_path / "trouble").iterdir()) == ["blocks", "exits", "hangs", "times"]
-    assert numbers(metrics(troubled)) == numbers(metrics(undisturbed))
-    assert weights(troubled) == weights(undisturbed)
+    assert numbers(metrics(troubled)) == numbers(metrics(whole))
+    assert weights(troubled) == weights(whole)
     times = [line.split() for line in (tmp_path / "trouble" / "times").read_text().splitlines()]
     spans = {int(uid): (float(began_s), float(ended_s)) for uid, began_s, ended_s in times}
     began_s, ended_s = spans.pop(25)

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import json
-import math
 import signal
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from flux_ray import FluxConfig, FluxTrainer
+from flux_ray.cluster.plan import ENGINE
 from flux_ray.config import from_dict, to_dict
-from tests.system.program import metrics, numbers
+from flux_ray.errors import RunFailed
+from tests.system.program import REPO, Program, actor_of, metrics, numbers
+from tests.system.small_run import NUM_STEPS, assert_agreement, options
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(400)]
 
-MAX_GAP = 2e-5  # nats, float32: log-probs of up to -10 agree to some float32 ulps
-NUM_STEPS = 12
 CHECKPOINT_AT = 4
 SECONDS = ("driver/step_s", "driver/wait_s", "train/step_s", "weights/publish_s", "rollout/s", "rollout/tokens_per_s")
 #: What every line of a policy run has beside the seconds.
@@ -28,38 +27,6 @@ NAMES = (
     "rollout/truncated_frac", "rollout/tokens", "driver/version", "driver/groups_dropped", "train/grad_norm",
     "weights/logprob_gap_mean", "weights/logprob_gap_max",
 )
-
-
-def options(toys, model: Path) -> dict:
-    """A small run whose weights move far in a few steps."""
-    return {
-        "model.path": str(model), "rollout.num_engines": 2, "rollout.max_tokens": 16, "train.num_ranks": 2,
-        "batch.prompts_per_step": 8, "algo.beta": 0.0, "train.learning_rate": 3e-3, "train.warmup_steps": 0,
-        "reward.functions": [f"{toys.rewards}:digits"], "driver.num_steps": NUM_STEPS,
-        "observability.samples_per_step": 2,
-    }
-
-
-def assert_agreement(run_dir: Path, model: Path, num_steps: int = NUM_STEPS) -> None:
-    lines = metrics(run_dir)
-    assert [line["step"] for line in lines] == list(range(num_steps))
-    gaps = [line["weights/logprob_gap_max"] for line in lines]
-    assert max(gaps) <= MAX_GAP, gaps
-    before, after = load_file(model / "model.safetensors"), load_file(run_dir / "model" / "model.safetensors")
-    moved = math.sqrt(sum(float((after[name] - w).square().sum()) for name, w in before.items()))
-    size = math.sqrt(sum(float(w.square().sum()) for w in before.values()))
-    assert moved > 0.05 * size, f"the weights moved by {moved:.3g} of {size:.3g}: agreement says nothing"
-
-
-@pytest.fixture(scope="module")
-def whole(toys, tmp_path_factory) -> Path:
-    """The folder of an uninterrupted run from Python: tied embeddings, temperature 1, two engines, two ranks."""
-    run_dir = tmp_path_factory.mktemp("whole") / "run"
-    config = FluxConfig(algorithm="grpo", **options(toys, toys.tied), run_dir=str(run_dir))
-    result = FluxTrainer(config).fit(prompts=str(toys.data))
-    assert result.run_dir == run_dir and result.model_path.is_dir() and result.num_steps == NUM_STEPS
-    assert [line["step"] for line in result.history] == list(range(NUM_STEPS))
-    return run_dir
 
 
 def test_engines_and_trainer_agree_after_every_update(whole, toys):
@@ -101,10 +68,8 @@ def test_the_model_is_one_that_transformers_loads(whole, toys):
 @pytest.fixture(scope="module")
 def interrupted(toys, whole, tmp_path_factory):
     """The same run from the command line, on one engine instead of two, ended by Ctrl-C after its first checkpoint."""
-    from tests.system.program import Program
-
     run_dir = tmp_path_factory.mktemp("interrupted") / "run"
-    values = {**options(toys, toys.tied), "data.train": toys.data, "run_dir": run_dir, "rollout.num_engines": 1,
+    values = {**options(toys, toys.tied), "data.train": toys.data, "run_dir": run_dir,
               "checkpoint.every": CHECKPOINT_AT, "driver.num_steps": 10_000,
               # An engine core of its own, as on GPUs.
               "cluster.env.VLLM_ENABLE_V1_MULTIPROCESSING": "'1'"}
@@ -130,30 +95,46 @@ def test_the_same_seed_is_the_same_run_on_fewer_engines(interrupted, whole):
     assert len(steps) == CHECKPOINT_AT and numbers(steps) == numbers(metrics(whole)[:CHECKPOINT_AT])
 
 
-def test_resumed_it_goes_on_as_if_nothing_had_happened_and_a_dead_engine_ends_it(interrupted, whole, start):
+def test_resumed_it_goes_on_as_if_nothing_had_happened_and_a_dead_engine_ends_it(interrupted, whole, kept):
     """From its checkpoint; then the engine's own child process is killed: the run says so and ends."""
     run_dir, *_ = interrupted
-    program = start(f"resume={run_dir}", f"driver.num_steps={10_000}", folder=run_dir.parent / "resumed")
-    program.wait_for_steps(NUM_STEPS, run_dir=run_dir)
+
+    def on_step(step, _):
+        if step + 1 == NUM_STEPS:
+            engine = actor_of(run_dir / "logs" / "engine-0.log")
+            (core,) = [child for child in engine.children(recursive=True) if "EngineCore" in " ".join(child.cmdline())]
+            core.send_signal(signal.SIGKILL)
+
+    with kept(anew=[ENGINE]), pytest.raises(RunFailed, match=r"^engine 0"):
+        FluxTrainer(FluxConfig(resume=str(run_dir), num_steps=10_000)).fit(callbacks=[on_step])
     lines = metrics(run_dir)
     assert [line["step"] for line in lines] == list(range(len(lines))), "each step once"
     assert numbers(lines[:NUM_STEPS]) == numbers(metrics(whole))
 
-    core = program.named("EngineCore")
-    core.send_signal(signal.SIGKILL)
-    assert program.end(deadline_s=60) == 1
-    last = program.shown.splitlines()[-1]
-    assert last.startswith("flux-ray: the run failed: engine 0") and "Traceback" not in program.shown
+
+def test_a_reward_that_raises_ends_the_run_naming_function_and_sample(kept, toys, tmp_path):
+    """The rollout is the example of the documentation, with two turns; its third step's reward breaks."""
+    values = {**options(toys, toys.tied), "data.shuffle": False, "reward.functions": [f"{toys.rewards}:breaks"],
+              "rollout.function": f"{REPO}/examples/calculator.py:with_calculator",
+              "run_dir": str(tmp_path / "run")}
+    with kept(), pytest.raises(RunFailed) as failed:
+        FluxTrainer(FluxConfig(algorithm="grpo", **values)).fit(str(toys.data))
+    assert str(failed.value).startswith(
+        "reward 0, score of prompt row 18 (from 1): RewardError: reward breaks, prompt row 18 (from 1), sample 1 of 4: "
+        "KeyError: 'no such thing'")
+    assert [line["step"] for line in metrics(tmp_path / "run")] == [0, 1]
+    assert not (tmp_path / "run" / "model").exists()
 
 
-def test_a_troubled_reward_is_dropped_and_counted_and_agreement_holds(toys, tmp_path):
-    """Untied embeddings, temperature 0.7. Rewards raise and hang, end their process, block it with the interpreter's
+def test_a_troubled_reward_is_dropped_and_counted_and_agreement_holds(kept, toys, tmp_path):
+    """Temperature 0.7. Rewards raise and hang, end their process, block it with the interpreter's
     lock held, each at a step of its own: dropped groups, and the run goes on.
     """
-    values = {**options(toys, toys.untied), "rollout.temperature": 0.7, "data.shuffle": False,
+    values = {**options(toys, toys.tied), "rollout.temperature": 0.7, "data.shuffle": False,
               "reward.functions": [f"{toys.rewards}:troubled"], "reward.on_failure": "drop", "reward.deadline_s": 2.0}
-    result = FluxTrainer(FluxConfig(algorithm="grpo", **values, run_dir=str(tmp_path / "run"))).fit(str(toys.data))
-    assert_agreement(result.run_dir, toys.untied)
+    with kept():
+        result = FluxTrainer(FluxConfig(algorithm="grpo", **values, run_dir=str(tmp_path / "run"))).fit(str(toys.data))
+    assert_agreement(result.run_dir, toys.tied)
     dropped = [line["driver/groups_dropped"] for line in metrics(result.run_dir)]
     assert dropped[:2] == [0, 0] and dropped[-1] >= 4, dropped
     log = (result.run_dir / "run.log").read_text()

@@ -1,6 +1,6 @@
-"""One rank of the critic's scenario: `python -m tests.train.critic_scenarios NAME WORLD_SIZE PORT FOLDER RANK`.
+"""What the ranks of a critic do, and those of its policy.
 
-Takes:  a folder with a policy in `tied/` and a score model in `scorer/`.
+Takes:  a Rank; a folder with a policy in `tied/` and a score model in `scorer/`.
 Gives:  as tests.train.scenarios.
 """
 
@@ -18,9 +18,9 @@ from flux_ray.config import CriticConfig
 from flux_ray.records import RolloutGroup
 from flux_ray.train import Critic
 from tests.train.batches import rollout_group, scored
-from tests.train.scenarios import FIRST, LORA, SECOND, Rank, fill, gradient, main, weights
+from tests.train.scenarios import FIRST, LORA, SECOND, Rank, fill, gradient, weights
 
-PPO: dict[str, Any] = {"algo__name": "ppo", "algo__beta": 0.0}
+PPO: dict[str, Any] = {"algo__name": "ppo", "algo__beta": 0.0, "algo__kl_coef": 0.0}
 CLIP_RANGE, LEARNING_RATE = 0.3, 1e-3
 
 
@@ -106,7 +106,8 @@ def policy(rank: Rank) -> dict[str, Any]:
 def policy_with_adapter(rank: Rank) -> dict[str, Any]:
     """Two steps whose KL in the reward is to the policy without its adapter, of which no log-probs are given; how the
     KL's weight is adapted in a third, with a critic's warm-up and after it."""
-    trainer = rank.trainer(**PPO, algo__kl_coef=0.1, train__zero_stage=3, train__lora=LORA, train__learning_rate=1e-2)
+    trainer = rank.trainer(**PPO | {"algo__kl_coef": 0.1}, train__zero_stage=3, train__lora=LORA,
+                           train__learning_rate=1e-2)
     groups = groups_of(rank, FIRST)
     given = {"groups": groups, "scores": [scored(g) for g in groups], "reference_logprobs": None,
              "values": [old_values_of(g) for g in groups]}
@@ -130,5 +131,4 @@ def two_ranks(rank: Rank) -> dict[str, Any]:
     return result
 
 
-if __name__ == "__main__":
-    main({"critic_two_ranks": two_ranks})
+SCENARIOS = {"critic_two_ranks": two_ranks}

@@ -1,7 +1,7 @@
-"""Steps on preference pairs on one rank: `python -m tests.train.pair_scenarios NAME WORLD_SIZE PORT FOLDER RANK`.
+"""Steps on preference pairs, on one rank and on two.
 
-Takes:  a folder with models in `tied/` and `untied/`.
-Gives:  NAME.json and safetensors in the folder, from rank 0, as scenarios.py does.
+Takes:  a Rank; a folder with models in `tied/` and `untied/`.
+Gives:  as tests.train.scenarios.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 from flux_ray.records import PreferencePair, StepReport
 from flux_ray.train import Trainer
 from tests.train.batches import pairs
-from tests.train.scenarios import LORA, Rank, fill, gradient, main, weights
+from tests.train.scenarios import LORA, Rank, fill, gradient, weights
 
 FIRST, SECOND = pairs(1, 8), pairs(2, 8)
 SPLIT = 5  # pairs of rank 0, where there are two
@@ -111,5 +111,4 @@ def one_rank(rank: Rank) -> dict[str, Any]:
         "without_adapter": without_adapter(rank), "adapted": adapted(rank, "")}
 
 
-if __name__ == "__main__":
-    main({"pairs_two": two_ranks, "pairs_one": one_rank})
+SCENARIOS = {"pairs_two": two_ranks, "pairs_one": one_rank}

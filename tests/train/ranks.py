@@ -1,7 +1,7 @@
-"""What training ranks do in the tests, and how they are started: one process per rank, as in a real run.
+"""How training ranks are started in the tests: one process per rank, as in a real run.
 
-Takes:  a scenario's name, a world size, a folder with a model in `model/`.
-Gives:  whatever the scenario's rank 0 wrote into the folder.
+Takes:  scenarios' names, a world size, a folder with the models that they train.
+Gives:  what rank 0 wrote for each scenario; `relative_gap` of two gradients.
 Never:  waits without a deadline, or leaves a process behind.
 """
 
@@ -12,28 +12,30 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-DEADLINE_S = 240.0  # of one scenario: process starts and a dozen tiny engines
+DEADLINE_S = 540.0  # of one world size: process starts and some dozens of tiny engines
 ROOT = Path(__file__).parents[2]
 
 
-def launch(scenario: str, world_size: int, folder: Path, *, module: str = "scenarios") -> dict[str, Any]:
-    """Run `scenario` of `module` on this many ranks; the JSON that rank 0 gave.
+def launch(scenarios: Sequence[str], world_size: int, folder: Path) -> dict[str, dict[str, Any]]:
+    """Run the scenarios one after the other on this many ranks; the JSON that rank 0 gave for each.
 
     A rank that fails is the error, with its log.
     """
     port = free_port()
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", f"tests.train.{module}", scenario, str(world_size), str(port), str(folder)]
-    logs = [folder / f"{scenario}-{rank}.log" for rank in range(world_size)]
+    command = [sys.executable, "-m", "tests.train.rank_process", str(world_size), str(port), str(folder)]
+    logs = [folder / f"rank-{rank}-of-{world_size}.log" for rank in range(world_size)]
     processes = []
     for rank, log in enumerate(logs):
         with log.open("w") as file:
-            processes.append(subprocess.Popen([*command, str(rank)], cwd=ROOT, env=env, stdout=file, stderr=file))
+            processes.append(subprocess.Popen([*command, str(rank), *scenarios], cwd=ROOT, env=env, stdout=file,
+                                              stderr=file))
     try:
         for process in processes:
             process.wait(DEADLINE_S)
@@ -43,7 +45,7 @@ def launch(scenario: str, world_size: int, folder: Path, *, module: str = "scena
             process.wait()
     for process, log in zip(processes, logs, strict=True):
         assert process.returncode == 0, f"{log.name}: exit {process.returncode}\n{log.read_text()[-3000:]}"
-    return json.loads((folder / f"{scenario}.json").read_text())
+    return {name: json.loads((folder / f"{name}.json").read_text()) for name in scenarios}
 
 
 def free_port() -> int:

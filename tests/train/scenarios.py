@@ -1,16 +1,12 @@
-"""One rank of a scenario: `python -m tests.train.scenarios NAME WORLD_SIZE PORT FOLDER RANK`.
+"""What the ranks of a policy do, on one rank and on two.
 
-Takes:  a folder with models in `tied/` and `untied/`.
-Gives:  NAME.json and safetensors in the folder, from rank 0; what they should be is the tests' to say.
-Knows:  starting a process costs more than all it does here, so one launch does everything of a world size.
+Takes:  a Rank; a folder with models in `tied/` and `untied/`.
+Gives:  a scenario's result; safetensors in the folder, from rank 0; what they should be is the tests' to say.
 """
 
 from __future__ import annotations
 
 import copy
-import json
-import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +17,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 
 from flux_ray import register_adv_estimator
-from flux_ray.config import Config, from_dict
+from flux_ray.config import OFFLINE, Config, from_dict
 from flux_ray.model.scoring import scoring_samples
 from flux_ray.records import StepReport
 from flux_ray.train import Trainer, checkpoint, full_weights
@@ -79,13 +75,16 @@ class Rank:
                        master_address="127.0.0.1", master_port=self.port, device="cpu")
 
     def config(self, model: str, overrides: dict[str, Any]) -> Config:
+        offline = overrides.get("algo__name") in OFFLINE
         values: dict[str, Any] = {
-            "model": {"path": str(self.folder / model), "logprob_chunk_tokens": 16},
-            "rollout": {"temperature": 0.7, "max_tokens": 12},
-            "algo": {"beta": 0.1},
+            "model": {"path": str(self.folder / model)},
+            "rollout": {} if offline else {"temperature": 0.7, "max_tokens": 12},
+            "algo": {} if offline else {"beta": 0.1},
             "batch": {"max_tokens_per_micro_batch": 64},
             "train": {"learning_rate": 1e-3, "warmup_steps": 0, "max_grad_norm": 0.0, "deadline_s": 60.0},
         }
+        if overrides.get("algo__name") != "reward_model":
+            values["model"]["logprob_chunk_tokens"] = 16
         for dotted, value in overrides.items():
             group, key = dotted.split("__")
             values[group][key] = value
@@ -138,18 +137,15 @@ def gradients(rank: Rank, variants: dict[str, dict[str, Any]], split: int = 4) -
     return metrics
 
 
-def streamed(rank: Rank) -> dict[str, Any]:
-    """The same steps in parts: the gradient of each stage, and of some kinds.
+def streamed(rank: Rank, stages: tuple[int, ...], more: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The same steps in parts: the gradient of these stages, in fp32 and bf16, and of more variants.
 
     One sample a micro-batch: how samples lie side by side changes the last bits of their log-probs.
     """
-    kinds = {name: KINDS[name] for name in STREAMED_KINDS}
-    variants = {f"streamed_{s}": {"train__zero_stage": s} for s in range(4)} | {
-        f"{name}_streamed": {**kind, "train__zero_stage": 2} for name, kind in kinds.items()} | {
-        f"streamed_bf16_{s}": {"model__dtype": "bfloat16", "train__zero_stage": s} for s in (1, 2, 3)} | {
-        "streamed_packed": {"batch__micro_batch_size": None}}
+    variants = {f"streamed_{s}": {"train__zero_stage": s} for s in stages} | {
+        f"streamed_bf16_{s}": {"model__dtype": "bfloat16", "train__zero_stage": s} for s in stages if s}
     metrics = {}
-    for name, overrides in variants.items():
+    for name, overrides in {**variants, **more}.items():
         trainer = rank.trainer(**{"batch__micro_batch_size": 1} | overrides)
         metrics[name] = rank.step_in_parts(trainer).metrics
         rank.write(name, gradient(trainer))
@@ -283,30 +279,44 @@ def two_ranks(rank: Rank) -> dict[str, Any]:
     stages["offloaded"] = {"train__zero_stage": 2, "train__deepspeed": {
         "zero_optimization": {"offload_optimizer": {"device": "cpu"}}}}
     idle = {f"idle_{s}": {"train__zero_stage": s} for s in (0, 3)}
+    in_parts = {f"{name}_streamed": {**KINDS[name], "train__zero_stage": 2} for name in STREAMED_KINDS} | {
+        "streamed_packed": {"batch__micro_batch_size": None}}
     result: dict[str, Any] = {
         **gradients(rank, stages),
         **gradients(rank, idle, split=6),
-        **streamed(rank),
+        **streamed(rank, (0, 2, 3), in_parts),
         **gradients(rank, {"bf16_whole": {"model__dtype": "bfloat16", "batch__micro_batch_size": 1}}),
         **gradients(rank, {f"{name}_ranks": {**kind, "train__zero_stage": 2, "batch__micro_batch_size": 3}
                            for name, kind in KINDS.items()}),
         "zero_3_checkpointing": gradients(
             rank, {"zero_3_checkpointing": {"train__zero_stage": 3, "train__gradient_checkpointing": True}}),
-        "resume": {str(s): resume(rank, str(s), train__zero_stage=s) for s in range(4)},
+        **of_stages(rank, (0, 3)),
         "resume_bf16": resume(rank, "bf16", model__dtype="bfloat16"),
-        "resume_lora": {str(s): resume(rank, f"lora_{s}", train__zero_stage=s, train__lora=LORA | {"dropout": 0.2})
-                        for s in (0, 2, 3)},
-        "lora": {str(s): lora(rank, str(s), train__zero_stage=s, batch__micro_batch_size=3) for s in range(4)},
         "lora_bf16": lora(rank, "bf16", model__dtype="bfloat16"),
         "lora_saved": lora_saved(rank),
         "saved": {model: saved_model(rank, model) for model in ("tied", "untied")},
         "several": several_updates(rank),
         "sft": supervised_steps(rank),
-        "bf16": {str(s): bfloat16(rank, s) for s in range(4)},
     }
     says: list[Any] = [None, None]
     dist.all_gather_object(says, [refusal(rank, s) for s in (0, 2)])
     return result | {"says": says}
+
+
+def of_stages(rank: Rank, stages: tuple[int, ...]) -> dict[str, Any]:
+    """What each ZeRO stage must do alike: resume, with an adapter too; an adapter's gradient; bf16."""
+    return {
+        "resume": {str(s): resume(rank, str(s), train__zero_stage=s) for s in stages},
+        "resume_lora": {str(s): resume(rank, f"lora_{s}", train__zero_stage=s, train__lora=LORA | {"dropout": 0.2})
+                        for s in stages},
+        "lora": {str(s): lora(rank, str(s), train__zero_stage=s, batch__micro_batch_size=3) for s in stages},
+        "bf16": {str(s): bfloat16(rank, s) for s in stages},
+    }
+
+
+def stages_between(rank: Rank) -> dict[str, Any]:
+    """What repeats it on stages 1 and 2, which shard less than 3."""
+    return {**of_stages(rank, (1, 2)), **streamed(rank, (1,), {})}
 
 
 def one_rank(rank: Rank) -> dict[str, Any]:
@@ -325,23 +335,6 @@ def one_rank(rank: Rank) -> dict[str, Any]:
     }
 
 
-SCENARIOS: dict[str, Callable[[Rank], dict[str, Any]]] = {"one_rank": one_rank, "two_ranks": two_ranks}
-
-
-def main(scenarios: dict[str, Callable[[Rank], dict[str, Any]]]) -> None:
-    name, world_size, port, folder, number = sys.argv[1:]
-    rank = Rank(int(world_size), int(port), Path(folder), int(number))
-    result = scenarios[name](rank)
-    if rank.rank == 0:
-        (rank.folder / f"{name}.json").write_text(json.dumps(result))
-    dist.barrier()  # nobody leaves while another still uses the group
-    dist.destroy_process_group()
-    # As a run's ranks end, which are killed: now and then a process aborts while its interpreter shuts down ("terminate
-    # called without an active exception"), perhaps for a thread of gloo's.
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)
-
-
-if __name__ == "__main__":
-    main(SCENARIOS)
+SCENARIOS: dict[str, Callable[[Rank], dict[str, Any]]] = {
+    "one_rank": one_rank, "two_ranks": two_ranks, "stages_between": stages_between,
+}

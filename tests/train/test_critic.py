@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -11,26 +10,12 @@ import torch
 from safetensors.numpy import load_file
 from transformers import AutoModelForSequenceClassification
 
-from tests.model.test_score import written
-from tests.tiny import tiny_model
 from tests.train.batches import rollout_group, scored
 from tests.train.critic_scenarios import CLIP_RANGE, LEARNING_RATE, old_values_of, returns_of
-from tests.train.ranks import launch, relative_gap
+from tests.train.ranks import relative_gap
 from tests.train.scenarios import FIRST
 
-pytestmark = pytest.mark.system
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("critic")
-    written(tiny_model(folder / "tied", tied=True), folder / "scorer")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def two(folder) -> dict[str, Any]:
-    return launch("critic_two_ranks", 2, folder, module="critic_scenarios")
+pytestmark = [pytest.mark.system, pytest.mark.timeout(900)]  # the first test waits for all ranks to end
 
 
 def by_hand(folder: Path) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], np.ndarray, np.ndarray]:

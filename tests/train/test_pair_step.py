@@ -4,7 +4,6 @@ reward model that transformers opens with equal scores."""
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -12,30 +11,12 @@ import torch
 from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from tests.tiny import tiny_model
 from tests.train.batches import pairs
-from tests.train.ranks import launch, relative_gap
+from tests.train.ranks import relative_gap
 
-pytestmark = pytest.mark.system
+pytestmark = [pytest.mark.system, pytest.mark.timeout(900)]  # the first test waits for all ranks to end
 OBJECTIVES = ("dpo", "ipo", "reward_model")
 COUNT = 8
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("pair_ranks")
-    tiny_model(folder / "tied", tied=True)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def two(folder: Path) -> dict[str, Any]:
-    return launch("pairs_two", 2, folder, module="pair_scenarios")
-
-
-@pytest.fixture(scope="module")
-def one(folder: Path) -> dict[str, Any]:
-    return launch("pairs_one", 1, folder, module="pair_scenarios")
 
 
 def tensors(folder: Path, name: str) -> dict[str, np.ndarray]:

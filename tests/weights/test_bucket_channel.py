@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from flux_ray.weights import wire as wires
+from flux_ray.weights import bucket_channel
 from flux_ray.weights.bucket_channel import BucketChannel, create_memory, forget, join_group, map_memory
 
 pytestmark = pytest.mark.unit
@@ -53,7 +53,7 @@ def test_bytes_arrive_through_the_memory_of_one_machine():
     for shared, seen in members(memories):
         assert shared
         assert [int(bucket.min()) for bucket in seen] == [int(bucket.max()) for bucket in seen] == [1, 2, 3, 11, 12, 13]
-    assert not (wires.SHARED_FOLDER / name).exists()
+    assert not (bucket_channel.SHARED_FOLDER / name).exists()
 
 
 def test_one_member_elsewhere_and_all_go_through_gloo():
@@ -79,16 +79,16 @@ def test_no_room_for_the_memory(monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    before = set(wires.SHARED_FOLDER.iterdir())
+    before = set(bucket_channel.SHARED_FOLDER.iterdir())
     monkeypatch.setattr(os, "posix_fallocate", full)
     assert create_memory(NUM_BYTES) is None
-    assert set(wires.SHARED_FOLDER.glob("flux_ray-weights-*")) <= before
+    assert set(bucket_channel.SHARED_FOLDER.glob("flux_ray-weights-*")) <= before
 
 
 def test_the_memory_is_for_its_owner_alone():
     name, _ = create_memory(NUM_BYTES)
     try:
-        assert (wires.SHARED_FOLDER / name).stat().st_mode & 0o777 == 0o600
+        assert (bucket_channel.SHARED_FOLDER / name).stat().st_mode & 0o777 == 0o600
         assert map_memory(name, NUM_BYTES + 1) is None  # another update's
     finally:
         forget(name)

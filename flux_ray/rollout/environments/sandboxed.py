@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from flux_ray.config import Config
+from flux_ray.config import PolicyGradientConfig
 from flux_ray.records import Prompt, Trajectory
 from flux_ray.rollout.environments.child import plain
 from flux_ray.rollout.functions import Generate
@@ -25,7 +25,7 @@ PRELOADED = ("flux_ray.rollout.environments.child", "transformers.models.auto.to
 class SandboxedRollout:
     """Call it as the function itself. `start` beforehand; `close` at the end."""
 
-    def __init__(self, config: Config, *, tokenizer_path: str) -> None:
+    def __init__(self, config: PolicyGradientConfig, *, tokenizer_path: str) -> None:
         self._function, self._deadline_s = config.rollout.function, config.rollout.deadline_s
         self._start_deadline_s = config.cluster.start_deadline_s
         self._entry = Entry("flux_ray.rollout.environments.child:make", {

@@ -1,4 +1,5 @@
-"""DPO end to end, two ranks and a reference actor: held-out pairs are learned; a resume asks the reference nothing."""
+"""Runs without rollouts, on two ranks: DPO with a reference actor, whose held-out pairs are learned and which a resume
+asks nothing; completions."""
 
 from __future__ import annotations
 
@@ -23,11 +24,11 @@ def preferences(seed: int, count: int) -> list[dict]:
              "rejected": "".join(rng.choices("abcdefgh", k=3))} for _ in range(count)]
 
 
-def test_dpo_end_to_end(toys, tmp_path):
+def test_dpo_end_to_end(kept, toys, tmp_path):
     config = FluxConfig(model_path=str(toys.tied), algorithm="dpo", **{
         "train.num_ranks": 2, "train.learning_rate": 1e-3, "train.warmup_steps": 0, "batch.prompts_per_step": 16,
         "checkpoint.every": CHECKPOINT_AT, "run_dir": str(tmp_path / "run")})
-    with FluxTrainer(config) as trainer:
+    with kept(), FluxTrainer(config) as trainer:
         result = trainer.fit(prompts=preferences(0, 48), eval_prompts=preferences(1, 20), num_steps=NUM_STEPS)
     lines, evaluations = metrics(result.run_dir), read_lines(result.run_dir / EVAL)
     assert undocumented(name for line in [*lines, *evaluations] for name in line) == []
@@ -38,13 +39,28 @@ def test_dpo_end_to_end(toys, tmp_path):
     assert (result.model_path / "model.safetensors").is_file()
     assert len(read_lines(result.run_dir / REFERENCE)) == 48 + 20   # each pair once
 
-    resumed = FluxTrainer(FluxConfig(**{
+    again = FluxConfig(**{
         "model.path": str(toys.tied), "algorithm": "dpo", "data.train": str(tmp_path / "run" / "data.jsonl"),
         "train.num_ranks": 2, "train.learning_rate": 1e-3, "train.warmup_steps": 0, "batch.prompts_per_step": 16,
         "num_steps": NUM_STEPS, "run_dir": str(tmp_path / "resumed"),
-        "resume": str(tmp_path / "run" / "checkpoints" / f"step-{CHECKPOINT_AT:06d}")})).fit()
+        "resume": str(tmp_path / "run" / "checkpoints" / f"step-{CHECKPOINT_AT:06d}")})
+    with kept():
+        resumed = FluxTrainer(again).fit()
     again = read_lines(resumed.run_dir / METRICS)
     assert [line["step"] for line in again] == list(range(CHECKPOINT_AT, NUM_STEPS))
     for line, first in zip(again, lines[CHECKPOINT_AT:], strict=True):
         assert all(line[name] == first[name] for name in ("train/loss", "pairs/margin", "train/grad_norm"))
     assert read_lines(resumed.run_dir / REFERENCE) == []   # what the first run has written is known
+
+
+def test_completions_end_to_end(kept, toys, tmp_path):
+    config = FluxConfig(model_path=str(toys.untied), algorithm="sft", **{
+        "train.num_ranks": 2, "train.learning_rate": 1e-3, "train.warmup_steps": 0, "batch.prompts_per_step": 8,
+        "num_steps": 3, "run_dir": str(tmp_path / "run")})
+    with kept():
+        result = FluxTrainer(config).fit(str(toys.data))
+    lines = metrics(result.run_dir)
+    assert [line["driver/version"] for line in lines] == [1, 2, 3]
+    assert undocumented(name for line in lines for name in line) == []
+    assert lines[-1]["train/loss"] < lines[0]["train/loss"]
+    assert (result.model_path / "model.safetensors").is_file()

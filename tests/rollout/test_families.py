@@ -1,0 +1,38 @@
+"""Families of models in a real engine: its log-probs are the trainer's, before and after each of two updates."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from tests.families import EXPERTS_FAMILIES, FAMILIES
+from tests.family_gaps import BEGIN, DOCS, END, measure
+
+MAX_GAP = 2e-5  # of log-probs of down to -10 between engine and trainer, in float32
+#: Two caps and a window; a head that checkpoints call otherwise; a window that vLLM reads otherwise.
+A_FEW = ("Gemma 2", "GPT-NeoX (Pythia)", "Cohere 2")
+
+
+@pytest.mark.system
+@pytest.mark.parametrize("name", [
+    name if name in A_FEW else pytest.param(name, marks=pytest.mark.all)
+    for name in FAMILIES if name not in EXPERTS_FAMILIES])
+def test_engine_and_trainer_agree_over_two_updates(tmp_path: Path, name: str) -> None:
+    gaps = asyncio.run(measure(name, tmp_path))
+    assert gaps.pop("moved") > 0.05, "the weights hardly moved: agreement says nothing"
+    assert max(gaps.values()) < MAX_GAP, gaps
+
+
+@pytest.mark.unit
+def test_the_page_has_a_row_for_every_family() -> None:
+    table = DOCS.read_text(encoding="utf-8").partition(BEGIN)[2].partition(END)[0]
+    rows = dict(line.strip("| ").split(" | ", 1) for line in table.splitlines()[3:] if line)
+    assert list(rows) == list(FAMILIES)
+    for name, rest in rows.items():
+        gap = rest.partition(" | ")[0]
+        if name in EXPERTS_FAMILIES:
+            assert gap == "—" and "refused at start" in rest
+        else:
+            assert float(gap) < MAX_GAP
