@@ -54,7 +54,7 @@ def make_model(rows: list[dict[str, str]], folder: Path, given: argparse.Namespa
 
 def run_fold(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Judgements of the held-out pairs, +1 right, 0 a tie, -1 wrong, by judge and time."""
-    from flux_ray.data.rows import load_rows
+    from flux_ray.data.sources import load_rows
 
     rows = load_rows(given.data, split="train", max_rows=None).rows
     held_out = set(folds_of(rows, given.folds)[given.fold])

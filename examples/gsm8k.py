@@ -15,7 +15,8 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from examples.tiny_model import SPECIAL_TOKENS, Sizes, save_model, write_jsonl
-from flux_ray.data.rows import Rows, load_rows
+from flux_ray.data.rows import Rows
+from flux_ray.data.sources import load_rows
 from flux_ray.errors import UserError
 
 CALCULATION = re.compile(r"<<[^>]*>>")  # GSM8K's notes for a calculator, of no use to a reader

@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +30,8 @@ BACKENDS = ("ray", "trl", "unsloth")
 IN_MEMORY = "rows in memory"   # what data.train is until they have a file
 
 Rows = Sequence[str] | Sequence[Mapping[str, Any]]
+#: A file, a folder, a hub data set, several of them, or rows: also as a table of pandas, polars, Arrow or datasets.
+Prompts = str | Path | Sequence[Path] | Mapping[str, Any] | Rows | Any
 Reward = str | Callable[..., Any]
 
 
@@ -102,10 +103,10 @@ class FluxTrainer:
 
     def fit(
         self,
-        prompts: str | Path | Rows | None = None,
+        prompts: Prompts | None = None,
         *,
         num_steps: int | None = None,
-        eval_prompts: str | Path | Rows | None = None,
+        eval_prompts: Prompts | None = None,
         eval_interval: int | None = None,
         checkpoint_interval: int | None = None,
         callbacks: Sequence[Callback | Callable[[int, Metrics], None]] = (),
@@ -116,7 +117,8 @@ class FluxTrainer:
         The reference of a KL stays.
 
         Args:
-            prompts: A data file, a data set of the hub, or a list of texts or of rows (dicts).
+            prompts: A data file, a data set of the hub, or whatever else `data.train` takes; a list of texts or of rows
+                (dicts); a table of pandas, polars, Arrow or the datasets library.
             num_steps: Steps to train, those of a resumed run included.
             eval_prompts: What to evaluate on, in any form that `prompts` may have.
             eval_interval: Steps between two evaluations.
@@ -142,26 +144,31 @@ class FluxTrainer:
         """Train on the config's own data: `fit` without arguments."""
         return self.fit(callbacks=callbacks)
 
-    def evaluate(self, prompts: str | Path | Rows | None = None) -> Metrics:
-        """Evaluate each prompt once (None takes `eval.data`), and give the metrics `eval/*`.
+    def evaluate(self, prompts: Prompts | None = None) -> Metrics:
+        """Evaluate each prompt once (None takes `eval.data`, or `eval.share`), and give the metrics `eval/*`.
 
         The model is what `fit` trained, or `model.path` before any `fit`. Only engines and reward workers start. For
         pairs and completions, ranks that train nothing start, with the reference that `fit` had. The results lie in the
         folder `evaluation` of the run. It raises what `fit` raises.
         """
         self._refuse_closed()
-        of_config = self.config.eval.data if isinstance(self.config, configs.EvaluatedConfig) else None
-        source = prompts if prompts is not None else of_config
-        if source is None:
+        given = prompts is not None
+        evaluation = self.config.eval if isinstance(self.config, configs.EvaluatedConfig) else None
+        if not given and not (evaluation and (evaluation.data or evaluation.share)):
             raise UserError("evaluate: no prompts given, and eval.data names none")
         pairs = isinstance(self.config, configs.PairsConfig)   # an evaluation compares them with the reference
         run = self._result.run_dir if self._result else self.config.run_dir
         # Of training alone, and `fit` may have been told what makes them fit together.
-        of_training = {"resume": None, "eval.stop_at": None, "critic.warmup_steps": 0}
+        of_training: dict[str, Any] = {"resume": None, "eval.stop_at": None, "critic.warmup_steps": 0}
+        of_training |= {"eval.share": 0.0} if given else {}
         own = dict(configs.options_of(type(self.config)))
         nothing_to_train = configs.changed(
             self.config, {key: value for key, value in of_training.items() if key in own})
-        config = FluxTrainer(nothing_to_train).prepare(source, eval_prompts=source, **{
+        prompts = list(prompts) if isinstance(prompts, Iterator) else prompts   # it is read twice
+        named = evaluation.data if evaluation and not given else None
+        config = FluxTrainer(nothing_to_train).prepare(prompts, eval_prompts=prompts, **{
+            "data.train": named,
+            "data.split": evaluation.split if evaluation and (given or named) else None,
             "model.path": str(self._result.model_path) if self._result else None,
             "reference.path": self._reference_path() if self._result and pairs else None,
             "run_dir": str(Path(run, "evaluation")) if run else None,
@@ -191,7 +198,7 @@ class FluxTrainer:
         if self._closed:
             raise UserError("this FluxTrainer's `with` block has ended: make another")
 
-    def prepare(self, prompts: str | Path | Rows | None, *, eval_prompts: str | Path | Rows | None = None,
+    def prepare(self, prompts: Prompts | None, *, eval_prompts: Prompts | None = None,
                 **changes: Any) -> Config:
         """Check the config that `fit` would run, and give it. Rows in memory are written to a file in the run's folder.
 
@@ -199,15 +206,15 @@ class FluxTrainer:
         """
         refuse_while_importing()
         sources = {"data.train": _source(prompts), "eval.data": _source(eval_prompts)}
-        given = {key: value for key, value in {**changes, **sources}.items() if value is not None}
+        given = {key: value for part in (changes, sources) for key, value in part.items() if value is not None}
         config = configs.validate(configs.from_dict({**_flat(self.config), **given}))
         config = configs.changed(config, {"plugins": [*config.plugins, *_files_of_registered(config)]})
-        if IN_MEMORY not in sources.values():
+        if all(source != IN_MEMORY for source in sources.values()):
             return config
         config = run_dir.claim(config)
         files = {
-            "data.train": _write(prompts, config, "data.jsonl"),
-            "eval.data": _write(eval_prompts, config, "eval_data.jsonl"),
+            "data.train": _write(prompts, config),
+            "eval.data": _write(eval_prompts, config, evaluation=True),
         }
         written = {key: file for key, file in files.items() if file is not None}
         return configs.from_dict({**_flat(config), **written})
@@ -325,28 +332,25 @@ def _flat(config: Config) -> dict[str, Any]:
     return names.flatten(configs.to_dict(config), options=[key for key, _ in configs.options()])
 
 
-def _source(prompts: str | Path | Rows | None) -> str | None:
+def _source(prompts: Prompts | None) -> Any:
     """What data.train is for these prompts; rows in memory have their file's name later, when the run has a folder."""
+    from flux_ray.data import memory
+
     if prompts is None:
         return None
-    return str(prompts) if isinstance(prompts, (str, Path)) else IN_MEMORY
+    return memory.as_named(prompts) if memory.is_named(prompts) else IN_MEMORY
 
 
-def _write(prompts: str | Path | Rows | None, config: Config, name: str) -> str | None:
+def _write(prompts: Prompts | None, config: Config, *, evaluation: bool = False) -> str | None:
     """Rows in memory as a jsonl file of the run; None where they are in a file already."""
-    if prompts is None or isinstance(prompts, (str, Path)):
+    from flux_ray.data import memory
+
+    if prompts is None or memory.is_named(prompts):
         return None
     assert config.run_dir is not None
-    file = Path(config.run_dir, name)
-    with file.open("w", encoding="utf-8") as out:
-        for row, prompt in enumerate(prompts):
-            if not isinstance(prompt, (str, Mapping)):
-                raise UserError(f"prompts, row {row}: must be a text or a dict, not {type(prompt).__name__}")
-            columns = {config.data.prompt_column: prompt} if isinstance(prompt, str) else dict(prompt)
-            try:
-                out.write(json.dumps(columns, ensure_ascii=False) + "\n")
-            except TypeError as error:
-                raise UserError(f"prompts, row {row}: {error}: rows hold texts, numbers, lists and dicts") from error
+    file = Path(config.run_dir, "eval_data.jsonl" if evaluation else "data.jsonl")
+    split = config.eval.split if evaluation and isinstance(config, configs.EvaluatedConfig) else config.data.split
+    memory.write_rows(prompts, file, column=config.data.prompt_column, split=split)
     return str(file)
 
 

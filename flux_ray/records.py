@@ -44,6 +44,13 @@ class Prompt:
     columns: dict[str, Any]  # the row's other columns; rewards get them by name
     num_samples: int  # G
     seed: int  # sample i is drawn with seed + i, whatever engine draws it
+    data_set: str = ""  # the name of the set that it came from, where there are several
+    rewards: tuple[str, ...] = ()  # the functions that score it; none: all of the run's
+
+    @property
+    def where(self) -> str:
+        """Its row, for a message."""
+        return f"prompt row {self.row + 1} (from 1){f' of {self.data_set}' if self.data_set else ''}"
 
 
 @dataclass(frozen=True)

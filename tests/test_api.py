@@ -107,6 +107,24 @@ def test_rows_in_memory_become_a_file_of_the_run(tmp_path):
         assert [json.loads(line) for line in held_out] == [{"question": "3+3=", "answer": "6"}]
 
 
+def test_tables_and_splits_in_memory():
+    from datasets import Dataset, DatasetDict
+
+    both = DatasetDict(train=Dataset.from_list([{"prompt": "a"}]), test=Dataset.from_list([{"prompt": "b"}]))
+    config = trainer().prepare(both, eval_prompts=both)
+    with open(config.data.train) as train, open(config.eval.data) as held_out:
+        assert (train.read(), held_out.read()) == ('{"prompt": "a"}\n', '{"prompt": "b"}\n')
+    with pytest.raises(UserError, match="a dict holds columns, each a list, but 'prompt' is str"):
+        trainer().prepare({"prompt": "a", "answer": 2})
+
+
+def test_names_of_data_stay_names():
+    config = trainer().prepare({"a": "a.jsonl", "b": {"path": Path("b.jsonl"), "weight": 2}},
+                               eval_prompts=[Path("c.jsonl")])
+    assert config.data.train == {"a": "a.jsonl", "b": {"path": "b.jsonl", "weight": 2}}
+    assert config.eval.data == ["c.jsonl"] and config.run_dir is None
+
+
 def test_runs_of_one_second_have_folders_of_their_own():
     assert len({trainer().prepare(["1+1="]).run_dir for _ in range(3)}) == 3
 

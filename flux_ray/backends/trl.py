@@ -109,6 +109,8 @@ def make_trainer(
     import trl
     from datasets import Dataset
 
+    if any(one.data_set.rewards for one in prompts.sets):
+        raise UserError("backend=trl has no rewards of a set's own: leave them out of data.train, or use backend=ray")
     device = _device(config)
     kind, arguments = ((trl.RLOOTrainer, trl.RLOOConfig) if config.algo.name == "rloo"
                        else (trl.GRPOTrainer, trl.GRPOConfig))

@@ -7,6 +7,7 @@ Never:  looks at an algorithm (flux_ray.algo.check does), a file, a model or a c
 from __future__ import annotations
 
 import dataclasses
+import string
 from collections.abc import Iterator
 
 from flux_ray.config.knobs import check_value, default_of, options_of, value_of
@@ -20,7 +21,7 @@ from flux_ray.config.objectives import (
     PPOConfig,
     ReferencedConfig,
 )
-from flux_ray.config.sections import LoraConfig, ReferenceConfig
+from flux_ray.config.sections import DataConfig, EvalConfig, LoraConfig, ReferenceConfig
 from flux_ray.errors import UserError
 
 
@@ -58,8 +59,30 @@ def _problems(config: Config) -> Iterator[str]:
         yield from _rollout_problems(config)
     if isinstance(config, PairsConfig):
         yield from _pair_problems(config)
-    if isinstance(config, EvaluatedConfig) and config.eval.every and not config.eval.data:
-        yield f"eval.every={config.eval.every} needs eval.data: the prompts to evaluate on"
+    yield from _data_problems(config.data)
+    if isinstance(config, EvaluatedConfig):
+        yield from _evaluation_problems(config.eval)
+
+
+def _data_problems(data: DataConfig) -> Iterator[str]:
+    template = data.prompt_template
+    try:
+        fields = [name for _, name, _, _ in string.Formatter().parse(template or "") if name is not None]
+    except ValueError as error:
+        yield f"data.prompt_template {template!r}: {error} (write a brace that is meant twice)"
+        return
+    if template is not None and not fields:
+        yield (f"data.prompt_template={template!r} has no {{prompt}}: every prompt would be this text (what goes "
+               "before a chat is data.system_prompt)")
+    if "" in fields:
+        yield f"data.prompt_template={template!r}: name what goes into {{}}: {{prompt}}, or a column"
+
+
+def _evaluation_problems(evaluation: EvalConfig) -> Iterator[str]:
+    if evaluation.every and not evaluation.data and not evaluation.share:
+        yield f"eval.every={evaluation.every} needs eval.data: the prompts to evaluate on (or eval.share)"
+    if evaluation.data and evaluation.share:
+        yield f"eval.share={evaluation.share:g} beside eval.data={evaluation.data}: give one of them"
 
 
 def _batch_problems(config: Config) -> Iterator[str]:

@@ -67,6 +67,8 @@ def check_value(key: str, value: Any, f: dataclasses.Field) -> None:
     if value is None:
         return
     choices, bounds = f.metadata["choices"], f.metadata["bounds"]
+    if value == "None" and default_of(f) is None:
+        raise UserError(f"{key}=None is the word None: nothing is written null")
     if choices and value not in choices:
         raise UserError(f"{key} must be one of {', '.join(choices)}; got {value!r}")
     if isinstance(value, float) and not math.isfinite(value):

@@ -17,18 +17,20 @@ OVERLONG_SHARE = 0.2  # of rollout.max_tokens: where the soft penalty begins, un
 
 @dataclass(frozen=True)
 class DataConfig:
-    train: str | None = knob(None, "prompts to train on: a .jsonl, .json, .csv or .parquet file, or a hub data set "
-                             "(NAME or NAME:SUBSET)")
-    split: str = knob("train", "split of a hub data set to train on")
+    train: Any = knob(None, "prompts to train on: a file, folder or glob, a hub data set (NAME or NAME:SUBSET), a list "
+                      "of these, or several sets {NAME: {path: ..., weight: ..., an option of data: ...}}")
+    split: str = knob("train", "split to train on, of a hub data set or a folder with splits")
     prompt_column: str = knob("prompt", "column that holds the prompt: a text, or a list of chat messages")
     system_prompt: str | None = knob(None, "system message put before every chat prompt that has none of its own")
+    chat_template_kwargs: dict[str, Any] = knob({}, "what the chat template gets beside the messages, e.g. "
+                                                "chat_template_kwargs.enable_thinking=false")
     as_chat: bool = knob(False, "wrap a plain text prompt as a user message and apply the chat template")
     prompt_template: str | None = knob(None, "text around a plain prompt, which goes where {prompt} is; {COLUMN} is "
                                       "that column's cell")
     on_bad_row: str = knob("stop", "what a bad row does: stop the run at start, or be skipped and counted",
                            choices=("stop", "skip"))
     shuffle: bool = knob(True, "draw the rows of each epoch in a new order (from the seed)")
-    max_rows: int | None = knob(None, "use only the first rows of the file", least=1)
+    max_rows: int | None = knob(None, "use only the first rows of a set", least=1)
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,13 @@ class PromptDataConfig(DataConfig):
     answer_column: str = knob("answer", "column that the built-in rewards compare a completion with; where the data "
                              "have no such column: solution or label")
     max_prompt_tokens: int | None = knob(None, "longest prompt in tokens; none: what the context leaves", least=1)
+    prefill: bool = knob(False, "a prompt whose last message is the assistant's is gone on with; else that message is "
+                         "left out")
+    curriculum: str = knob("none", "order of the rows within an epoch, by data.pass_rate_column: easy_first, or "
+                           "unsure_first (those soonest whose rewards vary most)",
+                           choices=("none", "easy_first", "unsure_first"))
+    pass_rate_column: str = knob("pass_rate", "column that holds how often the policy was right, 0 to 1 "
+                                 "(data.curriculum)")
 
 
 @dataclass(frozen=True)
@@ -45,6 +54,8 @@ class ExampleDataConfig(DataConfig):
     """Completions to learn."""
 
     completion_column: str = knob("completion", "column that holds the completion to learn (algo=sft)")
+    learn_turns: str = knob("last", "turns of a chat that are learned: the assistant's last one, or all of its "
+                            "(algo=sft)", choices=("last", "all"))
 
 
 @dataclass(frozen=True)
@@ -288,9 +299,11 @@ class DriverConfig(StepsConfig):
 
 @dataclass(frozen=True)
 class EvalConfig:
-    data: str | None = knob(None, "prompts, samples or pairs to evaluate on (same columns as data.train); none: no "
-                            "evaluation")
-    split: str = knob("test", "split of a hub data set to evaluate on")
+    data: Any = knob(None, "prompts, samples or pairs to evaluate on, as data.train has them; several sets by name "
+                     "give eval/NAME/... too; none: no evaluation")
+    share: float = knob(0.0, "share of data.train that is held out to evaluate on, where eval.data is none", least=0,
+                        most=0.9)
+    split: str = knob("test", "split to evaluate on, of a hub data set or a folder with splits")
     every: int = knob(0, "steps between evaluations; 0: only at start and end", least=0)
     max_rows: int | None = knob(None, "use only the first rows", least=1)
 

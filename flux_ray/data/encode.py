@@ -1,19 +1,20 @@
-"""From a row of data to the tokens of its prompt.
+"""From a row of data to the text of its prompt, and how long that may be.
 
-Takes:  a row, the config, a tokenizer.
-Gives:  the prompt as text or messages (template and system prompt applied), and its token ids.
-Knows:  plain text is encoded as the tokenizer encodes text, its BOS with it; a chat by the tokenizer's template.
+Takes:  a row, the config of its set.
+Gives:  the prompt as text or messages (template and system prompt applied); the longest that a prompt may be.
+Never:  makes tokens (tokens.py does).
 """
 
 from __future__ import annotations
 
+import string
+from collections.abc import Mapping, Sequence
 from typing import Any
-
-import numpy as np
 
 from flux_ray.config import DataConfig, PolicyGradientConfig
 from flux_ray.data.chat import checked_messages, with_system
-from flux_ray.data.rows import BadCell, Row
+from flux_ray.data.forms import as_chat
+from flux_ray.data.rows import BadCell, Row, inside
 from flux_ray.errors import UserError, unknown
 from flux_ray.records import Message
 
@@ -22,7 +23,7 @@ Text = str | list[Message]
 
 def prompt_text(row: Row, data: DataConfig) -> Text:
     """The prompt of a row. BadCell: the row is bad. UserError: the config doesn't go with the data."""
-    value = row[data.prompt_column]
+    value = as_chat(row[data.prompt_column])
     if isinstance(value, list):
         if data.prompt_template is not None:
             raise UserError(f"data.prompt_template is for plain text, but column {data.prompt_column!r} has messages")
@@ -45,7 +46,22 @@ def checked_text(value: Any) -> str:
         raise BadCell(f"must be text or a list of messages, got {type(value).__name__} {value!r:.60}")
     if not value.strip():
         raise BadCell("empty")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:  # half of a character, which JSON can write and no tokenizer takes
+        raise BadCell(f"no valid text: {error.reason} at character {error.start + 1}") from error
     return value
+
+
+class _Cells(string.Formatter):
+    """Fields are columns, by dots too; a row's text is never a format itself."""
+
+    def get_field(self, field_name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        row = dict(kwargs)
+        if field_name in row:
+            return row[field_name], field_name
+        found = inside(row, field_name)
+        return (found, field_name) if found is not None else super().get_field(field_name, args, kwargs)
 
 
 def fill_template(template: str, row: Row, prompt: str) -> str:
@@ -54,28 +70,13 @@ def fill_template(template: str, row: Row, prompt: str) -> str:
     UserError names a column that isn't there. BadCell: the row's value has not what the template takes of it.
     """
     try:
-        return template.format_map({**row, "prompt": prompt})
+        return _Cells().vformat(template, (), {**row, "prompt": prompt})
     except KeyError as error:
         raise UserError(f"data.prompt_template: {unknown('column', str(error.args[0]), {*row, 'prompt'})}") from error
     except TypeError as error:
         raise BadCell(f"data.prompt_template {template!r}: {error}") from error
     except (ValueError, IndexError, AttributeError) as error:
         raise UserError(f"data.prompt_template {template!r}: {error} (write a brace that is meant twice)") from error
-
-
-def encode_prompts(tokenizer: Any, texts: list[tuple[str, bool]]) -> list[np.ndarray]:
-    """Token ids (T,) int32 of each prompt: its text, and whether that is a chat as the template wrote it."""
-    plain_ids = iter(encode(tokenizer, [text for text, is_chat in texts if not is_chat], special=True))
-    # the template writes what special tokens a chat has
-    chat_ids = iter(encode(tokenizer, [text for text, is_chat in texts if is_chat], special=False))
-    return [next(chat_ids if is_chat else plain_ids) for _, is_chat in texts]
-
-
-def encode(tokenizer: Any, texts: list[str], *, special: bool) -> list[np.ndarray]:
-    """Token ids (T,) int32 of each text, with the tokenizer's own special tokens or without."""
-    if not texts:
-        return []
-    return [np.asarray(ids, np.int32) for ids in tokenizer(texts, add_special_tokens=special)["input_ids"]]
 
 
 def prompt_limit(config: PolicyGradientConfig, context_length: int) -> tuple[int, str]:

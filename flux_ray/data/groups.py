@@ -16,12 +16,16 @@ from typing import Any
 import numpy as np
 
 from flux_ray.algo import filters
-from flux_ray.config import DataConfig, PolicyConfig
-from flux_ray.data.encode import checked_text, prompt_text
+from flux_ray.config import DataConfig, PolicyGradientConfig
+from flux_ray.data.chat import row_kwargs
+from flux_ray.data.encode import prompt_text
+from flux_ray.data.examples import Example, Limits, as_example, check_examples, encode_examples
 from flux_ray.data.order import EpochOrder
 from flux_ray.data.rows import BadCell, BadRows, Row, Rows
-from flux_ray.data.sft import Example, as_example, completion_text, encode_examples
+from flux_ray.data.sets import LoadedSet
+from flux_ray.data.sft import completion_text
 from flux_ray.errors import UserError
+from flux_ray.model.vocabulary import vocabulary_size
 from flux_ray.records import FINISH_STOP, Prompt, RolloutGroup, Sample, ScoredGroup, Trajectory
 
 RESPONSES, REWARDS = "responses", "rewards"
@@ -48,7 +52,9 @@ class GroupSource:
     filter.reward left out.
     """
 
-    def __init__(self, rows: Rows, config: PolicyConfig, tokenizer: Any, *, context_length: int) -> None:
+    def __init__(self, loaded: LoadedSet[PolicyGradientConfig], tokenizer: Any, *, context_length: int) -> None:
+        rows, config = loaded.rows, loaded.data_set.config
+        check_examples(tokenizer, config)
         rows.require(config.data.prompt_column, "data.prompt_column")
         self.source, self.dropped = rows.source, Counter[str]()
         bad = BadRows(rows, RESPONSES, config.data.on_bad_row)
@@ -59,15 +65,17 @@ class GroupSource:
             except BadCell as error:
                 bad.add(number, error)
         each = [pair for pairs, _ in read.values() for pair in pairs]
-        samples = iter(encode_examples(tokenizer, each, model_path=config.model.path))
+        samples = encode_examples(tokenizer, each, model_path=config.model.path)
+        limits = Limits(context_length, vocabulary_size(config.model.path))
         self._groups: list[OfflineGroup] = []
         for number, (pairs, rewards_G) in read.items():
             mine = [next(samples) for _ in pairs]
-            longest = max(sample.num_tokens for sample in mine)
-            if longest > context_length:
-                bad.add(number, BadCell(f"{longest} tokens, more than the context of {context_length}"))
+            try:
+                limits.check(mine, tokenizer)
+            except BadCell as error:
+                bad.add(number, error)
                 continue
-            group = _group(rows.numbers[number] - 1, rows.rows[number][config.data.prompt_column], mine, rewards_G)
+            group = _group(int(rows.numbers[number]) - 1, rows.rows[number][config.data.prompt_column], mine, rewards_G)
             cause = filters.refusal(group.scored, config.filter)
             self.dropped.update([cause] if cause else [])
             self._groups.extend([] if cause else [group])
@@ -107,13 +115,14 @@ def _read(row: Row, data: DataConfig, tokenizer: Any) -> tuple[list[Example], np
         prompt = prompt_text(row, data)
     except BadCell as error:
         raise BadCell(str(error), data.prompt_column) from error
-    texts = [completion_text(response) if isinstance(response, list) else _text(response) for response in responses]
-    return [as_example(prompt, text, tokenizer) for text in texts], np.array([_reward(value) for value in rewards])
+    texts = [_text(response) for response in responses]
+    scores = np.array([_reward(value) for value in rewards])
+    return [as_example(prompt, text, tokenizer, row_kwargs(row, data)) for text in texts], scores
 
 
 def _text(response: Any) -> str:
     """A response may be empty: its end token alone is what was sampled then."""
-    return response if isinstance(response, str) else checked_text(response)
+    return response if isinstance(response, str) else completion_text(response)
 
 
 def _reward(value: Any) -> float:

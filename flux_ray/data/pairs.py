@@ -11,18 +11,22 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from flux_ray.config import DataConfig, OnPairs
-from flux_ray.data.chat import checked_messages
+from flux_ray.data.chat import checked_messages, row_kwargs
 from flux_ray.data.encode import Text, checked_text, prompt_text
-from flux_ray.data.order import EpochOrder
+from flux_ray.data.examples import Example, Limits, as_example, check_examples, encode_examples
+from flux_ray.data.forms import MESSAGES, as_chat
+from flux_ray.data.order import EpochOrder, MixedOrder
 from flux_ray.data.preferences import CHOSEN, REJECTED, shared_prompt
-from flux_ray.data.rows import BadCell, BadRows, Row, Rows, load_rows
-from flux_ray.data.sft import Example, as_example, encode_examples
+from flux_ray.data.rows import BadCell, BadRows, Row, Rows
+from flux_ray.data.sets import EVAL, TRAIN, LoadedSet, read_sets
 from flux_ray.errors import UserError
+from flux_ray.model.vocabulary import vocabulary_size
 from flux_ray.records import PreferencePair, Sample
 
 EMPTY, IDENTICAL, BAD = "empty", "identical", "bad"  # why a row is left out
@@ -42,10 +46,30 @@ class PairSource:
     longest: tokens of the longest prompt with its response; has_margins: whether a margin column is there.
     """
 
-    def __init__(self, rows: Rows, config: OnPairs, tokenizer: Any, *, context_length: int, shuffle: bool) -> None:
+    def __init__(
+        self, sets: Sequence[LoadedSet[OnPairs]], config: OnPairs, tokenizer: Any, *, context_length: int,
+        shuffle: bool,
+    ) -> None:
+        check_examples(tokenizer, config)
+        self.source, self.skipped = ", ".join(one.rows.source for one in sets), Counter[str]()
+        self.has_margins = any(one.data_set.config.data.margin_column in one.rows.columns for one in sets)
+        self._pairs: list[PreferencePair] = []
+        self.sizes: dict[str, int] = {}   # set ► pairs
+        for one in sets:
+            pairs = self._load(one, tokenizer, context_length)
+            self._pairs += pairs
+            self.sizes[one.data_set.name] = len(pairs)
+        self.num_skipped = self.skipped.total()
+        self.num_rows = len(self._pairs)
+        self.longest = max(max(len(pair.chosen_ids), len(pair.rejected_ids)) for pair in self._pairs)
+        orders = [EpochOrder(size, seed=config.seed, shuffle=shuffle, name=name) for name, size in self.sizes.items()]
+        self._order = MixedOrder(orders, [one.data_set.weight for one in sets], seed=config.seed, shuffle=shuffle)
+
+    def _load(self, loaded: LoadedSet[OnPairs], tokenizer: Any, context_length: int) -> list[PreferencePair]:
+        """The pairs of one set. UserError where none is left."""
+        rows, config = loaded.rows, loaded.data_set.config
         _require_pairs(rows, config)
-        self.source, self.skipped = rows.source, Counter({BAD: rows.num_broken})
-        self.has_margins = config.data.margin_column in rows.columns
+        skipped = Counter({BAD: rows.num_broken})
         bad = BadRows(rows, CHOSEN, config.data.on_bad_row)
         texts: dict[int, tuple[Example, Example]] = {}
         margins: dict[int, float] = {}
@@ -55,46 +79,43 @@ class PairSource:
                 margins[number] = _margin(row.get(config.data.margin_column), config.data.margin_column)
             except _NoPair as none:
                 texts.pop(number, None)
-                self.skipped[none.cause] += 1
+                skipped[none.cause] += 1
             except BadCell as error:
                 texts.pop(number, None)
                 bad.add(number, error)
         each = [pair for both in texts.values() for pair in both]
-        samples = iter(encode_examples(tokenizer, each, model_path=config.model.path))
-        self._pairs: list[PreferencePair] = []
+        samples = encode_examples(tokenizer, each, model_path=config.model.path)
+        limits = Limits(context_length, vocabulary_size(config.model.path))
+        found: list[PreferencePair] = []
         for number in texts:
             try:
                 both = next(samples), next(samples)
-                self._pairs.append(_pair(rows.numbers[number] - 1, *both, margins[number], context_length))
+                limits.check(both, tokenizer)
+                found.append(_pair(int(rows.numbers[number]) - 1, *both, margins[number]))
             except _NoPair as none:
-                self.skipped[none.cause] += 1
+                skipped[none.cause] += 1
             except BadCell as error:
                 bad.add(number, error)
-        self.skipped[BAD] += bad.report()
-        if not self._pairs:
-            raise UserError(f"{self.source}: no pair is left: {_counts(self.skipped)}")
-        self.num_skipped = self.skipped.total()
-        self.num_rows = len(self._pairs)
-        self.longest = max(max(len(pair.chosen_ids), len(pair.rejected_ids)) for pair in self._pairs)
-        self._order = EpochOrder(self.num_rows, seed=config.seed, shuffle=shuffle)
+        skipped[BAD] += bad.report()
+        self.skipped.update(skipped)
+        if not found:
+            raise UserError(f"{rows.source}: no pair is left: {_counts(skipped)}")
+        return found
 
     @classmethod
     def from_config(
         cls, config: OnPairs, tokenizer: Any, *, context_length: int, rows: list[Row] | str | None = None
     ) -> PairSource:
         """The pairs of `data.train`, or `rows` (a path or dicts). UserError says what is wrong, and where."""
-        data = config.data
-        loaded = _load(rows, data.train, "data.train", config, split=data.split, max_rows=data.max_rows)
-        return cls(loaded, config, tokenizer, context_length=context_length, shuffle=data.shuffle)
+        sets = read_sets(config, TRAIN, rows)
+        return cls(sets, config, tokenizer, context_length=context_length, shuffle=config.data.shuffle)
 
     @classmethod
     def for_eval(
         cls, config: OnPairs, tokenizer: Any, *, context_length: int, rows: list[Row] | str | None = None
     ) -> PairSource:
         """The pairs of `eval.data`, or `rows`, in the file's order."""
-        split, max_rows = config.eval.split, config.eval.max_rows
-        loaded = _load(rows, config.eval.data, "eval.data", config, split=split, max_rows=max_rows)
-        return cls(loaded, config, tokenizer, context_length=context_length, shuffle=False)
+        return cls(read_sets(config, EVAL, rows), config, tokenizer, context_length=context_length, shuffle=False)
 
     def batch(self, step: int, size: int) -> list[PreferencePair]:
         """The `size` pairs of step `step` (from 0)."""
@@ -111,13 +132,6 @@ class PairSource:
 
 def _counts(skipped: Counter[str]) -> str:
     return ", ".join(f"{count} {cause}" for cause, count in sorted(skipped.items()) if count)
-
-
-def _load(rows: list[Row] | str | None, path: str | None, key: str, config: OnPairs, **of_hub: Any) -> Rows:
-    source = rows if rows is not None else path
-    if source is None:
-        raise UserError(f"{key} is not set: name a .jsonl, .json, .csv or .parquet file, or a hub data set")
-    return load_rows(source, column=config.data.prompt_column, on_bad_row=config.data.on_bad_row, **of_hub)
 
 
 def _require_pairs(rows: Rows, config: OnPairs) -> None:
@@ -137,22 +151,24 @@ def _read(row: Row, data: DataConfig, tokenizer: Any) -> tuple[Example, Example]
     if not all(reply.strip() for reply in replies):
         raise _NoPair(EMPTY)
     text = prompt_text({**row, data.prompt_column: prompt}, data)
-    chosen, rejected = (as_example(text, reply, tokenizer) for reply in replies)
+    chosen, rejected = (as_example(text, reply, tokenizer, row_kwargs(row, data)) for reply in replies)
     return chosen, rejected
 
 
 def _parts(row: Row, data: DataConfig) -> tuple[Text, str, str]:
     """Prompt, chosen and rejected reply. A chat that begins before its reply brings its own prompt."""
-    chosen, rejected = row[CHOSEN], row[REJECTED]
+    chosen, rejected = as_chat(row[CHOSEN]), as_chat(row[REJECTED])
     whole_chats = all(isinstance(value, list) and len(value) > 1 for value in (chosen, rejected))
-    if row.get(data.prompt_column) is not None and not whole_chats:
-        return row[data.prompt_column], _reply(chosen, CHOSEN), _reply(rejected, REJECTED)
+    prompt = row.get(data.prompt_column)
+    prompt = row.get(MESSAGES) if prompt is None else prompt
+    if prompt is not None and not whole_chats:
+        return prompt, _reply(chosen, CHOSEN), _reply(rejected, REJECTED)
     if isinstance(chosen, list):
         checked_messages(chosen)
-    prompt = shared_prompt(row)
-    if isinstance(prompt, str):
-        return prompt, chosen[len(prompt) :], rejected[len(prompt) :]
-    return prompt, _reply(chosen[len(prompt) :], CHOSEN), _reply(rejected[len(prompt) :], REJECTED)
+    shared = shared_prompt({**row, CHOSEN: chosen, REJECTED: rejected})
+    if isinstance(shared, str):
+        return shared, chosen[len(shared) :], rejected[len(shared) :]
+    return shared, _reply(chosen[len(shared) :], CHOSEN), _reply(rejected[len(shared) :], REJECTED)
 
 
 def _reply(value: Any, column: str) -> str:
@@ -182,10 +198,7 @@ def _margin(value: Any, column: str) -> float:
     return margin
 
 
-def _pair(row: int, chosen: Sample, rejected: Sample, margin: float, context_length: int) -> PreferencePair:
-    longest = max(chosen.num_tokens, rejected.num_tokens)
-    if longest > context_length:
-        raise BadCell(f"{longest} tokens, more than the context of {context_length}")
+def _pair(row: int, chosen: Sample, rejected: Sample, margin: float) -> PreferencePair:
     if np.array_equal(chosen.token_ids, rejected.token_ids):
         raise _NoPair(IDENTICAL)  # the tokenizer sees no difference between the texts
     prompt_length = int(chosen.loss_mask.argmax())

@@ -1,112 +1,190 @@
 """The stream of prompts of a run.
 
-Takes:  a data file (or prompts in memory), a tokenizer, the context's length in tokens.
+Takes:  data sets (or prompts in memory), a tokenizer, the context's length in tokens.
 Gives:  PromptSource: `prompt(uid)`, a pure function of seed and uid, so a position to save is the next uid.
 Knows:  every row is encoded at start, so that a bad or too long one is refused before anything starts; preference
         rows (chosen, rejected) without a prompt column have the prompt that both share.
-Keeps:  the rows and their tokens.
+Keeps:  the rows and their tokens; a prompt's text is made again when it is asked for.
 Never:  draws at random: order and seeds are hashes of the run's seed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
+
 from flux_ray.config import PolicyGradientConfig
-from flux_ray.data.chat import render, require_template
-from flux_ray.data.encode import Text, encode_prompts, prompt_limit, prompt_text
-from flux_ray.data.order import EpochOrder, stable_seed
+from flux_ray.data.chat import ASSISTANT, check_template_kwargs, render, require_template, row_kwargs, without_reply
+from flux_ray.data.encode import Text, prompt_limit, prompt_text
+from flux_ray.data.order import EpochOrder, MixedOrder, stable_seed
 from flux_ray.data.preferences import CHOSEN, REJECTED, shared_prompt
-from flux_ray.data.rows import BadCell, BadRows, Row, Rows, load_rows
+from flux_ray.data.rows import BadCell, BadRows, Row
+from flux_ray.data.sets import EVAL, TRAIN, LoadedSet, read_sets
+from flux_ray.data.tokens import encode_starts, not_in_embedding
 from flux_ray.errors import UserError
+from flux_ray.model.vocabulary import vocabulary_size
 from flux_ray.records import Prompt
 
 Prompts = str | Sequence[str] | Sequence[Row]  # what a user may give: a path or a hub name, texts, or rows
 
-TRAIN, EVAL = "train", "eval"
+
+class PromptSet:
+    """The prompts of one set, in the file's order.
+
+    num_rows: rows in use; num_skipped: bad rows left out (data.on_bad_row=skip); columns: the names that rewards can
+    get; longest_prompt: in tokens.
+    """
+
+    def __init__(self, loaded: LoadedSet[PolicyGradientConfig], tokenizer: Any, *, context_length: int) -> None:
+        rows, self.data_set, self.config = loaded.rows, loaded.data_set, loaded.data_set.config
+        self._column = column = self.config.data.prompt_column
+        self._shared = column not in rows.columns and {CHOSEN, REJECTED} <= set(rows.columns)
+        if not self._shared:
+            rows.require(column, "data.prompt_column")
+        self.source, self.columns, self._rows = rows.source, frozenset(rows.columns) - {column}, rows
+        self.num_without_reply = 0  # prompts of which the assistant's last message was left out
+        bad = BadRows(rows, column, self.config.data.on_bad_row)
+        read: list[int] = []  # numbers of the rows that give a text
+        tokens = encode_starts(tokenizer, self._written(tokenizer, bad, read))
+        limit, reason = prompt_limit(self.config, context_length)
+        keep = (tokens.lengths > 0) & (tokens.lengths <= limit)
+        for place in np.flatnonzero(~keep).tolist():
+            length = int(tokens.lengths[place])
+            bad.add(read[place], BadCell(f"{length} tokens, {reason}" if length else "no token"))
+        vocab_size = vocabulary_size(self.config.model.path)
+        for place, token_id in tokens.beyond(vocab_size):
+            bad.add(read[place], not_in_embedding(tokenizer, token_id, vocab_size or 0))
+            keep[place] = False
+        self.num_skipped = bad.report() + rows.num_broken
+        self._tokens = tokens
+        self._places = np.flatnonzero(keep)
+        self._kept = np.array(read, np.int64)[self._places]
+        self.num_rows = len(self._kept)
+        self.longest_prompt = int(tokens.lengths[self._places].max())
+
+    def _written(self, tokenizer: Any, bad: BadRows, read: list[int]) -> Iterator[tuple[str, bool]]:
+        """What the tokenizer gets of each good row, and whether the template wrote it."""
+        for number, row in enumerate(self._rows.rows):
+            try:
+                whole = self._whole(row)
+                text = self._cut(whole)
+                if isinstance(text, str):
+                    written = text, False
+                else:
+                    kwargs = row_kwargs(row, self.config.data)
+                    require_template(tokenizer, f"{self._rows.where(number)} is a chat")
+                    check_template_kwargs(tokenizer, kwargs)
+                    written = render(tokenizer, text, kwargs), True
+            except BadCell as error:
+                bad.add(number, error)
+                continue
+            read.append(number)
+            self.num_without_reply += text is not whole
+            yield written
+
+    def _whole(self, row: Row) -> Text:
+        return prompt_text({**row, self._column: shared_prompt(row)} if self._shared else row, self.config.data)
+
+    def _cut(self, text: Text) -> Text:
+        """Without the reply that it ends with, unless that is to be gone on with."""
+        if isinstance(text, str) or self.config.data.prefill or text[-1]["role"] != ASSISTANT:
+            return text
+        return without_reply(text)
+
+    def column(self, name: str) -> list[Any]:
+        """The cells of a column, of the rows in use."""
+        return [self._rows.rows[number][name] for number in self._kept.tolist()]
+
+    def row(self, place: int) -> tuple[int, Text, np.ndarray, dict[str, Any]]:
+        """Row in the file (from 0), text, tokens and columns of row `place` of those in use."""
+        number = int(self._kept[place])
+        row = self._rows.rows[number]
+        columns = {name: value for name, value in row.items() if name in self.columns}
+        text, token_ids = self._cut(self._whole(row)), self._tokens[self._places[place]]
+        return int(self._rows.numbers[number]) - 1, text, token_ids, columns
+
+    def pass_rates(self) -> np.ndarray:
+        """(num_rows,) float64, of the rows in use. UserError where the column is missing, or a cell is no pass rate."""
+        name = self.config.data.pass_rate_column
+        self._rows.require(name, "data.pass_rate_column")
+        rates = self.column(name)
+        for number, rate in zip(self._kept.tolist(), rates, strict=True):
+            if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 <= rate <= 1:
+                raise UserError(f"{self._rows.where(number)}: column {name!r} must be a number from 0 to 1, got "
+                                f"{rate!r:.60} (data.curriculum={self.config.data.curriculum} orders by it)")
+        return np.array(rates, np.float64)
+
+    def warnings(self) -> list[str]:
+        """What was left out, in a line each."""
+        lines = []
+        if self.num_skipped:
+            lines.append(f"{self.source}: {self.num_skipped} bad rows skipped (data.on_bad_row=skip)")
+        if self.num_without_reply:
+            lines.append(f"{self.source}: {self.num_without_reply} prompts end with a message of the assistant's, "
+                         "which is left out (data.prefill=true goes on with it)")
+        return lines
 
 
 class PromptSource:
     """Prompts by uid: `source.prompt(0)`, `source.prompt(1)` … without end, epoch after epoch.
 
-    source: the file's name; num_rows: rows in use; num_skipped: bad rows left out (data.on_bad_row=skip);
-    columns: the names that rewards can get; longest_prompt: in tokens.
+    source: the sets' names; num_rows: rows in use; columns: the names that rewards can get of every set;
+    longest_prompt: in tokens.
     """
 
     def __init__(
-        self, rows: Rows, config: PolicyGradientConfig, tokenizer: Any, *, context_length: int, role: str,
+        self, sets: Sequence[LoadedSet[PolicyGradientConfig]], config: PolicyGradientConfig, tokenizer: Any, *,
+        context_length: int, role: str,
     ) -> None:
-        column = config.data.prompt_column
-        shared = column not in rows.columns and {CHOSEN, REJECTED} <= set(rows.columns)
-        if not shared:
-            rows.require(column, "data.prompt_column")
-        bad = BadRows(rows, column, config.data.on_bad_row)
-        texts: dict[int, Text] = {}
-        written: dict[int, tuple[str, bool]] = {}  # what the tokenizer gets, and whether the template wrote it
-        for number, row in enumerate(rows.rows):
-            try:
-                text = prompt_text({**row, column: shared_prompt(row)} if shared else row, config.data)
-                if isinstance(text, str):
-                    written[number] = text, False
-                else:
-                    require_template(tokenizer, f"{rows.source} row {rows.numbers[number]} (from 1) is a chat")
-                    written[number] = render(tokenizer, text), True
-                texts[number] = text
-            except BadCell as error:
-                bad.add(number, error)
-        limit, reason = prompt_limit(config, context_length)
-        token_ids = dict(zip(written, encode_prompts(tokenizer, list(written.values())), strict=True))
-        for number, ids in token_ids.items():
-            if not 0 < len(ids) <= limit:
-                bad.add(number, BadCell(f"{len(ids)} tokens, {reason}" if len(ids) else "no token"))
-
-        self.num_skipped = bad.report() + rows.num_broken
-        self.source = rows.source
-        self.columns = frozenset(rows.columns) - {column}
-        self._kept = [number for number, ids in token_ids.items() if 0 < len(ids) <= limit]
-        self.num_rows = len(self._kept)
-        self.longest_prompt = max(len(token_ids[number]) for number in self._kept)
-        self._texts, self._token_ids, self._rows, self._numbers = texts, token_ids, rows.rows, rows.numbers
+        self.sets = [PromptSet(loaded, tokenizer, context_length=context_length) for loaded in sets]
+        self.source = ", ".join(one.source for one in self.sets)
+        self.columns = frozenset.intersection(*(one.columns for one in self.sets))
+        self.num_rows = sum(one.num_rows for one in self.sets)
+        self.num_skipped = sum(one.num_skipped for one in self.sets)
+        self.longest_prompt = max(one.longest_prompt for one in self.sets)
+        self._starts = np.cumsum([0, *(one.num_rows for one in self.sets)])
         self._role, self._seed = role, config.seed
         self._num_samples = config.eval.num_samples if role == EVAL else config.rollout.group_size
-        shuffle = config.data.shuffle and role == TRAIN
-        self._order = EpochOrder(self.num_rows, seed=config.seed, shuffle=shuffle)
+        self._order = _order(self.sets, config) if role == TRAIN else None  # none: every set once, in its order
 
     @classmethod
     def from_config(
         cls, config: PolicyGradientConfig, tokenizer: Any, *, context_length: int, prompts: Prompts | None = None
     ) -> PromptSource:
         """The prompts to train on: `data.train`, or `prompts` in its place. UserError says what is wrong, and where."""
-        data = config.data
-        rows = _load(prompts, data.train, "data.train", config, split=data.split, max_rows=data.max_rows)
-        return cls(rows, config, tokenizer, context_length=context_length, role=TRAIN)
+        return cls(read_sets(config, TRAIN, prompts), config, tokenizer, context_length=context_length, role=TRAIN)
 
     @classmethod
     def for_eval(
         cls, config: PolicyGradientConfig, tokenizer: Any, *, context_length: int, prompts: Prompts | None = None
     ) -> PromptSource:
         """The prompts to evaluate on: `eval.data`, or `prompts`; in the file's order, with the same seeds each time."""
-        split, max_rows = config.eval.split, config.eval.max_rows
-        rows = _load(prompts, config.eval.data, "eval.data", config, split=split, max_rows=max_rows)
-        return cls(rows, config, tokenizer, context_length=context_length, role=EVAL)
-
-    def column(self, name: str) -> list[Any]:
-        """The cells of a column, of the rows in use."""
-        return [self._rows[row][name] for row in self._kept]
+        return cls(read_sets(config, EVAL, prompts), config, tokenizer, context_length=context_length, role=EVAL)
 
     def prompt(self, uid: int) -> Prompt:
         """The prompt at position `uid` (from 0) of the run: always the same, in whatever order they are asked for."""
-        row = self._kept[self._order.row(uid)]
-        token_ids = self._token_ids[row]
-        columns = {name: value for name, value in self._rows[row].items() if name in self.columns}
+        row = self._order.row(uid) if self._order else uid % self.num_rows
+        chosen = int(np.searchsorted(self._starts, row, side="right")) - 1
+        one = self.sets[chosen]
+        number, text, token_ids, columns = one.row(row - int(self._starts[chosen]))
         seed = stable_seed(self._seed, self._role, uid)
-        place = self._numbers[row] - 1
-        return Prompt(uid, place, self._texts[row], token_ids, columns, self._num_samples, seed)
+        return Prompt(uid, number, text, token_ids, columns, self._num_samples, seed, one.data_set.name,
+                      one.data_set.rewards)
+
+    def warnings(self) -> list[str]:
+        return [line for one in self.sets for line in one.warnings()]
 
 
-def _load(prompts: Prompts | None, path: str | None, key: str, config: PolicyGradientConfig, **of_hub: Any) -> Rows:
-    source = prompts if prompts is not None else path
-    if source is None:
-        raise UserError(f"{key} is not set: name a .jsonl, .json, .csv or .parquet file, or a hub data set")
-    return load_rows(source, column=config.data.prompt_column, on_bad_row=config.data.on_bad_row, **of_hub)
+def _order(sets: Sequence[PromptSet], config: PolicyGradientConfig) -> MixedOrder:
+    orders = [EpochOrder(one.num_rows, seed=config.seed, shuffle=config.data.shuffle, name=one.data_set.name,
+                         curriculum=_curriculum(one)) for one in sets]
+    weights = [one.data_set.weight for one in sets]
+    return MixedOrder(orders, weights, seed=config.seed, shuffle=config.data.shuffle)
+
+
+def _curriculum(one: PromptSet) -> tuple[str, np.ndarray] | None:
+    """The set's curriculum, and the pass rates that it goes by."""
+    kind = one.config.data.curriculum
+    return None if kind == "none" else (kind, one.pass_rates())

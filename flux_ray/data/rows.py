@@ -1,32 +1,26 @@
-"""Rows of a data file, whatever its format.
+"""Rows of a source, kept compactly, and what a bad one does.
 
-Takes:  a path (.jsonl, .json, .csv, .parquet, each also with .gz), a hub data set's name, or rows in memory.
-Gives:  Rows: the source's name, its columns, and plain dicts that all have every column (None where a row had none).
-Knows:  what can be wrong with a file: UserError names file, line and column; what a bad row does (BadRows).
+Takes:  the rows of a reader (files.py), one at a time.
+Gives:  Rows: the source's name, its columns, and a Table of plain dicts that all have every column (None where a row
+        had none); BadCell and BadRows, for whoever reads a row's cells.
+Knows:  a column's name may be a way into a nested one, by dots.
 Never:  looks into a column: what a prompt or a completion must be is said by prompts.py and sft.py.
 """
 
 from __future__ import annotations
 
-import csv
-import gzip
-import io
-import json
 import logging
-import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import islice
-from pathlib import Path
-from typing import IO, Any, cast
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
 
 from flux_ray.errors import UserError, unknown
 
 log = logging.getLogger(__name__)
 
 Row = dict[str, Any]
-
-MAX_CSV_FIELD_CHARS = 2**31 - 1  # the csv module's own limit (131,072) is less than a long prompt
 
 
 @dataclass(frozen=True)
@@ -37,8 +31,53 @@ class Broken:
 
 
 @dataclass(frozen=True)
+class FileBegins:
+    """Between the rows of several files: those that follow are of this one."""
+
+    name: str
+
+
+class Table(Sequence[Row]):
+    """Rows as tuples under one set of names: a dict for each would take several times the memory.
+
+    derived: columns that are made from a row whenever it is asked for.
+    """
+
+    def __init__(self, columns: tuple[str, ...], cells: list[tuple[Any, ...]],
+                 derived: dict[str, Callable[[Row], Any]] | None = None) -> None:
+        self._columns, self._cells, self._derived = columns, cells, derived or {}
+
+    def __len__(self) -> int:
+        return len(self._cells)
+
+    def __getitem__(self, number: Any) -> Any:
+        if isinstance(number, slice):
+            return [self[i] for i in range(*number.indices(len(self)))]
+        cells = self._cells[number]
+        row = dict(zip(self._columns, cells, strict=False))  # a row that came before a column lacks its cell
+        for name in self._columns[len(cells):]:
+            row[name] = None
+        for name, make in self._derived.items():
+            row[name] = make(row)
+        return row
+
+    def __iter__(self) -> Iterator[Row]:
+        return (self[number] for number in range(len(self)))
+
+    def having(self, derived: dict[str, Callable[[Row], Any]]) -> Table:
+        """The same rows with further columns."""
+        return Table(self._columns, self._cells, {**self._derived, **derived})
+
+    def part(self, chosen: Sequence[int]) -> Table:
+        """These rows alone, in this order."""
+        return Table(self._columns, [self._cells[number] for number in chosen], self._derived)
+
+
+@dataclass(frozen=True)
 class Rows:
     """The rows of one source; `numbers[i]` is the place of `rows[i]` in it, from 1 and with blank lines counted.
+
+    files: of a source of several, each one's name and the rows before it.
 
     >>> Rows.from_dicts("train.jsonl", [{"prompt": "1+1=", "answer": "2"}, {"prompt": "hi"}]).rows[1]
     {'prompt': 'hi', 'answer': None}
@@ -46,34 +85,107 @@ class Rows:
 
     source: str
     columns: tuple[str, ...]
-    rows: list[Row]
-    numbers: tuple[int, ...]
+    rows: Table
+    numbers: np.ndarray  # (rows,) int64
     num_broken: int = 0  # lines that are no row at all, left out (data.on_bad_row=skip)
+    files: tuple[tuple[int, str], ...] = ()
 
     @classmethod
-    def from_dicts(cls, source: str, dicts: Sequence[Row | Broken | None]) -> Rows:
-        """Rows with one set of columns; broken ones counted and logged (None: a blank line).
+    def from_dicts(
+        cls, source: str, dicts: Iterable[Row | Broken | FileBegins | None], *, on_bad_row: str = "skip"
+    ) -> Rows:
+        """Rows with one set of columns; broken ones counted and logged, or (stop) a UserError. None: a blank line.
 
         UserError where there is no row at all.
         """
-        broken = [row for row in dicts if isinstance(row, Broken)]
-        numbers, whole = [], []
-        for number, row in enumerate(dicts, start=1):
-            if isinstance(row, dict):
+        columns: dict[str, int] = {}
+        cells: list[tuple[Any, ...]] = []
+        numbers: list[int] = []
+        broken: list[Broken] = []
+        files: list[tuple[int, str]] = []
+        number = 0
+        for row in dicts:
+            if isinstance(row, FileBegins):
+                files.append((number, row.name))
+                continue
+            number += 1
+            if isinstance(row, Broken):
+                broken.append(row)
+                if on_bad_row == "stop":
+                    raise UserError(f"{row.why} (data.on_bad_row=skip leaves such rows out)")
+            elif row is not None:
+                for name in row:
+                    columns.setdefault(name, len(columns))
+                cells.append(tuple(map(row.get, columns)))
                 numbers.append(number)
-                whole.append(row)
-        if not whole:
+        if not cells:
             raise UserError(f"every row is bad; the first: {broken[0].why}" if broken else f"{source}: no rows in it")
         if broken:
             log.warning("%s: %d broken rows left out; the first: %s", source, len(broken), broken[0].why)
-        columns = tuple(dict.fromkeys(name for row in whole for name in row))
-        rows = [{name: row.get(name) for name in columns} for row in whole]
-        return cls(source, columns, rows, tuple(numbers), len(broken))
+        names = tuple(columns)
+        return cls(source, names, Table(names, cells), np.array(numbers, np.int64), len(broken), tuple(files))
+
+    def where(self, row: int) -> str:
+        """File and place of row `row` (from 0), for a message."""
+        number = int(self.numbers[row])
+        before, name = max([one for one in self.files if one[0] < number], default=(0, self.source))
+        return f"{name} row {number - before} (from 1)"
 
     def require(self, column: str, key: str) -> None:
         """UserError where `column`, which config field `key` names, isn't there."""
         if column not in self.columns:
-            raise UserError(f"{self.source}: {unknown('column', column, self.columns)} ({key} names it)")
+            nested = nested_names(self.rows[0]) if "." in column else []
+            raise UserError(f"{self.source}: {unknown('column', column, [*self.columns, *nested])} ({key} names it)")
+
+    def having(self, **derived: Callable[[Row], Any]) -> Rows:
+        """With further columns, each made from the row."""
+        names = tuple(dict.fromkeys([*self.columns, *derived]))
+        return replace(self, columns=names, rows=self.rows.having(derived))
+
+    def part(self, chosen: np.ndarray) -> Rows:
+        """These rows alone, in this order."""
+        return replace(self, rows=self.rows.part(chosen.tolist()), numbers=self.numbers[chosen])
+
+    def reaching(self, column: str) -> Rows:
+        """With a column of that name where it is a way into a nested one that some row has: `reward_model.truth`.
+
+        A column that has dots in its own name stays what it is.
+        """
+        if column in self.columns or column.partition(".")[0] not in self.columns:
+            return self
+        if all(inside(row, column) is None for row in self.rows):
+            return self
+        return self.having(**{column: lambda row: inside(row, column)})
+
+
+def inside(row: Row, way: str) -> Any:
+    """What lies at the end of a way through nested mappings and lists; None where it leads nowhere.
+
+    >>> inside({"reward_model": {"truth": ["4", "four"]}}, "reward_model.truth.1")
+    'four'
+    """
+    value: Any = row
+    for name in way.split("."):
+        if isinstance(value, dict):
+            value = value.get(name)
+        elif isinstance(value, list) and name.isdecimal():
+            value = value[int(name)] if int(name) < len(value) else None
+        else:
+            return None
+    return value
+
+
+def nested_names(row: Row, prefix: str = "") -> list[str]:
+    """The ways to everything in a row's nested mappings.
+
+    >>> nested_names({"a": 1, "b": {"c": {"d": 2}}})
+    ['b.c', 'b.c.d']
+    """
+    names = []
+    for name, value in row.items():
+        names += [prefix + name] if prefix else []
+        names += nested_names(value, f"{prefix}{name}.") if isinstance(value, dict) else []
+    return names
 
 
 class BadCell(Exception):
@@ -91,183 +203,25 @@ class BadRows:
         self._rows = rows
         self._column = column
         self._skip = on_bad_row == "skip"
-        self._reasons: dict[int, str] = {}
+        self._bad: set[int] = set()
+        self._first = len(rows.rows), ""
 
     def add(self, row: int, bad: BadCell) -> None:
         """Row `row` (from 0) is bad. UserError unless bad rows are skipped."""
-        where = f"{self._rows.source} row {self._rows.numbers[row]} (from 1): column {(bad.column or self._column)!r}"
-        message = f"{where}: {bad}"
+        message = f"{self._rows.where(row)}: column {(bad.column or self._column)!r}: {bad}"
         if not self._skip:
             raise UserError(f"{message} (data.on_bad_row=skip leaves such rows out)")
-        self._reasons[row] = message
+        self._bad.add(row)
+        self._first = min(self._first, (row, message))
 
     def report(self) -> int:
         """How many rows were left out, logged with the first of them. UserError where none is left."""
-        if not self._reasons:
+        if not self._bad:
             return 0
-        first = self._reasons[min(self._reasons)]
-        if len(self._reasons) == len(self._rows.rows):
-            raise UserError(f"every row is bad; the first: {first}")
-        log.warning("%d of %d rows left out; the first: %s", len(self._reasons), len(self._rows.rows), first)
-        return len(self._reasons)
-
-
-def load_rows(
-    source: str | Path | Sequence[Any],
-    *,
-    split: str,
-    max_rows: int | None,
-    column: str = "prompt",
-    on_bad_row: str = "stop",
-) -> Rows:
-    """Rows of a file, of a hub data set (`name` or `name:subset`), or of a list of texts or dicts in memory.
-
-    `split` is of use to hub data sets alone; a text in a list becomes a row with that text under `column`.
-    UserError: nothing there, an unknown ending, no rows, an offline hub, and (unless on_bad_row is skip) a broken line.
-    """
-    if not isinstance(source, (str, Path)):
-        return _rows_in_memory(list(islice(source, max_rows)), column)
-    path = Path(source).expanduser()
-    if path.is_file():
-        rows = _read_file(path, max_rows)
-        broken = next((row for row in rows if isinstance(row, Broken)), None)
-        if broken is not None and on_bad_row != "skip":
-            raise UserError(broken.why)
-        return Rows.from_dicts(str(source), rows)
-    if path.is_dir():
-        raise UserError(f"{source}: a folder, not a data file; name one of: {', '.join(READERS)} (or with .gz)")
-    if _format_of(path) is not None or str(source).startswith(("/", ".", "~")):
-        raise UserError(f"{source}: no such file")
-    return Rows.from_dicts(f"{source} [{split}]", _read_hub(str(source), split, max_rows))
-
-
-def _rows_in_memory(items: list[Any], column: str) -> Rows:
-    rows = [{column: item} if isinstance(item, str) else item for item in items]
-    for number, row in enumerate(rows, start=1):
-        if not isinstance(row, dict):
-            raise UserError(f"prompts in memory: item {number} (from 1) is {type(row).__name__}, not a text or a dict")
-    return Rows.from_dicts("prompts in memory", rows)
-
-
-def _format_of(path: Path) -> str | None:
-    """The ending that says how to read the file, .gz aside; None where it isn't one of ours."""
-    endings = [suffix.lower() for suffix in path.suffixes if suffix.lower() != ".gz"]
-    return endings[-1] if endings and endings[-1] in READERS else None
-
-
-def _read_file(path: Path, max_rows: int | None) -> list[Row | Broken | None]:
-    ending = _format_of(path)
-    if ending is None:
-        raise UserError(f"{path}: unknown kind of file; data files end in {', '.join(READERS)} (or with .gz)")
-    try:
-        with path.open("rb") as raw:
-            file = cast(IO[bytes], gzip.GzipFile(fileobj=raw)) if path.suffix.lower() == ".gz" else raw
-            return _first(READERS[ending](path, file), max_rows)
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
-    except (OSError, EOFError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from error
-
-
-def _first(rows: Iterator[Row | Broken | None], max_rows: int | None) -> list[Row | Broken | None]:
-    """The first `max_rows` rows (none: all) and the blank lines among them."""
-    taken: list[Row | Broken | None] = []
-    num_rows = 0
-    for row in rows:
-        if num_rows == max_rows:
-            break
-        taken.append(row)
-        num_rows += row is not None
-    return taken
-
-
-def _text(file: IO[bytes]) -> io.TextIOWrapper:
-    return io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
-
-
-def _read_jsonl(path: Path, file: IO[bytes]) -> Iterator[Row | Broken | None]:
-    for number, line in enumerate(_text(file), start=1):
-        if not line.strip():
-            yield None
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            yield Broken(f"{path} line {number}: broken JSON: {error.msg} at column {error.colno}")
-            continue
-        yield row if isinstance(row, dict) else Broken(f"{path} line {number}: {type(row).__name__}, not a JSON object")
-
-
-def _read_json(path: Path, file: IO[bytes]) -> Iterator[Row]:
-    text = _text(file).read()
-    if not text.strip():
-        return
-    try:
-        rows = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} line {error.lineno}: broken JSON: {error.msg} at column {error.colno}") from error
-    if not isinstance(rows, list):
-        raise UserError(f"{path}: {type(rows).__name__}, not a JSON list of objects (one object a line: .jsonl)")
-    for number, row in enumerate(rows, start=1):
-        if not isinstance(row, dict):
-            raise UserError(f"{path} row {number} (from 1): {type(row).__name__}, not a JSON object")
-        yield row
-
-
-def _read_csv(path: Path, file: IO[bytes]) -> Iterator[Row | Broken | None]:
-    """Every cell stays text: an answer 007 must not become 7."""
-    csv.field_size_limit(MAX_CSV_FIELD_CHARS)
-    reader = csv.reader(_text(file), strict=True)
-    try:
-        header = next(reader, None)
-        for number, cells in enumerate(reader, start=1):
-            if not cells:
-                yield None
-                continue
-            if header is None or len(cells) != len(header):
-                expected = len(header or [])
-                yield Broken(f"{path} row {number} (from 1): {len(cells)} cells, but the header has {expected}")
-                continue
-            yield dict(zip(header, cells, strict=True))
-    except csv.Error as error:
-        raise UserError(f"{path} line {reader.line_num}: broken CSV: {error}") from error
-
-
-def _read_parquet(path: Path, file: IO[bytes]) -> Iterator[Row]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        table = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(file.read()))
-        for batch in table.iter_batches():
-            yield from batch.to_pylist()
-    except pyarrow.ArrowException as error:
-        raise UserError(f"{path}: broken Parquet: {first_line(error)}") from error
-
-
-READERS = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}
-
-
-def _read_hub(name: str, split: str, max_rows: int | None) -> list[Row]:
-    """Rows of a hub data set; `name:subset` picks one of its configurations."""
-    repository, _, subset = name.partition(":")
-    try:
-        import datasets
-
-        data = datasets.load_dataset(repository, subset or None, split=split)
-    except Exception as error:  # the hub's client raises a dozen kinds: whichever it is, the user named the data set
-        subsets = f"; name one as {repository}:SUBSET: {subset_names(error)}" if subset_names(error) else ""
-        raise UserError(
-            f"{name}: neither a file here nor a data set that the hub gives for split {split!r}: "
-            f"{type(error).__name__}: {first_line(error)}{subsets}"
-        ) from error
-    return [dict(row) for row in islice(data, max_rows)]
-
-
-def subset_names(error: Exception) -> str:
-    """The list of a data set's subsets, where the library asks for one of them."""
-    found = re.search(r"available configs: (\[.*?\])", str(error))
-    return found[1] if found else ""
+        if len(self._bad) == len(self._rows.rows):
+            raise UserError(f"every row is bad; the first: {self._first[1]}")
+        log.warning("%d of %d rows left out; the first: %s", len(self._bad), len(self._rows.rows), self._first[1])
+        return len(self._bad)
 
 
 def first_line(error: Exception) -> str:

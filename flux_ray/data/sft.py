@@ -1,87 +1,91 @@
 """Supervised samples: what to learn by next-token prediction.
 
-Takes:  a data file with prompts and completions, chat messages, or plain text; a tokenizer, the context's length.
+Takes:  data sets with prompts and completions, chat messages, or plain text; a tokenizer, the context's length.
 Gives:  SftSource: `batch(step, size)`, a pure function of seed and step; Samples with a mask and zero loss weights.
 Knows:  the loss lies on the completion and on the end token after it, which is what a policy samples.
-Keeps:  the tokens of every row.
+Keeps:  the tokens of every row, in one array.
 Never:  weighs the loss: the aggregation (`loss_weights`) belongs to the batch, which the trainer knows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from flux_ray.config import DataConfig, SFTConfig
-from flux_ray.data.chat import checked_messages, render, require_template, with_system
-from flux_ray.data.encode import Text, checked_text, encode, prompt_text
-from flux_ray.data.order import EpochOrder
+from flux_ray.data.chat import checked_messages, row_kwargs, with_system
+from flux_ray.data.encode import Text, checked_text, prompt_text
+from flux_ray.data.examples import Example, Limits, as_example, check_examples, encode_examples, turns
+from flux_ray.data.forms import MESSAGES, as_chat
+from flux_ray.data.order import EpochOrder, MixedOrder
 from flux_ray.data.preferences import CHOSEN, REJECTED
-from flux_ray.data.rows import BadCell, BadRows, Row, Rows, load_rows
+from flux_ray.data.rows import BadCell, BadRows, Row, Rows
+from flux_ray.data.sets import EVAL, TRAIN, LoadedSet, read_sets
+from flux_ray.data.tokens import Tokens
 from flux_ray.errors import UserError
-from flux_ray.model.stops import stop_token_ids
+from flux_ray.model.vocabulary import vocabulary_size
 from flux_ray.records import Sample
 
-MESSAGES_COLUMN, TEXT_COLUMN = "messages", "text"
+TEXT_COLUMN = "text"
+ALL = "all"  # data.learn_turns: every turn of the assistant's
 
 
 class SftSource:
     """Samples by step: `source.batch(0, 128)`, `source.batch(1, 128)` … without end, epoch after epoch.
 
     What is learned is told by the columns, in this order: the completion column (after the prompt column); `messages`
-    (the last one, which must be the assistant's, after the others); `text` (all of it).
-    num_rows, num_skipped, source: as for PromptSource.
+    (the last one, which must be the assistant's, after the others; data.learn_turns=all: every one of its); `text`
+    (all of it).
+    num_rows: samples; num_skipped: bad rows left out; source: as for PromptSource.
     """
 
-    def __init__(self, rows: Rows, config: SFTConfig, tokenizer: Any, *, context_length: int, shuffle: bool) -> None:
-        column, read = _reader(rows, config)
-        bad = BadRows(rows, column, config.data.on_bad_row)
-        pairs: dict[int, Example] = {}
-        for number, row in enumerate(rows.rows):
-            try:
-                pairs[number] = as_example(*read(row), tokenizer)
-            except BadCell as error:
-                bad.add(number, error)
-        self._samples = []
-        encoded = encode_examples(tokenizer, list(pairs.values()), model_path=config.model.path)
-        for number, sample in zip(pairs, encoded, strict=True):
-            if sample.num_tokens > context_length:
-                bad.add(number, BadCell(f"{sample.num_tokens} tokens, more than the context of {context_length}"))
-            else:
-                self._samples.append(sample)
-        self.num_skipped = bad.report() + rows.num_broken
-        self.source = rows.source
-        self.num_rows = len(self._samples)
-        self._order = EpochOrder(self.num_rows, seed=config.seed, shuffle=shuffle)
+    def __init__(
+        self, sets: Sequence[LoadedSet[SFTConfig]], config: SFTConfig, tokenizer: Any, *, context_length: int,
+        shuffle: bool,
+    ) -> None:
+        check_examples(tokenizer, config)
+        read = [_Samples(loaded, tokenizer, context_length=context_length) for loaded in sets]
+        self._tokens = Tokens.joined([one.tokens for one in read])
+        self._learned = np.concatenate([one.learned for one in read])
+        self._ends = np.cumsum(self._tokens.lengths)
+        self.num_skipped = sum(one.num_skipped for one in read)
+        self.sizes = {one.name: len(one.tokens) for one in read}   # set ► samples
+        self.source = ", ".join(loaded.rows.source for loaded in sets)
+        self.num_rows = len(self._tokens)
+        orders = [EpochOrder(len(one.tokens), seed=config.seed, shuffle=shuffle, name=one.name) for one in read]
+        weights = [loaded.data_set.weight for loaded in sets]
+        self._order = MixedOrder(orders, weights, seed=config.seed, shuffle=shuffle)
 
     @classmethod
     def from_config(
         cls, config: SFTConfig, tokenizer: Any, *, context_length: int, rows: list[Row] | str | None = None
     ) -> SftSource:
         """The rows of `data.train`, or `rows` (a path or dicts). UserError says what is wrong, and where."""
-        data = config.data
-        loaded = _load(rows, data.train, "data.train", config, split=data.split, max_rows=data.max_rows)
-        return cls(loaded, config, tokenizer, context_length=context_length, shuffle=data.shuffle)
+        sets = read_sets(config, TRAIN, rows, column=TEXT_COLUMN)
+        return cls(sets, config, tokenizer, context_length=context_length, shuffle=config.data.shuffle)
 
     @classmethod
     def for_eval(
         cls, config: SFTConfig, tokenizer: Any, *, context_length: int, rows: list[Row] | str | None = None
     ) -> SftSource:
         """The rows of `eval.data`, or `rows`, in the file's order."""
-        split, max_rows = config.eval.split, config.eval.max_rows
-        loaded = _load(rows, config.eval.data, "eval.data", config, split=split, max_rows=max_rows)
-        return cls(loaded, config, tokenizer, context_length=context_length, shuffle=False)
+        sets = read_sets(config, EVAL, rows, column=TEXT_COLUMN)
+        return cls(sets, config, tokenizer, context_length=context_length, shuffle=False)
 
     def batch(self, step: int, size: int) -> list[Sample]:
         """The `size` samples of step `step` (from 0)."""
-        return [self._samples[self._order.row(position)] for position in range(step * size, (step + 1) * size)]
+        return [self._sample(self._order.row(position)) for position in range(step * size, (step + 1) * size)]
 
     def all(self) -> list[Sample]:
-        """Every sample once, in the file's order."""
-        return list(self._samples)
+        """Every sample once, set after set, in the file's order."""
+        return [self._sample(number) for number in range(self.num_rows)]
+
+    def _sample(self, number: int) -> Sample:
+        token_ids, end = self._tokens[number], self._ends[number]
+        learned = self._learned[end - len(token_ids) : end]
+        return Sample(token_ids, learned, np.zeros(len(token_ids), np.float32))
 
     def warnings(self) -> list[str]:
         """What was left out, in a line."""
@@ -89,75 +93,68 @@ class SftSource:
         return [f"{self.source}: {bad} bad rows skipped (data.on_bad_row=skip)"] if bad else []
 
 
-def _load(rows: list[Row] | str | None, path: str | None, key: str, config: SFTConfig, **of_hub: Any) -> Rows:
-    source = rows if rows is not None else path
-    if source is None:
-        raise UserError(f"{key} is not set: name a .jsonl, .json, .csv or .parquet file, or a hub data set")
-    return load_rows(source, column=TEXT_COLUMN, on_bad_row=config.data.on_bad_row, **of_hub)
+class _Samples:
+    """The samples of one set: their tokens, and which of all these are learned."""
+
+    def __init__(self, loaded: LoadedSet[SFTConfig], tokenizer: Any, *, context_length: int) -> None:
+        self._rows, self.name, config = loaded.rows, loaded.data_set.name, loaded.data_set.config
+        column, self._read = _reader(self._rows, config, tokenizer)
+        self._bad = BadRows(self._rows, column, config.data.on_bad_row)
+        self._of_row: list[int] = []   # the row of each sample
+        limits = Limits(context_length, vocabulary_size(config.model.path))
+        ids, masks = [], []
+        for sample, number in zip(encode_examples(tokenizer, self._examples(), model_path=config.model.path),
+                                  _counted(self._of_row), strict=False):
+            try:
+                limits.check([sample], tokenizer)
+            except BadCell as error:
+                self._bad.add(number, error)
+                continue
+            ids.append(sample.token_ids)
+            masks.append(sample.loss_mask)
+        self.num_skipped = self._bad.report() + self._rows.num_broken
+        if not ids:
+            raise UserError(f"{self._rows.source}: no sample is left")
+        self.tokens, self.learned = Tokens.of(ids), np.concatenate(masks)
+
+    def _examples(self) -> Iterator[Example]:
+        for number, row in enumerate(self._rows.rows):
+            try:
+                examples = self._read(row)
+            except BadCell as error:
+                self._bad.add(number, error)
+                continue
+            self._of_row += [number] * len(examples)
+            yield from examples
 
 
-@dataclass(frozen=True)
-class Example:
-    """The text before the loss and the text under it."""
-
-    prompt: str       # empty for plain text, which is learned from its first token on
-    completion: str
-    is_chat: bool     # the template has written the special tokens; what follows its end token is no response
-
-
-def as_example(prompt: Text, completion: str, tokenizer: Any) -> Example:
-    """The texts before and under the loss; a chat as its template writes it. BadCell: the template refuses it."""
-    if isinstance(prompt, str):
-        return Example(prompt, completion, is_chat=False)
-    require_template(tokenizer, "the data are chats")
-    before = render(tokenizer, prompt)
-    after = render(tokenizer, [*prompt, {"role": "assistant", "content": completion}], whole=True)
-    if not after.startswith(before):
-        raise BadCell("the chat template writes the prompt in another way once it is answered: use plain text columns")
-    return Example(before, after[len(before) :], is_chat=True)
+def _counted(numbers: list[int]) -> Iterable[int]:
+    """What the list has at 0, 1, 2 … by the time that it is asked for: it grows meanwhile."""
+    place = 0
+    while True:
+        yield numbers[place]
+        place += 1
 
 
-def encode_examples(tokenizer: Any, pairs: list[Example], *, model_path: str | None) -> list[Sample]:
-    """Samples of the pairs: prompt and completion encoded each by itself, as in a rollout, then the end token.
-
-    A chat ends where a rollout of this model does: at the first token that ends a response.
-    """
-    stops = stop_token_ids(model_path, tokenizer)
-    end = tokenizer.eos_token_id
-    assert end is not None, "a policy ends its responses with an end token"
-    plain = iter(encode(tokenizer, [pair.prompt for pair in pairs if not pair.is_chat], special=True))
-    chats = iter(encode(tokenizer, [pair.prompt for pair in pairs if pair.is_chat], special=False))
-    completions = encode(tokenizer, [pair.completion for pair in pairs], special=False)
-    samples = []
-    for pair, completion in zip(pairs, completions, strict=True):
-        prompt = next(chats if pair.is_chat else plain)
-        ends = np.flatnonzero(np.isin(completion, stops))
-        if pair.is_chat and len(ends):
-            completion = completion[: ends[0] + 1]
-        elif not len(completion) or completion[-1] != end:
-            completion = np.append(completion, np.int32(end))
-        token_ids = np.concatenate([prompt, completion]).astype(np.int32)
-        loss_mask = np.arange(len(token_ids)) >= max(len(prompt), 1)  # nothing comes before the first token
-        samples.append(Sample(token_ids, loss_mask, np.zeros(len(token_ids), np.float32)))
-    return samples
-
-
-def _reader(rows: Rows, config: SFTConfig) -> tuple[str, Callable[[Row], tuple[Text, str]]]:
-    """The column that errors name, and what makes (prompt, completion) of a row."""
+def _reader(rows: Rows, config: SFTConfig, tokenizer: Any) -> tuple[str, Callable[[Row], list[Example]]]:
+    """The column that errors name, and what makes the examples of a row."""
     data = config.data
     if data.completion_column in rows.columns:
         rows.require(data.prompt_column, "data.prompt_column")
-        return data.completion_column, lambda row: (_prompt(row, data), completion_text(row[data.completion_column]))
-    if MESSAGES_COLUMN in rows.columns:
-        return MESSAGES_COLUMN, lambda row: _last_turn(row[MESSAGES_COLUMN], data.system_prompt)
+        return data.completion_column, lambda row: [
+            as_example(_prompt(row, data), completion_text(row[data.completion_column]), tokenizer,
+                       row_kwargs(row, data))]
+    if MESSAGES in rows.columns:
+        return MESSAGES, lambda row: turns(_messages(row[MESSAGES], data), tokenizer, row_kwargs(row, data),
+                                           every=data.learn_turns == ALL)
     if TEXT_COLUMN in rows.columns:
-        return TEXT_COLUMN, lambda row: ("", checked_text(row[TEXT_COLUMN]))
+        return TEXT_COLUMN, lambda row: [Example.of_text(checked_text(row[TEXT_COLUMN]))]
     if {CHOSEN, REJECTED} <= set(rows.columns):
         raise UserError(f"{rows.source}: preference pairs ({CHOSEN}, {REJECTED}) are for algo=dpo, ipo, cdpo or "
                         f"reward_model: algo.name={config.algo.name} learns completions")
     raise UserError(
         f"{rows.source}: nothing to learn from: no column {data.completion_column!r} (data.completion_column), "
-        f"{MESSAGES_COLUMN!r} or {TEXT_COLUMN!r} (columns: {', '.join(rows.columns)})"
+        f"{MESSAGES!r} or {TEXT_COLUMN!r} (columns: {', '.join(rows.columns)})"
     )
 
 
@@ -169,19 +166,18 @@ def _prompt(row: Row, data: DataConfig) -> Text:
 
 
 def completion_text(value: Any) -> str:
-    """The completion's text; a list of one assistant message is its content."""
+    """The completion's text; a message of the assistant's, alone or in a list, is its content."""
+    value = as_chat(value)
     if not isinstance(value, list):
         return checked_text(value)
     messages = checked_messages(value)
     if len(messages) != 1 or messages[0]["role"] != "assistant":
         raise BadCell("a completion of messages must be one message of the assistant's")
-    return messages[0]["content"]
+    return checked_text(messages[0]["content"])
 
 
-def _last_turn(value: Any, system_prompt: str | None) -> tuple[Text, str]:
+def _messages(value: Any, data: DataConfig) -> list[dict[str, Any]]:
+    value = as_chat(value)
     if not isinstance(value, list):
         raise BadCell(f"must be a list of messages, got {type(value).__name__}")
-    messages = checked_messages(value)
-    if messages[-1]["role"] != "assistant" or len(messages) < 2:
-        raise BadCell("the last of at least two messages must be the assistant's")
-    return with_system(messages[:-1], system_prompt), messages[-1]["content"]
+    return with_system(checked_messages(value), data.system_prompt)

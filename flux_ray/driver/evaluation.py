@@ -1,7 +1,7 @@
 """An evaluation: every prompt of eval.data, once, under the weights that the engines serve.
 
 Takes:  the evaluation's prompts, the stages.
-Gives:  eval/mean and its parts, lengths, and the first answers as text.
+Gives:  eval/mean and its parts, lengths, and the first answers as text; of several sets, eval/NAME/... of each too.
 Knows:  it runs between steps; where generation is asynchronous, prompts of later steps go on beside it.
 """
 
@@ -51,6 +51,9 @@ class Evaluation:
         if not groups:
             raise RuntimeError(f"evaluation at step {self._stages.step}: every reward failed; the log has each of them")
         metrics = reward_metrics(groups, "eval") | length_metrics(groups, "eval")
+        for name in dict.fromkeys(prompt.data_set for prompt, _ in answered if prompt.data_set):
+            of_set = [ready.scored for prompt, ready in answered if prompt.data_set == name]
+            metrics |= reward_metrics(of_set, f"eval/{name}") | length_metrics(of_set, f"eval/{name}")
         failed = float(len(everyone) - len(groups))
         metrics |= {"eval/prompts": float(len(groups)), "eval/failed": failed, "eval/s": now_s() - start_s}
         return metrics, [{"prompt": prompt.text, "completion": ready.text, "reward": ready.scored.rewards[0]}

@@ -99,7 +99,7 @@ class Stages:
         self.changed.set()
 
     def _on_dropped(self, entry: Entry, news: GroupDropped) -> None:
-        row = f"prompt row {self._end(entry).row + 1} (from 1)"
+        row = self._end(entry).where
         self.ledger.drop(entry, news.cause, self.step)
         if entry.uid < 0:
             self.warn("evaluation", f"evaluation, {row} left out: {news.why}")

@@ -14,7 +14,8 @@ from typing import Any
 from flux_ray.algo.check import check_groups
 from flux_ray.config import Config, GroupsConfig, OnPairs, PolicyGradientConfig, SFTConfig, as_groups
 from flux_ray.data import GroupSource, PairSource, SftSource
-from flux_ray.data.rows import Rows
+from flux_ray.data.sets import LoadedSet
+from flux_ray.errors import UserError
 
 Source = SftSource | PairSource | GroupSource
 
@@ -36,15 +37,19 @@ def read(config: Config, tokenizer: Any, *, context_length: int) -> OfflineData:
     return _pairs(config, tokenizer, context_length)
 
 
+def _evaluates(config: SFTConfig | OnPairs) -> bool:
+    return bool(config.eval.data or config.eval.share)
+
+
 def _examples(config: SFTConfig, tokenizer: Any, context_length: int) -> OfflineData:
     train = SftSource.from_config(config, tokenizer, context_length=context_length)
-    evaluation = SftSource.for_eval(config, tokenizer, context_length=context_length) if config.eval.data else None
+    evaluation = SftSource.for_eval(config, tokenizer, context_length=context_length) if _evaluates(config) else None
     return OfflineData(train, evaluation, (*train.warnings(), *(evaluation.warnings() if evaluation else [])))
 
 
 def _pairs(config: OnPairs, tokenizer: Any, context_length: int) -> OfflineData:
     train = PairSource.from_config(config, tokenizer, context_length=context_length)
-    evaluation = PairSource.for_eval(config, tokenizer, context_length=context_length) if config.eval.data else None
+    evaluation = PairSource.for_eval(config, tokenizer, context_length=context_length) if _evaluates(config) else None
     warnings = [*train.warnings(), *(evaluation.warnings() if evaluation else [])]
     if train.has_margins and not config.is_score:
         warnings.append(f"{train.source}: column {config.data.margin_column!r} is read by algo=reward_model alone")
@@ -52,10 +57,12 @@ def _pairs(config: OnPairs, tokenizer: Any, context_length: int) -> OfflineData:
 
 
 def read_groups(
-    rows: Rows, config: PolicyGradientConfig, tokenizer: Any, *, context_length: int,
+    sets: list[LoadedSet], config: PolicyGradientConfig, tokenizer: Any, *, context_length: int,
 ) -> tuple[GroupsConfig, OfflineData]:
     """Groups with their rewards, and the config of learning from them. UserError for what can't be learned from."""
-    source = GroupSource(rows, config, tokenizer, context_length=context_length)
+    if len(sets) > 1:
+        raise UserError(f"data.train: groups with given rewards are of one set, but it names {len(sets)}")
+    source = GroupSource(sets[0], tokenizer, context_length=context_length)
     groups, warnings = as_groups(config, sizes=source.sizes)
     check_groups(groups, sizes=source.sizes)
     return groups, OfflineData(source, None, (*warnings, *source.warnings()))

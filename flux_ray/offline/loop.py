@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Awaitable, Callable
 from typing import Any, Protocol
 
 from flux_ray import run_dir
@@ -37,7 +38,7 @@ class Learner(Protocol):
         """Train step `step` (from 0)."""
 
     async def evaluate(self) -> dict[str, float] | None:
-        """What a step would measure of the evaluation's data; None where there are none."""
+        """eval/* of the evaluation's data, measured as a step's are; None where there are none."""
 
 
 class Examples:
@@ -51,7 +52,7 @@ class Examples:
         return await self._stages.sft_step(self._train.batch(step, self._size))
 
     async def evaluate(self) -> dict[str, float] | None:
-        return await self._stages.sft_metrics(self._evaluation.all()) if self._evaluation else None
+        return await _of_each(self._evaluation, self._stages.sft_metrics) if self._evaluation else None
 
 
 class Pairs:
@@ -72,7 +73,9 @@ class Pairs:
     async def evaluate(self) -> dict[str, float] | None:
         if self._evaluation is None:
             return None
-        pairs = self._evaluation.all()
+        return await _of_each(self._evaluation, self._measured)
+
+    async def _measured(self, pairs: list[PreferencePair]) -> dict[str, float]:
         return await self._stages.pair_metrics(pairs, await self._sums(pairs))
 
     async def _sums(self, pairs: list[PreferencePair]) -> list[LogprobSums] | None:
@@ -94,6 +97,23 @@ class Groups:
 
     async def evaluate(self) -> dict[str, float] | None:
         return None
+
+
+async def _of_each(source: Any, measure: Callable[[list[Any]], Awaitable[dict[str, float]]]) -> dict[str, float]:
+    """eval/NAME of all of the evaluation's data; eval/SET/NAME of each set too, where they have names."""
+    everything = source.all()
+    metrics, start = {_evaluated(name): value for name, value in (await measure(everything)).items()}, 0
+    for set_name, size in source.sizes.items():
+        if set_name:
+            of_set = await measure(everything[start : start + size])
+            metrics |= {_evaluated(name).replace("/", f"/{set_name}/", 1): value for name, value in of_set.items()}
+        start += size
+    return metrics
+
+
+def _evaluated(name: str) -> str:
+    """What a metric of a training step is called in an evaluation."""
+    return EVALUATED.get(name, name.replace("pairs/", "eval/", 1))
 
 
 def make_learner(config: Config, *, data: OfflineData, stages: OfflineStages, folder: RunFolder) -> Learner:
@@ -137,8 +157,7 @@ class OfflineLoop:
         measured = await self._learner.evaluate()
         if measured is None:
             return None
-        metrics = {EVALUATED.get(name, name.replace("pairs/", "eval/", 1)): value for name, value in measured.items()}
-        return metrics | {"eval/s": time.monotonic() - start_s}, []
+        return measured | {"eval/s": time.monotonic() - start_s}, []
 
     async def samples(self, count: int) -> list[tuple[Prompt, str, ScoredGroup]]:
         """Nothing was sampled."""

@@ -104,9 +104,12 @@ class RewardWorker:
         """
         functions, arguments = await self._loaded(), self._arguments(responses)
         parts: dict[str, np.ndarray] = {}
+        size, scored_by = arguments.size, responses.prompt.rewards
         for function in functions:
-            parts |= await self._values(function, responses, arguments)
-        size = arguments.size
+            if scored_by and function.name not in scored_by:   # of another set: it has nothing to say of this one
+                parts[function.name] = np.full(size, np.nan)
+            else:
+                parts |= await self._values(function, responses, arguments)
         task = [function for function in functions if not function.is_shaping]
         rewards, task_rewards = weighted_sum(functions, parts, size), weighted_sum(task, parts, size)
         if self._config.reward.overlong_penalty:
@@ -141,8 +144,7 @@ class RewardWorker:
             answer = answer_in(responses.prompt.columns, answer_column)
             arguments = replace(arguments, same={**arguments.same, "answer": answer})
         model = (lambda: self._ask_model(function.name, responses)) if function.is_model else None
-        where = f"prompt row {responses.prompt.row + 1} (from 1)"
-        values = await self._caller.call(function, arguments, where=where, model=model)
+        values = await self._caller.call(function, arguments, where=responses.prompt.where, model=model)
         parts = {function.name: np.array([value_of(value) for value in values])}
         for name in dict.fromkeys(name for value in values if isinstance(value, dict) for name in value):
             given = [value.get(name) if isinstance(value, dict) else None for value in values]

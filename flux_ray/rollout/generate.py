@@ -66,7 +66,7 @@ class PromptGenerate:
         request = SamplingRequest(
             np.asarray(token_ids, np.int32), n, seed=self.prompt.seed + sample + turn * TURN_SEED_STRIDE,
             temperature=self.temperature, max_tokens=left, owner=self.owner)
-        what = f"rollout of prompt row {self.prompt.row + 1} (from 1)"
+        what = f"rollout of {self.prompt.where}"
         sampled = await self.engine.call(Engine.generate, request).within(self.limits.deadline_s, what=what)
         self.step = max(self.step, sampled.step)
         return list(sampled.completions)

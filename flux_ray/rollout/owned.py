@@ -71,7 +71,7 @@ class Owned:
             try:
                 await work
             except Exception as error:
-                row = f"prompt row {carried.first.prompt.row + 1} (from 1)"
+                row = carried.first.prompt.where
                 self.tell(GroupFailed(*carried.first.key, f"{what} of {row}", CallFailed.of(error)))
 
         self._num_running += 1

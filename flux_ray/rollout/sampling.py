@@ -80,7 +80,7 @@ class Sampling:
         except TimeoutError:
             if not limit.expired():
                 raise
-            raise TimeoutError(f"engine {engine}: prompt row {prompt.row + 1} (from 1) took longer than "
+            raise TimeoutError(f"engine {engine}: {prompt.where} took longer than "
                                f"rollout.deadline_s={deadline_s:g} s") from None
 
     async def probe(self, prompts: Sequence[Prompt], engine: int, members: Members, owner: str) -> list[RolloutGroup]:

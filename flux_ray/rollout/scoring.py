@@ -74,7 +74,7 @@ class Scoring:
         return self._rewards.choose([actor for actor in actors if actor.incarnation not in self._dead] or actors, 1)
 
     async def _watched(self, actor: Actor[RewardScorer], call: Call[Scores], prompt: Prompt) -> Scores:
-        what, reward = f"score of prompt row {prompt.row + 1} (from 1)", self._config.reward
+        what, reward = f"score of {prompt.where}", self._config.reward
         silent = False
         try:
             waiting = asyncio.ensure_future(call.within(self._deadline_s, what=what))

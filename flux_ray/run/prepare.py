@@ -32,8 +32,8 @@ from flux_ray.config import (
 )
 from flux_ray.data import PromptSource, are_groups
 from flux_ray.data.preferences import CHOSEN, REJECTED
-from flux_ray.data.prompts import TRAIN
-from flux_ray.data.rows import load_rows
+from flux_ray.data.prompts import PromptSet
+from flux_ray.data.sets import TRAIN, map_paths, read_sets
 from flux_ray.errors import UserError
 from flux_ray.model import (
     check_targets,
@@ -58,7 +58,7 @@ from flux_ray.reward import (
     resolve_functions,
 )
 from flux_ray.reward.model import check_reward_models, have_same_tokens
-from flux_ray.reward.registry import Signature
+from flux_ray.reward.registry import Signature, load_functions
 from flux_ray.rollout.check import check_engine_args
 from flux_ray.rollout.functions import get_rollout
 from flux_ray.run import checkpoint as saved
@@ -187,17 +187,16 @@ def _read_data(draft: Draft) -> None:
         offline = offline_data.read(config, draft.tokenizer, context_length=draft.context)
         draft.task, draft.warnings = offline, [*draft.warnings, *offline.warnings]
         return
-    rows = load_rows(str(config.data.train), split=config.data.split, max_rows=config.data.max_rows,
-                     column=config.data.prompt_column, on_bad_row=config.data.on_bad_row)
-    if not are_groups(rows):
-        prompts = PromptSource(rows, config, draft.tokenizer, context_length=draft.context, role=TRAIN)
-        draft.warnings += [*_skipped(prompts.num_skipped, prompts.source), *_pairs(config, prompts)]
+    sets = read_sets(config, TRAIN)
+    if not any(are_groups(one.rows) for one in sets):
+        prompts = PromptSource(sets, config, draft.tokenizer, context_length=draft.context, role=TRAIN)
+        draft.warnings += [*prompts.warnings(), *_pairs(config, prompts)]
         draft.task = Rollouts(prompts, None)
         return
     if isinstance(config, PPOConfig):
         raise UserError(f"data.train={config.data.train} holds groups with rewards: {config.algo.name} learns from "
                         "what it samples itself, scored by reward.functions")
-    draft.config, offline = offline_data.read_groups(rows, config, draft.tokenizer, context_length=draft.context)
+    draft.config, offline = offline_data.read_groups(sets, config, draft.tokenizer, context_length=draft.context)
     draft.task, draft.warnings = offline, [*draft.warnings, *offline.warnings]
 
 
@@ -222,9 +221,11 @@ def _check_rewards(draft: Draft) -> None:
 
 def _read_evaluation(draft: Draft) -> None:
     config, task = draft.config, draft.task
-    if isinstance(task, Rollouts) and isinstance(config, PolicyGradientConfig) and config.eval.data:
+    if not isinstance(task, Rollouts) or not isinstance(config, PolicyGradientConfig):
+        return
+    if config.eval.data or config.eval.share:
         evaluation = PromptSource.for_eval(config, draft.tokenizer, context_length=draft.context)
-        draft.warnings += _rewards(config, evaluation, draft.signatures)[1]
+        draft.warnings += [*evaluation.warnings(), *_rewards(config, evaluation, draft.signatures)[1]]
         draft.task = Rollouts(task.train, evaluation)
 
 
@@ -290,17 +291,24 @@ def _opening(config: PolicyGradientConfig, tokenizer: Any, prompts: PromptSource
 
 def _default_reward(config: PolicyGradientConfig, prompts: PromptSource) -> str:
     """The one function that stands in where none is named; UserError where the data don't call for one."""
-    (function,) = resolve_functions(config, prompts.columns, {})
-    return function.name
+    functions = [resolve_functions(one.config, one.columns, {}) for one in prompts.sets]
+    return functions[0][0].name
 
 
 def _rewards(
     config: PolicyGradientConfig, prompts: PromptSource, signatures: Mapping[str, Signature]
 ) -> tuple[tuple[RewardFunction, ...], list[str]]:
-    """The functions that score these prompts; a warning for each that has nothing to say of some of them.
+    """The run's functions; a warning for each that has nothing to say of some of the prompts that it scores.
 
-    UserError where one has nothing to say of any: nothing would be learned from it.
+    UserError where one lacks what it needs of a set, or has nothing to say of any: nothing would be learned from it.
     """
+    warnings = [line for one in prompts.sets for line in _silent(config, one, signatures)]
+    return load_functions(config, signatures), warnings
+
+
+def _silent(config: PolicyGradientConfig, prompts: PromptSet, signatures: Mapping[str, Signature]) -> list[str]:
+    """The warnings about one set, which may have functions of its own among the run's."""
+    config = changed(prompts.config, {} if prompts.data_set.rewards else {"reward": config.reward})
     functions, warnings = resolve_functions(config, prompts.columns, signatures), []
     column = find_answer_column(config, prompts.columns)
     answers = []
@@ -313,7 +321,7 @@ def _rewards(
             raise UserError(f"{what} no row, e.g. {str(answers[0])[:60]!r} (data.answer_column names the column)")
         if num_silent:
             warnings.append(f"{what} {len(answers) - num_silent} rows of {len(answers)}: the others teach nothing")
-    return functions, warnings
+    return warnings
 
 
 def _absolute(config: Config) -> Config:
@@ -370,10 +378,6 @@ def _absolute_function(name: str) -> str:
     return f"{Path(path).expanduser().absolute()}:{function}" if colon and path.endswith(".py") else name
 
 
-def _skipped(count: int, source: str) -> list[str]:
-    return [f"{source}: {count} bad rows skipped (data.on_bad_row=skip)"] if count else []
-
-
 def _each(absolute: Callable[[str], str]) -> Callable[[list[str]], list[str]]:
     return lambda names: [absolute(name) for name in names]
 
@@ -383,5 +387,5 @@ PATHS: dict[str, Callable[[Any], Any]] = {
     "plugins": _each(lambda path: str(Path(path).expanduser().absolute())),
     "reward.functions": _each(_absolute_function), "rollout.function": _absolute_function,
     "model.path": _local, "model.tokenizer": _local, "reference.path": _local, "critic.path": _local,
-    "data.train": _local, "eval.data": _local,
+    "data.train": lambda given: map_paths(given, _local), "eval.data": lambda given: map_paths(given, _local),
 }

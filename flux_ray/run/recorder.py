@@ -53,6 +53,7 @@ class Recorder:
             {
                 "step": step,
                 "row": prompt.row,
+                **({"set": prompt.data_set} if prompt.data_set else {}),
                 "prompt": prompt.text,
                 "completion": text,
                 "reward": scored.rewards[0],

@@ -7,7 +7,7 @@ import pytest
 
 from flux_ray.config import from_dict
 from flux_ray.data import GroupSource, are_groups
-from flux_ray.data.rows import load_rows
+from flux_ray.data.sets import TRAIN, read_sets
 from flux_ray.errors import UserError
 
 pytestmark = pytest.mark.unit
@@ -17,9 +17,9 @@ GOOD = {"prompt": "1+1=", "responses": ["2", "11", ""], "rewards": [1.0, 0, None
 
 def source(tokenizer, rows, *, filter_reward=None, context_length=30, **data):
     config = from_dict({"data": {"shuffle": False, **data}, "filter.reward": filter_reward})
-    loaded = load_rows(rows, split="train", max_rows=None)
-    assert are_groups(loaded)
-    return GroupSource(loaded, config, tokenizer, context_length=context_length)
+    (loaded,) = read_sets(config, TRAIN, rows)
+    assert are_groups(loaded.rows)
+    return GroupSource(loaded, tokenizer, context_length=context_length)
 
 
 def test_a_group_as_a_rollout_would_give_it(plain_tokenizer):

@@ -88,9 +88,9 @@ def test_as_chat_system_prompt_and_template(chat_tokenizer):
     assert make(chat_tokenizer, [{"prompt": own}], system_prompt="Add.").prompt(0).text == own
 
 
-def test_a_chat_that_ends_with_the_assistant_is_gone_on_with(chat_tokenizer):
+def test_a_chat_that_ends_with_the_assistant_is_gone_on_with_where_the_user_says_so(chat_tokenizer):
     chat = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "So"}]
-    source = make(chat_tokenizer, [{"prompt": chat}])
+    source = make(chat_tokenizer, [{"prompt": chat}], prefill=True)
     assert chat_tokenizer.decode(source.prompt(0).token_ids) == "[user]q<eos>\n[assistant]So"
 
 

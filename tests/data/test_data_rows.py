@@ -6,7 +6,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from flux_ray.data.rows import load_rows
+from flux_ray.data.sources import load_rows
 from flux_ray.errors import UserError
 
 pytestmark = pytest.mark.unit
@@ -48,8 +48,8 @@ def test_every_format_gives_the_same_rows(tmp_path, ending, packed):
     if packed:
         path = tmp_path / f"rows{ending}.gz"
         path.write_bytes(gzip.compress((tmp_path / f"rows{ending}").read_bytes()))
-    assert load(str(path)).rows == ROWS
-    assert load(path, max_rows=2).rows == ROWS[:2]
+    assert list(load(str(path)).rows) == ROWS
+    assert list(load(path, max_rows=2).rows) == ROWS[:2]
     assert load(path).columns == ("prompt", "answer")
 
 
@@ -71,7 +71,7 @@ def test_every_format_gives_the_same_rows(tmp_path, ending, packed):
         ("rows.csv", 'prompt,answer\n"a,1\n', ["broken CSV"]),
         ("rows.parquet", "not parquet", ["broken Parquet"]),
         ("rows.jsonl.gz", "not gzip", ["cannot be read"]),
-        ("rows.txt", "a", ["unknown kind of file", ".parquet"]),
+        ("rows.doc", "a", ["unknown kind of file", ".parquet"]),
     ],
 )
 def test_a_broken_file_is_refused_in_one_line_with_its_place(tmp_path, name, content, words):
@@ -93,7 +93,7 @@ def test_bytes_that_are_no_text_are_refused(tmp_path):
 
 
 def test_a_folder_and_a_hub_name_that_cannot_be_had_are_refused_in_one_line(tmp_path):
-    with pytest.raises(UserError, match="a folder"):
+    with pytest.raises(UserError, match="no data file in this folder"):
         load(str(tmp_path))
     with pytest.raises(UserError, match="neither a file here nor a data set") as error:
         load("no such name!")
@@ -116,7 +116,7 @@ def test_a_data_set_with_subsets_names_them(monkeypatch):
 def test_rows_with_other_keys_get_none_for_what_they_lack(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"prompt": "a"}\n\n{"prompt": "b", "answer": "1"}\n')
-    assert load(path).rows == [{"prompt": "a", "answer": None}, {"prompt": "b", "answer": "1"}]
+    assert list(load(path).rows) == [{"prompt": "a", "answer": None}, {"prompt": "b", "answer": "1"}]
 
 
 def test_a_missing_column_names_those_there_and_the_nearest(tmp_path):
@@ -125,7 +125,7 @@ def test_a_missing_column_names_those_there_and_the_nearest(tmp_path):
 
 
 def test_rows_in_memory_are_texts_or_dicts():
-    rows = load(["a", {"prompt": "b", "answer": "1"}]).rows
+    rows = list(load(["a", {"prompt": "b", "answer": "1"}]).rows)
     assert rows == [{"prompt": "a", "answer": None}, {"prompt": "b", "answer": "1"}]
     with pytest.raises(UserError, match=r"item 2 .* is int"):
         load(["a", 3])

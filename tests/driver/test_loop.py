@@ -24,7 +24,7 @@ pytestmark = pytest.mark.unit
 
 
 def run(tmp_path, rewards_of, *, callbacks=(), seconds_of=None, deadly=(), lost=(), done=0, version=-1,
-        gap_of=None, terminal=None, **values) -> Parts:
+        gap_of=None, terminal=None, rows="", **values) -> Parts:
     """Three steps of four prompts, of which some are `done`; gives what the parts saw. metrics.jsonl is in tmp_path."""
     config = from_dict({"batch.prompts_per_step": 4, "rollout.group_size": 2, "driver.num_steps": 3,
                         "rollout.max_tokens": 4, **values})
@@ -32,7 +32,7 @@ def run(tmp_path, rewards_of, *, callbacks=(), seconds_of=None, deadly=(), lost=
     folder.create(config, resume_step=done or None)
     recorder = Recorder(config, folder=folder, terminal=Terminal(terminal or io.StringIO(), enabled=True),
                         callbacks=callbacks)
-    sums = [f"{i}+1=" for i in range(9)]
+    sums = rows or [f"{i}+1=" for i in range(9)]
     prompts = PromptSource.from_config(config, tiny_tokenizer(), context_length=64, prompts=sums)
     parts = Parts(rewards_of, seconds_of=seconds_of, deadly=set(deadly), lost=set(lost), gap_of=gap_of)
     start = LoopState(step=done, next_uid=4 * done, version=version)
@@ -155,6 +155,17 @@ def test_an_evaluation_counts_the_rewards_that_failed(tmp_path):
         run(tmp_path / "all", lambda uid: ArithmeticError("no"), **{"reward.on_failure": "drop", "eval.every": 1})
     error = first_cause(caught.value)
     assert isinstance(error, RuntimeError) and "evaluation at step 0: every reward failed" in str(error)
+
+
+def test_an_evaluation_of_several_sets_tells_of_each_and_of_all(tmp_path):
+    """Prompts are numbered through the sets: those of the first have uids below 2."""
+    (tmp_path / "a.txt").write_text("1+1=\n1+2=\n")
+    (tmp_path / "b.txt").write_text("2+1=\n2+2=\n2+3=\n2+4=\n")
+    sets = {"first": str(tmp_path / "a.txt"), "second": str(tmp_path / "b.txt")}
+    run(tmp_path / "run", lambda uid: [1, 0], rows=sets, **{"eval.every": 1, "data.shuffle": False})
+    for line in read_lines(tmp_path / "run" / EVAL):
+        assert line["eval/prompts"] == 6 and line["eval/mean"] == line["eval/first/mean"] == 0.5
+        assert {"eval/second/mean", "eval/second/task_mean", "eval/first/response_length_mean"} <= line.keys()
 
 
 def test_callbacks_see_each_step_as_it_is_written_and_can_end_the_run(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 
 from flux_ray.config import Config, from_dict
 from flux_ray.data import GroupSource, PairSource, SftSource
-from flux_ray.data.rows import load_rows
+from flux_ray.data.sets import TRAIN, read_sets
 from flux_ray.observability.run_folder import EVAL, METRICS, RunFolder, read_lines
 from flux_ray.observability.terminal import Terminal
 from flux_ray.offline import kept_reference
@@ -151,10 +152,26 @@ def test_completions(tmp_path):
     assert read_lines(tmp_path / EVAL)[0]["eval/loss"] == 0.4
 
 
+def test_an_evaluation_of_several_sets(tmp_path):
+    for name, number in (("a", 5), ("b", 7)):
+        rows = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in PAIRS[:number]]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = config_of("sft", **{"eval.data": {name: str(tmp_path / f"{name}.jsonl") for name in "ab"}})
+    rows = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in PAIRS]
+    train = SftSource.from_config(config, tiny_tokenizer(), context_length=64, rows=rows)
+    evaluation = SftSource.for_eval(config, tiny_tokenizer(), context_length=64)
+    rank = Noting()
+    run(config, OfflineData(train, evaluation, ()), tmp_path / "run", ranks=[rank], reference=None)
+    assert [call for call in rank.calls if call[0] == "sft_metrics"][:3] == [
+        ("sft_metrics", 12), ("sft_metrics", 5), ("sft_metrics", 7)]
+    line = read_lines(tmp_path / "run" / EVAL)[0]
+    assert line["eval/loss"] == line["eval/a/loss"] == line["eval/b/loss"] == 0.4
+
+
 def test_given_groups(tmp_path):
     config = config_of("grpo", **{"eval.data": None, "eval.every": 0})
-    rows = load_rows(GROUPS, split="train", max_rows=None)
-    source = GroupSource(rows, config, tiny_tokenizer(), context_length=64)
+    (loaded,) = read_sets(config, TRAIN, GROUPS)
+    source = GroupSource(loaded, tiny_tokenizer(), context_length=64)
     ranks, reference = [Noting(), Noting()], Noting()
     run(config, OfflineData(source, None, ()), tmp_path, ranks=ranks, reference=reference)
     assert [given[:2] for _, given in ranks[0].calls] == [(3, step) for step in range(STEPS)]

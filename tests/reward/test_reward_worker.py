@@ -35,7 +35,7 @@ async def scored_by(worker, group):
     return scored_group(group, await worker.score(responses_to(group)))
 
 
-def make_group(texts, *, uid=9, prompt="12+30=", columns=None, versions=None, truncated=()):
+def make_group(texts, *, uid=9, prompt="12+30=", columns=None, versions=None, truncated=(), rewards=()):
     """A group whose responses are `texts`, each with its end token but for those truncated."""
     ids = {character: number for number, character in enumerate(CHARACTERS, start=3)}
     start = [ids[character] for character in "12+30="]
@@ -55,7 +55,7 @@ def make_group(texts, *, uid=9, prompt="12+30=", columns=None, versions=None, tr
             )
         )
     columns = {"answer": "42"} if columns is None else columns
-    row = Prompt(uid, 4, prompt, np.array(start, np.int32), columns, len(texts), 1)
+    row = Prompt(uid, 4, prompt, np.array(start, np.int32), columns, len(texts), 1, rewards=rewards)
     return RolloutGroup(row, tuple(trajectories))
 
 
@@ -96,6 +96,14 @@ def test_weights_and_shaping(score):
     np.testing.assert_allclose(scored.rewards, [2 - 0.3, -0.5])
     np.testing.assert_allclose(scored.task_rewards, [2, 0])
     np.testing.assert_allclose(scored.parts["length"], [-0.3, -0.5])
+
+
+def test_a_prompt_is_scored_by_the_functions_of_its_set_alone(score):
+    code = "def fails(**given): raise ValueError('of another set')\n"
+    knobs = {"functions": ["exact_match", ":fails"], "weights": [2.0, 1.0]}
+    scored = score(make_group(["42", "7"], rewards=("exact_match",)), code, **knobs)
+    assert scored.rewards.tolist() == [2.0, 0.0] and scored.task_rewards.tolist() == [2.0, 0.0]
+    assert np.isnan(scored.parts["fails"]).all()
 
 
 def test_the_soft_penalty_on_length_is_shaping(score):

@@ -94,3 +94,32 @@ def test_pairs_whose_prompts_alone_are_read_are_told(prepared):
 def test_a_context_too_short_for_a_pair(prepared):
     with pytest.raises(UserError, match=r"row 1 \(from 1\): column 'chosen': 26 tokens, more than the context of 20"):
         prepared("dpo", PAIRS, **{"rollout.max_model_len": 20})
+
+
+def test_each_set_has_what_its_own_rewards_need(prepared, tmp_path):
+    (tmp_path / "words.jsonl").write_text('{"prompt": "say 1"}\n')
+    math = {"path": str(tmp_path / "data.jsonl"), "rewards": ["numeric"]}
+    words = {"path": str(tmp_path / "words.jsonl"), "rewards": ["length"]}
+    options = {"reward.functions": ["numeric", "length"], "reward.options": {"length": {"target": 4}}}
+    task = prepared("grpo", PROMPTS, **options, **{"data.train": {"math": math, "words": words}}).task
+    assert {task.train.prompt(uid).rewards for uid in range(20)} == {("numeric",), ("length",)}
+    with pytest.raises(UserError, match="numeric needs unknown column 'answer'"):
+        prepared("grpo", PROMPTS, **options, **{"data.train": {"math": math, "words": words["path"]}})
+
+
+def test_a_share_of_one_file_is_evaluated_on(prepared):
+    rows = [{"prompt": f"{i}+1=", "answer": str(i + 1)} for i in range(10)]
+    task = prepared("grpo", rows, **{"eval.share": 0.3, "eval.every": 1}).task
+    assert (task.train.num_rows, task.evaluation.num_rows) == (7, 3)
+    rows = [{"prompt": f"{i}+1=", "completion": str(i + 1)} for i in range(10)]
+    task = prepared("sft", rows, **{"eval.share": 0.3, "eval.every": 1}).task
+    assert (task.train.num_rows, task.evaluation.num_rows) == (7, 3)
+
+
+def test_groups_of_several_sets_and_a_share_of_them_are_refused(prepared, tmp_path):
+    (tmp_path / "more.jsonl").write_text(json.dumps(GROUPS[0]) + "\n")
+    sets = {"a": str(tmp_path / "data.jsonl"), "b": str(tmp_path / "more.jsonl")}
+    with pytest.raises(UserError, match="groups with given rewards are of one set, but it names 2"):
+        prepared("grpo", GROUPS, **{"data.train": sets})
+    with pytest.raises(UserError, match=r"eval\.share=0\.5: it needs engines"):
+        prepared("grpo", [{**GROUPS[0], "prompt": f"{i}="} for i in range(4)], **{"eval.share": 0.5})

@@ -59,7 +59,7 @@ class SandboxedRollout:
             try:
                 return await self._run(alone, prompt, generate)
             except ChildEnded as second:
-                row = f"prompt row {prompt.row + 1} (from 1)"
+                row = prompt.where
                 raise RuntimeError(f"rollout.function={self._function}, {row}: {first}; in a process of its own: "
                                    f"{second}") from second
             finally:
