@@ -34,7 +34,7 @@ TABLE: dict[str, Counterpart] = {
     "top_k": "rollout.top_k",
     "min_p": "rollout.min_p",
     "generation_kwargs": none("rollout.engine_args takes vLLM's engine options; sampling options are under rollout"),
-    "chat_template_kwargs": none("the chat template is applied as the tokenizer has it"),
+    "chat_template_kwargs": "data.chat_template_kwargs",
     "repetition_penalty": none("log-probs are those of the distribution sampled, which a penalty would change"),
     "cache_implementation": none("vLLM generates: rollout.engine_args"),
     "use_vllm": none("vLLM always generates"),
@@ -115,7 +115,7 @@ TABLE: dict[str, Counterpart] = {
         "a row of sft has a prompt and a completion: data.prompt_column, data.completion_column"),
     "dataset_kwargs": none("data.split and data.max_rows choose rows; columns are named under data"),
     "completion_only_loss": none("sft learns the completion alone"),
-    "assistant_only_loss": none("sft learns the completion alone"),
+    "assistant_only_loss": none("data.learn_turns=all learns every turn of the assistant's"),
     "center_rewards_coefficient": _REWARD_TRICK,
     # TrainingArguments
     "output_dir": "run_dir",

@@ -110,7 +110,7 @@ _TOP: dict[str, Counterpart] = {
     "data.filter_overlong_prompts": values("data.on_bad_row", {"True": "skip", "False": "stop"}),
     "data.filter_overlong_prompts_workers": none("prompts are encoded once, at the start"),
     "data.truncation": none("a prompt that is too long stops the run, or is left out: data.on_bad_row"),
-    "data.apply_chat_template_kwargs": none("the chat template is applied as the tokenizer has it"),
+    "data.apply_chat_template_kwargs": "data.chat_template_kwargs",
     "data.return_raw_chat": none("a prompt is a text or a list of chat messages"),
     "algorithm.adv_estimator": values("algo.name", _ESTIMATORS),
     "algorithm.gamma": "algo.gamma", "algorithm.lam": "algo.gae_lambda",
