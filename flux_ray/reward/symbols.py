@@ -24,9 +24,11 @@ MAX_CHARS = 512  # of an answer
 MAX_SHARE = 1e-6
 #: What math-verify reads past: what is left out of a list, quantifiers, a number's base.
 NOT_READ = re.compile(r"\\(?:[lc]?dots|forall|exists)|\.\.\.|…|\d\s*_")
+OR = re.compile(r"\\(?:text|mathrm|mbox)\s*\{\s*or\s*\}")
+NAME = re.compile(r"\\?[A-Za-z]+(?:_\{?\w+\}?)?(?:\(\w\))?")  # x, \theta, a_1, f(x)
 LETTERS_ALONE = re.compile(r"[^\W\d_\\]+(?:[\s.,'()-]+[^\W\d_\\]+)*[\s.,()]*")
 WORD = re.compile(r"(?<!\\)(?<![A-Za-z\\])[A-Za-z]{3,}")
-UNIT_AFTER = re.compile(r"\d\s*\\(?:text|mathrm|mbox)\s*\{\s*(?!or\b|and\b)")  # 5 cm isn't 5 m
+UNIT_AFTER = re.compile(r"\d\s*\\(?:text|mathrm|mbox)\s*\{(?!\s*(?:or|and)\b)")  # 5 cm isn't 5 m
 FUNCTIONS = frozenset({"sin", "cos", "tan", "cot", "sec", "csc", "log", "exp", "sqrt", "arcsin", "arccos", "arctan",
                        "sinh", "cosh", "tanh", "max", "min", "gcd", "lcm", "det", "lim", "mod"})  # fmt: skip
 
@@ -43,7 +45,10 @@ def same_expression(text: str, gold: str, *, seconds: float) -> bool:
     """
     if not text.strip() or max(len(text), len(gold)) > MAX_CHARS or _is_words(text) or _is_words(gold):
         return False
+    text, gold = _as_set(text), _as_set(gold)
     if NOT_READ.search(text) or NOT_READ.search(gold) or _brackets(text) != _brackets(gold):
+        return False
+    if ("=" in text) != ("=" in gold) and not all(_names_a_value(one) for one in (text, gold)):
         return False
     parse, verify = _library()
     try:
@@ -52,6 +57,18 @@ def same_expression(text: str, gold: str, *, seconds: float) -> bool:
             return bool(verify(right, given)) and not _far_apart(right, given)
     except _Late:
         return False
+
+
+def _as_set(text: str) -> str:
+    """Values with an "or" between them are those of a set."""
+    values = OR.split(text)
+    return text if len(values) == 1 else rf"\{{{', '.join(value.strip() for value in values)}\}}"
+
+
+def _names_a_value(text: str) -> bool:
+    """Whether it is a value, or a name = value: of any other equation math-verify takes the right side for one."""
+    left, equals, _ = text.partition("=")
+    return not equals or bool(NAME.fullmatch(left.strip()))
 
 
 def _brackets(text: str) -> str:

@@ -265,6 +265,8 @@ class _Request:
 class NoTexts:
     """A tokenizer that costs no time."""
 
+    eos_token_id = pad_token_id = None
+
     def batch_decode(self, ids: list[Any], **_: Any) -> list[str]:
         return [""] * len(ids)
 

@@ -18,7 +18,7 @@ from tests.reward.rewriting import digits, others, some_written, written
 
 pytestmark = pytest.mark.unit
 
-GSM8K = Path("/work/shared/data/gsm8k/train.jsonl")
+GSM8K = Path(__file__).parents[3] / "shared/data/gsm8k/train.jsonl"
 NUMBERS = st.builds(lambda scaled, places: Fraction(scaled, 10**places),
                     st.integers(-(10**9), 10**9), st.integers(0, 3)).filter(bool)
 MANY = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))

@@ -158,7 +158,7 @@ def test_a_bucket_is_packed_while_the_one_before_is_on_its_way(shared, monkeypat
 
     client = SimpleNamespace(begin_weight_update=lambda info: None, finish_weight_update=lambda: None)
     sender = GlooSender(client=client, source=source_of(WEIGHTS), world_size=9, bucket_bytes=256, timeout_s=1.0)
-    monkeypatch.setattr(sender, "_wire", Recorded())
+    monkeypatch.setattr(sender, "_channel", Recorded())
     monkeypatch.setattr(GlooSender, "staged", False)
     sender.send_weights()
     one_on_its_way = ["pack 0", "send 0", "pack 1", "sent 0", "send 1", "pack 2", "sent 1", "send 2", "sent 2"]
@@ -191,7 +191,7 @@ def test_an_engines_first_worker_comes_after_all_workers_of_those_before_it():
     assert [info["rank_offset"] for info in infos] == [1, 3, 4]
 
 
-def test_a_rank_without_an_end_of_the_wire_joins_the_gathers_alone():
+def test_a_rank_without_an_end_of_the_channel_joins_the_gathers_alone():
     gathered = []
     weights = SimpleNamespace(iter_weights=lambda bucket_bytes: (gathered.append(name) for name in "ab"))
     publisher = Publisher(weights, rank=1, backend="gloo", bucket_bytes=1, deadline_s=1.0)
