@@ -37,7 +37,7 @@ def test_a_model_that_vllm_computes_otherwise_is_refused(tmp_path: Path) -> None
     FAMILIES["LFM 2"]().save_pretrained(tmp_path / "conv")
     FalconH1Config(vocab_size=64, hidden_size=64).save_pretrained(tmp_path / "mamba")
     for name, told in (("bloom", "the exact GELU for its tanh approximation"), ("conv", "keep a state (conv): vLLM's"),
-                       ("mamba", "has layers that keep a state (mamba")):
+                       ("mamba", "has layers that keep a state (hybrid")):
         with pytest.raises(UserError, match=re.escape(told)):
             check_served(str(tmp_path / name), "cpu")
     check_served(str(tmp_path / "conv"), "cuda")
