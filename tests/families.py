@@ -84,7 +84,7 @@ FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
 }
 
 #: Those that are refused by their config: for what engines, on CPU at least, make of them; by the trainer.
-NOT_SERVED = ("Bloom", "LFM 2")
+NOT_SERVED = ("Qwen 2 (window)", "Bloom", "LFM 2")
 EXPERTS_FAMILIES = ("Mixtral", "Qwen 2 MoE", "Qwen 3 MoE", "DeepSeek-V3", "gpt-oss")
 
 #: What is done otherwise for a family, as docs/models.md tells it.

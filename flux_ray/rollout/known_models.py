@@ -19,6 +19,8 @@ OF_STATES = ("mamba_", "ssm_", "linear_key_", "state_size")
 #: Model type ► what vLLM's own file of it, 0.32's, computes otherwise.
 OTHERWISE = {"bloom": "is served with another activation than it has (the exact GELU for its tanh approximation): "
                       "log-probs are off by 1e-3"}
+#: Model types whose layers vLLM 0.32's qwen2.py wants alike.
+ONE_KIND = ("qwen2", "qwen3")
 
 
 def engine_args_of(model_path: str) -> dict[str, Any]:
@@ -30,9 +32,15 @@ def engine_args_of(model_path: str) -> dict[str, Any]:
     return {}
 
 
-def check_served(model_path: str, device: str) -> None:
-    """UserError for a model whose engine is known to give other log-probs than its own file in transformers."""
+def check_served(model_path: str, device: str, *, allow_gap: bool = False) -> None:
+    """UserError for a model that vLLM doesn't start with, or (unless that is allowed) whose engine is known to give
+    other log-probs than its own file in transformers."""
     config = _config(model_path)
+    if config.model_type in ONE_KIND and len(set(config.layer_types or [])) > 1:
+        raise UserError(f"model.path={model_path} ({config.model_type}) has a sliding window in some layers alone: "
+                        "vLLM serves this family with one in all layers or in none (use_sliding_window, max_window_layers)")
+    if allow_gap:
+        return
     what = OTHERWISE.get(config.model_type)
     if what is None and device == "cpu":
         what = _state(config)

@@ -59,8 +59,7 @@ def check_engines(prepared: Prepared, plan: Plan) -> None:
     if not isinstance(config, PolicyGradientConfig) or not isinstance(task, Rollouts):
         return
     path = str(config.model.path)
-    if not config.weights.allow_logprob_gap:
-        check_served(path, plan.device)
+    check_served(path, plan.device, allow_gap=config.weights.allow_logprob_gap)
     if plan.device != "cpu":
         return
     dtype_bytes = resolve_dtype(config.model.dtype, plan.device).itemsize

@@ -41,6 +41,10 @@ def test_a_model_that_vllm_computes_otherwise_is_refused(tmp_path: Path) -> None
         with pytest.raises(UserError, match=re.escape(told)):
             check_served(str(tmp_path / name), "cpu")
     check_served(str(tmp_path / "conv"), "cuda")
+    check_served(str(tmp_path / "conv"), "cpu", allow_gap=True)
+    FAMILIES["Qwen 2 (window)"]().save_pretrained(tmp_path / "some layers")
+    with pytest.raises(UserError, match="has a sliding window in some layers alone"):
+        check_served(str(tmp_path / "some layers"), "cuda", allow_gap=True)
 
 
 @pytest.mark.unit
