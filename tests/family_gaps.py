@@ -139,6 +139,12 @@ async def _channel(engine: RolloutEngine, policy: PolicyModel) -> tuple[Any, Any
     return publish, lambda: publisher._engine.shutdown()
 
 
+def rows_of(table: str) -> dict[str, str]:
+    """Family ► its line."""
+    lines = {line.split(" | ")[0].removeprefix("| "): line for line in table.splitlines()}
+    return {name: lines[name] for name in FAMILIES if name in lines}
+
+
 def row(name: str) -> str:
     """The family's line of the table."""
     with tempfile.TemporaryDirectory() as folder:
@@ -161,7 +167,7 @@ def main() -> None:
     names = parser.parse_args().families or list(FAMILIES)
     text = DOCS.read_text(encoding="utf-8")
     head, inside, tail = re.split(f"{re.escape(BEGIN)}|{re.escape(END)}", text)
-    rows = {line.split(" | ")[0].removeprefix("| "): line for line in inside.splitlines()[3:] if line}
+    rows = rows_of(inside)
     for name in names:
         try:
             rows[name] = row(name)
@@ -169,7 +175,7 @@ def main() -> None:
             print(f"{name}: {error}", flush=True)
             continue
         print(rows[name], flush=True)
-        table = ["", "| family | largest gap in nats (float32) | how |", "|---|---|---|",
+        table = ["", "", "| family | largest gap in nats (float32) | how |", "|---|---|---|",
                  *(rows[name] for name in FAMILIES if name in rows), ""]
         DOCS.write_text(f"{head}{BEGIN}" + "\n".join(table) + f"{END}{tail}", encoding="utf-8")
     os._exit(0)  # vLLM's threads would keep the process

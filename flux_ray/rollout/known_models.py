@@ -38,7 +38,8 @@ def check_served(model_path: str, device: str, *, allow_gap: bool = False) -> No
     config = _config(model_path)
     if config.model_type in ONE_KIND and len(set(config.layer_types or [])) > 1:
         raise UserError(f"model.path={model_path} ({config.model_type}) has a sliding window in some layers alone: "
-                        "vLLM serves this family with one in all layers or in none (use_sliding_window, max_window_layers)")
+                        "vLLM serves this family with one in all layers or in none (use_sliding_window, "
+                        "max_window_layers)")
     if allow_gap:
         return
     what = OTHERWISE.get(config.model_type)

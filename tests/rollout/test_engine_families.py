@@ -12,7 +12,7 @@ from transformers import FalconH1Config
 from flux_ray.errors import UserError
 from flux_ray.rollout.known_models import check_served, engine_args_of
 from tests.families import EXPERTS_FAMILIES, FAMILIES, NOT_SERVED, WINDOW
-from tests.family_gaps import BEGIN, DOCS, END, measure
+from tests.family_gaps import BEGIN, DOCS, END, measure, rows_of
 
 MAX_GAP = 2e-5  # of log-probs of down to -10 between engine and trainer, in float32
 #: Two caps and a window; a head that checkpoints call otherwise; a window that vLLM reads otherwise.
@@ -58,10 +58,10 @@ def test_a_window_that_vllm_reads_otherwise_is_put_right(tmp_path: Path) -> None
 @pytest.mark.unit
 def test_the_page_has_a_row_for_every_family() -> None:
     table = DOCS.read_text(encoding="utf-8").partition(BEGIN)[2].partition(END)[0]
-    rows = dict(line.strip("| ").split(" | ", 1) for line in table.splitlines()[3:] if line)
+    rows = rows_of(table)
     assert list(rows) == list(FAMILIES)
-    for name, rest in rows.items():
-        gap = rest.partition(" | ")[0]
+    for name, line in rows.items():
+        gap, rest = line.strip("| ").split(" | ")[1:]
         if name in (*EXPERTS_FAMILIES, *NOT_SERVED):
             assert gap == "—" and "refused at start" in rest
         else:
