@@ -83,15 +83,14 @@ FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
     "gpt-oss": _made("GptOssConfig", **HEADS, **EXPERTS, sliding_window=WINDOW, layer_types=LAYERS),
 }
 
-#: Those that are refused, by their config; hybrids where engines are on CPU.
-HYBRIDS = ("LFM 2",)
+#: Those that are refused by their config: for what engines, on CPU at least, make of them; by the trainer.
+NOT_SERVED = ("Qwen 2 (window)", "Bloom", "LFM 2")
 EXPERTS_FAMILIES = ("Mixtral", "Qwen 2 MoE", "Qwen 3 MoE", "DeepSeek-V3", "gpt-oss")
 
 #: What is done otherwise for a family, as docs/models.md tells it.
 NOTES = {
     "Gemma 2": "its own attention (`eager`), which caps its scores; the cap on logits is in our head",
     "GPT-NeoX (Pythia)": "its head goes to engines as `embed_out`, as checkpoints call it",
-    "Bloom": "its own attention; has no positions: set `rollout.max_model_len`",
     "Falcon": "its own attention",
     "Cohere 2": "vLLM lets a token see one token more than its window: it is told of one less",
 }

@@ -1,7 +1,7 @@
 """What is known of models that vLLM computes otherwise than transformers, and so than the trainer.
 
 Takes:  a model's folder or hub name.
-Gives:  `engine_args_of`: options of vLLM that put it right; `check_cpu_model`: a UserError where none does.
+Gives:  `engine_args_of`: options of vLLM that put it right; `check_served`: a UserError where none does.
 Knows:  each with its reason and the version of vLLM. What isn't known, the run's first check finds.
 Never:  changes what is saved: the trainer's config stays the model's own.
 """
@@ -16,6 +16,11 @@ from flux_ray.errors import UserError
 OF_ATTENTION = frozenset({"full_attention", "sliding_attention", "chunked_attention", "attention"})
 #: How configs begin the names of what a state needs: mamba's, that of linear attention, plain state space models'.
 OF_STATES = ("mamba_", "ssm_", "linear_key_", "state_size")
+#: Model type ► what vLLM's own file of it, 0.32's, computes otherwise.
+OTHERWISE = {"bloom": "is served with another activation than it has (the exact GELU for its tanh approximation): "
+                      "log-probs are off by 1e-3"}
+#: Model types whose layers vLLM 0.32's qwen2.py wants alike.
+ONE_KIND = ("qwen2", "qwen3")
 
 
 def engine_args_of(model_path: str) -> dict[str, Any]:
@@ -27,16 +32,33 @@ def engine_args_of(model_path: str) -> dict[str, Any]:
     return {}
 
 
-def check_cpu_model(model_path: str) -> None:
-    """UserError for layers that keep a state: vLLM 0.32 on CPU keeps it only where prefills are cut in chunks (ours are
-    not), and without kept prefixes it gives LFM 2's tokens log-probs that are off by 1."""
+def check_served(model_path: str, device: str, *, allow_gap: bool = False) -> None:
+    """UserError for a model that vLLM doesn't start with, or (unless that is allowed) whose engine is known to give
+    other log-probs than its own file in transformers."""
     config = _config(model_path)
+    if config.model_type in ONE_KIND and len(set(config.layer_types or [])) > 1:
+        raise UserError(f"model.path={model_path} ({config.model_type}) has a sliding window in some layers alone: "
+                        "vLLM serves this family with one in all layers or in none (use_sliding_window, "
+                        "max_window_layers)")
+    if allow_gap:
+        return
+    what = OTHERWISE.get(config.model_type)
+    if what is None and device == "cpu":
+        what = _state(config)
+    if what is not None:
+        raise UserError(f"model.path={model_path} ({config.model_type}) {what}. weights.allow_logprob_gap=true trains "
+                        "all the same")
+
+
+def _state(config: Any) -> str | None:
+    """Of layers that keep a state: vLLM 0.32 on CPU keeps it only where prefills are cut in chunks (ours are not), and
+    without kept prefixes it gives LFM 2's tokens log-probs that are off by 1."""
     kinds = sorted(set(getattr(config, "layer_types", None) or []) - OF_ATTENTION)
     options = sorted(name for name in config.to_dict() if name.startswith(OF_STATES))
-    if kinds or options:
-        raise UserError(f"model.path={model_path} ({config.model_type}) has layers that keep a state "
-                        f"({', '.join(kinds or options[:1])}): vLLM's engine on CPU computes them otherwise than the "
-                        "trainer: use GPUs (cluster.device=cuda)")
+    if not kinds and not options:
+        return None
+    return (f"has layers that keep a state ({', '.join(kinds or options[:1])}): vLLM's engine on CPU computes them "
+            "otherwise than the trainer, one on a GPU may not (cluster.device=cuda)")
 
 
 def _config(model_path: str) -> Any:

@@ -39,7 +39,7 @@ from flux_ray.reward import RewardWorker, Surroundings
 from flux_ray.reward.model import RewardModel
 from flux_ray.rollout.check import check_kv_cache
 from flux_ray.rollout.engine import RolloutEngine, engine_env
-from flux_ray.rollout.known_models import check_cpu_model
+from flux_ray.rollout.known_models import check_served
 from flux_ray.rollout.worker import RolloutWorker
 from flux_ray.run.actors import CriticRank, ReferencePolicy, TrainingRank
 from flux_ray.run.prepare import Prepared, Rollouts, Task
@@ -56,10 +56,12 @@ INFORMED = (ENGINE, ROLLOUT, REWARD, TRAINER, CRITIC)  # roles that are told who
 def check_engines(prepared: Prepared, plan: Plan) -> None:
     """What only the plan and the data together can tell, before an actor starts. UserError."""
     config, task = prepared.config, prepared.task
-    if not isinstance(config, PolicyGradientConfig) or not isinstance(task, Rollouts) or plan.device != "cpu":
+    if not isinstance(config, PolicyGradientConfig) or not isinstance(task, Rollouts):
         return
     path = str(config.model.path)
-    check_cpu_model(path)
+    check_served(path, plan.device, allow_gap=config.weights.allow_logprob_gap)
+    if plan.device != "cpu":
+        return
     dtype_bytes = resolve_dtype(config.model.dtype, plan.device).itemsize
     context = _context(config, task) or context_length(path)
     check_kv_cache(path, context=context, dtype_bytes=dtype_bytes, kv_cache_gib=config.rollout.kv_cache_gib)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from pathlib import Path
 
 import pytest
 from transformers import FalconH1Config
 
 from flux_ray.errors import UserError
-from flux_ray.rollout.known_models import check_cpu_model, engine_args_of
-from tests.families import EXPERTS_FAMILIES, FAMILIES, HYBRIDS, WINDOW, make_family
-from tests.family_gaps import BEGIN, DOCS, END, measure
+from flux_ray.rollout.known_models import check_served, engine_args_of
+from tests.families import EXPERTS_FAMILIES, FAMILIES, NOT_SERVED, WINDOW
+from tests.family_gaps import BEGIN, DOCS, END, measure, rows_of
 
 MAX_GAP = 2e-5  # of log-probs of down to -10 between engine and trainer, in float32
 #: Two caps and a window; a head that checkpoints call otherwise; a window that vLLM reads otherwise.
@@ -21,7 +22,7 @@ A_FEW = ("Gemma 2", "GPT-NeoX (Pythia)", "Cohere 2")
 @pytest.mark.system
 @pytest.mark.parametrize("name", [
     name if name in A_FEW else pytest.param(name, marks=pytest.mark.all)
-    for name in FAMILIES if name not in (*EXPERTS_FAMILIES, *HYBRIDS)])
+    for name in FAMILIES if name not in (*EXPERTS_FAMILIES, *NOT_SERVED)])
 def test_engine_and_trainer_agree_over_two_updates(tmp_path: Path, name: str) -> None:
     gaps = asyncio.run(measure(name, tmp_path))
     assert gaps.pop("moved") > 0.05, "the weights hardly moved: agreement says nothing"
@@ -29,14 +30,21 @@ def test_engine_and_trainer_agree_over_two_updates(tmp_path: Path, name: str) ->
 
 
 @pytest.mark.unit
-def test_a_model_with_a_state_is_refused_for_engines_on_cpu(tmp_path: Path) -> None:
-    check_cpu_model(str(make_family("Gemma 2", tmp_path / "attention")))
+def test_a_model_that_vllm_computes_otherwise_is_refused(tmp_path: Path) -> None:
+    FAMILIES["Gemma 2"]().save_pretrained(tmp_path / "attention")
+    check_served(str(tmp_path / "attention"), "cpu")
+    FAMILIES["Bloom"]().save_pretrained(tmp_path / "bloom")
     FAMILIES["LFM 2"]().save_pretrained(tmp_path / "conv")
-    with pytest.raises(UserError, match=r"\(lfm2\) has layers that keep a state \(conv\): vLLM's engine on CPU"):
-        check_cpu_model(str(tmp_path / "conv"))
     FalconH1Config(vocab_size=64, hidden_size=64).save_pretrained(tmp_path / "mamba")
-    with pytest.raises(UserError, match=r"\(falcon_h1\) has layers that keep a state"):
-        check_cpu_model(str(tmp_path / "mamba"))
+    for name, told in (("bloom", "the exact GELU for its tanh approximation"), ("conv", "keep a state (conv): vLLM's"),
+                       ("mamba", "has layers that keep a state (hybrid")):
+        with pytest.raises(UserError, match=re.escape(told)):
+            check_served(str(tmp_path / name), "cpu")
+    check_served(str(tmp_path / "conv"), "cuda")
+    check_served(str(tmp_path / "conv"), "cpu", allow_gap=True)
+    FAMILIES["Qwen 2 (window)"]().save_pretrained(tmp_path / "some layers")
+    with pytest.raises(UserError, match="has a sliding window in some layers alone"):
+        check_served(str(tmp_path / "some layers"), "cuda", allow_gap=True)
 
 
 @pytest.mark.unit
@@ -50,11 +58,11 @@ def test_a_window_that_vllm_reads_otherwise_is_put_right(tmp_path: Path) -> None
 @pytest.mark.unit
 def test_the_page_has_a_row_for_every_family() -> None:
     table = DOCS.read_text(encoding="utf-8").partition(BEGIN)[2].partition(END)[0]
-    rows = dict(line.strip("| ").split(" | ", 1) for line in table.splitlines()[3:] if line)
+    rows = rows_of(table)
     assert list(rows) == list(FAMILIES)
-    for name, rest in rows.items():
-        gap = rest.partition(" | ")[0]
-        if name in (*EXPERTS_FAMILIES, *HYBRIDS):
+    for name, line in rows.items():
+        gap, rest = line.strip("| ").split(" | ")[1:]
+        if name in (*EXPERTS_FAMILIES, *NOT_SERVED):
             assert gap == "—" and "refused at start" in rest
         else:
             assert float(gap) < MAX_GAP
