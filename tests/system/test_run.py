@@ -16,7 +16,7 @@ from flux_ray.errors import RunFailed
 from tests.system.program import REPO, Program, actor_of, metrics, numbers
 from tests.system.small_run import NUM_STEPS, assert_agreement, options
 
-pytestmark = [pytest.mark.system, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.system, pytest.mark.timeout(600)]
 
 CHECKPOINT_AT = 4
 SECONDS = ("driver/step_s", "driver/wait_s", "train/step_s", "weights/publish_s", "rollout/s", "rollout/tokens_per_s")
