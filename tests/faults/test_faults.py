@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from tests.system.program import metrics
 from tests.system.small_run import MAX_GAP, assert_moved, options
 
-pytestmark = [pytest.mark.system, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.system, pytest.mark.timeout(600)]
 
 END_DEADLINE_S = 120
 

@@ -16,7 +16,7 @@ from flux_ray.errors import RunFailed
 from tests.system.program import REPO, Program, actor_of, metrics, numbers
 from tests.system.small_run import NUM_STEPS, assert_agreement, options
 
-pytestmark = [pytest.mark.system, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.system, pytest.mark.timeout(600)]
 
 CHECKPOINT_AT = 4
 SECONDS = ("driver/step_s", "driver/wait_s", "train/step_s", "weights/publish_s", "rollout/s", "rollout/tokens_per_s")
@@ -127,8 +127,8 @@ def test_a_reward_that_raises_ends_the_run_naming_function_and_sample(kept, toys
 
 
 def test_a_troubled_reward_is_dropped_and_counted_and_agreement_holds(kept, toys, tmp_path):
-    """Temperature 0.7. Rewards raise and hang, end their process, block it with the interpreter's
-    lock held, each at a step of its own: dropped groups, and the run goes on.
+    """Temperature 0.7. Rewards raise and hang, end the process that they run in, block it with the interpreter's lock
+    held, each at a step of its own: dropped groups, and the run goes on.
     """
     values = {**options(toys, toys.tied), "rollout.temperature": 0.7, "data.shuffle": False,
               "reward.functions": [f"{toys.rewards}:troubled"], "reward.on_failure": "drop", "reward.deadline_s": 2.0}
@@ -136,8 +136,8 @@ def test_a_troubled_reward_is_dropped_and_counted_and_agreement_holds(kept, toys
         result = FluxTrainer(FluxConfig(algorithm="grpo", **values, run_dir=str(tmp_path / "run"))).fit(str(toys.data))
     assert_agreement(result.run_dir, toys.tied)
     dropped = [line["driver/groups_dropped"] for line in metrics(result.run_dir)]
-    assert dropped[:2] == [0, 0] and dropped[-1] >= 4, dropped
+    assert dropped[:2] == [0, 0] and all(dropped[step] > dropped[step - 1] for step in (2, 4, 6)), dropped
     log = (result.run_dir / "run.log").read_text()
-    for cause in ("KeyError: 'no such thing'", "no value within reward.deadline_s=2", "reward 0 died during score",
-                  "the process did not answer for 2 s"):
+    for cause in ("KeyError: 'no such thing'", "no value within reward.deadline_s=2",
+                  "the process in which it ran exited with 3"):
         assert cause in log, f"{cause} is not in\n{log}"
