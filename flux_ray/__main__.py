@@ -21,9 +21,10 @@ from typing import Any
 import flux_ray
 from flux_ray import config as configs
 from flux_ray import help as helps
-from flux_ray import names, run_dir
+from flux_ray import names, run_dir, settings
 from flux_ray.config import Config
 from flux_ray.errors import RunFailed, UserError, unknown
+from flux_ray.names.words import hydra_value
 
 RUN_FAILED = 1        # exit code: something broke; the line says what and where the log is
 USER_ERROR = 2        # exit code: the user can mend it
@@ -171,6 +172,7 @@ def compose(overrides: list[str], *, then: Callable[[Config], None]) -> None:
 
     composed: list[tuple[dict[str, Any], list[str]]] = []
 
+    overrides = _with_given(overrides)
     written = [match["key"] for match in map(OVERRIDE.fullmatch, overrides) if match]
 
     def task(tree: Any) -> None:
@@ -193,6 +195,19 @@ def compose(overrides: list[str], *, then: Callable[[Config], None]) -> None:
     for given, words in composed:
         names.refuse_ambiguous(given.get("algo.name"), written)
         then(_resumed(given, words) if given.get("resume") else configs.from_dict(given))
+
+
+def _with_given(overrides: list[str]) -> list[str]:
+    """With what --config FILE and the environment give, where the command line doesn't say otherwise."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config")
+    asked, others = parser.parse_known_args(overrides)
+    values = {**(settings.from_file(asked.config) if asked.config else {}), **settings.from_environment()}
+    said = {match["key"] for match in map(OVERRIDE.fullmatch, map(_by_our_name, others)) if match}
+    said |= {"algo.name"} & {"algo.name" if key == "algo" else key for key in said}
+    mappings = configs.open_options()
+    return [f"{'++' if any(key.startswith(f'{name}.') for name in mappings) else ''}{key}={hydra_value(value)}"
+            for key, value in values.items() if key not in said] + others
 
 
 def _resumed(given: dict[str, Any], overrides: list[str]) -> Config:
@@ -296,9 +311,7 @@ def _by_our_name(override: str) -> str:
 def _in_our_words(their_name: str, text: str) -> str:
     """A value's text as Hydra reads it."""
     value = names.our_value(their_name, text)
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    return text if value is text else str(value)
+    return text if value is text else hydra_value(value)
 
 
 def _refuse_disagreement(overrides: list[str]) -> None:

@@ -15,10 +15,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flux_ray import backends, names, run_dir, settings
 from flux_ray import config as configs
-from flux_ray import names, run_dir
 from flux_ray.config import Config
-from flux_ray.errors import UserError, unknown
+from flux_ray.errors import UserError
 from flux_ray.observability.callbacks import Callback, Metrics, as_callback
 from flux_ray.outside_loop import outside_loop
 from flux_ray.plugins import hand_over, refuse_while_importing
@@ -26,7 +26,6 @@ from flux_ray.plugins import hand_over, refuse_while_importing
 if TYPE_CHECKING:
     from flux_ray.run import TrainingResult
 
-BACKENDS = ("ray", "trl", "unsloth")
 IN_MEMORY = "rows in memory"   # what data.train is until they have a file
 
 Rows = Sequence[str] | Sequence[Mapping[str, Any]]
@@ -53,7 +52,35 @@ def FluxConfig(**options: Any) -> Config:
         (0.3, 8, 50, 2)
     """
     keys = [key for key, _ in configs.options()]
-    flat = names.flatten(options, options=keys)
+    return _config({**settings.from_environment(), **names.flatten(options, options=keys)})
+
+
+def from_yaml(file: str | Path, **options: Any) -> Config:
+    """`FluxConfig` of the options in a YAML file, as `FluxConfig.from_yaml`. Those given here come over the file's.
+
+    Args:
+        file: A mapping of options, nested or by their names as `FluxConfig` takes them.
+        options: As `FluxConfig` takes them.
+
+    Raises:
+        UserError: As `FluxConfig`, and for a file that can't be read.
+    """
+    keys = [key for key, _ in configs.options()]
+    written = settings.from_file(file)
+    return _config({**written, **settings.from_environment(), **names.flatten(options, options=keys)})
+
+
+def to_yaml(config: Config, file: str | Path) -> None:
+    """Writes the options of a config, as `FluxConfig.to_yaml`; `FluxConfig.from_yaml` reads them again."""
+    Path(file).write_text(configs.to_yaml(config), encoding="utf-8")
+
+
+FluxConfig.from_yaml, FluxConfig.to_yaml = from_yaml, to_yaml   # type: ignore[attr-defined]  # as people look for them
+
+
+def _config(flat: dict[str, Any]) -> Config:
+    """The config of options by their dotted names, over the algorithm's preset and the run that is resumed."""
+    keys = [key for key, _ in configs.options()]
     before = names.flatten(run_dir.saved_config(flat["resume"]), options=keys) if flat.get("resume") else {}
     algorithm = flat.get("algo.name", before.get("algo.name", configs.DEFAULT_ALGORITHM))
     if algorithm == before.get("algo.name"):
@@ -80,7 +107,7 @@ class FluxTrainer:
     ) -> None:
         if not isinstance(config, Config):
             raise UserError(f"FluxTrainer takes what FluxConfig(...) gives, not {type(config).__name__}")
-        _refuse_backend(backend, config)
+        backends.refuse(backend, config)
         if rewards is not None:
             several = [rewards] if isinstance(rewards, str) or callable(rewards) else list(rewards)
             functions = [reward if isinstance(reward, str) else reference_of(reward) for reward in several]
@@ -137,7 +164,7 @@ class FluxTrainer:
         }
         config = self.prepare(prompts, eval_prompts=eval_prompts, **changes, **self._going_on())
         self._fits += 1
-        self._result = outside_loop(functools.partial(_runner(self.backend), callbacks=called), config)
+        self._result = outside_loop(functools.partial(backends.runner(self.backend), callbacks=called), config)
         return self._result
 
     def train(self, *, callbacks: Sequence[Callback | Callable[[int, Metrics], None]] = ()) -> TrainingResult:
@@ -273,33 +300,6 @@ def _with_model(config: Config, rewards: Reward | Sequence[Reward] | None, model
             raise UserError(f"reward_model_name={model!r} and reward.functions' {reward!r} are two reward models: give "
                             "both in reward.functions, with reward.weights, or one of them")
     return several if named in several else [*several, named]
-
-
-def _refuse_backend(backend: str, config: Config) -> None:
-    """UserError for a backend that isn't known, and for what TRL hasn't."""
-    if backend not in BACKENDS:
-        raise unknown("backend", backend, BACKENDS)
-    if backend == "ray":
-        return
-    from flux_ray.backends.trl_settings import check_trl, check_unsloth
-
-    if isinstance(config, configs.PPOConfig):
-        raise UserError(f"backend={backend} has no {config.algo.name}: it has no critic; use backend=ray (ours, the "
-                        "default)")
-    check_trl(config)
-    if backend == "unsloth":
-        check_unsloth(config)
-
-
-def _runner(backend: str) -> Callable[..., TrainingResult]:
-    """What trains on that backend: (config, callbacks=...)."""
-    if backend == "ray":
-        from flux_ray import run as runs
-
-        return runs.run
-    from flux_ray.backends import trl, unsloth
-
-    return {"trl": trl.train, "unsloth": unsloth.train}[backend]
 
 
 def _files_of_registered(config: Config) -> list[str]:

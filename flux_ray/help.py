@@ -51,6 +51,7 @@ flux-ray train OPTION=VALUE ...
   GROUP=CHOICE       takes a file of options, such as algo=dapo
   --config-dir DIR   adds your own files of options: experiment=mine is DIR/experiment/mine.yaml
   --multirun         runs once for each value of a list
+  --config FILE      takes options from a YAML file; those beside it win, as do FLUX_SECTION_OPTION variables
   --cfg job          prints the whole config and stops
   --hydra-help       lists what Hydra, which reads these words, can do besides
 """

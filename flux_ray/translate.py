@@ -20,6 +20,7 @@ from flux_ray.config import open_options, options
 from flux_ray.errors import UserError
 from flux_ray.names import others
 from flux_ray.names.counterpart import Missing
+from flux_ray.names.words import hydra_value
 
 LIBRARIES = {"verl": "verl", "openrlhf": "OpenRLHF", "trl": "TRL"}
 ASSIGNMENT = re.compile(r"\+{0,2}(?P<key>[A-Za-z_][\w.]*)=(?P<value>.*)", re.DOTALL)
@@ -258,18 +259,7 @@ def _first(given: Given, *names: str) -> object:
 
 def _override(option: str, value: object) -> str:
     """option=value, as Hydra and a shell read it. An algorithm that is chosen by its group brings its own settings."""
-    word = f"{'algo' if option == 'algo.name' else option}={_hydra(value)}"
+    word = f"{'algo' if option == 'algo.name' else option}={hydra_value(value)}"
     if any(option.startswith(f"{key}.") for key in open_options()):
         word = f"+{word}"
     return f'"{word}"' if "$" in word and not set(word) & set("'\"`\\") else shlex.quote(word)
-
-
-def _hydra(value: object) -> str:
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    if isinstance(value, list):
-        return f"[{','.join(_hydra(item) for item in value)}]"
-    text = str(value)
-    if isinstance(value, str) and not re.fullmatch(r"[\w./:~$%@?|+-]+", text):
-        return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
-    return text

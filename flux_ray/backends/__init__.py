@@ -1,1 +1,41 @@
 """Other libraries that can run a config: TRL and Unsloth, in one process and without Ray."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from flux_ray.config import Config, PPOConfig
+from flux_ray.errors import UserError, unknown
+
+if TYPE_CHECKING:
+    from flux_ray.run import TrainingResult
+
+BACKENDS = ("ray", "trl", "unsloth")
+
+
+def refuse(backend: str, config: Config) -> None:
+    """UserError for a backend that isn't known, and for what TRL hasn't."""
+    if backend not in BACKENDS:
+        raise unknown("backend", backend, BACKENDS)
+    if backend == "ray":
+        return
+    from flux_ray.backends.trl_settings import check_trl, check_unsloth
+
+    if isinstance(config, PPOConfig):
+        raise UserError(f"backend={backend} has no {config.algo.name}: it has no critic; use backend=ray (ours, the "
+                        "default)")
+    check_trl(config)
+    if backend == "unsloth":
+        check_unsloth(config)
+
+
+def runner(backend: str) -> Callable[..., TrainingResult]:
+    """What trains on that backend: (config, callbacks=...)."""
+    if backend == "ray":
+        from flux_ray import run as runs
+
+        return runs.run
+    from flux_ray.backends import trl, unsloth
+
+    return {"trl": trl.train, "unsloth": unsloth.train}[backend]

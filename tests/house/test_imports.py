@@ -49,6 +49,7 @@ LEVELS = {
     "flux_ray.backends": 6,
     "flux_ray.api": 7,
     "flux_ray.translate": 1,
+    "flux_ray.settings": 1,
     "flux_ray.info": 1,
     "flux_ray.home": 0,
     "flux_ray.help": 1,
