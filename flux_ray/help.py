@@ -51,7 +51,8 @@ flux-ray train OPTION=VALUE ...
   GROUP=CHOICE       takes a file of options, such as algo=dapo
   --config-dir DIR   adds your own files of options: experiment=mine is DIR/experiment/mine.yaml
   --multirun         runs once for each value of a list
-  --config FILE      takes options from a YAML file; those beside it win, as do FLUX_SECTION_OPTION variables
+  --config FILE      takes options from a YAML file. Options beside it win, and so do variables of
+                     the environment: FLUX_SECTION_OPTION, as FLUX_TRAIN_LEARNING_RATE=1e-6
   --cfg job          prints the whole config and stops
   --hydra-help       lists what Hydra, which reads these words, can do besides
 """

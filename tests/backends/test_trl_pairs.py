@@ -45,7 +45,8 @@ def folder(tmp_path_factory) -> Path:
 
 
 def config_of(folder: Path, algorithm: str, run_dir: Path, **options: Any) -> Config:
-    given = {"reference.path": str(folder / "reference"), "prompts_per_step": 6, "num_steps": 2, "warmup_steps": 0,
+    reference = {} if algorithm == "reward_model" else {"reference.path": str(folder / "reference")}
+    given = {**reference, "prompts_per_step": 6, "num_steps": 2, "warmup_steps": 0,
              "learning_rate": 1e-3, "run_dir": str(run_dir), "cluster.device": "cpu", **options}
     return FluxConfig(model_path=str(folder / "policy"), data={"train": str(folder / "pairs.jsonl")},
                       algorithm=algorithm, **given)
@@ -105,7 +106,7 @@ def test_scores(folder, tmp_path):
     from datasets import Dataset
     from transformers import AutoModelForSequenceClassification
 
-    config = config_of(folder, "reward_model", tmp_path, **{"reference.path": None})
+    config = config_of(folder, "reward_model", tmp_path)
     pairs = source(config)
     model = load_score(folder / "policy", **LOADING)
     torch.nn.init.normal_(model.head.weight, generator=torch.Generator().manual_seed(0))
