@@ -1,6 +1,6 @@
 """Every knob and every default, once: a dataclass for each objective, which has the options that it reads."""
 
-from flux_ray.config.check import check_values, validate
+from flux_ray.config.check import check_data, check_values, validate
 from flux_ray.config.given_groups import as_groups
 from flux_ray.config.knobs import default_of, options_of, value_of
 from flux_ray.config.objectives import (
@@ -129,7 +129,7 @@ __all__ = [
     "WeightsConfig",
     "as_groups", "as_written",
     "changed",
-    "check_values",
+    "check_data", "check_values",
     "default_of",
     "from_dict",
     "given",

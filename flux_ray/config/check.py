@@ -1,6 +1,7 @@
 """What values may be beside one another, as far as they alone tell.
 
-Gives:  `validate`: the config itself, or a UserError that names key and value; `check_values`, for what starts nothing.
+Gives:  `validate`: the config itself, or a UserError that names key and value; `check_values`, for what starts nothing;
+        `check_data`, for a data set.
 Never:  looks at an algorithm (flux_ray.algo.check does), a file, a model or a cluster.
 """
 
@@ -37,6 +38,16 @@ def check_values(config: C) -> C:
     for key, f in options_of(type(config)):
         check_value(key, value_of(config, key), f)
     for problem in _problems(config):
+        raise UserError(problem)
+    return config
+
+
+def check_data(config: C) -> C:
+    """`check_values` of the section `data` alone: a set has one of its own."""
+    for key, f in options_of(type(config)):
+        if key.startswith("data."):
+            check_value(key, value_of(config, key), f)
+    for problem in _data_problems(config.data):
         raise UserError(problem)
     return config
 

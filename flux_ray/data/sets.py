@@ -150,7 +150,7 @@ def _configured(config: C, options: dict[str, Any], key: str) -> C:
     typed = configs.from_dict({"algo.name": config.algo.name, **written})
     changes = {f"data.{name}": getattr(typed.data, name) for name in options}
     try:
-        return configs.check_values(configs.changed(config, changes))
+        return configs.check_data(configs.changed(config, changes))
     except UserError as error:
         raise UserError(f"{key}: {error}") from error
 
