@@ -140,8 +140,6 @@ def _one(name: str, given: Any, key: str, config: C, base: dict[str, Any]) -> Da
 
 def _configured(config: C, options: dict[str, Any], key: str) -> C:
     """The config with these options of `data`. UserError for one that a set hasn't, or a wrong value."""
-    if not options:
-        return config
     known = {field.name for field in dataclasses.fields(config.data)} - set(OF_THE_RUN)
     for name in options:
         if name not in known:
