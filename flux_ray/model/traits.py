@@ -128,6 +128,9 @@ def _trace(skeleton: Any, head: nn.Module | None) -> tuple[frozenset[str], bool,
         # Some models call a part of their body instead of the body: there the head alone says where to begin.
         hooks = [skeleton.base_model.register_forward_hook(lambda *_: operations.begin())]
         hooks += [] if head is None else [head.register_forward_pre_hook(lambda *_: operations.begin())]
+        if isinstance(head, nn.Linear):
+            hooks += [head.register_forward_pre_hook(lambda *_: operations.pause()),
+                      head.register_forward_hook(lambda *_: operations.product())]
         try:
             (skeleton if head is not None else skeleton.base_model)(input_ids=ids, use_cache=False)
         finally:
@@ -162,6 +165,15 @@ class _Operations(TorchFunctionMode):
         self._on = False
 
     def begin(self) -> None:
+        self._on = True
+
+    def pause(self) -> None:
+        """A linear layer begins. ZeRO 3 makes several operations of its one, in any process that it has been in."""
+        self._on = False
+
+    def product(self) -> None:
+        """It has ended."""
+        self.seen.append(("linear", []))
         self._on = True
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

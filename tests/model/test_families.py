@@ -16,6 +16,7 @@ from flux_ray.model import load_policy, load_score, policy_traits, save_model, s
 from flux_ray.records import Sample
 from flux_ray.train import full_weights
 from tests.families import CONTEXT, EXPERTS_FAMILIES, FAMILIES, WINDOW, make_family
+from tests.tiny import tiny_model
 
 pytestmark = pytest.mark.unit
 TEMPERATURE = 0.7
@@ -144,3 +145,15 @@ def test_a_head_that_is_no_scaled_or_capped_product_is_refused(tmp_path: Path, m
     monkeypatch.setattr("transformers.PhiForCausalLM.forward", forward)
     with pytest.raises(UserError, match=r"not a scaled or capped lm_head\(hidden\) \(square"):
         policy_traits(tmp_path)
+
+
+def test_the_head_is_known_where_zero_3_has_been(tmp_path, monkeypatch):
+    """DeepSpeed puts several operations in the place of one, in the whole process and for good."""
+    def in_several(given, weight, bias=None):
+        output = given.matmul(weight.t()) if given.dim() > 2 else torch.mm(given, weight.t())
+        return output if bias is None else output + bias
+
+    tiny_model(tmp_path, tied=True)
+    before = policy_traits(tmp_path)
+    monkeypatch.setattr(torch.nn.functional, "linear", in_several)
+    assert policy_traits(tmp_path) == before
