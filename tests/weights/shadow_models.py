@@ -23,7 +23,7 @@ SAYS = 6  # tokens
 def make(name: str, folder: Path) -> None:
     import transformers
 
-    from tests.tiny import _written, tiny_gpt2
+    from tests.tiny import tiny_gpt2, write_model
 
     if name == "gpt2":
         tiny_gpt2(folder, context=128)
@@ -37,7 +37,7 @@ def make(name: str, folder: Path) -> None:
     with torch.no_grad():
         for parameter in model.parameters():  # biases too, which begin as zeros
             parameter.add_(0.05 * torch.randn_like(parameter))
-    _written(model, folder)
+    write_model(model, folder)
 
 
 def compare(path: Path) -> dict[str, Any]:
