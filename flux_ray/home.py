@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import getpass
 import os
+import stat
 import tempfile
 from pathlib import Path
 
@@ -20,10 +21,17 @@ def ensure_home() -> None:
     """
     home = Path(os.environ.get("HOME") or "/")
     if home == Path("/") or not (home.is_dir() and os.access(home, os.W_OK | os.X_OK)):
-        home = Path(tempfile.gettempdir(), f"flux_ray-home-{os.getuid()}")
-        home.mkdir(mode=0o700, exist_ok=True)
-        os.environ["HOME"] = str(home)
+        os.environ["HOME"] = str(_made())
     try:
         getpass.getuser()
     except (KeyError, OSError):   # KeyError until Python 3.12
         os.environ["USER"] = f"user-{os.getuid()}"
+
+
+def _made() -> Path:
+    """A folder of this user's alone: what another user put under its name is left where it is."""
+    home = Path(tempfile.gettempdir(), f"flux_ray-home-{os.getuid()}")
+    home.mkdir(mode=0o700, exist_ok=True)
+    found = home.lstat()
+    own = stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o077
+    return home if own else Path(tempfile.mkdtemp(prefix="flux_ray-home-"))

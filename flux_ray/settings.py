@@ -45,13 +45,12 @@ def from_file(file: str | Path) -> dict[str, Any]:
 def from_environment() -> dict[str, Any]:
     """The options that FLUX_SECTION_OPTION variables set. UserError for one of our sections that names no option."""
     by_variable = {PREFIX + key.upper().replace(".", "_"): key for key, _ in options()}
-    sections = {name.rpartition("_")[0] if "_" in name else name for name in (
-        PREFIX + key.partition(".")[0].upper() + "_" for key, _ in options() if "." in key)}
+    sections = tuple({f"{PREFIX}{key.partition('.')[0].upper()}_" for key, _ in options() if "." in key})
     found: dict[str, Any] = {}
     for variable, text in sorted(os.environ.items()):
         if variable in by_variable:
             key = by_variable[variable]
             found[key] = yaml.safe_load(text) if key in open_options() or text[:1] in "[{" else text
-        elif any(variable.startswith(f"{section}_") for section in sections):
+        elif variable.startswith(sections):
             raise UserError(str(unknown("variable", variable, by_variable)))
     return found

@@ -3,7 +3,8 @@
 Takes:  the text of a file: a YAML or JSON tree, or a command line (a script with it), in any of the three's words.
 Gives:  Translation: overrides of `flux-ray train`; for each option without a counterpart what there is instead.
 Knows:  numbers that follow from several of theirs (updates of a step, prompts of a step, GPUs).
-Never:  guesses: an option that no library has is named as such. What a file doesn't set has our default, not theirs.
+        What a file doesn't set is as their default has it, where that decides what is minimised; else as ours has it.
+Never:  guesses: an option that no library has is named as such.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from flux_ray.names.words import hydra_value
 
 LIBRARIES = {"verl": "verl", "openrlhf": "OpenRLHF", "trl": "TRL"}
 ASSIGNMENT = re.compile(r"\+{0,2}(?P<key>[A-Za-z_][\w.]*)=(?P<value>.*)", re.DOTALL)
+BRACED = re.compile(r"\$\{(\w+)\}(?!\w)")  # a shell's variable; Hydra would take it for an option of ours
 FLAG = re.compile(r"--(?P<key>[A-Za-z_][\w.\-]*)(=(?P<value>.*))?", re.DOTALL)
 
 Given = dict[str, object]  # their name ► value
@@ -259,6 +261,7 @@ def _first(given: Given, *names: str) -> object:
 
 def _override(option: str, value: object) -> str:
     """option=value, as Hydra and a shell read it. An algorithm that is chosen by its group brings its own settings."""
+    value = BRACED.sub(r"$\1", value) if isinstance(value, str) else value
     word = f"{'algo' if option == 'algo.name' else option}={hydra_value(value)}"
     if any(option.startswith(f"{key}.") for key in open_options()):
         word = f"+{word}"

@@ -33,8 +33,10 @@ phase "real engines, real training, real Ray" python -m pytest -m "$real" --dura
 set +m
 beside=$!
 trap 'kill -INT -- "-$beside" 2> /dev/null && wait "$beside" || true; rm -f "$output"' EXIT
-phase types mypy
-phase house python -m pytest -q tests/house
-phase unit python -m pytest -q -m unit --ignore=tests/house
+failed=0   # all of them are run: one that fails hides no other
+phase types mypy || failed=1
+phase house python -m pytest -q tests/house || failed=1
+phase unit python -m pytest -q -m unit --ignore=tests/house || failed=1
 tail -n +1 -f --pid="$beside" "$output"
-wait "$beside"
+wait "$beside" || failed=1
+exit $failed

@@ -14,7 +14,7 @@ import pytest
 
 from flux_ray import FluxConfig, FluxTrainer, TrainingResult, register_adv_estimator, register_policy_loss
 from flux_ray.api import name_of
-from flux_ray.config import Config
+from flux_ray.config import Config, changed
 from flux_ray.errors import UserError
 from flux_ray.outside_loop import outside_loop
 from flux_ray.plugins import load_function
@@ -368,9 +368,11 @@ def test_a_second_fit_goes_on_from_what_was_trained(monkeypatch, tmp_path):
 
     monkeypatch.setattr("flux_ray.run.run", run)
     trainer = FluxTrainer(FluxConfig(model_path="base", run_dir=str(tmp_path / "mine"), beta=0.1))
+    trainer.config = changed(trainer.config, {"resume": "earlier"})
     for _ in range(3):
         trainer.fit("d.jsonl")
     trained = [str(tmp_path / name / "model") for name in ("mine", "mine_2")]
     assert [config.model.path for config in ran] == ["base", *trained]
     assert [config.reference.path for config in ran] == [None, "base", "base"]
+    assert [config.resume for config in ran] == ["earlier", None, None]
     assert [config.run_dir for config in ran] == [str(tmp_path / name) for name in ("mine", "mine_2", "mine_3")]

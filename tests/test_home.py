@@ -38,3 +38,19 @@ def test_a_user_without_a_name(monkeypatch, tmp_path):
     monkeypatch.setenv("USER", "")   # put back by monkeypatch, whatever is set below
     ensure_home()
     assert getpass.getuser() == f"user-{os.getuid()}"
+
+
+@pytest.mark.parametrize("put_there", ["a link", "a folder that others may read"])
+def test_what_another_user_may_have_put_there_is_not_taken(monkeypatch, tmp_path, put_there):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.delenv("HOME", raising=False)
+    name = tmp_path / f"flux_ray-home-{os.getuid()}"
+    if put_there == "a link":
+        (tmp_path / "elsewhere").mkdir(mode=0o700)
+        name.symlink_to(tmp_path / "elsewhere")
+    else:
+        name.mkdir()
+        name.chmod(0o755)
+    ensure_home()
+    made = Path(os.environ["HOME"])
+    assert made != name and made.parent == tmp_path and made.stat().st_mode & 0o777 == 0o700

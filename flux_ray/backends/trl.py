@@ -9,6 +9,7 @@ Never:  needs Ray, vLLM or DeepSpeed; runs a setting that TRL hasn't (`check_trl
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import importlib.util
 import threading
 from collections.abc import Callable, Coroutine, Sequence
@@ -68,14 +69,23 @@ def train(config: Config, *, callbacks: Sequence[Callback] = (), load_model: Loa
                         "rolls out by itself")
     config = run_dir.claim(prepared.config)
     assert config.run_dir is not None
-    folder = RunFolder(config.run_dir)
+    with run_dir.held(config.run_dir):
+        return _recorded(config, prepared, differences, callbacks, load_model)
+
+
+def _recorded(
+    config: Config, prepared: Prepared, differences: Sequence[str], callbacks: Sequence[Callback],
+    load_model: LoadModel | None,
+) -> TrainingResult:
+    """The training, in a run's folder that nobody else writes to."""
+    folder = RunFolder(str(config.run_dir))
     folder.create(config, resume_step=None)
-    with quiet(folder.path / LOG, progress=config.observability.progress) as terminal:
+    with contextlib.ExitStack() as ending, quiet(folder.path / LOG, progress=config.observability.progress) as terminal:
         recorder = Recorder(config, folder=folder, terminal=terminal, callbacks=callbacks)
         for warning in (*prepared.warnings, *differences):
             recorder.warn(warning)
         try:
-            trainer = _trainer(config, prepared, recorder, load_model)
+            trainer = _trainer(config, prepared, recorder, load_model, ending)
             trainer.train()
             trainer.model.to(resolve_dtype(config.model.dtype, _device(config)))  # as it would be served
             trainer.save_model(str(folder.model))
@@ -86,10 +96,11 @@ def train(config: Config, *, callbacks: Sequence[Callback] = (), load_model: Loa
     return TrainingResult(folder.path, config.driver.num_steps, history[-1] if history else {}, history)
 
 
-def _trainer(config: Config, prepared: Prepared, recorder: Recorder, load_model: LoadModel | None) -> Any:
+def _trainer(config: Config, prepared: Prepared, recorder: Recorder, load_model: LoadModel | None,
+             ending: contextlib.ExitStack) -> Any:
     if isinstance(prepared.task, Rollouts):
         assert isinstance(config, PolicyGradientConfig)
-        return make_trainer(config, prepared.task.train, recorder=recorder, load_model=load_model)
+        return make_trainer(config, prepared.task.train, recorder=recorder, load_model=load_model, ending=ending)
     assert isinstance(prepared.task.train, PairSource) and isinstance(config, PairsConfig)
     device = _device(config)
     model = str(config.model.path) if load_model is None else load_model(config, device)
@@ -104,8 +115,9 @@ def _device(config: Config) -> str:
 
 def make_trainer(
     config: PolicyGradientConfig, prompts: PromptSource, *, recorder: Recorder, load_model: LoadModel | None = None,
+    ending: contextlib.ExitStack | None = None,
 ) -> Any:
-    """TRL's trainer, ready to train."""
+    """TRL's trainer, ready to train. With `ending` the rewards' processes end; else with this one."""
     import trl
     from datasets import Dataset
 
@@ -122,6 +134,8 @@ def make_trainer(
     weights = [function.weight for function in functions]
     tokenizer = load_tokenizer(config.model.tokenizer or str(config.model.path))
     calling = Calling(config, tokenizer)
+    if ending is not None:
+        ending.callback(calling.close)
     rewards = [as_trl(function, config, calling) for function in functions]
     if config.reward.overlong_penalty:
         rewards, weights = [*rewards, _overlong_reward(config)], [*weights, 1.0]
@@ -160,7 +174,7 @@ class Calling:
         self._end_ids = stop_token_ids(config.model.path, tokenizer)
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, name="rewards", daemon=True).start()
-        self._caller = self._await(_caller(config))
+        self._children, self._caller = self._await(_caller(config))
 
     def __call__(self, function: RewardFunction, arguments: Arguments) -> list[Any]:
         return self._await(self._caller.call(function, arguments, where="a batch of prompts"))
@@ -173,14 +187,19 @@ class Calling:
         return [text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
                 for prompt, text in zip(prompts, texts, strict=True)]
 
+    def close(self) -> None:
+        """End the rewards' processes, and the loop."""
+        self._loop.call_soon_threadsafe(self._children.close)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+
     def _await(self, coroutine: Coroutine[Any, Any, Result]) -> Result:
         """Each call has its deadline, on the loop."""
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
 
 
-async def _caller(config: PolicyGradientConfig) -> Caller:
+async def _caller(config: PolicyGradientConfig) -> tuple[SandboxedRewards, Caller]:
     children = SandboxedRewards(config, Surroundings.here(config))
-    return Caller(children, deadline_s=config.reward.deadline_s)
+    return children, Caller(children, deadline_s=config.reward.deadline_s)
 
 
 def as_trl(

@@ -8,7 +8,8 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-PLAIN = re.compile(r"[\w./:~$%@?|+-]+")
+#: What Hydra reads as a text without quotes (a tilde isn't, nor are letters beyond ASCII).
+PLAIN = re.compile(r"[\w./:$%@?|*+-]+", re.ASCII)
 
 
 def hydra_value(value: object) -> str:

@@ -17,13 +17,12 @@ import threading
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from types import SimpleNamespace
 from typing import Any
 
 from flux_ray.cluster.group import CallFailed
 from flux_ray.reward.registry import RewardFunction
 from flux_ray.reward.sandboxed import Late, SandboxedRewards
-from flux_ray.reward.values import BAD_RESULT, RAISED, TIMED_OUT, RewardError, checked
+from flux_ray.reward.values import BAD_RESULT, RAISED, TIMED_OUT, RewardError, checked, own_arguments
 
 #: Columns of the data that a function gets only where it names them: TRL leaves them out.
 LEFT_OUT = frozenset({"prompt", "completion"})
@@ -47,11 +46,7 @@ class Arguments:
     @property
     def named(self) -> dict[str, Any]:
         """What is neither."""
-        return {
-            "trainer_state": SimpleNamespace(**self.state),
-            "log_extra": lambda column, values: None,
-            "log_metric": lambda name, value: self.logged.__setitem__(name, float(value)),
-        }
+        return own_arguments(self.state, self.logged)
 
 
 class Caller:

@@ -13,13 +13,12 @@ import os
 import sys
 from collections.abc import Coroutine
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from flux_ray.cluster.functions import unpack
 from flux_ray.plugins import hand_over, load_plugins
 from flux_ray.reward.registry import Function, function_of, signature_of
-from flux_ray.reward.values import RewardError, checked
+from flux_ray.reward.values import RewardError, checked, own_arguments
 from flux_ray.sandbox.child import Ask, Handler
 
 Told = dict[str, Any]
@@ -56,11 +55,7 @@ def _call(call: Function, payload: dict[str, Any]) -> Told | Coroutine[Any, Any,
     size: int = payload["size"]
     logged: dict[str, float] = {}
     given = {name: [value] * size for name, value in payload["same"].items()} | payload["each"]
-    named = {
-        "trainer_state": SimpleNamespace(**payload["state"]),
-        "log_extra": lambda column, values: None,
-        "log_metric": lambda name, value: logged.__setitem__(str(name), float(value)),
-    }
+    named = own_arguments(payload["state"], logged)
     given |= {name: named[name] for name in payload["named"]} | payload["options"]
     result = call(**given)
     if inspect.isawaitable(result):

@@ -1,13 +1,15 @@
 """What a reward function may give.
 
 Takes:  what it gave for so many samples.
-Gives:  `checked`: floats, None, or dicts of these; RewardError, which says which sample's value is none.
+Gives:  `own_arguments`, that it is given; `checked`: floats, None, or dicts of these; RewardError, which says which
+        sample's value is none.
 Knows:  nan is None, as TRL takes it.
 """
 
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 RAISED, TIMED_OUT, BAD_RESULT = "raised", "timed_out", "bad_result"
@@ -24,6 +26,16 @@ class RewardError(RuntimeError):
 
     def __str__(self) -> str:
         return self.args[0]
+
+
+def own_arguments(state: dict[str, Any], logged: dict[str, float]) -> dict[str, Any]:
+    """What TRL's GRPOTrainer gives a function of its own. `state`: trainer_state's fields; log_metric adds to `logged`.
+    """
+    return {
+        "trainer_state": SimpleNamespace(**state),
+        "log_extra": lambda column, values: None,
+        "log_metric": lambda name, value: logged.__setitem__(str(name), float(value)),
+    }
 
 
 def checked(result: Any, size: int, who: str) -> list[Any]:

@@ -74,6 +74,14 @@ def test_verl(tmp_path):
     assert [name for name, _ in translation.without] == ["data.truncation"]
 
 
+def test_the_shell_s_own_signs_stay(tmp_path):
+    text = "x actor_rollout_ref.model.path=${BASE}/m data.train_files=~/d.parquet data.val_files=$HOME/e.parquet"
+    translation, words = translated(tmp_path, "run.sh", text)
+    assert '"model.path=$BASE/m"' in translation.overrides and '"eval.data=$HOME/e.parquet"' in translation.overrides
+    config = accepted([*words, "rollout.group_size=2"])
+    assert config.data.train == "x" and "~/d.parquet" in " ".join(words)
+
+
 def test_without_a_kl_in_the_loss_verl_has_none(tmp_path):
     _, words = translated(tmp_path, "run.sh", "x algorithm.adv_estimator=grpo actor_rollout_ref.model.path=m "
                           "actor_rollout_ref.rollout.n=2")
