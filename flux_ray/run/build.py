@@ -16,7 +16,15 @@ from flux_ray.cluster.group import all_within
 from flux_ray.cluster.groups import Cluster, RayGroup
 from flux_ray.cluster.plan import CRITIC, ENGINE, REFERENCE, REWARD, REWARD_MODEL, ROLLOUT, TRAINER, Plan, Role
 from flux_ray.cluster.supervisor import OnDeath, Supervisor
-from flux_ray.config import Config, PolicyGradientConfig, PolicyModelConfig, ReferencedConfig, SampledConfig, changed
+from flux_ray.config import (
+    Config,
+    PolicyGradientConfig,
+    PolicyModelConfig,
+    PPOConfig,
+    ReferencedConfig,
+    SampledConfig,
+    changed,
+)
 from flux_ray.driver.agreement import Agreement
 from flux_ray.driver.drop_stats import DropStats
 from flux_ray.driver.evaluation import Evaluation
@@ -106,7 +114,7 @@ class Build:
             if REFERENCE in groups:
                 tasks.create_task(self._build_reference())
             if CRITIC in groups:
-                tasks.create_task(self._build_ranks(CRITIC, CriticRank))
+                tasks.create_task(self._build_ranks(CRITIC, CriticRank, config=critic_config(config)))
         await self.supervisor.begin()
         await self._connect()
         stages = self._stages(recorder)
@@ -241,7 +249,7 @@ class Build:
         address, port = await ranks.address(0, deadline_s=deadline_s)
         place = {"world_size": len(ranks), "master_address": address, "master_port": port,
                  "device": _device(self._plan)}
-        each = [{"config": config, "rank": rank, **place, **more} for rank in range(len(ranks))]
+        each = [{"config": config, "rank": rank, **place} | more for rank in range(len(ranks))]
         await ranks.build(cls, each, deadline_s=deadline_s)
         if self._prepared.checkpoint is not None:
             folder = str(self._prepared.checkpoint / role)
@@ -295,6 +303,16 @@ def part_tokens(config: PolicyGradientConfig, plan: Plan) -> float:
     if streaming == "auto" and shares and not config.driver.max_staleness:
         return math.inf
     return config.train.num_ranks * config.batch.max_tokens_per_micro_batch
+
+
+def critic_config(config: Config) -> Config:
+    """The config of ppo's critic: it trains as the policy does, from a start and at a rate of its own."""
+    assert isinstance(config, PPOConfig), config.algo.name
+    return changed(config, {
+        "model.path": config.critic.path or config.model.path,
+        "model.tokenizer": config.model.tokenizer or config.model.path,  # saved beside it; its folder may have none
+        "train.learning_rate": config.critic.learning_rate,
+    })
 
 
 def _env(config: Config, plan: Plan, role: str) -> dict[str, str]:

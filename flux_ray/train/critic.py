@@ -9,7 +9,7 @@ Never:  estimates an advantage, or sees a reward but in a return.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -33,10 +33,8 @@ class Critic(Rank):
     config: PPOConfig
 
     def __init__(self, config: PPOConfig, **place: Any) -> None:
-        tokenizer = config.model.tokenizer or config.model.path  # saved beside it; the critic's folder may have none
-        model = replace(config.model, path=config.critic.path or config.model.path, tokenizer=tokenizer)
-        train = replace(config.train, learning_rate=config.critic.learning_rate)
-        super().__init__(replace(config, model=model, train=train), load=trained_score, **place)
+        """`config`: its own, in which `model` and `train` are the critic's."""
+        super().__init__(config, load=trained_score, **place)
 
     def values(self, groups: Sequence[RolloutGroup]) -> list[list[np.ndarray]]:
         """Per group and trajectory, (T,) float32: at each sampled token the value of the state before it, else 0."""

@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from flux_ray.config import CriticConfig
 from flux_ray.records import RolloutGroup
+from flux_ray.run.build import critic_config
 from flux_ray.train import Critic
 from tests.train.batches import rollout_group, scored
 from tests.train.scenarios import FIRST, LORA, SECOND, Rank, fill, gradient, weights
@@ -43,7 +44,7 @@ def groups_of(rank: Rank, uids: tuple[int, ...]) -> list[RolloutGroup]:
 def critic(rank: Rank, **overrides: Any) -> Critic:
     config = rank.config("tied", PPO | overrides)
     own = CriticConfig(path=str(rank.folder / "scorer"), clip_range=CLIP_RANGE, learning_rate=LEARNING_RATE)
-    return Critic(replace(config, critic=own), rank=rank.rank, world_size=rank.world_size,
+    return Critic(critic_config(replace(config, critic=own)), rank=rank.rank, world_size=rank.world_size,
                   master_address="127.0.0.1", master_port=rank.port, device="cpu")
 
 
