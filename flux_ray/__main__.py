@@ -23,7 +23,7 @@ from flux_ray import config as configs
 from flux_ray import help as helps
 from flux_ray import names, run_dir, settings
 from flux_ray.config import Config
-from flux_ray.errors import RunFailed, UserError, unknown
+from flux_ray.errors import CheckFailed, RunFailed, UserError, unknown
 from flux_ray.names.words import hydra_value
 
 RUN_FAILED = 1        # exit code: something broke; the line says what and where the log is
@@ -53,7 +53,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"flux-ray: {error}", file=sys.stderr)
         return USER_ERROR
     except RunFailed as error:
-        print(f"flux-ray: the run failed: {error}", file=sys.stderr)
+        broke = "" if isinstance(error, CheckFailed) else "the run failed: "
+        print(f"flux-ray: {broke}{error}", file=sys.stderr)
         return RUN_FAILED
     except BrokenPipeError:   # `flux-ray train --help | head`: whoever reads has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -154,8 +155,21 @@ def info(arguments: list[str]) -> None:
         print(f"{heading:<12} {text}")
 
 
+def audit(arguments: list[str]) -> None:
+    from flux_ray.audit import audit as audited
+    from flux_ray.audit import told
+
+    if len(arguments) != 1 or arguments[0].startswith("-"):
+        raise UserError("flux-ray audit RUN: the folder of a run")
+    sums = audited(arguments[0])
+    for heading, text in told(sums):
+        print(f"{heading:<12} {text}")
+    if not sums.is_clean:
+        raise CheckFailed(f"{arguments[0]}: the accounts are not clean")
+
+
 VERBS: dict[str, Callable[[list[str]], None]] = {
-    "train": train, "explain": explain, "translate": translate, "info": info}
+    "train": train, "explain": explain, "translate": translate, "info": info, "audit": audit}
 
 
 def compose(overrides: list[str], *, then: Callable[[Config], None]) -> None:

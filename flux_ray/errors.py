@@ -18,6 +18,10 @@ class RunFailed(RuntimeError):
     """A run that broke: its first cause in one line, and where its log is (the command line exits with 1)."""
 
 
+class CheckFailed(RunFailed):
+    """What was to be checked isn't right: one line (the command line exits with 1)."""
+
+
 def unknown(what: str, name: str, known: Iterable[str]) -> UserError:
     """The error for a name that isn't known, with the nearest that is.
 

@@ -65,6 +65,18 @@ def held(run_dir: str) -> Iterator[None]:
         yield
 
 
+def is_held(run_dir: str | Path) -> bool:
+    """Whether a run that goes on writes to the folder."""
+    try:
+        with Path(run_dir, LOCK).open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:   # there is no lock
+        return False
+    return False
+
+
 def run_of(resume: str) -> Path:
     """The run folder that `resume` names: itself, or the one that its checkpoint lies in."""
     path = Path(resume).expanduser().absolute()

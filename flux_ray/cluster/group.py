@@ -27,11 +27,14 @@ P = ParamSpec("P")
 class ActorError(RuntimeError):
     """A call to an actor failed: says which actor, what it did and why; `__cause__` tells the actor's own traceback.
 
-    `log_file` is where the actor's own output lies, if it has any of its own.
+    `log_file` is where the actor's own output lies, if it has any of its own. `raised` names the exception there.
     """
 
-    def __init__(self, message: str, *, role: str, index: int, log_file: Path | None = None) -> None:
+    def __init__(
+        self, message: str, *, role: str, index: int, log_file: Path | None = None, raised: str = ""
+    ) -> None:
         super().__init__(message)
+        self.raised = raised
         self.role = role
         self.index = index
         self.log_file = log_file
@@ -71,7 +74,8 @@ class CallFailed(Exception):
         if self.actor is None:
             text = f"{role} {index}, {what}: {self.name}: {self.text}"
         role, index = self.actor or (role, index)
-        return kind(text, role=role, index=index, log_file=log_dir and log_dir / f"{role}-{index}.log")
+        log_file = log_dir and log_dir / f"{role}-{index}.log"
+        return kind(text, role=role, index=index, log_file=log_file, raised=self.name)
 
     def __str__(self) -> str:
         return self.where

@@ -145,7 +145,7 @@ class RayActor:
         if isinstance(cause, UserError):
             return cause
         return ActorError(f"{self.role} {self.index}, {what}: {type(cause).__name__}: {cause}", role=self.role,
-                          index=self.index, log_file=self.log_file)
+                          index=self.index, log_file=self.log_file, raised=type(cause).__name__)
 
     def late(self, what: str, deadline_s: float) -> TimeoutError:
         return TimeoutError(f"{self.role} {self.index} did not finish {what} within {deadline_s:g} s; its log: "

@@ -46,6 +46,7 @@ class Entry:
     end_s: float = 0.0  # the last part came
     news: GroupReady | None = None  # once it is READY
     total_tokens: int = 0  # then; prompts' included
+    cause: str = ""  # why it was refused
 
     @property
     def key(self) -> Key:

@@ -7,8 +7,10 @@ Knows:  one method is one transition. A group goes back to WAITING from a dead w
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Iterable
 
+from flux_ray.accounts import Account
 from flux_ray.driver.drop_stats import DropStats
 from flux_ray.driver.entry import NOBODY, Entry, State, Taken
 from flux_ray.driver.slots import Slots, ready_tokens
@@ -27,6 +29,8 @@ class Ledger:
         self._queue = [(uid, 0) for uid in unfinished]  # uid and attempt: they start before the next prompt
         self.slots = Slots()  # of all groups but an evaluation's
         self._evaluations: dict[int, Entry] = {}
+        self._trained: list[int] = []  # uids, since the last account
+        self._dropped: dict[str, list[int]] = defaultdict(list)
         self._awaited: set[int] = set()  # the next batch waits for one of these to end, if there are any
 
     def find(self, uid: int, attempt: int) -> Entry | None:
@@ -94,11 +98,14 @@ class Ledger:
         """
         assert entry.state is State.GENERATED, entry
         self.slots.move(entry, State.REFUSED)
+        entry.cause = cause
         if self._evaluations.pop(entry.uid, None):
             return
         self._awaited, spent = set(), 0
         while gone := [one for one in self.slots.core_and_spares(self._bound, step)[0] if one.state is State.REFUSED]:
             spent += len(gone)
+            for one in gone:
+                self._dropped[one.cause].append(one.uid)
             self.slots.end(gone, State.DROPPED)
         self.drops.dropped(cause, num_tokens=entry.num_tokens, spent=spent)
 
@@ -137,7 +144,16 @@ class Ledger:
 
     def trained(self) -> None:
         """TRAINING ► TRAINED: the new version is served, and the slots of the step's groups are free."""
-        self.slots.end((entry for entry in self.slots if entry.state is State.TRAINING), State.TRAINED)
+        done = [entry for entry in self.slots if entry.state is State.TRAINING]
+        self._trained += [entry.uid for entry in done]
+        self.slots.end(done, State.TRAINED)
+
+    def account(self) -> Account:
+        """What has become of prompts since the last account."""
+        account = Account(self.next_uid, self.unfinished, tuple(self._trained),
+                          {cause: tuple(uids) for cause, uids in self._dropped.items()})
+        self._trained, self._dropped = [], defaultdict(list)
+        return account
 
     def lost(self, worker: int) -> list[Entry]:
         """The worker has died: its groups are WAITING again, but for those that ranks hold. Gives them."""

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from flux_ray.accounts import Account
 from flux_ray.clock import now_s
 from flux_ray.cluster.group import first_failure
 from flux_ray.config import PolicyGradientConfig
@@ -150,6 +151,10 @@ class Loop:
     def state(self) -> LoopState:
         ledger = self.ledger
         return LoopState(self.step, ledger.next_uid, ledger.unfinished, ledger.drops.total, self._versions.highest)
+
+    def account(self) -> Account:
+        """What has become of prompts since the last step's."""
+        return self.ledger.account()
 
     def end(self) -> None:
         self.stages.end()

@@ -14,6 +14,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from flux_ray.accounts import LEDGER, Account, as_line
 from flux_ray.config import Config, to_yaml
 from flux_ray.errors import UserError
 from flux_ray.run_dir import CONFIG, run_of
@@ -53,12 +54,34 @@ class RunFolder:
             )
         self.logs.mkdir(parents=True, exist_ok=True)
         (self.path / CONFIG).write_text(to_yaml(config), encoding="utf-8")
-        for name in (METRICS, SAMPLES, EVAL):
-            file = self.path / name
-            if resume_step is not None and file.exists():
-                _keep_steps(file, resume_step, inclusive=name == EVAL)
+        if resume_step is not None:
+            self.cut(resume_step)
         if (self.path / REFERENCE).exists():
             _rewrite(self.path / REFERENCE, read_lines(self.path / REFERENCE))  # what broke off is not to be added to
+
+    def cut(self, step: int) -> None:
+        """Keep what was known when `step` steps were done: the later ones are done again."""
+        for name in (METRICS, SAMPLES, LEDGER, EVAL):
+            if (self.path / name).exists():
+                _keep_steps(self.path / name, step, inclusive=name == EVAL)
+
+    def open_ledger(self, step: int, account: Account) -> None:
+        """The line that the accounts begin with, where the file has none yet: `step` steps are done."""
+        if not any("next_uid" in line for line in read_lines(self.path / LEDGER)):
+            self.append(LEDGER, as_line(step - 1, account))
+
+    def account(self, step: int, account: Account) -> None:
+        self.append(LEDGER, as_line(step, account))
+
+    def end_ledger(self, how: str) -> None:
+        self.append(LEDGER, {"step": -1, "ended": how})
+
+    def sync(self) -> None:
+        """What has been written is on the disk."""
+        for name in (METRICS, SAMPLES, LEDGER, EVAL):
+            if (self.path / name).exists():
+                with (self.path / name).open("rb") as file:
+                    os.fsync(file.fileno())
 
     def append(self, name: str, record: dict[str, Any]) -> None:
         """One JSON object as one line; what JSON has no number for (nan, inf) becomes null."""

@@ -14,6 +14,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any, Protocol
 
 from flux_ray import run_dir
+from flux_ray.accounts import Account
 from flux_ray.config import Config, PairsConfig
 from flux_ray.data import GroupSource, PairSource, SftSource
 from flux_ray.observability.reward_metrics import length_metrics, reward_metrics
@@ -136,8 +137,9 @@ def make_learner(config: Config, *, data: OfflineData, stages: OfflineStages, fo
 class OfflineLoop:
     """Training without rollouts, a step at a time."""
 
-    def __init__(self, learner: Learner, *, start: LoopState) -> None:
-        self._learner, self.step = learner, start.step
+    def __init__(self, learner: Learner, *, size: int, start: LoopState) -> None:
+        """`size`: rows of a step."""
+        self._learner, self._size, self.step = learner, size, start.step
 
     async def begin(self, tasks: asyncio.TaskGroup) -> None: ...
 
@@ -163,6 +165,11 @@ class OfflineLoop:
         """Nothing was sampled."""
         return []
 
+    def account(self) -> Account:
+        """The rows of the last step, by their places in the order in which they are drawn."""
+        drawn = self.step * self._size
+        return Account(drawn, trained=tuple(range(drawn - self._size, drawn)))
+
     @property
     def state(self) -> LoopState:
-        return LoopState(self.step)
+        return LoopState(self.step, self.step * self._size)

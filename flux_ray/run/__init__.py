@@ -95,6 +95,7 @@ def _whole_life(config: Config, body: RunBody, callbacks: Sequence[Callback]) ->
 
 def _recorded(prepared: Prepared, body: RunBody, callbacks: Sequence[Callback], own_cpus: float) -> Recorder:
     """The work, in a run's folder that nobody else writes to; what was recorded."""
+    from flux_ray.accounts import Account
     from flux_ray.observability.run_folder import LOG, RunFolder
     from flux_ray.observability.terminal import quiet
     from flux_ray.run.checkpoint import forget_newer
@@ -112,16 +113,37 @@ def _recorded(prepared: Prepared, body: RunBody, callbacks: Sequence[Callback], 
             config, folder=folder, terminal=terminal, callbacks=callbacks, steps_done=prepared.start.step
         )
         terminal.say(f"run folder {folder.path}")
+        if body is _train:
+            folder.open_ledger(prepared.start.step, Account(prepared.start.next_uid, prepared.start.unfinished))
         for warning in prepared.warnings:
             recorder.warn(warning)
         try:
-            asyncio.run(_live(prepared, recorder, body, own_cpus))
+            _lives(prepared, recorder, body, own_cpus)
         except BaseException as error:
-            raise _told(error, folder.path / LOG) from error
+            told = _told(error, folder.path / LOG)
+            if body is _train:
+                folder.end_ledger("interrupted" if isinstance(told, KeyboardInterrupt) else "failed")
+            raise told from error
         finally:
             recorder.close()
+        if body is _train:
+            folder.end_ledger("done")
         terminal.say(f"done: model in {folder.model}" if body is _train else f"done: evaluation in {folder.path}")
     return recorder
+
+
+def _lives(prepared: Prepared, recorder: Recorder, body: RunBody, own_cpus: float) -> None:
+    """The work; after a fault again, from the last checkpoint."""
+    from flux_ray.run.restarts import Restarts
+
+    restarts = Restarts(prepared, recorder)
+    while True:
+        try:
+            return asyncio.run(_live(prepared, recorder, body, own_cpus))
+        except Exception as error:
+            if body is not _train:
+                raise
+            prepared = restarts.after(error)
 
 
 def _above_all_versions(prepared: Prepared) -> Prepared:
@@ -193,7 +215,7 @@ async def _train(prepared: Prepared, build: Build, recorder: Recorder) -> None:
     from flux_ray.run.training import Training
 
     loop = await build.loop(prepared.task, recorder)
-    recorder.terminal.say("ready")
+    recorder.ready()
     await Training(prepared.config, loop, recorder, trained=build.trained, progress=build.supervisor.progress).run()
     await checkpoint.save_models(recorder.folder.model, build.trained, deadline_s=prepared.config.train.deadline_s)
 
@@ -268,9 +290,10 @@ def _told(error: BaseException, log: Path) -> BaseException:
     """The first cause of a failure as the user is told it."""
     import logging
 
+    from flux_ray.run.restarts import first_cause
+
     logging.getLogger(__name__).error("the run failed", exc_info=error)
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
+    error = first_cause(error)
     if isinstance(error, (UserError, KeyboardInterrupt)):
         return error
     if isinstance(error, (asyncio.CancelledError, SystemExit)):  # Ray answers a SIGTERM while it starts by an exit

@@ -153,7 +153,7 @@ class Build:
         await self.supervisor.begin()
         stages = OfflineStages(self._config, trainer=self._groups[TRAINER], reference=self._groups.get(REFERENCE))
         learner = make_learner(self._config, data=task, stages=stages, folder=recorder.folder)
-        return OfflineLoop(learner, start=self._prepared.start)
+        return OfflineLoop(learner, size=self._config.batch.prompts_per_step, start=self._prepared.start)
 
     @property
     def _sampling(self) -> PolicyGradientConfig:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from flux_ray import run_dir
+from flux_ray.accounts import Account
 from flux_ray.config import Config
 from flux_ray.errors import UserError
 from flux_ray.observability.callbacks import Callback
@@ -33,9 +34,23 @@ class Recorder:
         self.history: list[dict[str, float]] = []
         self.last_evaluation: dict[str, float] = {}
         self.steps_done = steps_done  # before this process, then with what it does
+        self.was_ready = False  # all actors have stood once
         self._num_steps = config.driver.num_steps
         self._resume = config.resume
         self._board = _tensorboard(folder) if config.observability.tensorboard else None
+
+    def ready(self) -> None:
+        self.was_ready = True
+        self.terminal.say("ready")
+
+    def go_back(self, step: int) -> None:
+        """`step` steps are done: the later ones are done again."""
+        self.steps_done = step
+        self.history = [line for line in self.history if line["step"] < step]
+        self.folder.cut(step)
+
+    def account(self, step: int, account: Account) -> None:
+        self.folder.account(step, account)
 
     def step(self, step: int, metrics: dict[str, float]) -> None:
         self.history.append({"step": float(step), **metrics})

@@ -39,6 +39,9 @@ class Loop(Protocol):
     async def train(self) -> dict[str, float]:
         """One step; its metrics."""
 
+    def account(self) -> Account:
+        """What has become of the data since the last account."""
+
     async def evaluate(self) -> tuple[dict[str, float], list[dict[str, Any]]] | None:
         """Metrics and answers; None where there is nothing to evaluate on."""
 
@@ -79,6 +82,7 @@ class Training:
     async def _one_step(self) -> None:
         """Write what the step was, then let the next one's prompts in; engines don't wait for texts to be written."""
         step, metrics = self._loop.step, await self._loop.train()
+        self._recorder.account(step, self._loop.account())
         self._recorder.step(step, metrics)
         self._progress()
         await self._save_if_due()

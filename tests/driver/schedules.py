@@ -11,6 +11,7 @@ import math
 import random
 from typing import Any
 
+from flux_ray.accounts import audited
 from flux_ray.config import (
     BatchConfig,
     DriverConfig,
@@ -125,6 +126,9 @@ def _check(schedule: RandomSchedule, world: World, loop: Loop) -> None:
     dropped = {uid for uid in drawn & world.scored if schedule._fate(uid) != "kept"}
     assert not waiting & set(trained)
     assert drawn == waiting | set(trained) | (dropped - waiting), "no prompt is lost"
+    audit = audited(world.ledger_lines)
+    assert audit.is_clean, audit
+    assert (audit.drawn, audit.trained) == (len(drawn), len(trained)), audit
     assert all(entry.born + bound >= config.driver.num_steps for entry in loop.ledger.slots), "nobody starves"
     if bound or not config.filter.oversample:
         assert sum(metrics["filter/surplus"] for metrics in world.metrics) == 0, "nothing is thrown away for the bound"

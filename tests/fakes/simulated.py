@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from flux_ray.accounts import Account, as_line
 from flux_ray.cluster.supervisor import OnDeath, Supervisor
 from flux_ray.config import PolicyGradientConfig
 from flux_ray.driver.agreement import Agreement
@@ -140,6 +141,7 @@ class World:
     staleness: list[tuple[int, int]] = field(default_factory=list)  # of each group: by its oldest and newest token
     step_end_s: list[float] = field(default_factory=list)
     metrics: list[dict[str, float]] = field(default_factory=list)
+    ledger_lines: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def batches(self) -> list[list[int]]:
@@ -413,6 +415,9 @@ class Noted:
         self._world = world
         self.terminal = SimpleNamespace(say=print)
 
+    def account(self, step: int, account: Account) -> None:
+        self._world.ledger_lines.append(as_line(step, account))
+
     def step(self, step: int, metrics: dict[str, float]) -> None:
         self._world.metrics.append(metrics)
         self._world.step_end_s.append(asyncio.get_running_loop().time())
@@ -451,6 +456,7 @@ async def _run(config: PolicyGradientConfig, world: World, start: LoopState, par
         groups[role] = LocalGroup(role, make, count, has_deadlines=False, replace_s=world.costs.replace_s)
         supervisor.add(groups[role], on_death, informed=True)
     await supervisor.begin()
+    world.ledger_lines.append(as_line(start.step - 1, Account(start.next_uid, start.unfinished)))
     bound = Bound(config.batch.prompts_per_step, config.driver.max_staleness, config.filter.oversample)
     ledger = Ledger(bound, DropStats(config, total=0), next_uid=start.next_uid, unfinished=start.unfinished,
                     num_parts=min(config.rollout.split_groups, config.rollout.group_size),

@@ -92,7 +92,8 @@ def run(config: Config, data: OfflineData, folder: Path, *, ranks: list[Noting],
         recorder = Recorder(config, folder=run_folder, terminal=Terminal(io.StringIO(), enabled=False))
         stages = OfflineStages(config, trainer=LocalGroup("trainer", lambda index: ranks[index], len(ranks)),
                                reference=LocalGroup("reference", lambda index: reference, 1) if reference else None)
-        loop = OfflineLoop(make_learner(config, data=data, stages=stages, folder=run_folder), start=LoopState(0))
+        loop = OfflineLoop(make_learner(config, data=data, stages=stages, folder=run_folder),
+                           size=config.batch.prompts_per_step, start=LoopState(0))
         steps: list[int] = []
         await Training(config, loop, recorder, trained=[], progress=lambda: steps.append(loop.step)).run()
         assert steps == [*range(1, STEPS + 1)], "each step is told"
