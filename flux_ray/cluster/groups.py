@@ -24,7 +24,8 @@ from ray._private import services
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from flux_ray.cluster.group import ActorError, first_failure
+from flux_ray.cluster.group import ActorDied, ActorError, first_failure
+from flux_ray.cluster.own_ray import OwnRay
 from flux_ray.cluster.plan import Plan, Role, describe
 from flux_ray.cluster.rpc import Host, RayActor
 from flux_ray.errors import UserError
@@ -125,7 +126,7 @@ class Cluster:
         self._plugins = plugins
         self._groups: list[RayGroup[Any]] = []
         self._placements: dict[str, list[PlacementGroup]] = {}
-        self._owned = False
+        self._own: OwnRay | None = None  # where Ray is the run's own
 
     @staticmethod
     def wanted_address(address: str | None) -> str | None:
@@ -150,7 +151,7 @@ class Cluster:
             if address:
                 ray.init(address=address, **options)
             else:
-                self._owned = not ray.is_initialized()
+                starts = not ray.is_initialized()
                 with _own_session():
                     ray.init(
                         address="local",  # without it Ray looks for a cluster itself: RAY_ADDRESS, or what runs here
@@ -160,10 +161,18 @@ class Cluster:
                         object_store_memory=object_store_bytes,
                         **options,
                     )
+                self._own = OwnRay() if starts else None
         except ConnectionError as error:
             raise UserError(
                 f"no Ray cluster answers at cluster.address={address}: {str(error).splitlines()[0]}"
             ) from None
+
+    async def death(self) -> ActorDied:
+        """Waits until a part of Ray itself has died, where Ray is the run's own; else for ever."""
+        if self._own is None:
+            await asyncio.Event().wait()
+        assert self._own is not None
+        return await self._own.death()
 
     @staticmethod
     def num_gpus() -> int:
@@ -222,9 +231,16 @@ class Cluster:
 
     async def close(self) -> None:
         """End the actors, give the places back, leave the cluster (and end it if it is the run's own). Never raises."""
+        if self._own is not None and self._own.dead:
+            self._own.kill()  # nobody would answer
+        else:
+            await self._give_back()
+        if self._own is not None:
+            ray.shutdown()
+            self._own.end()
+
+    async def _give_back(self) -> None:
         await asyncio.gather(*(group.close() for group in self._groups), return_exceptions=True)
         for placed in (placed for groups in self._placements.values() for placed in groups):
             with contextlib.suppress(Exception):
                 remove_placement_group(placed)
-        if self._owned:
-            ray.shutdown()

@@ -89,13 +89,13 @@ class Supervisor:
                     error = ActorDied(self._silent.pop(incarnation), role=group.role, index=index)
                 self._deaths[group.role] += 1
                 if not self._begun or self._policies[group.role] is OnDeath.END_RUN:
-                    return self._fail(error)
+                    return self.fail(error)
                 if self._deaths[group.role] > MOST_DEATHS:
-                    return self._fail(ActorDied(f"{error}; {MOST_DEATHS} have died since the last step",
+                    return self.fail(ActorDied(f"{error}; {MOST_DEATHS} have died since the last step",
                                                 role=group.role, index=index))
                 await self._replace(group, index)
         except Exception as error:
-            self._fail(error)
+            self.fail(error)
 
     async def _replace(self, group: Group[Any], index: int) -> None:
         lost, replaced = self._listeners.get(group.role, (_ignored, _ignored))
@@ -128,7 +128,8 @@ class Supervisor:
                 raise
             # else its own watch sees to it
 
-    def _fail(self, error: Exception) -> None:
+    def fail(self, error: Exception) -> None:
+        """It ends the run, unless something else did before."""
         if not self.failure.done():
             self.failure.set_result(error)
 

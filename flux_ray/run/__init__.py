@@ -25,6 +25,7 @@ from flux_ray.home import ensure_home
 from flux_ray.observability.callbacks import Callback
 
 if TYPE_CHECKING:
+    from flux_ray.cluster.groups import Cluster
     from flux_ray.cluster.plan import Plan
     from flux_ray.cluster.supervisor import Supervisor
     from flux_ray.run.build import Build
@@ -192,9 +193,11 @@ async def _live(prepared: Prepared, recorder: Recorder, body: RunBody, own_cpus:
     _interruptible()
     cluster = Cluster(log_dir=recorder.folder.logs, plugins=list(config.plugins))
     supervisor = Supervisor(start_deadline_s=config.cluster.start_deadline_s)
+    watching = None
     _end_on_sigterm()
     try:
         cluster.connect(config.cluster.address, cpus=own_cpus, gpus=_visible_gpus(config))
+        watching = asyncio.ensure_future(_watch(cluster, supervisor))
         _end_on_sigterm()  # again: connecting puts a handler of Ray's own in its place
         plan = _plan(prepared, gpus=cluster.num_gpus(), trains=body is _train)
         await cluster.place(plan, deadline_s=config.cluster.placement_deadline_s)
@@ -205,8 +208,14 @@ async def _live(prepared: Prepared, recorder: Recorder, body: RunBody, own_cpus:
         build = Build(prepared, cluster, plan, supervisor)
         await _unless_one_dies(supervisor, body(prepared, build, recorder))
     finally:
+        if watching is not None:
+            watching.cancel()
         supervisor.close()
         await cluster.close()
+
+
+async def _watch(cluster: Cluster, supervisor: Supervisor) -> None:
+    supervisor.fail(await cluster.death())
 
 
 async def _train(prepared: Prepared, build: Build, recorder: Recorder) -> None:

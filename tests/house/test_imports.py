@@ -42,7 +42,7 @@ LEVELS = {
     "flux_ray.train": 2,
     "flux_ray.weights": 2,
     "flux_ray.observability": 2,
-    "flux_ray.cluster": 3,
+    "flux_ray.cluster": 3, "flux_ray.cluster.reaper": 0,
     "flux_ray.driver": 4,
     "flux_ray.offline": 4,
     "flux_ray.run": 5,
