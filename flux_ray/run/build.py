@@ -25,6 +25,7 @@ from flux_ray.config import (
     SampledConfig,
     changed,
 )
+from flux_ray.data import PromptSource
 from flux_ray.driver.agreement import Agreement
 from flux_ray.driver.drop_stats import DropStats
 from flux_ray.driver.evaluation import Evaluation
@@ -103,7 +104,7 @@ class Build:
         async with asyncio.TaskGroup() as tasks:
             await self._begin_sampling(task, tasks)
         await self.supervisor.begin()
-        return Evaluation(self._sampling, task.evaluation, self._stages(recorder))
+        return self._evaluation(task.evaluation, self._stages(recorder))
 
     async def _rollout_loop(self, task: Rollouts, recorder: Recorder) -> Loop:
         """All roles, started side by side; then the weight channel from trainer to engines."""
@@ -124,13 +125,16 @@ class Build:
                     agreement=self._agreement(task))
         loop.part_tokens = part_tokens(config, self._plan)
         if task.evaluation is not None:
-            loop.evaluation = Evaluation(config, task.evaluation, stages)
+            loop.evaluation = self._evaluation(task.evaluation, stages)
         return loop
+
+    def _evaluation(self, prompts: PromptSource, stages: Stages) -> Evaluation:
+        return Evaluation(self._sampling.rollout, prompts, stages, temperature=self._sampling.eval.temperature)
 
     def _agreement(self, task: Rollouts) -> Agreement:
         config = self._sampling
         path = str(config.model.path)
-        return Agreement(config, dtype=_dtype_name(config.model.dtype, self._plan.device),
+        return Agreement(config.rollout, model=path, dtype=_dtype_name(config.model.dtype, self._plan.device),
                          context=_context(config, task) or context_length(path), turns=turns(path))
 
     def _stages(self, recorder: Recorder) -> Stages:
