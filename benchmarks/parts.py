@@ -217,7 +217,7 @@ def bare_deepspeed(folder: Path, work: Path, *, phases: list[dict[str, Any]], dt
         model.set_attn_implementation(attention.CAUSAL_BLOCKS)
         norm.put_in_place(model)
     engine, *_ = deepspeed.initialize(model=model, optimizer=torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True),
-                                      config=setup.deepspeed_config(config, kind))
+                                      config=setup.deepspeed_config(config.train, kind))
 
     async def step(name: str, phase: Phase) -> float:
         start = time.perf_counter()

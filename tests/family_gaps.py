@@ -97,7 +97,8 @@ async def measure(name: str, folder: Path) -> dict[str, float]:
     policy = load_policy(folder, dtype=torch.float32, chunk_tokens=64).eval()
     engine = RolloutEngine(options(folder), index=0, device="cpu", dtype="float32", weights_backend="gloo")
     os.environ.update(engine_env("cpu", options(folder).rollout))
-    lengths = Agreement(options(folder), dtype="float32", context=CONTEXT, turns=turns(folder)).lengths(4)
+    lengths = Agreement(options(folder).rollout, model=str(folder), dtype="float32", context=CONTEXT,
+                        turns=turns(folder)).lengths(4)
     await engine.start()
     try:
         samples, logprobs = await sampled(engine, lengths, seed=1)

@@ -1,8 +1,7 @@
-"""Functions that no other process can import (a notebook's, a closure), as bytes and back.
+"""Turns functions that no other process can import (a notebook's, a closure) into bytes, and back.
 
-Takes:  a function of this process.
 Gives:  `pack`, `unpack`.
-Knows:  Ray's own serialisation, as its tasks travel: only between the processes of one run.
+Knows:  Ray's own serialisation, by which its tasks travel. The bytes go between the processes of one run only.
 Never:  reads what a file holds.
 """
 
@@ -14,7 +13,7 @@ from typing import Any
 from flux_ray.errors import UserError
 
 
-def pack(function: Callable[..., Any], *, name: str) -> bytes:
+def pack(function: Callable[..., object], *, name: str) -> bytes:
     """UserError where what the function closes over can't travel."""
     from ray import cloudpickle  # seconds to import
 

@@ -1,6 +1,5 @@
-"""What an actor is to whoever calls it, whoever runs it.
+"""What an actor is to its callers, whatever runs it.
 
-Takes:  nothing.
 Gives:  Protocols of an actor, a call to it and a group of actors; Members; the errors that a call can end with.
 Knows:  a call names a method of the class that the actor is typed by: `engine.call(Engine.generate, request)`.
 Never:  knows Ray: an object of this process may stand behind an Actor as well.
@@ -25,9 +24,9 @@ P = ParamSpec("P")
 
 
 class ActorError(RuntimeError):
-    """A call to an actor failed: says which actor, what it did and why; `__cause__` tells the actor's own traceback.
+    """A call to an actor failed. Says which actor, what it did and why; `__cause__` has the actor's own traceback.
 
-    `log_file` is where the actor's own output lies, if it has any of its own. `raised` names the exception there.
+    `log_file` holds the actor's own output, if it has any. `raised` names the exception there.
     """
 
     def __init__(
@@ -41,7 +40,7 @@ class ActorError(RuntimeError):
 
 
 class ActorDied(ActorError):
-    """The actor is gone, or was ended because it answered nobody: another call to it can't succeed."""
+    """The actor is gone, or was ended because it answered nobody: no further call to it can succeed."""
 
 
 class CallFailed(Exception):
@@ -55,7 +54,7 @@ class CallFailed(Exception):
         self.name, self.text, self.where = name, text, where
         self.by_user = by_user  # a UserError
         self.died = died  # an ActorDied
-        self.actor = actor  # role and index of another one that the call asked, and that failed
+        self.actor = actor  # role and index of another actor that this call asked, and that failed
 
     @classmethod
     def of(cls, error: BaseException) -> CallFailed:
@@ -67,7 +66,7 @@ class CallFailed(Exception):
                    actor)
 
     def as_error(self, role: str, index: int, *, what: str, log_dir: Path | None) -> Exception:
-        """The error as the caller of `role` `index` raises it: a UserError, or an ActorError of whom it was about."""
+        """The error for the caller of `role` `index` to raise: a UserError, or an ActorError about who failed."""
         if self.by_user:
             return UserError(self.text)
         kind, text = ActorDied if self.died else ActorError, self.text
@@ -82,13 +81,13 @@ class CallFailed(Exception):
 
 
 class Call(Protocol[R_co]):
-    """A call that has been sent. It is waited for by `within` alone, so that no wait is without a deadline."""
+    """A call that has been sent. Only `within` waits for it, so that every wait has a deadline."""
 
     async def within(self, deadline_s: float, *, what: str | None = None) -> R_co:
-        """The result. `what` names the call in an error; without it the method's name does.
+        """The result. `what` names the call in an error, in place of the method's name.
 
-        Raises ActorError where the call failed, ActorDied where the actor did, UserError as it was raised there,
-        TimeoutError after the deadline. Whoever is cancelled while waiting, or passes the deadline, cancels the call.
+        Raises ActorError where the call failed, ActorDied where the actor died, UserError as it was raised there,
+        TimeoutError after the deadline. A caller that is cancelled, or passes the deadline, cancels the call.
         """
 
     def cancel(self) -> None:
@@ -96,7 +95,7 @@ class Call(Protocol[R_co]):
 
 
 class Actor(Protocol[T_co]):
-    """A handle of one actor around an object of type T. It may be sent to other actors."""
+    """A handle of one actor around an object of type T, whose methods can be called. It may be sent to other actors."""
 
     @property
     def role(self) -> str: ...
@@ -106,18 +105,18 @@ class Actor(Protocol[T_co]):
 
     @property
     def incarnation(self) -> str:
-        """Which of the actors that have stood at this index; no other actor's is the same."""
+        """Names this actor among all that have stood at this index. No two actors share one."""
 
     @overload
     def call(
-        self, method: Callable[Concatenate[Any, P], Coroutine[Any, Any, R]], /, *args: P.args, **kwargs: P.kwargs
+        self, method: Callable[Concatenate[T_co, P], Coroutine[object, object, R]], /, *args: P.args, **kwargs: P.kwargs
     ) -> Call[R]: ...
 
     @overload
-    def call(self, method: Callable[Concatenate[Any, P], R], /, *args: P.args, **kwargs: P.kwargs) -> Call[R]: ...
+    def call(self, method: Callable[Concatenate[T_co, P], R], /, *args: P.args, **kwargs: P.kwargs) -> Call[R]: ...
 
     def together(self) -> Actor[T_co]:
-        """The same actor, for many calls at one moment: those of this process travel together."""
+        """The same actor, for many calls at one moment: the calls of this process travel together."""
 
     async def ping(self, within_s: float) -> bool:
         """Whether the process answers, as long as nothing blocks it. Raises ActorDied."""
@@ -161,7 +160,7 @@ class Members:
 
 
 async def first_failure(calls: Sequence[Awaitable[T]]) -> list[T]:
-    """Results of all calls; the first that fails is raised at once and the others are dropped (never waited for)."""
+    """The results of all calls. The first failure is raised at once, and the other calls are cancelled."""
     tasks = [asyncio.ensure_future(call) for call in calls]
     try:
         done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION) if tasks else (set(), None)

@@ -1,4 +1,4 @@
-"""Actors, placement and the cluster, on Ray.
+"""The cluster, groups of actors and their placement, on Ray.
 
 Takes:  a Plan, and plain classes to make actors of.
 Gives:  `Cluster` (connect, place, spawn, close) and `RayGroup`, a Group.
@@ -15,9 +15,9 @@ import functools
 import logging
 import os
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import ray
 from ray._private import services
@@ -30,8 +30,11 @@ from flux_ray.cluster.plan import Plan, Role, describe
 from flux_ray.cluster.rpc import Host, RayActor
 from flux_ray.errors import UserError
 
+if TYPE_CHECKING:
+    from ray.actor import ActorHandle
+
 LOCAL_OBJECT_STORE_BYTES = 512 * 2**20  # of a Ray of the run's own, on CPU
-MAX_CONCURRENT_CALLS = 100_000  # of one actor: never reached, or a call that frees others would queue behind them
+MAX_CONCURRENT_CALLS = 100_000  # of one actor. Never reached: a call that frees others must not queue behind them
 CLOSE_DEADLINE_S = 5.0  # for an actor to end its own children before it is killed
 
 T = TypeVar("T")
@@ -40,15 +43,15 @@ T = TypeVar("T")
 class RayGroup(Generic[T]):
     """Hosts of one role; `make(i)` starts the one at index i."""
 
-    def __init__(self, role: str, make: Callable[[int], Any], log_files: list[Path]) -> None:
+    def __init__(self, role: str, make: Callable[[int], ActorHandle], log_files: list[Path]) -> None:
         self.role = role
         self._make = make
         self._log_files = log_files
-        self._built_with: list[tuple[Callable[..., Any], dict[str, Any]]] = []
+        self._built_with: list[tuple[Callable[..., object], Mapping[str, object]]] = []
         self._actors = [self._made(index) for index in range(len(log_files))]
 
     def _made(self, index: int) -> RayActor:
-        # No other actor's, of this index or of another run that is kept in the same cluster.
+        # Unlike any other actor's, at this index or in another run on the same cluster.
         incarnation = f"{self.role} {index} #{uuid.uuid4().hex[:8]}"
         return RayActor(self._make(index), self.role, index, incarnation, self._log_files[index])
 
@@ -61,7 +64,7 @@ class RayGroup(Generic[T]):
     def __iter__(self) -> Iterator[RayActor]:
         return iter(list(self._actors))
 
-    async def build(self, cls: Callable[..., T], each: list[dict[str, Any]], *, deadline_s: float) -> None:
+    async def build(self, cls: Callable[..., T], each: Sequence[Mapping[str, object]], *, deadline_s: float) -> None:
         """Make the plain object inside every actor, with its own arguments."""
         assert len(each) == len(self), (len(each), len(self))
         self._built_with = [(cls, kwargs) for kwargs in each]
@@ -83,7 +86,7 @@ class RayGroup(Generic[T]):
         raise AssertionError("it never answers")
 
     async def replace(self, index: int, *, deadline_s: float) -> None:
-        """Until the new one is built, calls still go to the dead one, and fail as those before them did."""
+        """Until the new actor is built, calls still go to the dead one, and fail as before."""
         self[index].kill()
         new = self._made(index)
         await self._build(new, deadline_s, "start after a death")
@@ -130,7 +133,7 @@ class Cluster:
 
     @staticmethod
     def wanted_address(address: str | None) -> str | None:
-        """The cluster to join: the config's, else RAY_ADDRESS (set inside a Ray job), else none: start one."""
+        """The cluster to join: the config's, else RAY_ADDRESS (set inside a Ray job); None: start one."""
         if address and "://" in address:
             raise UserError(
                 f"cluster.address={address}: a run joins a cluster from one of its machines (auto, or HOST:PORT); "
@@ -145,7 +148,8 @@ class Cluster:
     ) -> None:
         """Join the cluster at `address`, or start one with that many CPUs and GPUs, whatever Ray itself would count."""
         address = self.wanted_address(address)
-        options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "ignore_reinit_error": True}
+        options: dict[str, object] = {
+            "log_to_driver": False, "logging_level": logging.ERROR, "ignore_reinit_error": True}
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         try:
             if address:
@@ -181,7 +185,7 @@ class Cluster:
     async def place(self, plan: Plan, *, deadline_s: float) -> None:
         """Reserve every bundle of the plan, all within the deadline.
 
-        UserError names what can't be placed, and what there is.
+        UserError names what can't be placed, and what the cluster has.
         """
         loop = asyncio.get_running_loop()
         end = loop.time() + deadline_s
@@ -199,13 +203,13 @@ class Cluster:
                     )
 
     def spawn(self, role: Role, *, env: dict[str, str], plugins: bool = True) -> RayGroup[Any]:
-        """Start the role's actors in their places. Their objects come with `RayGroup.build`.
+        """Start the role's actors in their places. `RayGroup.build` makes their objects.
 
-        `plugins`: whether users' files are imported in them.
+        `plugins`: whether the actors import users' files.
         """
         log_files = [self._log_dir / f"{role.name}-{i}.log" for i in range(role.count)]
 
-        def make(index: int) -> Any:
+        def make(index: int) -> ActorHandle:
             options = self._options(role, index) | {"runtime_env": {"env_vars": env}}
             return ray.remote(Host).options(**options).remote(str(log_files[index]), self._plugins if plugins else [])
 
@@ -213,7 +217,7 @@ class Cluster:
         self._groups.append(group)
         return group
 
-    def _options(self, role: Role, index: int) -> dict[str, Any]:
+    def _options(self, role: Role, index: int) -> dict[str, object]:
         placements = self._placements[role.inside or role.name]
         each = role.own_group_each or role.inside is not None
         place = PlacementGroupSchedulingStrategy(

@@ -18,10 +18,10 @@ import os
 import re
 import sys
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 
@@ -31,11 +31,14 @@ from flux_ray.cluster.together import Answer, Desk, Line, LineCall, Lost, Sent
 from flux_ray.errors import UserError
 from flux_ray.lifetime import end_with_parent
 
+if TYPE_CHECKING:
+    from ray.actor import ActorHandle
+
 
 class Host:
-    """Coroutines run on the loop; plain methods one after the other in one thread.
+    """Coroutines run on the loop; plain methods run one after the other in one thread.
 
-    So the loop lives through a long one, and its OpenMP pool is always the same.
+    So a long method doesn't block the loop, and its OpenMP pool is always the same.
     """
 
     def __init__(self, log_file: str, plugins: list[str]) -> None:
@@ -50,7 +53,7 @@ class Host:
 
         load_plugins(plugins)
         self._thread = concurrent.futures.ThreadPoolExecutor(1)
-        self._object: Any = None
+        self._object: object = None
         self._desks: dict[str, Desk] = {}
 
     def address(self) -> tuple[str, int]:
@@ -64,24 +67,24 @@ class Host:
         """Never answered: its reference fails when the actor dies."""
         await asyncio.Event().wait()
 
-    async def build(self, cls: Callable[..., Any], kwargs: dict[str, Any]) -> None:
+    async def build(self, cls: Callable[..., object], kwargs: Mapping[str, object]) -> None:
         self._object = await asyncio.get_running_loop().run_in_executor(self._thread, lambda: cls(**kwargs))
-        gc.freeze()  # or each full collection looks at the hundred thousands of objects that the libraries made
+        gc.freeze()  # else each full collection looks at the hundreds of thousands of objects that the libraries made
 
-    @ray.method(enable_task_events=False)  # no task that anybody looks for in Ray's list: a third of its cost
-    async def call(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    @ray.method(enable_task_events=False)  # they are a third of a call's cost, and nobody looks for these tasks
+    async def call(self, method: str, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
         return await self._do(method, args, kwargs)
 
     @ray.method(enable_task_events=False)
     async def exchange(self, caller: str, calls: list[Sent], given_up: list[int]) -> list[Answer]:
-        """Of the Line that `caller` names."""
+        """Carry out calls of the Line that `caller` names, and give what answers there are."""
         desk = self._desks[caller] = self._desks.get(caller) or Desk(self._do)
         answers = await desk.exchange(calls, given_up)
         if desk.is_idle:  # or those of callers that died would stay
             self._desks.pop(caller, None)
         return answers
 
-    async def _do(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    async def _do(self, method: str, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
         try:
             function = getattr(self._object, method)
             if inspect.iscoroutinefunction(function):
@@ -90,7 +93,7 @@ class Host:
         except asyncio.CancelledError as error:
             task = asyncio.current_task()
             if task is not None and task.cancelling():
-                raise  # the caller's wish; else the function cancelled itself, and somebody waits
+                raise  # the caller's wish; else the function cancelled itself, and the caller waits
             raise CallFailed.of(error) from None
         except BaseException as error:
             raise CallFailed.of(error) from None
@@ -107,20 +110,20 @@ class Host:
 class RayActor:
     """The handle of a Host. Other actors may have it too."""
 
-    handle: Any
+    handle: ActorHandle
     role: str
     index: int
     incarnation: str
     log_file: Path
 
-    def call(self, method: Callable[..., Any], /, *args: Any, **kwargs: Any) -> RayCall:
+    def call(self, method: Callable[..., object], /, *args: object, **kwargs: object) -> RayCall:
         return RayCall(self, method.__name__, self.handle.call.remote(method.__name__, args, kwargs))
 
     def together(self) -> Together:
-        """The same actor: what this process calls through it travels together."""
+        """The same actor; the calls that this process makes through it travel together."""
         return Together(self, _line(self))
 
-    def host(self, method: Callable[..., Any], /, *args: Any) -> RayCall:
+    def host(self, method: Callable[..., object], /, *args: object) -> RayCall:
         """A call of a method of the Host itself."""
         return RayCall(self, method.__name__, getattr(self.handle, method.__name__).remote(*args))
 
@@ -171,7 +174,7 @@ class Together:
     def incarnation(self) -> str:
         return self.actor.incarnation
 
-    def call(self, method: Callable[..., Any], /, *args: Any, **kwargs: Any) -> LineCall:
+    def call(self, method: Callable[..., object], /, *args: object, **kwargs: object) -> LineCall:
         return self.line.call(method.__name__, args, kwargs)
 
     def together(self) -> Together:
@@ -184,7 +187,7 @@ class Together:
         self.actor.kill()
 
 
-_lines: dict[str, Line] = {}  # of this process, by the incarnation of who is called
+_lines: dict[str, Line] = {}  # of this process, by the incarnation of the actor called
 
 
 def _line(actor: RayActor) -> Line:
@@ -194,23 +197,23 @@ def _line(actor: RayActor) -> Line:
 
 
 def _new_line(actor: RayActor) -> Line:
-    caller = uuid.uuid4().hex  # of this line alone: its calls' numbers begin at 1
+    caller = uuid.uuid4().hex  # names this line: each line numbers its calls from 1
 
     async def exchange(calls: list[Sent], given_up: list[int]) -> list[Answer]:
-        """Without a deadline of its own: each call has one, and an actor's death ends all of them."""
+        """Has no deadline of its own: each call has one, and the actor's death ends all calls."""
         try:
             return await actor.handle.exchange.remote(caller, calls, given_up)
         except (ray.exceptions.RayActorError, ray.exceptions.ObjectLostError) as error:
             _lines.pop(actor.incarnation, None)
             raise Lost from error
-        except Exception as error:  # what can't travel
+        except Exception as error:  # an argument or a result that can't travel
             raise actor.failed(getattr(error, "cause", None) or error, "exchange") from error
 
     return Line(actor, exchange)
 
 
 class RayCall:
-    def __init__(self, actor: RayActor, method: str, reference: Any) -> None:
+    def __init__(self, actor: RayActor, method: str, reference: ray.ObjectRef) -> None:
         self._actor, self._method, self._reference = actor, method, reference
 
     async def within(self, deadline_s: float, *, what: str | None = None) -> Any:

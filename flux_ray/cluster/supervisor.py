@@ -1,8 +1,8 @@
-"""Who is alive: watches every actor, and does what its role's policy says when one dies.
+"""Watches every actor, and does what its role's policy says when one dies.
 
 Takes:  groups of actors; reports of actors that answer nobody.
-Gives:  `failure`, done when the run can't go on; Members, sent to whoever calls others, whenever they change.
-Knows:  a role's policy is data. It alone kills and replaces; nobody else keeps a list of actors.
+Gives:  `failure`, done when the run can't go on; Members, sent whenever they change to all actors that call others.
+Knows:  a role's policy is data. The supervisor alone kills and replaces; nobody else keeps a list of actors.
 Never:  knows Ray, or what an actor does.
 """
 
@@ -17,7 +17,7 @@ from typing import Any
 from flux_ray.cluster.group import Actor, ActorDied, Group, Members, first_failure
 from flux_ray.protocols import Meets
 
-MOST_DEATHS = 10  # of one role without a step in between: what dies that often will go on dying
+MOST_DEATHS = 10  # of one role without a step in between: a role that dies so often will go on dying
 
 
 class OnDeath(enum.Enum):
@@ -40,13 +40,15 @@ class Supervisor:
         self._watches: list[asyncio.Task[None]] = []
         self._begun = False
         self.members = Members()
-        self._told = Members()  # the newest that everybody has
+        self._told = Members()  # the newest that every informed actor has
         #: The error that ends the run.
         self.failure: asyncio.Future[Exception] = asyncio.get_running_loop().create_future()
 
     def add(self, group: Group[Any], on_death: OnDeath, *, informed: bool) -> None:
-        """Watch the group from now on. `informed`: its actors are told who is alive. Until `begin` any death ends the
-        run."""
+        """Watch the group from now on. Until `begin` any death ends the run.
+
+        `informed`: its actors are told who is alive.
+        """
         self._groups[group.role] = group
         self._policies[group.role] = on_death
         if informed:
@@ -58,29 +60,28 @@ class Supervisor:
         self._listeners[role] = lost, replaced
 
     async def begin(self) -> None:
-        """All groups are built: everybody is told who is there, and policies apply."""
+        """All groups are built: tell the informed ones who is there. From now on policies apply."""
         await self._tell_everybody()
         self._begun = True
 
     def progress(self) -> None:
-        """A step is done: deaths are counted anew."""
+        """A step is done: count deaths anew."""
         self._deaths.clear()
 
     def end_silent(self, role: str, index: int, incarnation: str, why: str) -> None:
-        """End the actor, which answers nobody, unless it has been replaced already. Its death then shows as any other.
-        """
+        """End the actor, which answers nobody, unless it has been replaced already. Its death counts as any other."""
         actor = self._groups[role][index]
         if actor.incarnation == incarnation and incarnation not in self._silent:
             self._silent[incarnation] = why
             actor.kill()
 
     async def replaced(self, role: str, index: int, incarnation: str, deadline_s: float) -> None:
-        """Until another stands in that one's place, and everybody knows. TimeoutError after the deadline."""
+        """Waits until another actor has its place, and the informed ones know. TimeoutError after the deadline."""
         async with asyncio.timeout(deadline_s), self._changed:
             await self._changed.wait_for(lambda: self._told.of(role)[index].incarnation != incarnation)
 
     async def _watch(self, group: Group[Any], index: int) -> None:
-        """One place in a group, through all its incarnations."""
+        """Watch one place in a group, through all its incarnations."""
         try:
             while True:
                 incarnation = group[index].incarnation
@@ -126,7 +127,7 @@ class Supervisor:
         except ActorDied:
             if not self._begun:
                 raise
-            # else its own watch sees to it
+            # else the actor's own watch sees to it
 
     def fail(self, error: Exception) -> None:
         """It ends the run, unless something else did before."""

@@ -1,9 +1,9 @@
-"""Calls of one process to one actor that travel together: a call of Ray's costs either side a millisecond of CPU time.
+"""Lets the calls of one process to one actor travel together: a Ray call costs either side a millisecond of CPU time.
 
 Takes:  calls as they are made; the actor's way to carry one out.
 Gives:  `Line`, the caller's end, whose calls are Calls; `Desk`, the actor's end.
 Knows:  an exchange takes along all calls made since the last one, and brings back all answers that are there. While an
-        answer is awaited one is on its way, or begins within the batching window; a newer one lets the older return.
+        answer is awaited, an exchange is on its way or about to begin; a newer exchange lets the older one return.
 Never:  carries a call out twice.
 """
 
@@ -16,9 +16,9 @@ from typing import Any, NamedTuple, Protocol
 
 from flux_ray.cluster.group import CallFailed
 
-BATCHING_WINDOW_S = 0.005  # so long an answer waits for others, and the next exchange for calls
+BATCHING_WINDOW_S = 0.005  # an answer waits so long for others, and the next exchange for calls
 
-Answer = tuple[int, bool, Any]  # number of the call; whether it failed; result, or CallFailed
+Answer = tuple[int, bool, object]  # number of the call; whether it failed; result, or CallFailed
 
 
 class Sent(NamedTuple):
@@ -26,29 +26,29 @@ class Sent(NamedTuple):
 
     number: int
     method: str
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+    args: tuple[object, ...]
+    kwargs: dict[str, object]
 
 
 @dataclass
 class Desk:
     """`do` carries out one call: it returns, or raises CallFailed."""
 
-    do: Callable[[str, tuple[Any, ...], dict[str, Any]], Awaitable[Any]]
+    do: Callable[[str, tuple[object, ...], dict[str, object]], Awaitable[object]]
     _tasks: dict[int, asyncio.Task[None]] = field(default_factory=dict)
     _answers: list[Answer] = field(default_factory=list)
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
     _exchanges: int = 0
     _waiting: int = 0
-    _ended_early: set[int] = field(default_factory=set)  # given up by an exchange that overtook the one that has them
+    _ended_early: set[int] = field(default_factory=set)  # given up by an exchange that overtook the calls' own
 
     @property
     def is_idle(self) -> bool:
-        """Nothing would be lost with it: not even that a call which is still to come is given up."""
+        """Whether nothing would be lost with it: no call, no answer, no word that a call to come is given up."""
         return not (self._tasks or self._answers or self._waiting or self._ended_early)
 
     async def exchange(self, calls: Sequence[Sent], given_up: Sequence[int]) -> list[Answer]:
-        """Begin these calls, cancel those; as soon as there is an answer to any call, all that there are."""
+        """Begin `calls`, cancel `given_up`. Gives all answers that are there, as soon as there is any."""
         self._exchanges += 1
         this = self._exchanges
         self._changed.set()  # for the one before
@@ -82,7 +82,7 @@ class Desk:
     async def _answer(self, call: Sent) -> None:
         try:
             answer = call.number, False, await self.do(call.method, call.args, call.kwargs)
-        except BaseException as error:  # cancelled, too: by somebody over here, for whom the caller is to be told
+        except BaseException as error:  # also a cancellation by somebody on this side: the caller must learn of it
             answer = call.number, True, CallFailed.of(error)
         if self._tasks.pop(call.number, None) is not None:  # else the caller has given it up
             self._answers.append(answer)
@@ -94,7 +94,7 @@ class Lost(Exception):
 
 
 class Remote(Protocol):
-    """Whose line it is: tells what became of a call in readable words."""
+    """The actor that a line leads to: says in readable words what became of a call."""
 
     def died(self, error: BaseException, when: str) -> Exception: ...
 
@@ -105,9 +105,9 @@ class Remote(Protocol):
 
 class Line:
     def __init__(self, actor: Remote, exchange: Callable[[list[Sent], list[int]], Awaitable[list[Answer]]]) -> None:
-        """`exchange` is Desk.exchange over there. What it raises ends all calls; Lost: all later ones too."""
+        """`exchange` is the actor's Desk.exchange. An error of it ends all calls; Lost ends all later ones too."""
         self._actor, self._exchange = actor, exchange
-        self._waiting: dict[int, asyncio.Future[Any]] = {}  # by the calls' numbers
+        self._waiting: dict[int, asyncio.Future[object]] = {}  # by the calls' numbers
         self._calls: list[Sent] = []  # for the next exchange
         self._given_up: list[int] = []
         self._number = 0
@@ -116,9 +116,9 @@ class Line:
         self._tasks: set[asyncio.Task[None]] = set()
         self._on_the_way = 0  # exchanges
 
-    def call(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LineCall:
+    def call(self, method: str, args: tuple[object, ...], kwargs: dict[str, object]) -> LineCall:
         self._number += 1
-        future = asyncio.get_running_loop().create_future()
+        future: asyncio.Future[object] = asyncio.get_running_loop().create_future()
         if self._failure is not None:
             future.set_exception(self._failure)
             return LineCall(self._actor, self, self._number, method, future)
@@ -165,7 +165,7 @@ class Line:
         for number, failed, value in answers:
             future = self._waiting.pop(number, None)
             if future is not None and not future.done():
-                future.set_exception(value) if failed else future.set_result(value)
+                _settle(future, value, failed=failed)
         if self._waiting and not self._on_the_way:
             self._exchange_after(BATCHING_WINDOW_S)
 
@@ -178,6 +178,14 @@ class Line:
                 future.set_exception(error)
 
 
+def _settle(future: asyncio.Future[object], value: object, *, failed: bool) -> None:
+    if failed:
+        assert isinstance(value, CallFailed), value
+        future.set_exception(value)
+    else:
+        future.set_result(value)
+
+
 @dataclass(frozen=True)
 class LineCall:
     """A Call."""
@@ -186,7 +194,7 @@ class LineCall:
     line: Line
     number: int
     method: str
-    future: asyncio.Future[Any]
+    future: asyncio.Future[object]
 
     async def within(self, deadline_s: float, *, what: str | None = None) -> Any:
         what = what or self.method

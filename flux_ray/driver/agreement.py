@@ -1,7 +1,7 @@
 """Whether engines and trainer compute the same: the same tokens under the same weights, before anything is trained.
 
 Takes:  prompts of the run; what an engine and the trainer made of some tokens (ComparedTokens).
-Gives:  `first_prompts`, what to probe with; `disagreement` and `later`, what to say where they don't agree; None.
+Gives:  `first_prompts`, what to probe with; `disagreement` and `later`: what to tell the user, None where they agree.
 Knows:  what float32 and bfloat16 may differ by, and where a model changes what it computes.
 Never:  asks anybody: Ranks.probe does.
 """
@@ -13,13 +13,13 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from flux_ray.config import PolicyGradientConfig
+from flux_ray.config import RolloutConfig
 from flux_ray.data import PromptSource
 from flux_ray.messages import PROBE_TOKENS
 from flux_ray.records import ComparedTokens, Prompt
 
-MOST_TOKENS = 2048  # of the longest probe, unless the model changes later what it computes: a trainer on CPU waits
-NUM_HALVINGS = 4  # probes of half the longest one's tokens, a quarter …: they tell from where on a gap is
+MOST_TOKENS = 2048  # of the longest probe, so that a trainer on CPU is soon done; more where the model changes later
+NUM_HALVINGS = 4  # other probes have half the longest one's tokens, a quarter …: they tell where a gap begins
 NUM_LATER = 2  # samples of the one prompt that is probed after each step of an asynchronous run
 
 
@@ -44,12 +44,13 @@ class Agreement:
     """`dtype`: of engines and trainer. `context`: tokens that a sequence of this run may have. `turns`: positions at
     which the model changes what it computes, such as the end of a sliding window."""
 
-    def __init__(self, config: PolicyGradientConfig, *, dtype: str, context: int, turns: Sequence[int] = ()) -> None:
-        self._config, self._dtype, self._limits = config, dtype, LIMITS[dtype]
+    def __init__(self, config: RolloutConfig, *, model: str, dtype: str, context: int, turns: Sequence[int] = ()
+                 ) -> None:
+        self._config, self._model, self._dtype, self._limits = config, model, dtype, LIMITS[dtype]
         self._context, self._turns = context, sorted(turn for turn in turns if turn < context)
 
     def first_prompts(self, prompts: PromptSource) -> list[Prompt]:
-        """The run's own prompts, one behind the other, cut at the lengths to probe; of each one sample."""
+        """The run's own prompts as one text, cut at each of the lengths to probe; one sample each."""
         lengths = self.lengths(len(prompts.prompt(0).token_ids))
         texts: list[np.ndarray] = []
         while sum(map(len, texts)) < lengths[-1]:
@@ -59,7 +60,7 @@ class Agreement:
                 for i, length in enumerate(lengths)]
 
     def lengths(self, shortest: int) -> list[int]:
-        """Of the prompts, rising: what is sampled behind each is at the positions that are compared."""
+        """Lengths of the prompts to probe with, rising. The tokens sampled behind each are compared."""
         most = max([MOST_TOKENS, *(turn + PROBE_TOKENS for turn in self._turns)])
         longest = max(min(self._context - PROBE_TOKENS, most), 1)
         around = [turn + step for turn in self._turns for step in (-PROBE_TOKENS // 2, PROBE_TOKENS)]
@@ -67,7 +68,7 @@ class Agreement:
         return sorted({length for length in (shortest, *around, *halves) if 0 < length <= longest})
 
     def later_prompt(self, prompts: PromptSource) -> Prompt:
-        """What is probed after a step whose batch may hold no sample of the present weights."""
+        """The prompt to probe with after a step: its batch may hold no sample of the present weights."""
         return replace(prompts.prompt(0), num_samples=NUM_LATER)
 
     def disagreement(self, compared: Sequence[ComparedTokens]) -> str | None:
@@ -94,7 +95,7 @@ class Agreement:
             f"{tokens.engine_logprobs_N[i]:.4f} from the engine, {tokens.trainer_logprobs_N[i]:.4f} from the "
             f"trainer{agreed}); over {len(gaps_N)} tokens its mean is {gaps_N.mean():.1e}, its largest "
             f"{gaps_N.max():.1e}, and {self._right} is right. One of the two computes another model than "
-            f"{self._config.model.path} is: take out what changes numbers in rollout.engine_args, look up the family "
+            f"{self._model} is: take out what changes numbers in rollout.engine_args, look up the family "
             f"in docs/models.md, {self._try}or train all the same with weights.allow_logprob_gap=true"
         )
 
@@ -109,11 +110,11 @@ class Agreement:
         return "try model.dtype=float32, " if self._dtype != "float32" else ""
 
     def later(self, metrics: dict[str, float]) -> str | None:
-        """What to tell the user of a step after which the two were too far apart; None elsewhere.
+        """What to tell the user where a step's metrics say that the two are too far apart; else None.
 
-        Nothing where sampling is truncated: the engine's log-probs are then those of another distribution.
+        None as well where sampling is truncated: the engine's log-probs are then those of another distribution.
         """
-        rollout, limits = self._config.rollout, self._limits
+        rollout, limits = self._config, self._limits
         if rollout.top_p < 1 or rollout.top_k or rollout.min_p:
             return None
         mean, largest = (metrics.get(f"weights/logprob_gap_{which}", 0.0) for which in ("mean", "max"))

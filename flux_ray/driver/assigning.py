@@ -1,9 +1,9 @@
-"""Who makes a group: the engine that samples each part of it, the worker that carries it.
+"""Chooses the engine that samples each part of a group, and the worker that carries the group.
 
 Takes:  the ledger's entries that are WAITING, each with its prompt.
 Gives:  assignments to the workers, as engines have capacity.
-Knows:  all that are asked for at one moment are put in order before any of them starts.
-Keeps:  what each group is made from, until it ends.
+Knows:  all groups that are asked for at one moment are put in order before any of them starts.
+Keeps:  what each group is made from, until the group ends.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import asyncio
 from typing import NamedTuple
 
 from flux_ray.clock import now_s
-from flux_ray.config import PolicyGradientConfig
+from flux_ray.config import RolloutConfig
 from flux_ray.driver.entry import NOBODY, Entry, Key
 from flux_ray.driver.ledger import Ledger
 from flux_ray.driver.workers import Workers
@@ -32,13 +32,13 @@ class Asked(NamedTuple):
 
 
 class Assigning:
-    def __init__(self, config: PolicyGradientConfig, ledger: Ledger, workers: Workers) -> None:
+    def __init__(self, config: RolloutConfig, ledger: Ledger, workers: Workers, *, max_staleness: int) -> None:
         self._ledger, self._workers = ledger, workers
-        self._num_parts = config.rollout.split_groups
-        # What still waits in an engine when new weights come would find its prefix as the old ones computed it.
-        keeps = config.rollout.kv_after_update == "keep" and config.driver.max_staleness > 0
+        self._num_parts = config.split_groups
+        # A request that still waits in an engine when new weights come would find its prefix computed by the old ones.
+        keeps = config.kv_after_update == "keep" and max_staleness > 0
         self._dispatch: Dispatch[tuple[int, int, int]] = Dispatch(  # uid, attempt, seed of a part
-            config.rollout.num_engines, capacity=config.rollout.max_num_seqs,
+            config.num_engines, capacity=config.max_num_seqs,
             queued_share=0.0 if keeps else QUEUED_SHARE)
         self._asked: dict[Key, Asked] = {}
         self._due = False
@@ -63,12 +63,12 @@ class Assigning:
         self._assign_soon()
 
     def saw_length(self, entry: Entry) -> None:
-        """All its parts are there: what to expect of the next group of that row."""
+        """All parts are there: their length is what to expect of the next group of that row."""
         asked = self._asked[entry.key]
         asked.lengths.saw(asked.prompt.row, entry.num_tokens / asked.prompt.num_samples)
 
     def end(self, key: Key, worker: int = NOBODY) -> Asked:
-        """The group has ended at that attempt: there is capacity for others, at the worker too."""
+        """The group has ended at that attempt. Its engines, and the worker, have capacity for others."""
         asked = self._asked.pop(key)
         num_tokens = sum(self._dispatch.done((*key, seed)) for seed in asked.parts)
         if worker != NOBODY:

@@ -1,9 +1,9 @@
-"""The groups that are not trained on: how many, and why.
+"""Counts the groups that are not trained on, by cause.
 
 Takes:  each group's fate: kept, or dropped for a cause; its sampled tokens.
 Gives:  the counts since the last step as metrics, the total for the checkpoint.
-Knows:  that what is dropped for its reward may be the longer or the shorter: lengths of all that was issued are kept.
-Never:  lets a run draw prompts without end: beyond filter.max_batches it stops it, naming the acceptance rate.
+Knows:  groups dropped for their reward may be longer or shorter than others: lengths of all groups are counted.
+Never:  lets a run draw prompts without end: beyond filter.max_batches it stops the run, naming the acceptance rate.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from flux_ray.algo import filters
 from flux_ray.config import PolicyGradientConfig
 
 CAUSES = (*filters.CAUSES, filters.REWARD_FAILED)
-KEPT = "trained"  # the fate of a group that passes: this step's batch, or a later one's
-SURPLUS = "surplus"  # of one that passed and was over-sampled: the batch was full without it
+KEPT = "trained"  # the group passed: it is in this step's batch, or in a later one's
+SURPLUS = "surplus"  # it passed, and the batch was full without it
 
 
 class DropStats:
@@ -47,19 +47,21 @@ class DropStats:
         self._samples[fate] += sign * self._group_size
 
     def kept(self, *, num_tokens: int, sign: int = 1) -> None:
-        """`sign` -1: it was, and starts again."""
+        """`sign` -1 takes one back: the group starts again."""
         self._count(KEPT, num_tokens, sign)
 
     def surplus(self, count: int, finished: Sequence[int] = ()) -> None:
-        """Over-sampled prompts that the full batch made superfluous; they start again, so that none is lost. Of those
-        that were kept already: tokens."""
+        """Over-sampled prompts that the full batch doesn't need; they start again, so that none is lost.
+
+        `finished`: the tokens of those that were counted as kept.
+        """
         self._surplus += count
         for num_tokens in finished:
             self._count(KEPT, num_tokens, -1)
             self._count(SURPLUS, num_tokens)
 
     def dropped(self, cause: str, *, num_tokens: int, spent: int = 1) -> None:
-        """`spent`: dropped groups whose turn came with it; a spare's may never come.
+        """`spent`: how many dropped groups had their turn by now; a spare's turn may never come.
 
         RuntimeError where the step would need more than filter.max_batches batches of prompts.
         """
@@ -68,7 +70,7 @@ class DropStats:
         self.total += 1
         self._spent += spent
         count = self._groups.total() - self._accepted
-        # With max_staleness > 0 groups of several batches run at once: those that are kept for later ones count too.
+        # With max_staleness > 0 groups of several batches run at once: groups kept for later batches count too.
         if self._spent > (self._max_batches - 1) * max(self._batch, self._groups[KEPT]):
             causes = ", ".join(f"{cause} {n}" for cause, n in self._groups.items() if cause in CAUSES)
             raise RuntimeError(
@@ -87,10 +89,10 @@ class DropStats:
         return self._accepted / drawn if drawn else 1.0
 
     def step_metrics(self) -> dict[str, float]:
-        """What happened since the last step; the counting starts again.
+        """The counts since the last step; counting starts again.
 
         filter/dropped_CAUSE and filter/rate_CAUSE (share of the groups drawn), for each cause;
-        filter/length_*: mean sampled tokens of a sample, of all that was issued and by fate (absent where none was).
+        filter/length_*: mean sampled tokens of a sample, over all groups and by fate (absent where there was none).
         """
         drawn = max(self._groups.total(), 1)
         metrics = {f"filter/dropped_{cause}": float(self._groups[cause]) for cause in CAUSES}

@@ -2,7 +2,7 @@
 
 Takes:  nothing.
 Gives:  `State`, `Entry`; `Taken`, what a step takes.
-Never:  moves by itself: the ledger moves it.
+Never:  changes its own state: the ledger does.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ class Entry:
     """One group."""
 
     uid: int
-    attempt: int  # counts its starts: news of an earlier one is of no interest
+    attempt: int  # counts its starts: news of an earlier start is ignored
     born: int  # steps done when it got its slot
     num_parts: int
-    num_generated: int = 0  # of them
+    num_generated: int = 0  # parts that have come
     state: State = State.WAITING
     worker: int = NOBODY
     num_tokens: int = 0  # sampled
     start_s: float = 0.0  # on the driver's clock: the first part went to an engine
     end_s: float = 0.0  # the last part came
     news: GroupReady | None = None  # once it is READY
-    total_tokens: int = 0  # then; prompts' included
+    total_tokens: int = 0  # of prompt and responses, once it is READY
     cause: str = ""  # why it was refused
 
     @property
@@ -72,4 +72,4 @@ class Taken:
 
     groups: list[Entry]  # in the order in which they got their slots
     complete: bool  # the step has all its groups
-    surplus: list[Entry]  # over-sampled ones that can't be trained on in time any more: they start again
+    surplus: list[Entry]  # over-sampled groups that can't be trained on in time any more: they start again

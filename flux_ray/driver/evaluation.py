@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import replace
-from typing import Any
 
 from flux_ray.clock import now_s
 from flux_ray.cluster.group import first_failure
-from flux_ray.config import PolicyGradientConfig
+from flux_ray.config import RolloutConfig
 from flux_ray.data import PromptSource
 from flux_ray.driver.stages import Stages
 from flux_ray.messages import GroupReady
@@ -23,19 +22,20 @@ from flux_ray.rollout.dispatch import Lengths
 
 NUM_ANSWERS = 16  # answers kept as text, for people
 
-
 #: Metrics; prompt, completion and reward of the first prompts.
-Evaluated = tuple[dict[str, float], list[dict[str, Any]]]
+Evaluated = tuple[dict[str, float], list[dict[str, object]]]
 
 
 class Evaluation:
-    def __init__(self, config: PolicyGradientConfig, prompts: PromptSource, stages: Stages) -> None:
-        self._config, self._prompts, self._stages = config, prompts, stages
-        self._temperature = config.rollout.temperature if config.eval.temperature is None else config.eval.temperature
-        self._lengths = Lengths(config.rollout.max_tokens)  # of these rows, from one evaluation to the next
+    def __init__(self, config: RolloutConfig, prompts: PromptSource, stages: Stages, *, temperature: float | None
+                 ) -> None:
+        """`temperature`: None for the rollout's own."""
+        self._prompts, self._stages, self._split_groups = prompts, stages, config.split_groups
+        self._temperature = config.temperature if temperature is None else temperature
+        self._lengths = Lengths(config.max_tokens)  # of these rows, from one evaluation to the next
 
     async def begin(self, tasks: asyncio.TaskGroup) -> None:
-        """Where there is no loop: listen to the workers."""
+        """Listen to the workers. Where there is a loop, it does that."""
         self._stages.begin(tasks)
 
     def end(self) -> None:
@@ -64,7 +64,7 @@ class Evaluation:
 
         Its calls to actors have their deadlines in the worker.
         """
-        stages, num_parts = self._stages, min(self._config.rollout.split_groups, prompt.num_samples)
+        stages, num_parts = self._stages, min(self._split_groups, prompt.num_samples)
         entry = stages.ledger.evaluate(-1 - prompt.uid, stages.step, num_parts)
         stages.evaluated[entry.uid] = asyncio.get_running_loop().create_future()
         stages.generate(entry, replace(prompt, uid=entry.uid), priority=stages.step, lengths=self._lengths,

@@ -1,7 +1,7 @@
-"""The ledger: where every group of a run is in its life, and nothing else.
+"""The ledger: the state of every group of a run.
 
 Knows:  one method is one transition. A group goes back to WAITING from a dead worker or as surplus, to READY from a
-        lost rank. None is thrown away to keep the bound: a group that would pass it is in the next batch.
+        lost rank. No group is thrown away to keep the bound: the next batch takes those that would pass it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Ledger:
         self._evaluations: dict[int, Entry] = {}
         self._trained: list[int] = []  # uids, since the last account
         self._dropped: dict[str, list[int]] = defaultdict(list)
-        self._awaited: set[int] = set()  # the next batch waits for one of these to end, if there are any
+        self._awaited: set[int] = set()  # uids; while there are any, the next batch waits for one of them to end
 
     def find(self, uid: int, attempt: int) -> Entry | None:
         """The group at that attempt; None where it has ended, or has started again."""
@@ -40,18 +40,18 @@ class Ledger:
 
     @property
     def unfinished(self) -> tuple[int, ...]:
-        """Prompts that were drawn and are not trained on yet: what a resume must start again."""
+        """Prompts that were drawn and are not trained on yet: a resume must start them again."""
         return tuple(sorted([*(entry.uid for entry in self.slots), *(uid for uid, _ in self._queue)]))
 
     def may_admit(self, step: int) -> bool:
-        """Whether another prompt may start after so many steps: in the core, or as a spare for what runs there."""
+        """Whether another prompt may start when `step` steps are done: in the core, or as a spare."""
         steps_left = self._num_steps - step
         return steps_left > 0 and (
             self._bound.may_start(len(self.slots), step, steps_left)
             or self._bound.may_spare(self.slots.untrained, len(self.slots), self.slots.counts))
 
     def admit(self, step: int) -> tuple[Entry, bool]:
-        """The next prompt gets a slot: WAITING. And whether it is a spare."""
+        """The next prompt gets a slot: WAITING. Gives its entry, and whether it is a spare."""
         assert self.may_admit(step), "no slot is free"
         uid, attempt = self._queue.pop(0) if self._queue else (self.next_uid, 0)
         self.next_uid = max(self.next_uid, uid + 1)
@@ -65,13 +65,13 @@ class Ledger:
         return entry
 
     def running(self, entry: Entry, worker: int, now_s: float) -> None:
-        """A part goes to an engine, carried by the worker: WAITING ► RUNNING with the first of them."""
+        """A part goes to an engine, carried by the worker: WAITING ► RUNNING with the first part."""
         if entry.state is State.WAITING:
             self.slots.move(entry, State.RUNNING)
             entry.worker, entry.start_s = worker, now_s
 
     def generated(self, entry: Entry, num_tokens: int, now_s: float) -> None:
-        """A part has come: RUNNING ► GENERATED with the last of them."""
+        """A part has come: RUNNING ► GENERATED with the last part."""
         assert entry.state is State.RUNNING, entry
         entry.num_generated += 1
         entry.num_tokens += num_tokens
@@ -93,7 +93,7 @@ class Ledger:
     def drop(self, entry: Entry, cause: str, step: int) -> None:
         """GENERATED ► REFUSED ► DROPPED: the first spare moves up, or the slot is free again.
 
-        A spare stays REFUSED until it has moved up: whether it counts must not depend on who was faster. Raises
+        A spare stays REFUSED until it has moved up: whether it counts must not depend on which group was faster.
         RuntimeError where a step would draw too many prompts.
         """
         assert entry.state is State.GENERATED, entry
@@ -112,9 +112,9 @@ class Ledger:
     def take(self, step: int, at_least: float = math.inf) -> Taken | None:
         """READY ► TRAINING of groups for this step; None while it must wait.
 
-        It waits for all that the step still needs, or for `at_least` so many tokens of them, if that comes first; a
-        step is then taken in several parts. Those born first go first. None is taken of the core while that would
-        leave others of it behind that could no longer all be trained on in time.
+        It waits for all groups that the step still needs, or for `at_least` so many tokens of them if that comes first:
+        a step is then taken in several parts. The groups born first go first. A group is not taken while that would
+        leave behind others of the core that could no longer all be trained on in time.
         """
         num_training, num_ready = self.slots.counts[State.TRAINING], self.slots.counts[State.READY]
         needed = self._bound.prompts_per_step - num_training
@@ -156,7 +156,7 @@ class Ledger:
         return account
 
     def lost(self, worker: int) -> list[Entry]:
-        """The worker has died: its groups are WAITING again, but for those that ranks hold. Gives them."""
+        """The worker has died: its groups are WAITING again, except those that the ranks hold. Gives these groups."""
         carried = [entry for entry in (*self._evaluations.values(), *self.slots.untrained) if entry.worker == worker]
         return self.again([entry for entry in carried if entry.state is not State.REFUSED])
 

@@ -1,6 +1,6 @@
 """The loop: prompts in, a better policy out.
 
-Knows:  the order of the stages and nothing of how they are done. Synchronous training is max_staleness=0.
+Knows:  the order of the stages, not how they are done. Synchronous training is max_staleness=0.
 Never:  holds a token, a log-prob or a weight: it moves small records.
 """
 
@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
@@ -37,8 +36,8 @@ class Loop:
                  versions: Versions, agreement: Agreement) -> None:
         self._config, self._prompts, self._versions, self._agreement = config, prompts, versions, agreement
         self.stages, self.ranks, self.ledger = stages, ranks, stages.ledger
-        self.evaluation: Evaluation | None = None  # none: eval.data names nothing
-        #: Tokens of finished groups that the ranks take before a batch is whole; inf: they wait for all of it.
+        self.evaluation: Evaluation | None = None  # None where eval.data names nothing
+        #: The ranks take a part of a batch once it has so many tokens; inf: they wait for the whole batch.
         self.part_tokens = math.inf
         self._lengths = Lengths(config.rollout.max_tokens)
         self._batch: list[Entry] = []  # of the last step
@@ -46,12 +45,14 @@ class Loop:
 
     @property
     def step(self) -> int:
-        """Steps that are done."""
+        """How many steps are done."""
         return self.stages.step
 
     async def begin(self, tasks: asyncio.TaskGroup) -> None:
-        """Publish even the first weights: what is wrong with the weight channel, or with either side's idea of the
-        model, shows here. UserError where engines and trainer disagree, unless the config allows it."""
+        """Publish the first weights too: a fault of the weight channel, or of either side's model, shows here.
+
+        UserError where engines and trainer disagree, unless the config allows it.
+        """
         self.stages.begin(tasks)
         await self.ranks.publish(self._versions.publish(self.step), self.step)
         prompts = self._agreement.first_prompts(self._prompts)
@@ -72,16 +73,16 @@ class Loop:
                                  lengths=self._lengths)
 
     async def train(self) -> dict[str, float]:
-        """One step: take ready groups, as they come or a whole batch ► train ► publish, while a critic learns."""
+        """One step: take ready groups (as they come, or a whole batch) ► train ► publish, while a critic learns."""
         start_s, step = now_s(), self.step
         begun = await self._begin_step()
         report = await self.ranks.train(step, self._versions.holding(step))
         train_s = now_s() - start_s - begun["driver/wait_s"]
-        together: list[Any] = [
-            self.ranks.publish(self._versions.publish(report.step), report.step), self.ranks.learn(step)]
-        publish_s, learned = await first_failure(together)
-        metrics = batch_metrics(self._batch, step, self._versions) | report.metrics | learned | begun
-        metrics |= {"train/step_s": train_s, "weights/publish_s": publish_s} | self.ledger.drops.step_metrics()
+        publish = asyncio.ensure_future(self.ranks.publish(self._versions.publish(report.step), report.step))
+        learn = asyncio.ensure_future(self.ranks.learn(step))
+        await first_failure([publish, learn])
+        metrics = batch_metrics(self._batch, step, self._versions) | report.metrics | learn.result() | begun
+        metrics |= {"train/step_s": train_s, "weights/publish_s": publish.result()} | self.ledger.drops.step_metrics()
         metrics |= await self._gap_after_publish()
         told = self._agreement.later(metrics)
         if told is not None:
@@ -96,7 +97,7 @@ class Loop:
         """weights/logprob_gap_* of a few tokens under the new weights.
 
         For asynchronous runs, whose batches may hold no sample of the present version. Nothing for synchronous ones,
-        nor where a rollout worker dies meanwhile: the next step's tells.
+        nor where a rollout worker dies meanwhile: the next step looks again.
         """
         if not self._config.driver.max_staleness:
             return {}
@@ -107,7 +108,7 @@ class Loop:
         return {"weights/logprob_gap_mean": float(gaps_N.mean()), "weights/logprob_gap_max": float(gaps_N.max())}
 
     async def _begin_step(self) -> dict[str, float]:
-        """Backward of all groups of the step but those of the last part, which the ranks hold; what was waited."""
+        """The step's groups, all but the last part accumulated; the ranks hold the last. Gives how long it waited."""
         self._batch, num_parts, wait_s = [], 0, 0.0
         while True:
             start_s = now_s()
@@ -121,7 +122,7 @@ class Loop:
             await self.ranks.accumulate(self.step, self._versions.holding(self.step))
 
     async def _next_part(self) -> Taken:
-        """Waits until the ledger lets groups go. What they make superfluous is stopped: its prompts start again."""
+        """Waits until the ledger gives groups. Surplus groups are stopped; their prompts start again."""
         while (taken := self.ledger.take(self.step, at_least=self.part_tokens)) is None:
             self.stages.changed.clear()
             await self.stages.changed.wait()
@@ -129,7 +130,7 @@ class Loop:
         return taken
 
     async def _hold(self, part: Sequence[Entry]) -> bool:
-        """Whether the ranks have all arrays of the part. Else it goes back, and what is lost starts again."""
+        """Whether the ranks have all arrays of the part. Else the part goes back, and lost groups start again."""
         missing = await self.ranks.hold(part)
         if missing:
             self.ledger.back(part)
@@ -140,7 +141,7 @@ class Loop:
         return await self.evaluation.evaluate() if self.evaluation is not None else None
 
     async def samples(self, count: int) -> list[tuple[Prompt, str, ScoredGroup]]:
-        """Some of the last step's groups, with their first responses; then nobody needs its arrays any more."""
+        """Some of the last step's groups, with their first responses. Then the workers forget the step's groups."""
         shown = self._batch[:count]
         texts = await first_failure([self.stages.workers.text(entry.worker, entry.key) for entry in shown])
         self.stages.forget(self._batch)

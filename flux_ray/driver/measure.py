@@ -1,6 +1,6 @@
-"""The metrics of a batch that the driver can know: from small records alone.
+"""The metrics of a batch that the driver can compute from small records.
 
-Takes:  the groups of a step (rewards, lengths, times), how old they are.
+Takes:  the groups of a step (rewards, lengths, times) and their versions.
 Gives:  reward/*, rollout/*, driver/staleness_*: floats by name.
 Never:  looks at a token.
 """
@@ -15,15 +15,16 @@ from flux_ray.observability.reward_metrics import length_metrics, reward_metrics
 
 
 def _all_alike(rewards_G: np.ndarray) -> bool:
-    """Whether a group teaches nothing: those of its samples that have a reward have the same."""
+    """Whether a group teaches nothing: all its samples that have a reward have the same one."""
     given = rewards_G[~np.isnan(rewards_G)]
     return not len(given) or bool(np.ptp(given) == 0)
 
 
 def batch_metrics(batch: list[Entry], step: int, versions: Versions) -> dict[str, float]:
-    """All of them for one step. rollout/s: from the first request to the last answer; group_s: mean of a group;
-    spanning_frac: share of the samples that went on after new weights had come; staleness: steps that the oldest token
-    of a group is behind.
+    """The metrics of one step.
+
+    rollout/s: from the first request to the last answer; group_s: mean of a group; spanning_frac: share of the samples
+    that went on after new weights had come; staleness: how many steps the oldest token of a group is behind.
     """
     ready = [entry.ready for entry in batch]
     groups = [news.scored for news in ready]

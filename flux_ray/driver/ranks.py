@@ -1,8 +1,8 @@
-"""Training and publishing, as the loop sees them: the ranks of the policy, and a critic's.
+"""Training and publishing, as the loop sees them: calls to the ranks of the policy, and of a critic.
 
-Takes:  groups that are READY, by where their arrays are.
+Takes:  groups that are READY, named by where their arrays are.
 Gives:  hold, accumulate, train, learn, publish, probe: each waits under its own deadline.
-Knows:  one sharding of groups over ranks; a critic's rank has the share of the policy's.
+Knows:  how groups are shared out over ranks. A critic's rank has the same share as the policy's.
 Never:  sees an array; decides anything.
 """
 
@@ -30,9 +30,9 @@ class Ranks:
         self._config, self.trainer, self.critic = config, trainer, critic
 
     async def hold(self, part: Sequence[Entry]) -> list[GroupAt]:
-        """Every rank, and the critic's, brings the arrays of its share before anything collective begins.
+        """Every rank, the critic's too, brings the arrays of its share before anything collective begins.
 
-        Gives what can't be had: the part is not held then.
+        Gives the groups that can't be had; if there are any, the part is not held.
         """
         of_ranks = balance([entry.total_tokens for entry in part], len(self.trainer))
         places = [[part[i].at for i in share] for share in of_ranks]
@@ -43,19 +43,19 @@ class Ranks:
         return sorted({at for of_rank in missing for at in of_rank})
 
     async def accumulate(self, step: int, versions: tuple[int, ...]) -> None:
-        """Backward of the part that is held, before `train` brings the step's last one."""
+        """Backward of the part that is held. The step's last part goes to `train`."""
         await all_within([rank.call(TrainingRank.accumulate_held, step=step, versions=versions)
                           for rank in self.trainer], self._config.train.deadline_s)
 
     async def train(self, step: int, versions: tuple[int, ...]) -> StepReport:
-        """The step on the part that is held, and on those that were accumulated."""
+        """The step on the part that is held, and on the parts that were accumulated."""
         deadline_s = self._config.train.deadline_s
         if self.critic is not None:
             await all_within([rank.call(CriticRank.value_held) for rank in self.critic], deadline_s)
             await all_within([rank.call(TrainingRank.take_values) for rank in self.trainer], deadline_s)
         reports = await all_within([rank.call(TrainingRank.train_held, step=step, versions=versions)
                                     for rank in self.trainer], deadline_s)
-        return reports[0]  # reduced over ranks already
+        return reports[0]  # all alike: the ranks have reduced it
 
     async def learn(self, step: int) -> dict[str, float]:
         """The critic's step on the same groups; nothing without one.
@@ -75,7 +75,7 @@ class Ranks:
         Raises RuntimeError when an engine attests another version, TimeoutError when a phase passes weights.deadline_s.
         """
         start_s = now_s()
-        # Rank 0 sees to the deadline of each phase, and knows which engine passed it.
+        # Rank 0 watches the deadline of each phase, and knows which engine passed it.
         deadline_s = (1 + PUBLISH_PHASES) * self._config.weights.deadline_s
         served, *_ = await all_within(
             [rank.call(TrainingRank.publish, version, step) for rank in self.trainer], deadline_s)
@@ -89,7 +89,7 @@ class Ranks:
 
         None where a rollout worker dies meanwhile.
         """
-        # It goes first, and yet waits for a place beside what runs.
+        # A probe goes before other requests, and yet waits for a place beside those that run.
         deadline_s = self._config.rollout.deadline_s + self._config.weights.deadline_s
         engines = range(self._config.rollout.num_engines)
         probed = await first_failure([workers.probe(prompts, engine, 2 * deadline_s) for engine in engines])
@@ -103,4 +103,4 @@ class Ranks:
         asked = [engine for engine, _ in places]
         compared = await all_within([rank.call(TrainingRank.compare_held, engines=asked) for rank in self.trainer],
                                     deadline_s)
-        return compared[0]  # all ranks have made all of them
+        return compared[0]  # every rank has compared all groups

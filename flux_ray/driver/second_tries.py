@@ -1,9 +1,9 @@
-"""Groups whose reward worker was lost are scored again, one at a time over all workers: the guilty one fails alone.
+"""Second tries: groups whose reward worker was lost are scored again, one at a time over all workers.
 
 Takes:  news of lost reward workers.
-Gives:  orders to score a group again, once another reward worker stands there.
-Knows:  every group that waited in the worker was lost with it, and all but one of them are innocent: only a group that
-        was alone there is told as guilty.
+Gives:  orders to score a group again, once a new reward worker serves.
+Knows:  every group that waited in the worker was lost with it, and all but one are innocent. One at a time shows which:
+        a group that was alone in a worker that was lost is guilty.
 Never:  gives a guilty group another try.
 """
 
@@ -22,11 +22,11 @@ from flux_ray.messages import RewardWorkerLost
 class SecondTries:
     def __init__(self, supervisor: Supervisor, workers: Workers, *, deadline_s: float,
                  is_wanted: Callable[[Key], bool]) -> None:
-        """`deadline_s`: for another reward worker to stand there. `is_wanted`: whether the group still runs."""
+        """`deadline_s`: for a new reward worker to serve. `is_wanted`: whether the group still runs."""
         self._supervisor, self._workers, self._deadline_s = supervisor, workers, deadline_s
         self._is_wanted = is_wanted
         self._waiting: asyncio.Queue[tuple[int, RewardWorkerLost]] = asyncio.Queue()
-        self._tried: dict[Key, asyncio.Event] = {}  # at most one
+        self._tried: dict[Key, asyncio.Event] = {}  # at most one, set when its try has ended
 
     def add(self, worker: int, news: RewardWorkerLost) -> bool:
         """Whether the group has another try."""
@@ -38,12 +38,12 @@ class SecondTries:
         return not news.guilty
 
     def ended(self, key: Key) -> None:
-        """The group is scored, dropped, or needed by nobody."""
+        """The group is scored or dropped, or nobody needs it."""
         if key in self._tried:
             self._tried[key].set()
 
     async def run(self) -> None:
-        """Without end. A group's scoring has its deadline in the rollout worker."""
+        """Never returns. A group's scoring has its deadline in the rollout worker."""
         while True:
             worker, news = await self._waiting.get()
             await self._supervisor.replaced(REWARD, news.reward_worker, news.incarnation, self._deadline_s)

@@ -1,7 +1,5 @@
-"""The entries of groups that hold a slot, and how many are in each state.
+"""The entries of groups that hold a slot, oldest first, and how many are in each state.
 
-Takes:  entries, their moves.
-Gives:  those that hold slots, oldest first; those not in training; counts.
 Never:  decides a move: the ledger does.
 """
 

@@ -1,6 +1,6 @@
-"""The stages of a group before training, as the loop sees them: `generate` starts one, and it is READY or gone.
+"""The stages of a group before training, as the loop sees them: `generate` starts a group; it ends READY or dropped.
 
-Takes:  news of the rollout workers, which becomes transitions of the ledger. What is lost with one starts again.
+Takes:  news of the rollout workers, which becomes transitions of the ledger. Groups lost with a worker start again.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
 
 from flux_ray.algo.filters import REWARD_FAILED
 from flux_ray.clock import now_s
@@ -29,11 +28,11 @@ from flux_ray.records import Prompt
 class Stages:
     def __init__(self, config: PolicyGradientConfig, ledger: Ledger, *, workers: Group[RolloutWorker],
                  supervisor: Supervisor, warn: Callable[[str, str], None], step: int = 0) -> None:
-        """`warn` is given what kind of thing it was, and a text. `step`: done."""
-        self.log_dir: Path | None = None  # where the actors' own output lies, for who is told of a failure
+        """`warn` takes the kind of a warning, and its text. `step`: how many are done."""
+        self.log_dir: Path | None = None  # where the actors' own output lies: an error names it
         self._config, self.ledger, self.warn, self.step = config, ledger, warn, step
         self.workers = Workers(workers, supervisor)
-        self._assigning = Assigning(config, ledger, self.workers)
+        self._assigning = Assigning(config.rollout, ledger, self.workers, max_staleness=config.driver.max_staleness)
         self.generate = self._assigning.ask
         self._second_tries = SecondTries(supervisor, self.workers, is_wanted=self._assigning.__contains__,
                                          deadline_s=2 * config.cluster.start_deadline_s)
@@ -79,10 +78,17 @@ class Stages:
         entry = self.ledger.find(*key)
         if entry is None or key not in self._assigning:  # nobody waits for it any more
             return self.workers.forget(worker, key)
-        handlers: dict[type, Callable[[Entry, Any], None]] = {
-            PartGenerated: self._on_part, GroupReady: self._on_ready, GroupDropped: self._on_dropped,
-            RewardWorkerLost: self._on_lost_reward, GroupFailed: self._on_failed}
-        handlers[type(news)](entry, news)
+        match news:
+            case PartGenerated():
+                self._on_part(entry, news)
+            case GroupReady():
+                self._on_ready(entry, news)
+            case GroupDropped():
+                self._on_dropped(entry, news)
+            case RewardWorkerLost():
+                self._on_lost_reward(entry, news)
+            case GroupFailed():
+                raise news.failure.as_error(ROLLOUT, entry.worker, what=news.what, log_dir=self.log_dir)
 
     def _on_part(self, entry: Entry, news: PartGenerated) -> None:
         self._assigning.generated(entry, news.seed)
@@ -113,6 +119,3 @@ class Stages:
         if not self._second_tries.add(entry.worker, news):
             self.workers.forget(entry.worker, entry.key)
             self._on_dropped(entry, GroupDropped(*entry.key, REWARD_FAILED, news.why))
-
-    def _on_failed(self, entry: Entry, news: GroupFailed) -> None:
-        raise news.failure.as_error(ROLLOUT, entry.worker, what=news.what, log_dir=self.log_dir)

@@ -1,8 +1,7 @@
-"""Staleness: whose prompt may start, and which groups a step takes. Pure functions.
+"""The bound on staleness: whether a prompt may start, and which groups a step takes. Pure functions.
 
 Takes:  the groups that hold a slot, in the order in which they got it; the steps done; the bound.
-Gives:  answers; it changes nothing.
-Knows:  a prompt starts only if its group can be trained on in time, all before it first: that is the whole bound.
+Knows:  a prompt starts only if its group can still be trained on in time after all groups before it.
 """
 
 from __future__ import annotations
@@ -20,13 +19,13 @@ from flux_ray.driver.entry import Entry, State
 class Bound:
     """What a run promises of staleness.
 
-    A step trains on `prompts_per_step` groups, so the group that stands i-th among those waiting is trained on after
-    i // prompts_per_step further steps. Those that are in time there are the core. What was over-sampled stands behind
-    it and is spare: it moves up when a group of the core is dropped, and is surplus once the batch is full. There are
-    `oversample` running spares for each group that may yet be dropped and for which none is finished. A batch is
-    thereby the first accepted groups in the order of the prompts, whatever `oversample` is. With max_staleness > 0
-    there are none: groups of the next batches, in flight anyway, stand in, and a spare beyond them could only pass the
-    bound or be thrown away.
+    A step trains on `prompts_per_step` groups, so the i-th group in the queue is trained on after
+    i // prompts_per_step further steps. The groups that are in time there are the core. Over-sampled groups stand
+    behind the core and are spares: a spare moves up when a group of the core is dropped, and is surplus once the batch
+    is full. `oversample` spares run for each group that may yet be dropped and that no finished spare stands in for.
+    So a batch is the first accepted groups in the order of the prompts, whatever `oversample` is. With
+    max_staleness > 0 there are no spares: groups of the next batches run anyway and stand in, and a spare beyond them
+    could only pass the bound or be thrown away.
     """
 
     prompts_per_step: int
@@ -34,7 +33,7 @@ class Bound:
     oversample: float = 0.0
 
     def in_time(self, born: int, place: int, step: int) -> bool:
-        """Whether a group with `place` others before it, those in training too, is within the bound at its turn."""
+        """Whether a group is within the bound at its turn. `place`: groups before it, those in training included."""
         return born + self.max_staleness >= step + place // self.prompts_per_step
 
     def may_start(self, num_slots: int, step: int, steps_left: float) -> bool:
@@ -44,22 +43,22 @@ class Bound:
     def may_spare(self, untrained: Iterable[Entry], num_slots: int, counts: Counter[State]) -> bool:
         """Whether one more spare may start for what runs in the core. `untrained`: oldest first, those not in training.
 
-        Counted without going over the spares, which may be many: this is asked once for each of them.
+        It counts without a look at each spare: there may be many, and this is asked once for each of them.
         """
         if self.max_staleness or not self.oversample:
             return False
         core = list(itertools.islice(untrained, self.prompts_per_step - counts[State.TRAINING]))
         running = sum(not entry.is_ready for entry in core)
-        finished = counts[State.READY] - (len(core) - running)  # spares, each of which stands in for one for certain
+        finished = counts[State.READY] - (len(core) - running)  # spares, each of which is sure to stand in for one
         ended = counts[State.TRAINING] + counts[State.READY] + counts[State.REFUSED]
-        spares = num_slots - ended - running  # that run
+        spares = num_slots - ended - running  # those that run
         return spares < math.ceil(self.oversample * max(0, running - finished))
 
 
 def core_and_spares(
     slots: Iterable[Entry], bound: Bound, *, step: int, num_training: int,
 ) -> tuple[list[Entry], list[Entry]]:
-    """The core and the spares of what waits, oldest first, where `step` is in training or is trained next."""
+    """The slots' core and spares, oldest first, where `step` is in training or is trained next."""
     core: list[Entry] = []
     spares: list[Entry] = []
     for slot in slots:
@@ -70,13 +69,15 @@ def core_and_spares(
 def chosen(
     core: Sequence[Entry], bound: Bound, *, step: int, num_training: int,
 ) -> tuple[list[Entry], list[Entry]]:
-    """The first of the core that are ready and that those before them, if any, can wait for: as many as a step still
-    needs. Beside them those that the step must wait for, if there are any: whoever else ends changes nothing.
+    """The groups to take, as many as a step still needs; and those that the step must wait for, if it must.
+
+    Taken are the first of the core that are ready, as long as the groups that they pass can still be in time. While
+    the step must wait, only the end of one of the awaited groups changes anything.
     """
     needed = bound.prompts_per_step - num_training
     taken: list[Entry] = []
     passed: list[Entry] = []
-    most = math.inf  # groups that those passed over can let go before them
+    most = math.inf  # so many may go before those that were passed over
     for slot in core:
         if len(taken) == needed:
             break

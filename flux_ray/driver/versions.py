@@ -1,8 +1,6 @@
-"""Steps and versions: a step counts updates and may go back, a version counts publishes and never does.
+"""Versions and the steps that they hold: a step counts updates and may go back, a version counts publishes.
 
-Takes:  each publish.
-Gives:  the next version; which step a version holds, and which versions hold a step.
-Never:  forgets a version that a token in flight may have.
+Never:  forgets a version that a token in flight may have; lets a version go back.
 """
 
 from __future__ import annotations
@@ -11,7 +9,7 @@ from collections.abc import Iterable
 
 
 class Versions:
-    """`highest`: the last version that any earlier process of the run published; -1: none.
+    """`highest`: the last version that the run has published, by an earlier process too; -1: none.
 
     >>> versions = Versions(max_staleness=0, highest=6)
     >>> versions.publish(step=4), versions.publish(step=5), versions.holding(5), versions.step_of(7)
@@ -34,9 +32,9 @@ class Versions:
         return self._step_of[version]
 
     def staleness(self, step: int, oldest: Iterable[int]) -> list[int]:
-        """Steps that each of these versions is behind; -1 is none: nothing was sampled."""
+        """How many steps each of these versions is behind; a version of -1, where nothing was sampled, has no part."""
         return [step - self.step_of(version) for version in oldest if version >= 0]
 
     def holding(self, step: int) -> tuple[int, ...]:
-        """More than one where a run went back to a step and published it again."""
+        """The versions that hold the step: several where a run went back to it and published it again."""
         return tuple(version for version, held in self._step_of.items() if held == step)

@@ -1,8 +1,8 @@
-"""What the driver says to rollout workers, and what it hears of them.
+"""The rollout workers, as the driver knows them: orders go to them, news comes back.
 
-Takes:  orders as they come; who carries each of them out.
-Gives:  `Workers`: orders go out many in one call, news comes in many in one answer.
-Knows:  an order is sent once the one before has arrived, so that they are carried out in the order of their making.
+Takes:  orders as they come, each with the worker that carries it out.
+Gives:  `Workers`: many orders go out in one call, much news comes in one answer.
+Knows:  an order is sent once the one before has arrived, so that a worker carries them out in order.
 Never:  waits for a worker that answers nobody: the supervisor is told of it.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TypeVar
 
 from flux_ray.clock import now_s
 from flux_ray.cluster.group import ActorDied, Call, Group
@@ -22,7 +22,9 @@ from flux_ray.protocols import RolloutWorker
 from flux_ray.records import Prompt
 
 LOOK_EVERY_S = 0.1  # whether the supervisor has seen a death
-SILENCE_S = 60.0  # a worker answers within ten seconds, news or not; one that is silent for so long is ended
+SILENCE_S = 60.0  # a worker answers within ten seconds, with or without news; after so long a silence it is ended
+
+R = TypeVar("R")
 
 
 class Workers:
@@ -47,11 +49,11 @@ class Workers:
         return [tasks.create_task(self._listen(index, on_news)) for index in range(len(self))]
 
     def choose(self) -> int:
-        """The worker with the fewest tokens outstanding, of those that live if any does."""
+        """The living worker with the fewest tokens outstanding; where none lives, any worker."""
         return min(range(len(self)), key=lambda i: (not self._serves[i].is_set(), self._tokens[i]))
 
     def assign(self, index: int, assignment: Assignment, num_tokens: int) -> None:
-        """`num_tokens`: expected, outstanding until they are `generated`."""
+        """`num_tokens`: expected. They are outstanding until they are `generated`."""
         self._tokens[index] += num_tokens
         self._orders[index].assignments.append(assignment)
         self._send_soon(index)
@@ -83,15 +85,15 @@ class Workers:
             await serves.wait()
 
     async def text(self, index: int, key: Key) -> str | None:
-        """Of the group's first response, for people; None where it is lost."""
+        """The text of the group's first response, for people; None where it is lost."""
         try:
             (text,) = await self._workers[index].call(RolloutWorker.texts, [key]).within(SILENCE_S)
-        except (ActorDied, TimeoutError):  # who listens to the worker sees to it
+        except (ActorDied, TimeoutError):  # `_listen` meets the same, and sees to it
             return None
         return text
 
     def lost(self, index: int) -> None:
-        """Its orders are void. New ones wait until another stands there."""
+        """Forget its orders. New ones wait until another worker serves."""
         self._serves[index].clear()
         self._orders[index], self._tokens[index] = Orders(), 0
 
@@ -118,8 +120,8 @@ class Workers:
             for news in await self._answered(index, self._workers[index].call(RolloutWorker.news)) or ():
                 on_news(index, news)
 
-    async def _answered(self, index: int, call: Call[Any]) -> Any:
-        """What it answers; None where it has died, or is silent and ended: the supervisor then tells of its death."""
+    async def _answered(self, index: int, call: Call[R]) -> R | None:
+        """The worker's answer; None where it has died, or was silent and is ended, once `lost` was called."""
         worker = self._workers[index]
         try:
             return await call.within(SILENCE_S)
@@ -132,7 +134,7 @@ class Workers:
         return None
 
     async def _told_of_death(self, index: int, incarnation: str) -> None:
-        """The supervisor sees a death a moment later than who calls: until then nothing is to be asked again."""
+        """Waits until the supervisor has seen the death, a moment after the caller: nobody asks a dead worker again."""
         ends_s = now_s() + SILENCE_S
         while self._serves[index].is_set() and self._workers[index].incarnation == incarnation:
             if now_s() > ends_s:

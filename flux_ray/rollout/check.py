@@ -1,8 +1,8 @@
-"""What an engine would be refused for, told before it starts.
+"""Refuses options that an engine can't have, before it starts.
 
 Takes:  the options of the rollouts; what a model's config says of its shape.
 Gives:  `check_engine_args`, `check_kv_cache`: a UserError that names the option; `check_installed`.
-Knows:  which of vLLM's options are ours to set, and what a sequence takes of the KV cache.
+Knows:  which of vLLM's options we set ourselves, and what a sequence takes of the KV cache.
 Never:  imports vLLM: that takes seconds, prints on the terminal and sets this process's environment.
 """
 
@@ -56,7 +56,7 @@ def check_installed(entry_point: str = ENTRY_POINT) -> None:
 def check_kv_cache(model_path: str, *, context: int, dtype_bytes: int, kv_cache_gib: float) -> None:
     """UserError where the KV cache of an engine on CPU is smaller than one sequence of the whole context.
 
-    Says nothing of models that don't keep keys and values of every token in every layer: vLLM knows those.
+    Doesn't look at models that don't keep keys and values of every token in every layer: vLLM knows those.
     """
     from transformers import AutoConfig
 

@@ -1,8 +1,8 @@
-"""Which request goes to an engine next, and to which engine.
+"""Chooses which request goes to an engine next, and to which engine.
 
 Takes:  requests: the version they belong to, how many samples, how long they are expected to become.
 Gives:  `Dispatch`: an engine for each, once one has capacity; `Lengths`, what to expect; `split`, a group's parts.
-Knows:  what is older goes first, then what is expected to be longer: the last to end should be a short one.
+Knows:  older requests go first, then those expected to be longer: the last to end should be a short one.
 Keeps:  the requests that wait, what each engine has, a running mean for each row of the data.
 Never:  calls an engine, or waits.
 """
@@ -21,8 +21,8 @@ from flux_ray.records import Prompt
 
 Key = TypeVar("Key", bound=Hashable)
 
-NEWEST_SHARE = 0.5  # of a row's expected length that its last group decides
-QUEUED_SHARE = 1.0  # of what an engine runs at once: waits there, so that it never runs short between two answers
+NEWEST_SHARE = 0.5  # of a row's expected length is decided by its last group
+QUEUED_SHARE = 1.0  # of what an engine runs at once waits there too, so that it never runs short of work
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Request:
 
 
 class Lengths:
-    """Expected tokens of a response, by the row of its prompt: a running mean; of a row not seen yet, that of all.
+    """Expected tokens of a response: a running mean of its prompt's row; for a row not seen yet, the mean of all rows.
 
     Kept in memory alone: it decides who goes first, and never what is sampled.
 
@@ -101,8 +101,8 @@ class Dispatch(Generic[Key]):
         self._samples_E = np.zeros(num_engines, np.int64)
         self._tokens_E = np.zeros(num_engines, np.int64)
         self._waiting: list[tuple[tuple[float, ...], int, Key]] = []
-        self._requests: dict[Key, Request] = {}  # of those that wait, and of those that run
-        self._engine_of: dict[Key, int] = {}  # of those that run
+        self._requests: dict[Key, Request] = {}  # waiting or running
+        self._engine_of: dict[Key, int] = {}  # of running requests
         self._numbers = itertools.count()  # among equals the first that asked
 
     def ask(self, key: Key, request: Request) -> None:
@@ -112,7 +112,7 @@ class Dispatch(Generic[Key]):
         heapq.heappush(self._waiting, (request.order, next(self._numbers), key))
 
     def starts(self) -> Iterator[tuple[Key, Request, int]]:
-        """Those that may go now, in order, each with its engine. Call it once all that ask at one moment have asked."""
+        """The requests that may go now, in order, each with its engine. Call it once all of one moment have asked."""
         while self._waiting:
             *_, key = self._waiting[0]
             if key not in self._requests:  # it was given up while it waited
@@ -127,7 +127,7 @@ class Dispatch(Generic[Key]):
             yield key, self._requests[key], engine
 
     def done(self, key: Key) -> int:
-        """The request has left its engine, or is given up: its expected tokens if it ran. 0 the second time."""
+        """The request has left its engine, or is given up. Gives its expected tokens if it ran; 0 the second time."""
         request, engine = self._requests.pop(key, None), self._engine_of.pop(key, None)
         if request is None or engine is None:
             return 0

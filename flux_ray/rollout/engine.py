@@ -4,16 +4,16 @@ Takes:  SamplingRequests: tokens in; weights, through vLLM's weight-transfer fra
 Gives:  Sampled: tokens out, log-probs of the distribution sampled, the policy version of every token.
 Knows:  how vLLM must be set so that its log-probs can be compared with the trainer's.
 Keeps:  the running requests and the version it serves.
-Never:  answers while half an update is loaded: requests wait until it is whole.
+Never:  answers while an update is half loaded: requests wait until it is whole.
 """
 
 from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Coroutine, Iterator
+from collections.abc import Awaitable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
@@ -25,8 +25,14 @@ from flux_ray.rollout.check import ENTRY_POINT, check_engine_args, check_install
 from flux_ray.rollout.cpu_startup.forking import fork_engine_core
 from flux_ray.rollout.known_models import engine_args_of
 
+if TYPE_CHECKING:
+    from vllm import SamplingParams
+    from vllm.inputs import TokensPrompt
+    from vllm.outputs import CompletionOutput
+    from vllm.v1.engine.async_llm import AsyncLLM
+
 CPU_BATCHED_TOKENS = 8192  # tokens of one forward of an engine on CPU, at least
-LOOK_EVERY_S = 1.0  # whether vLLM's process lives, while it is waited for
+LOOK_EVERY_S = 1.0  # whether vLLM's process lives, while a call waits for it
 
 T = TypeVar("T")
 
@@ -38,12 +44,12 @@ def engine_env(device: str, rollout: RolloutConfig) -> dict[str, str]:
         # Two OpenMP pools on one core are twenty times slower than one: each process computes with one thread, unbound.
         env |= {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
         if rollout.engine_args.get("enforce_eager", True):
-            # vLLM would have a compiler write a line of its sampling at the first request, and again in mid-run.
+            # Else vLLM has a compiler write a line of its sampling at the first request, and again in mid-run.
             env["TORCH_COMPILE_DISABLE"] = "1"
         else:  # as vLLM sets them: too late for a process that has imported the compiler
             env |= {"TORCHINDUCTOR_COMPILE_THREADS": "1", "TORCHINDUCTOR_CPP_DYNAMIC_THREADS": "1"}
         if rollout.tensor_parallel_size == 1:
-            # Lets the engine core compute itself: a process fewer to start and to hold vLLM. Its OpenMP is set above.
+            # The engine core computes itself: one process fewer starts and holds vLLM. Its OpenMP is set above.
             env["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     return env
 
@@ -65,10 +71,10 @@ class RolloutEngine:
         self._dtype = dtype
         self._weights_backend = weights_backend
         self._gpu_share = gpu_share  # below 1: trainer and reference have the rest of the GPU
-        self._engine: Any = None
+        self._engine: AsyncLLM | None = None
         self._version = 0
         self._step_of = {0: 0}  # version ► updates that it had
-        self._running: dict[asyncio.Task[Any], str] = {}  # requests, with who waits for each
+        self._running: dict[asyncio.Task[object], str] = {}  # requests, with who waits for each
         self._epoch = 0  # of the members that it knows
         self._serving = asyncio.Event()  # not paused for an update
         self._serving.set()
@@ -82,8 +88,13 @@ class RolloutEngine:
             return f"{self._weights_backend}_device"
         return "ipc_plain" if self._weights_backend == "ipc" else self._weights_backend
 
+    @property
+    def _vllm(self) -> AsyncLLM:
+        assert self._engine is not None, "it has not started"
+        return self._engine
+
     async def start(self) -> None:
-        """Load the model; nothing where that is done."""
+        """Load the model, unless that is done."""
         if self._engine is not None:
             return
         if self._device == "cpu":
@@ -95,16 +106,16 @@ class RolloutEngine:
 
         check_installed()
         self._engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**self._engine_args()))
-        await self._engine.update_weight_version(str(self._version))
-        self._stop_ids = stop_token_ids(self._config.model.path, self._engine.get_tokenizer())
+        await self._vllm.update_weight_version(str(self._version))
+        self._stop_ids = stop_token_ids(self._config.model.path, self._vllm.get_tokenizer())
 
-    def _engine_args(self) -> dict[str, Any]:
+    def _engine_args(self) -> dict[str, object]:
         from vllm.config import WeightTransferConfig
 
         from flux_ray.model import context_length
 
         config = self._config.rollout
-        args: dict[str, Any] = {
+        args: dict[str, object] = {
             "model": self._config.model.path,
             "tokenizer": self._config.model.tokenizer or self._config.model.path,
             "dtype": self._dtype,
@@ -123,7 +134,7 @@ class RolloutEngine:
             "disable_log_stats": True,
         }
         if self._config.driver.max_staleness:
-            # For the probe, which the trainer waits for: by their age it would come after all that wait here.
+            # The trainer waits for the probe: by age alone the probe would come after all requests that wait here.
             args["scheduling_policy"] = "priority"
         if self._device == "cpu":
             args["kv_cache_memory_bytes"] = int(config.kv_cache_gib * 2**30)
@@ -148,8 +159,8 @@ class RolloutEngine:
         return args | known | config.engine_args | ({"hf_overrides": overrides} if overrides else {})
 
     async def meet(self, members: Members) -> None:
-        """Requests of those that are no member any more end: nobody waits for them."""
-        if members.epoch < self._epoch:  # it was overtaken
+        """Cancel the requests of rollout workers that are no members any more: nobody waits for them."""
+        if members.epoch < self._epoch:  # newer members came first
             return
         self._epoch = members.epoch
         for task, owner in list(self._running.items()):
@@ -158,7 +169,7 @@ class RolloutEngine:
 
     async def context_length(self) -> int:
         """Tokens that a sequence may have, the prompt's included."""
-        return int(self._engine.model_config.max_model_len)
+        return int(self._vllm.model_config.max_model_len)
 
     async def generate(self, request: SamplingRequest) -> Sampled:
         """Samples after the request's tokens."""
@@ -170,7 +181,7 @@ class RolloutEngine:
             tokens = await self._tokens(request)
             request_id, priority = f"{self._index}-{next(self._request_ids)}", self._priority(request)
             with _vllm_alive():
-                async for output in self._engine.generate(tokens, self._params(request), request_id, priority=priority):
+                async for output in self._vllm.generate(tokens, self._params(request), request_id, priority=priority):
                     final = output
         finally:
             del self._running[task]
@@ -180,10 +191,10 @@ class RolloutEngine:
         return Sampled(completions, self._step_of[newest])
 
     def _priority(self, request: SamplingRequest) -> int:
-        """The lower goes first; 0 where vLLM takes all by their age."""
+        """The lowest goes first; 0 for all where vLLM goes by age."""
         return -1 if request.probes and self._config.driver.max_staleness else 0
 
-    def _params(self, request: SamplingRequest) -> Any:
+    def _params(self, request: SamplingRequest) -> SamplingParams:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -206,25 +217,25 @@ class RolloutEngine:
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
 
-    async def _tokens(self, request: SamplingRequest) -> Any:
+    async def _tokens(self, request: SamplingRequest) -> TokensPrompt:
         from vllm.inputs import TokensPrompt
 
         tokens = TokensPrompt(prompt_token_ids=request.token_ids.tolist())
         if self._config.rollout.kv_after_update == "keep":
-            await self._serving.wait()  # whose version it will be of
+            await self._serving.wait()  # for an update to end: its version will be this request's
             tokens["cache_salt"] = str(self._version)  # a prefix computed by older weights is never hit
         if request.probes:
-            tokens["cache_salt"] = f"probe {self._version}"  # what is sampled doesn't depend on what was probed
+            tokens["cache_salt"] = f"probe {self._version}"  # so that samples don't depend on probes
         return tokens
 
     # The weight update, in the order of its calls, with the names of vLLM's framework.
 
-    async def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+    async def init_weight_transfer_engine(self, init_info: Mapping[str, object]) -> None:
         from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
 
         self._staged = self._config.weights.staging == "device"
         request = WeightTransferInitRequest(init_info=init_info)
-        await self._answered(self._engine.init_weight_transfer_engine(request))
+        await self._answered(self._vllm.init_weight_transfer_engine(request))
 
     async def set_staged(self, staged: bool) -> None:
         """What all members of a gloo channel have agreed on."""
@@ -234,61 +245,62 @@ class RolloutEngine:
         """Requests wait from here on, unless the update is staged."""
         if not self._staged:
             await self._answered(self._pause())
-        await self._answered(self._engine.start_weight_update())
+        await self._answered(self._vllm.start_weight_update())
 
-    async def update_weights(self, update_info: Any) -> None:
+    async def update_weights(self, update_info: object) -> None:
         await self._answered(self._receive(update_info))
 
-    async def begin_weight_update(self, update_info: Any) -> None:
+    async def begin_weight_update(self, update_info: object) -> None:
         """start_weight_update and update_weights in one."""
         if not self._staged:
             await self._answered(self._pause())
-        await self._answered(_in_a_row(self._engine.start_weight_update(), self._receive(update_info)))
+        await self._answered(_in_a_row(self._vllm.start_weight_update(), self._receive(update_info)))
 
     async def finish_weight_update(self, version: int, step: int) -> str:
-        """Serve `version`, the weights of that step, from now on. Gives the label that the engine core holds, for the
-        attestation."""
+        """Serve `version`, the weights of that step, from now on. Gives the version that the engine core attests."""
         if self._staged:
             await self._answered(self._pause())
         self._step_of[version] = step
-        await self._answered(self._engine.finish_weight_update(str(version)))
+        await self._answered(self._vllm.finish_weight_update(str(version)))
         self._version = version
-        label = str(await self._answered(self._engine.get_weight_version()))  # later it would wait for a forward pass
-        await self._answered(self._engine.resume_generation())
+        label = str(await self._answered(self._vllm.get_weight_version()))  # later it would wait for a forward pass
+        await self._answered(self._vllm.resume_generation())
         self._serving.set()
         return label
 
     async def finish_staged_update(self, num_rounds: int, version: int, step: int) -> str:
-        """As finish_weight_update, of an update that has come and is first made ready, in so many parts: between two of
-        them running requests go on."""
+        """As finish_weight_update, for an update that has come and must first be loaded, in so many rounds.
+
+        Running requests go on between two rounds.
+        """
         for _ in range(num_rounds if self._device == "cpu" else 0):  # a GPU loads in no time
             await self.update_weights({})
         return await self.finish_weight_update(version, step)
 
-    async def _receive(self, update_info: Any) -> None:
+    async def _receive(self, update_info: object) -> None:
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 
-        await self._engine.update_weights(WeightTransferUpdateRequest(update_info=update_info))
+        await self._vllm.update_weights(WeightTransferUpdateRequest(update_info=update_info))
 
     async def _pause(self) -> None:
         """Freeze running requests; with kv_after_update=recompute they prefill again, under the new weights."""
         self._serving.clear()
         clear = self._config.rollout.kv_after_update == "recompute"
-        # pause_generation is this, 20 ms of sleep, and a cache of images, of which there are none here.
-        await self._engine.engine_core.pause_scheduler_async(mode="keep", clear_cache=clear)
+        # pause_generation would also sleep for 20 ms, and clear a cache of images, which we don't have.
+        await self._vllm.engine_core.pause_scheduler_async(mode="keep", clear_cache=clear)
 
-    async def _answered(self, call: Coroutine[Any, Any, T]) -> T:
+    async def _answered(self, call: Awaitable[T]) -> T:
         """What vLLM's own process answers; RuntimeError soon after that process has died.
 
-        When it dies vLLM fails the requests, but not the other calls that wait: those it leaves waiting for ever.
+        When it dies, vLLM fails the requests, and leaves the other calls waiting for ever.
         """
         answer = asyncio.ensure_future(call)
         try:
-            while not answer.done() and not self._engine.errored:
+            while not answer.done() and not self._vllm.errored:
                 await asyncio.wait({answer}, timeout=LOOK_EVERY_S)
             with _vllm_alive():
                 if not answer.done():
-                    raise self._engine.dead_error
+                    raise self._vllm.dead_error
                 return await answer
         finally:
             answer.cancel()
@@ -296,14 +308,14 @@ class RolloutEngine:
     async def close(self) -> None:
         """End vLLM's processes."""
         if self._engine is not None:
-            # A single process on CPU has nothing to give back; asked to end, it takes itself apart for seconds.
+            # A single process on CPU has nothing to give back, and would take seconds to end by itself.
             alone = self._device == "cpu" and self._config.rollout.tensor_parallel_size == 1
-            self._engine.shutdown(timeout=0.0 if alone else None)
+            self._vllm.shutdown(timeout=0.0 if alone else None)
             self._engine = None
 
 
-async def _in_a_row(*calls: Coroutine[Any, Any, Any]) -> None:
-    """Sent in this order, and none waits for the answer to one before: they wait for one forward pass together."""
+async def _in_a_row(*calls: Awaitable[object]) -> None:
+    """Send the calls in this order, without waiting in between: they wait for one forward pass together."""
     await asyncio.gather(*calls)
 
 
@@ -318,7 +330,7 @@ def _vllm_alive() -> Iterator[None]:
         raise RuntimeError("the process in which vLLM computes died") from None
 
 
-def completion_of(output: Any) -> Completion:
+def completion_of(output: CompletionOutput) -> Completion:
     """A Completion from vLLM's output: log-prob and version of each sampled token."""
     token_ids = np.asarray(output.token_ids, np.int32)
     flat = output.logprobs

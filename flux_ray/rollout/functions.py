@@ -9,7 +9,7 @@ Never:  trains on what the policy did not sample: a tool's tokens enter with a m
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -17,16 +17,20 @@ from flux_ray.errors import UserError, unknown
 from flux_ray.plugins import load_function, same_function
 from flux_ray.records import Completion, Prompt, Trajectory
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 NOT_SAMPLED = -1  # the version of a token that no policy sampled
 
 
 class Generate(Protocol):
-    """Samples from the policy. `sample` says which of the group's trajectories asks:
+    """Samples from the policy.
 
-    it fixes the seed, so that a run repeats. `max_tokens`: of this turn; None: what rollout.max_tokens leaves of it.
+    `sample` says which of the group's trajectories asks: it fixes the seed, so that a run repeats. `max_tokens`: the
+    most of this turn; None: what earlier turns have left of rollout.max_tokens.
     """
 
-    tokenizer: Any
+    tokenizer: PreTrainedTokenizerBase
 
     async def __call__(
         self, token_ids: Sequence[int] | np.ndarray, *, n: int = 1, sample: int = 0, max_tokens: int | None = None
@@ -66,7 +70,9 @@ class Turns:
         num = len(token_ids)
         self._add(token_ids, False, np.zeros(num), np.full(num, NOT_SAMPLED))
 
-    def _add(self, ids: Any, trained: bool, logprobs: np.ndarray, versions: np.ndarray) -> None:
+    def _add(
+        self, ids: Sequence[int] | np.ndarray, trained: bool, logprobs: np.ndarray, versions: np.ndarray
+    ) -> None:
         self._ids.append(np.asarray(ids, np.int32))
         self._masks.append(np.full(len(ids), trained, bool))
         self._logprobs.append(np.asarray(logprobs, np.float32))
@@ -115,7 +121,7 @@ def register_rollout(name: str) -> Callable[[Rollout], Rollout]:
 
 
 def list_rollouts() -> list[str]:
-    """Names for `rollout.function`, ours and what plugins registered."""
+    """Names for `rollout.function`: ours, and those that plugins registered."""
     return sorted(_ROLLOUTS)
 
 

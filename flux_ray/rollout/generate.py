@@ -1,8 +1,8 @@
-"""What a rollout function asks the policy with: `generate` of one prompt, over the engine that was chosen for it.
+"""`generate`, by which a rollout function samples from the policy, for one prompt over one engine.
 
 Takes:  a prompt, an engine, the longest response.
 Gives:  `PromptGenerate`, a Generate: completions of token ids.
-Knows:  every call draws afresh: which turn of which sample asks fixes the seed, so that a run repeats.
+Knows:  every call draws afresh. The sample and its turn fix the seed, so that a run repeats.
 Keeps:  how many turns each sample has had, and the step of the newest policy that answered.
 """
 
@@ -11,13 +11,16 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from flux_ray.cluster.group import Actor
 from flux_ray.protocols import Engine
 from flux_ray.records import FINISH_LENGTH, Completion, Prompt, SamplingRequest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 TURN_SEED_STRIDE = 1_000_003  # the seeds of a trajectory's later turns lie this far apart: beyond any group size
 EMPTY = Completion(np.zeros(0, np.int32), np.zeros(0, np.float32), np.zeros(0, np.int32), FINISH_LENGTH)
@@ -32,22 +35,22 @@ class Limits:
     deadline_s: float  # of one request
 
     def response_tokens(self, num_tokens: int, *, prompt_length: int) -> int:
-        """Response tokens that fit after `num_tokens`, of which `prompt_length` are the prompt's; all turns count."""
+        """How many more response tokens fit after `num_tokens`, of which `prompt_length` are the prompt's."""
         used = max(0, num_tokens - prompt_length)
         return min(self.max_tokens - used, self.context_length - num_tokens)
 
 
 @dataclass
 class PromptGenerate:
-    """`generate` of one prompt. All turns of a sample are of one engine, which has its prefix."""
+    """`generate` of one prompt. All turns of a sample go to one engine, which has its prefix."""
 
     prompt: Prompt
     engine: Actor[Engine]
     limits: Limits
     temperature: float
-    tokenizer: Any
+    tokenizer: PreTrainedTokenizerBase
     owner: str  # incarnation of the rollout worker
-    step: int = 0  # updates that the newest policy had which answered
+    step: int = 0  # of the newest policy that has answered
     _turns: Counter[int] = field(default_factory=Counter)
 
     def restart(self) -> None:

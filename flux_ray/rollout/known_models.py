@@ -1,29 +1,32 @@
-"""What is known of models that vLLM computes otherwise than transformers, and so than the trainer.
+"""Models that vLLM is known to compute otherwise than transformers, and so than the trainer.
 
 Takes:  a model's folder or hub name.
 Gives:  `engine_args_of`: options of vLLM that put it right; `check_served`: a UserError where none does.
-Knows:  each with its reason and the version of vLLM. What isn't known, the run's first check finds.
+Knows:  the reason for each, and the version of vLLM. A gap that isn't known is found by the run's first check.
 Never:  changes what is saved: the trainer's config stays the model's own.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from flux_ray.errors import UserError
 
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
 #: Kinds of layers that keep keys and values of tokens, as transformers' configs name them; others keep a state.
 OF_ATTENTION = frozenset({"full_attention", "sliding_attention", "chunked_attention", "attention"})
-#: How configs begin the names of what a state needs: mamba's, that of linear attention, plain state space models'.
+#: Beginnings of options of layers that keep a state: mamba's, linear attention's, plain state space models'.
 OF_STATES = ("mamba_", "ssm_", "linear_key_", "state_size")
-#: Model type ► what vLLM's own file of it, 0.32's, computes otherwise.
+#: Model type ► what vLLM 0.32's own file of it computes otherwise.
 OTHERWISE = {"bloom": "is served with another activation than it has (the exact GELU for its tanh approximation): "
                       "log-probs are off by 1e-3"}
-#: Model types whose layers vLLM 0.32's qwen2.py wants alike.
+#: Model types whose layers must be alike for vLLM 0.32's qwen2.py.
 ONE_KIND = ("qwen2", "qwen3")
 
 
-def engine_args_of(model_path: str) -> dict[str, Any]:
+def engine_args_of(model_path: str) -> dict[str, dict[str, int]]:
     """Options for AsyncEngineArgs; empty for most models."""
     config = _config(model_path)
     if config.model_type == "cohere2" and config.sliding_window:
@@ -50,9 +53,12 @@ def check_served(model_path: str, device: str, *, allow_gap: bool = False) -> No
                         "all the same")
 
 
-def _state(config: Any) -> str | None:
-    """Of layers that keep a state: vLLM 0.32 on CPU keeps it only where prefills are cut in chunks (ours are not), and
-    without kept prefixes it gives LFM 2's tokens log-probs that are off by 1."""
+def _state(config: PretrainedConfig) -> str | None:
+    """What to say of layers that keep a state; None where a model has none.
+
+    vLLM 0.32 on CPU keeps the state only where prefills are cut in chunks (ours are not). Without kept prefixes it
+    gives LFM 2's tokens log-probs that are off by 1.
+    """
     kinds = sorted(set(getattr(config, "layer_types", None) or []) - OF_ATTENTION)
     options = sorted(name for name in config.to_dict() if name.startswith(OF_STATES))
     if not kinds and not options:
@@ -61,7 +67,7 @@ def _state(config: Any) -> str | None:
             "otherwise than the trainer, one on a GPU may not (cluster.device=cuda)")
 
 
-def _config(model_path: str) -> Any:
+def _config(model_path: str) -> PretrainedConfig:
     from transformers import AutoConfig
 
     return AutoConfig.from_pretrained(model_path).get_text_config()

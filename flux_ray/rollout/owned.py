@@ -1,17 +1,16 @@
-"""The groups that a rollout worker owns, and what it says of them.
+"""The groups that a rollout worker owns, and its news of them.
 
 Takes:  news; the work on each group.
 Gives:  news to the driver, many at once; arrays to training ranks; texts.
-Keeps:  each group until it is forgotten: its work is cancelled then.
+Keeps:  each group until the driver has it forgotten, which cancels the work on it.
 Never:  waits for another actor.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
 
@@ -19,7 +18,7 @@ from flux_ray.cluster.group import CallFailed
 from flux_ray.messages import Assignment, GroupAt, GroupFailed, News, OwnedGroup
 from flux_ray.records import RolloutGroup, ScoredGroup, Trajectory
 
-BATCHING_WINDOW_S = 0.005  # so long news waits for more, while other groups run: the longer the more there are
+BATCHING_WINDOW_S = 0.005  # while other groups run, news waits so long for more; several windows where many run
 GROUPS_PER_WINDOW, MOST_WINDOWS = 16, 10
 NEWS_AT_LEAST_EVERY_S = 10.0  # an answer without news tells the driver that this process lives
 
@@ -28,9 +27,9 @@ Key = tuple[int, int]  # uid and attempt
 
 @dataclass
 class Carried:
-    """A group on its way."""
+    """A group that is being made, or kept."""
 
-    first: Assignment  # of its parts
+    first: Assignment  # the one of the part that came first
     parts: dict[int, tuple[list[Trajectory], int]] = field(default_factory=dict)  # seed ► samples, newest step
     group: RolloutGroup | None = None  # once all parts are there
     step: int = 0  # updates that the newest policy among its tokens had
@@ -45,7 +44,7 @@ class Carried:
         return sum(len(part) for part, _ in self.parts.values()) == self.first.group_size
 
     def join(self, decode: Callable[[list[np.ndarray]], list[str]]) -> RolloutGroup:
-        """One group of the parts, in the order of their samples' seeds, and its texts."""
+        """Make one group of the parts, in the order of their samples' seeds, and its texts."""
         parts = [self.parts[seed] for seed in sorted(self.parts)]
         whole = replace(self.first.prompt, seed=min(self.parts), num_samples=self.first.group_size)
         self.group = RolloutGroup(whole, tuple(t for part, _ in parts for t in part))
@@ -61,8 +60,8 @@ class Owned:
         self._news: list[News] = []
         self._has_news = asyncio.Event()
 
-    def run(self, carried: Carried, work: Coroutine[Any, Any, None], what: str) -> None:
-        """Work on a group. What it raises is told: GroupFailed."""
+    def run(self, carried: Carried, work: Awaitable[None], what: str) -> None:
+        """Work on a group. What the work raises becomes news: GroupFailed."""
         def ended(task: asyncio.Task[None]) -> None:
             carried.tasks.discard(task)
             self._num_running -= 1

@@ -1,16 +1,16 @@
-"""Generation of a group, or of a part of one: the rollout function over the engine that was chosen.
+"""Samples a group, or a part of one: calls the rollout function over the engine that was chosen.
 
 Takes:  an Assignment; who is alive.
 Gives:  its trajectories, and how many updates the newest policy among their tokens had.
 Knows:  single_turn runs here, any other rollout function in a child process; each has rollout.deadline_s.
-Keeps:  the sandbox, and what an engine's context is.
+Keeps:  the sandbox, and how long a sequence may get.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Collection, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -25,12 +25,16 @@ from flux_ray.rollout.functions import Rollout, one_turn, single_turn
 from flux_ray.rollout.generate import Limits, PromptGenerate
 from flux_ray.rollout.texts import texts_of
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 
 class Sampling:
     def __init__(
-        self, config: PolicyGradientConfig, *, tokenizer_path: str, tokenizer: Any = None, end_ids: Collection[int] = ()
+        self, config: PolicyGradientConfig, *, tokenizer_path: str, tokenizer: PreTrainedTokenizerBase | None = None,
+        end_ids: Collection[int] = (),
     ) -> None:
-        """`tokenizer`: that of the path, where it is read already. `end_ids`: tokens that end a response."""
+        """`tokenizer`: the one at the path, where it is read already. `end_ids`: tokens that end a response."""
         self._config, self._tokenizer = config, tokenizer or _load_tokenizer(tokenizer_path)
         self._end_ids = end_ids
         self._sandbox: SandboxedRollout | None = None
@@ -44,16 +48,16 @@ class Sampling:
                         skip_special_tokens=self._config.rollout.skip_special_tokens)
 
     async def start(self, members: Members) -> None:
-        """Ask the engines what they hold, and start the sandbox where there is one."""
+        """Ask an engine for its context, and start the sandbox where there is one."""
         rollout, deadline_s = self._config.rollout, self._config.cluster.start_deadline_s
         context_length = await members.of("engine")[0].call(Engine.context_length).within(deadline_s)
-        # The deadline of the group comes first and names the prompt; this one is for an engine that is silent.
+        # The group's own deadline passes first, and its error names the prompt; this one is for a silent engine.
         self._limits = Limits(rollout.max_tokens, context_length, rollout.deadline_s + self._config.weights.deadline_s)
         if self._sandbox is not None:
             await self._sandbox.start()
 
     async def sample(self, assignment: Assignment, members: Members, owner: str) -> tuple[list[Trajectory], int]:
-        """Trajectories of all samples of the assignment's prompt, and their newest policy's step.
+        """Trajectories of all samples of the assignment's prompt, and the step of the newest policy among their tokens.
 
         Raises what the rollout function raises; TimeoutError after rollout.deadline_s; UserError for a wrong number.
         """
@@ -102,7 +106,7 @@ class Sampling:
             self._sandbox.close()
 
 
-def _load_tokenizer(path: str) -> Any:
+def _load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer  # seconds to import
 
     return AutoTokenizer.from_pretrained(path)

@@ -1,16 +1,15 @@
-"""Scores and reference log-probs of a group: asked of reward workers and reference actors.
+"""Gets a group's scores from reward workers, and its log-probs from reference actors.
 
 Takes:  a group with its texts; who is alive.
-Gives:  Scores, log-probs; `responses_of` and `scored_group`, what rewards see of a group and what the driver does.
-Knows:  users' code may end its reward worker or block it: who answers nobody is told as dead.
-Never:  ends an actor: it says who is to be ended.
+Gives:  Scores, log-probs; `responses_of`: what rewards see of a group; `scored_group`: what the driver sees.
+Knows:  users' code may end its reward worker or block it: a worker that answers nobody counts as dead.
+Never:  ends an actor: it says which one to end.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
@@ -36,7 +35,7 @@ class LostRewardWorker(Exception):
 
 class Scoring:
     def __init__(self, config: PolicyGradientConfig, *, most_groups: int) -> None:
-        """`most_groups`: that may wait in one reward worker at once."""
+        """`most_groups`: how many may wait in one reward worker at once."""
         self._config = config
         # Functions take turns, and one that fails is called for each sample alone. Each call has its own deadline
         # there; this one is for a worker that answers but gets nowhere.
@@ -44,7 +43,7 @@ class Scoring:
         self._deadline_s = config.reward.deadline_s * calls
         self._rewards: Router[RewardScorer] = Router()
         self._references: Router[ReferenceScorer] = Router()
-        self._dead: set[str] = set()  # incarnations: members tell of a death once another stands there
+        self._dead: set[str] = set()  # incarnations: they stay among the members until another takes their place
 
     async def score(self, responses: Responses, members: Members) -> Scores:
         """Raises ActorError where a reward failed; with reward.on_failure=drop LostRewardWorker for a lost one."""
@@ -69,7 +68,7 @@ class Scoring:
             self._rewards.done(actor, 1)
 
     def _choose(self, members: Members) -> Actor[RewardScorer]:
-        """Not a dead one, whose calls fail at once, so that it always has the fewest."""
+        """Leaves out dead workers: their calls fail at once, so that they always have the fewest outstanding."""
         actors = members.of(REWARD)
         return self._rewards.choose([actor for actor in actors if actor.incarnation not in self._dead] or actors, 1)
 
@@ -106,7 +105,7 @@ class Scoring:
             self._references.done(actor, num_tokens)
 
 
-async def _answers(actor: Actor[RewardScorer], waiting: asyncio.Future[Any], *, patience_s: float) -> bool:
+async def _answers(actor: Actor[RewardScorer], waiting: asyncio.Future[Scores], *, patience_s: float) -> bool:
     """Until the result is there; False, and no longer waited for, where the process doesn't even answer a ping."""
     try:
         while not (await asyncio.wait({waiting}, timeout=patience_s))[0]:

@@ -1,6 +1,6 @@
-"""A rollout worker: carries groups from prompt to scored, filtered, referenced, and owns them until they are trained.
+"""A rollout worker: samples, scores and filters groups, gets reference log-probs, and keeps groups until trained.
 
-Knows:  a text is decoded once. The driver chose the engine; reward worker and reference are chosen here.
+Knows:  a text is decoded once. The driver chose the engine; the reward worker and the reference are chosen here.
 Never:  runs users' code; waits for another actor without a deadline.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING
 
 from flux_ray.algo import filters
 from flux_ray.clock import now_s
@@ -21,7 +21,10 @@ from flux_ray.rollout.owned import Carried, Owned
 from flux_ray.rollout.sampling import Sampling
 from flux_ray.rollout.scoring import LostRewardWorker, Scoring, responses_of, scored_group
 
-PROBE_UID = -(10**12)  # and below: no prompt's
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+PROBE_UID = -(10**12)  # uids of probes begin here and go down: no prompt has such a uid
 MOST_PROBES = 1000  # of one engine at once
 
 
@@ -29,10 +32,10 @@ class RolloutWorker(Owned):
     """Orders start groups; `news` says what became of them."""
 
     def __init__(
-        self, config: PolicyGradientConfig, *, index: int, tokenizer_path: str, most_groups: int, tokenizer: Any = None,
-        end_ids: Collection[int] = (),
+        self, config: PolicyGradientConfig, *, index: int, tokenizer_path: str, most_groups: int,
+        tokenizer: PreTrainedTokenizerBase | None = None, end_ids: Collection[int] = (),
     ) -> None:
-        """`most_groups`: that may wait in one reward worker at once. `end_ids`: see Sampling."""
+        """`most_groups`: how many may wait in one reward worker at once. `tokenizer`, `end_ids`: see Sampling."""
         super().__init__()
         self._config, self._index = config, index
         self._sampling = Sampling(config, tokenizer_path=tokenizer_path, tokenizer=tokenizer, end_ids=end_ids)
@@ -56,7 +59,7 @@ class RolloutWorker(Owned):
             self.run(carried, self._finish(carried, carried.group, alone=True), "score")
 
     async def _part(self, carried: Carried, assignment: Assignment) -> None:
-        """Generate a part; the last one to come goes on with the group."""
+        """Generate a part. The last part to come goes on with the group."""
         seed = assignment.prompt.seed
         trajectories, step = await self._sampling.sample(assignment, self._members, self._incarnation)
         carried.parts[seed] = trajectories, step
@@ -95,8 +98,10 @@ class RolloutWorker(Owned):
         self.tell(GroupDropped(*key, cause, why))
 
     async def probe(self, prompts: Sequence[Prompt], engine: int) -> list[GroupAt]:
-        """Have the engine sample a few tokens after each prompt by the weights that it serves now; kept until the next
-        probe."""
+        """Have the engine sample a few tokens after each prompt, by the weights that it serves now.
+
+        The groups are kept until the next probe.
+        """
         places = []
         for i, group in enumerate(await self._sampling.probe(prompts, engine, self._members, self._incarnation)):
             uid = PROBE_UID - engine * MOST_PROBES - i

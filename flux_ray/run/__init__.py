@@ -2,7 +2,7 @@
 
 Takes:  a Config, from the command line or from Python; callbacks.
 Gives:  a run folder with a trained model in it, or with an evaluation; `interrupt`, for a run in another thread.
-Knows:  the life of a run: check, connect, place, build, loop, save; the first failure is what the user is told.
+Knows:  the life of a run: check, connect, place, build, loop, save. The user is told the first failure.
 Never:  leaves a process behind, however the run ends; prints what a library prints.
 """
 
@@ -13,10 +13,10 @@ import dataclasses
 import os
 import signal
 import threading
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from flux_ray.cluster.group import ActorDied, ActorError
 from flux_ray.config import Config
@@ -33,11 +33,11 @@ if TYPE_CHECKING:
     from flux_ray.run.recorder import Recorder
 
 #: What is done with actors that have been spawned: (prepared, build, recorder).
-RunBody = Callable[["Prepared", "Build", "Recorder"], Coroutine[Any, Any, None]]
+RunBody = Callable[["Prepared", "Build", "Recorder"], Awaitable[None]]
 
 _running: dict[int, Callable[[], object]] = {}  # thread ► what cancels the run in it
 
-DEATH_SHOWS_S = 3.0  # Ray tells of an actor's death 1 to 2 s later; what it broke may fail at once
+DEATH_SHOWS_S = 3.0  # Ray tells of an actor's death 1 to 2 s later; calls to the actor may fail at once
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def evaluate(config: Config, *, callbacks: Sequence[Callback] = ()) -> dict[str,
 
 
 def _whole_life(config: Config, body: RunBody, callbacks: Sequence[Callback]) -> Recorder:
-    """Check, take the folder, do the work on live actors; what was recorded."""
+    """Check, take the folder, do the work on live actors. Gives what was recorded."""
     if not Path("/dev/nvidiactl").exists():
         # Said beforehand, or DeepSpeed (which transformers may import) warns on the terminal that it found no GPU.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -95,7 +95,7 @@ def _whole_life(config: Config, body: RunBody, callbacks: Sequence[Callback]) ->
 
 
 def _recorded(prepared: Prepared, body: RunBody, callbacks: Sequence[Callback], own_cpus: float) -> Recorder:
-    """The work, in a run's folder that nobody else writes to; what was recorded."""
+    """Do the work, in a run's folder that nobody else writes to. Gives what was recorded."""
     from flux_ray.accounts import Account
     from flux_ray.observability.run_folder import LOG, RunFolder
     from flux_ray.observability.terminal import quiet
@@ -148,7 +148,7 @@ def _lives(prepared: Prepared, recorder: Recorder, body: RunBody, own_cpus: floa
 
 
 def _above_all_versions(prepared: Prepared) -> Prepared:
-    """A run that is resumed publishes above all versions of before, those after its checkpoint too."""
+    """A resumed run publishes above all versions of the earlier one, those after its checkpoint too."""
     from flux_ray import run_dir
     from flux_ray.observability.run_folder import METRICS, RunFolder, read_lines
 
@@ -161,9 +161,9 @@ def _above_all_versions(prepared: Prepared) -> Prepared:
 
 
 def _own_cpus(prepared: Prepared, *, trains: bool) -> float:
-    """CPUs that a Ray of the run's own declares: as many as the plan counts, for actors share the cores that there are.
+    """CPUs that a Ray of the run's own declares: as many as the plan counts, for actors share the cores of the machine.
 
-    UserError for a plan that this machine can't have. 0 where a running cluster is joined, which is asked later.
+    UserError for a plan that can't be placed on this machine. 0 where a running cluster is joined: it is asked later.
     """
     from flux_ray.cluster.groups import Cluster
 
@@ -173,7 +173,7 @@ def _own_cpus(prepared: Prepared, *, trains: bool) -> float:
 
 
 def _plan(prepared: Prepared, *, gpus: int, trains: bool) -> Plan:
-    """What is placed where, on a cluster of that many GPUs. UserError for what can't be."""
+    """What is placed where, on a cluster of that many GPUs. UserError for what can't be placed."""
     from flux_ray.cluster.plan import make_plan
     from flux_ray.run.build import check_engines
 
@@ -241,10 +241,10 @@ async def _evaluate(prepared: Prepared, build: Build, recorder: Recorder) -> Non
         recorder.evaluation(0, *evaluated)
 
 
-async def _unless_one_dies(supervisor: Supervisor, work: Coroutine[Any, Any, None]) -> None:
-    """Do the work. Where an actor's death ends the run, that is what is told, and not what it broke elsewhere."""
+async def _unless_one_dies(supervisor: Supervisor, work: Awaitable[None]) -> None:
+    """Do the work. Where an actor's death ends the run, raise that, and not what the death broke elsewhere."""
     working, death = asyncio.ensure_future(work), supervisor.failure
-    either: set[asyncio.Future[Any]] = {working, death}
+    either: set[asyncio.Future[None] | asyncio.Future[Exception]] = {working, death}
     try:
         await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
         error = working.exception() if working.done() else None
@@ -288,8 +288,10 @@ def _interruptible() -> None:
 
 
 def interrupt(thread: threading.Thread) -> None:
-    """End the run in that thread as Ctrl-C ends one in the main thread; nothing where there is none, or a second time:
-    it is ending its processes then."""
+    """End the run in that thread, as Ctrl-C ends one in the main thread.
+
+    Nothing where no run is there, or the second time: the run is ending its processes then.
+    """
     cancel = _running.pop(thread.ident or 0, None)
     if cancel is not None:
         cancel()

@@ -1,9 +1,9 @@
-"""What runs inside each kind of actor that trains or is the reference: parts put together.
+"""The objects inside actors that train or are the reference: parts put together.
 
 Takes:  the arguments that `build` sends; groups, by where their arrays are.
 Gives:  TrainingRank (a trainer that can publish its weights), CriticRank, ReferencePolicy; engines, rollout and reward
         workers and reward models are parts as they are.
-Knows:  that no part knows another: here, above them, they meet. A rank holds all arrays of a part of a step before that
+Knows:  no part knows another: here, above them, they meet. A rank holds all arrays of a part of a step before that
         part's first collective.
 """
 
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import numpy as np
 
@@ -25,22 +25,31 @@ from flux_ray.model.scoring import by_group, response_sums, scoring_samples
 from flux_ray.protocols import CriticRank as CriticRankStub
 from flux_ray.protocols import Engine, LogprobSums
 from flux_ray.protocols import TrainingRank as TrainingRankStub
-from flux_ray.records import ComparedTokens, PreferencePair, RolloutGroup, StepReport
+from flux_ray.records import ComparedTokens, PreferencePair, RolloutGroup, ScoredGroup, StepReport
 from flux_ray.reference import Reference
 from flux_ray.run.holder import Holder
-from flux_ray.train import Critic, Trainer
+from flux_ray.train import Critic, Place, Trainer
 from flux_ray.weights.publish import Publisher
 
 MIB = 2**20
 PEER_DEADLINE_S = 600.0  # for the arrays that policy and critic exchange
 
 
+class Held(TypedDict):
+    """The groups that a rank holds, as its step takes them."""
+
+    groups: list[RolloutGroup]
+    scores: list[ScoredGroup]
+    reference_logprobs: list[list[np.ndarray]] | None
+
+
 class TrainingRank(Trainer):
     """A rank of the training group with its end of the weight channel to the engines."""
 
-    def __init__(self, config: Config, *, rank: int, weights_backend: str | None = None, **group: Any) -> None:
-        """`weights_backend`: of the way to the engines, where there are any."""
-        super().__init__(config, rank=rank, **group)
+    def __init__(self, config: Config, *, weights_backend: str | None = None, **place: Unpack[Place]) -> None:
+        """`weights_backend`: how weights go to the engines, where there are any."""
+        super().__init__(config, **place)
+        rank = place["rank"]
         self._rank, self._holder = rank, Holder()
         self._values: list[list[np.ndarray]] | None = None  # a critic's, of the groups that are held
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -72,14 +81,14 @@ class TrainingRank(Trainer):
         return self.train_step(step=step, versions=versions, values=values, **self._held)
 
     @property
-    def _held(self) -> dict[str, Any]:
+    def _held(self) -> Held:
         from_actors = algo.needs_reference(self.config.algo) and not algo.reference_is_base(self.config)
-        reference = [one.reference_logprobs for one in self._holder.held] if from_actors else None
+        reference = self._holder.reference_logprobs if from_actors else None
         return {"groups": self._holder.groups, "scores": self._holder.scores, "reference_logprobs": reference}
 
     async def take_values(self) -> None:
-        """Those of the critic's rank that holds the same groups."""
-        critic: Actor[Any] = self._holder.members.of(CRITIC)[self._rank]
+        """Take the values from the critic's rank that holds the same groups."""
+        critic = self._holder.members.of(CRITIC)[self._rank]
         self._values = await critic.call(CriticRankStub.give_values).within(PEER_DEADLINE_S)
 
     async def give_returns(self) -> list[list[np.ndarray]]:
@@ -95,10 +104,10 @@ class TrainingRank(Trainer):
         assert isinstance(config, PolicyGradientConfig) and self._publisher is not None
         tensor_parallel_size = config.rollout.tensor_parallel_size
 
-        def call(method: Callable[..., Any], payloads: list[tuple[Any, ...]]) -> list[Any]:
+        def call(method: Callable[..., object], payloads: list[tuple[Any, ...]]) -> list[Any]:
             deadline_s = config.weights.deadline_s
 
-            async def every() -> list[Any]:
+            async def every() -> list[object]:
                 return await first_failure([engine.call(method, *payload).within(deadline_s)
                                             for engine, payload in zip(engines, payloads, strict=True)])
 
@@ -113,9 +122,9 @@ class TrainingRank(Trainer):
         return self._publisher.publish(version, step)
 
     def compare_held(self, *, engines: Sequence[int]) -> list[ComparedTokens]:
-        """Of each group held, sampled by the engine of the same place in `engines`: its log-probs and the trainer's.
+        """The engines' log-probs of the groups held, and the trainer's. Group i was sampled by the engine `engines[i]`.
 
-        All ranks hold all.
+        Every rank holds all groups.
         """
         groups = self._holder.groups
         return [
@@ -130,9 +139,9 @@ class TrainingRank(Trainer):
 class CriticRank(Critic):
     """A rank of the critic. It holds the same groups as the policy's rank of the same number."""
 
-    def __init__(self, config: PPOConfig, *, rank: int, **group: Any) -> None:
-        super().__init__(config, rank=rank, **group)
-        self._rank, self._holder = rank, Holder()
+    def __init__(self, config: PPOConfig, **place: Unpack[Place]) -> None:
+        super().__init__(config, **place)
+        self._rank, self._holder = place["rank"], Holder()
         self._values: list[list[np.ndarray]] = []  # of the groups that are held
         self._returns: list[list[np.ndarray]] = []
 
@@ -149,8 +158,8 @@ class CriticRank(Critic):
         return self._values
 
     async def take_returns(self) -> None:
-        """Those of the policy's rank that holds the same groups."""
-        trainer: Actor[Any] = self._holder.members.of(TRAINER)[self._rank]
+        """Take the returns from the policy's rank that holds the same groups."""
+        trainer = self._holder.members.of(TRAINER)[self._rank]
         self._returns = await trainer.call(TrainingRankStub.give_returns).within(PEER_DEADLINE_S)
 
     def train_held(self, *, step: int) -> StepReport:
@@ -159,20 +168,20 @@ class CriticRank(Critic):
 
 
 class ReferencePolicy(Reference):
-    """The frozen policy, of groups and of pairs."""
+    """The frozen policy: log-probs of groups and of pairs."""
 
     async def group_logprobs(self, groups: Sequence[RolloutGroup]) -> list[list[np.ndarray]]:
         """(T,) of each group's trajectories."""
         return by_group(await self.logprobs(scoring_samples(groups)), groups)
 
     async def pair_logprobs(self, pairs: Sequence[PreferencePair]) -> list[LogprobSums]:
-        """(chosen, rejected): log-probs of both responses of each pair, sums over their tokens."""
+        """(chosen, rejected) of each pair: the sums of the log-probs of their tokens."""
         sums = response_sums(await self.logprobs(pair_samples(pairs)))
         return list(zip(sums[::2], sums[1::2], strict=True))
 
 
 def staged(config: PolicyGradientConfig) -> bool | None:
-    """Whether a gloo update comes in beside running requests; None: where that costs no memory."""
+    """Whether a gloo update comes in beside running requests; None: only where that costs no memory."""
     if config.weights.staging == "auto" and config.driver.max_staleness:
         return None
     return config.weights.staging == "host"

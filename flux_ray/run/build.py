@@ -1,8 +1,8 @@
-"""From a prepared config to live actors, and to the loop that runs on them.
+"""Makes live actors from a prepared config, and the loop that runs on them.
 
 Takes:  Prepared, a Cluster that is connected and has placed the plan, the supervisor.
 Gives:  a Loop, an Evaluation or an OfflineLoop on actors that are loaded and connected; the cluster ends them.
-Knows:  which class runs in which role, what each is told, what its death means; all that can start at once does.
+Knows:  which class runs in which role, its arguments, and what its death means. Whatever can start at once does.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from flux_ray.config import (
     SampledConfig,
     changed,
 )
+from flux_ray.data import PromptSource
 from flux_ray.driver.agreement import Agreement
 from flux_ray.driver.drop_stats import DropStats
 from flux_ray.driver.evaluation import Evaluation
@@ -53,8 +54,8 @@ from flux_ray.run.actors import CriticRank, ReferencePolicy, TrainingRank
 from flux_ray.run.prepare import Prepared, Rollouts, Task
 from flux_ray.run.recorder import Recorder
 
-#: On CPU glibc gives each large tensor's memory back and takes it again, a page fault for every 4 KiB: a tenth of a
-#: training step. Told so, it keeps what it once had, in one arena for all threads.
+#: On CPU glibc gives each large tensor's memory back and takes it again, with a page fault for every 4 KiB: a tenth of
+#: a training step. These make it keep the memory, in one arena for all threads.
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40), "MALLOC_ARENA_MAX": "1"}
 FORWARDING = (TRAINER, CRITIC, REFERENCE, REWARD_MODEL)  # roles that run a transformers model
 INFORMED = (ENGINE, ROLLOUT, REWARD, TRAINER, CRITIC)  # roles that are told who is alive
@@ -62,7 +63,7 @@ INFORMED = (ENGINE, ROLLOUT, REWARD, TRAINER, CRITIC)  # roles that are told who
 
 
 def check_engines(prepared: Prepared, plan: Plan) -> None:
-    """What only the plan and the data together can tell, before an actor starts. UserError."""
+    """UserError for a model or context that the plan's engines can't serve, before an actor starts."""
     config, task = prepared.config, prepared.task
     if not isinstance(config, PolicyGradientConfig) or not isinstance(task, Rollouts):
         return
@@ -89,13 +90,13 @@ class Build:
         return group
 
     async def loop(self, task: Task, recorder: Recorder) -> Loop | OfflineLoop:
-        """What goes with the data, on actors that are loaded and connected."""
+        """The loop that goes with the data, on actors that are loaded and connected."""
         if isinstance(task, Rollouts):
             return await self._rollout_loop(task, recorder)
         return await self._offline_loop(task, recorder)
 
     async def evaluation(self, task: Task, recorder: Recorder) -> Evaluation | OfflineLoop:
-        """What evaluates alone: nothing is trained."""
+        """An evaluation alone: nothing is trained."""
         if isinstance(task, OfflineData):
             return await self._offline_loop(task, recorder)
         if task.evaluation is None:
@@ -103,7 +104,7 @@ class Build:
         async with asyncio.TaskGroup() as tasks:
             await self._begin_sampling(task, tasks)
         await self.supervisor.begin()
-        return Evaluation(self._sampling, task.evaluation, self._stages(recorder))
+        return self._evaluation(task.evaluation, self._stages(recorder))
 
     async def _rollout_loop(self, task: Rollouts, recorder: Recorder) -> Loop:
         """All roles, started side by side; then the weight channel from trainer to engines."""
@@ -124,13 +125,16 @@ class Build:
                     agreement=self._agreement(task))
         loop.part_tokens = part_tokens(config, self._plan)
         if task.evaluation is not None:
-            loop.evaluation = Evaluation(config, task.evaluation, stages)
+            loop.evaluation = self._evaluation(task.evaluation, stages)
         return loop
+
+    def _evaluation(self, prompts: PromptSource, stages: Stages) -> Evaluation:
+        return Evaluation(self._sampling.rollout, prompts, stages, temperature=self._sampling.eval.temperature)
 
     def _agreement(self, task: Rollouts) -> Agreement:
         config = self._sampling
         path = str(config.model.path)
-        return Agreement(config, dtype=_dtype_name(config.model.dtype, self._plan.device),
+        return Agreement(config.rollout, model=path, dtype=_dtype_name(config.model.dtype, self._plan.device),
                          context=_context(config, task) or context_length(path), turns=turns(path))
 
     def _stages(self, recorder: Recorder) -> Stages:
@@ -167,7 +171,7 @@ class Build:
         return [self._groups[role] for role in (TRAINER, CRITIC) if role in self._groups]
 
     async def _begin_sampling(self, task: Rollouts, tasks: asyncio.TaskGroup) -> None:
-        """Engines start beside the others; on shared GPUs before them.
+        """Engines start beside the other actors; on shared GPUs before them.
 
         vLLM takes what leaves a GPU while it starts for its own, and lessens its KV cache by that.
         """
@@ -180,7 +184,7 @@ class Build:
     async def _build_engines(self, task: Rollouts) -> None:
         config, role, engines = self._sampling, self._plan.role(ENGINE), self._groups[ENGINE]
         assert role is not None
-        arguments: dict[str, Any] = {
+        arguments: dict[str, object] = {
             "config": changed(config, {"rollout.max_model_len": _context(config, task)}),
             "device": self._plan.device,
             "dtype": _dtype_name(config.model.dtype, self._plan.device),
@@ -226,7 +230,7 @@ class Build:
         config, device, reference = self._config, _device(self._plan), self._groups[REFERENCE]
         assert isinstance(config, ReferencedConfig) and isinstance(config.model, PolicyModelConfig)
         dtype = config.model.dtype if config.reference.dtype == "auto" else config.reference.dtype
-        arguments: dict[str, Any] = {
+        arguments: dict[str, object] = {
             "path": config.reference.path or config.model.path,
             "dtype": resolve_dtype(dtype, device),
             "device": device,
@@ -243,8 +247,8 @@ class Build:
     async def _build_trainer(self) -> None:
         await self._build_ranks(TRAINER, TrainingRank, weights_backend=self._plan.weights_backend)
 
-    async def _build_ranks(self, role: str, cls: type, **more: Any) -> None:
-        """A group that trains, where its checkpoint left it."""
+    async def _build_ranks(self, role: str, cls: type, **more: object) -> None:
+        """Build a group that trains, and load its checkpoint if there is one."""
         ranks, config, deadline_s = self._groups[role], self._config, self._config.cluster.start_deadline_s
         address, port = await ranks.address(0, deadline_s=deadline_s)
         place = {"world_size": len(ranks), "master_address": address, "master_port": port,
@@ -266,7 +270,7 @@ class Build:
         address, port = await trainer.address(0, deadline_s=deadline_s)
         send_dtype = _dtype_name(self._config.model.dtype, self._plan.device)
         engines = list(self._groups[ENGINE])
-        # Rank 0 waits its deadline for each engine, and names the one that doesn't come.
+        # Rank 0 waits its own deadline for each engine, and names the one that doesn't answer.
         await all_within([rank.call(Rank.connect, engines, address=address, port=port, send_dtype=send_dtype)
                           for rank in trainer], 2 * deadline_s)
 
@@ -280,9 +284,9 @@ def on_death(config: Config) -> dict[str, OnDeath]:
 
 
 def _context(config: PolicyGradientConfig, task: Rollouts) -> int | None:
-    """Tokens that an engine must have room for: it holds the KV of its whole context, and a model's own may be huge.
+    """The engines' context. An engine holds the KV of its whole context, and a model's own context may be huge.
 
-    None (the model's own) for rollouts of a user's, which may see more tokens than they sample.
+    None (the model's own) for a user's rollout function, which may see more tokens than it samples.
     """
     rollout = config.rollout
     if rollout.max_model_len or rollout.function != "single_turn":
@@ -291,10 +295,10 @@ def _context(config: PolicyGradientConfig, task: Rollouts) -> int | None:
 
 
 def part_tokens(config: PolicyGradientConfig, plan: Plan) -> float:
-    """Tokens of finished groups on which backward starts before the batch is whole: a micro-batch for each rank.
+    """Backward starts on so many tokens of finished groups, before the batch is whole: a micro-batch for each rank.
 
-    inf where it waits for all. On shared processors it would only be slower, and a synchronous run waits there so that
-    the same seed gives the same run to the last bit.
+    inf where it waits for the whole batch. On shared processors an early start would be slower, and a synchronous run
+    waits there so that the same seed gives the same run to the last bit.
     """
     algorithm, streaming = algo.resolve(config.algo), config.driver.streaming
     shares = plan.device == "cpu" or plan.shares_gpus
@@ -306,26 +310,23 @@ def part_tokens(config: PolicyGradientConfig, plan: Plan) -> float:
 
 
 def critic_config(config: Config) -> Config:
-    """The config of ppo's critic: it trains as the policy does, from a start and at a rate of its own."""
+    """The config of ppo's critic: the policy's, with the critic's own model and learning rate."""
     assert isinstance(config, PPOConfig), config.algo.name
     return changed(config, {
         "model.path": config.critic.path or config.model.path,
-        "model.tokenizer": config.model.tokenizer or config.model.path,  # saved beside it; its folder may have none
+        "model.tokenizer": config.model.tokenizer or config.model.path,  # to save with the critic
         "train.learning_rate": config.critic.learning_rate,
     })
 
 
 def _env(config: Config, plan: Plan, role: str) -> dict[str, str]:
-    """Environment of a role's actors:
-
-    one OpenMP thread on CPU, whatever the machine has, and memory that is kept; the user's own variables above all.
-    """
+    """Environment of a role's actors. On CPU: few OpenMP threads, and memory that is kept. The user's own come last."""
     env = {"TOKENIZERS_PARALLELISM": "false", "PYTHONUTF8": "1"}
     if plan.device == "cpu":
         threads = config.train.num_threads if role in (TRAINER, CRITIC) else 1
         env |= {"OMP_NUM_THREADS": str(threads), "CUDA_VISIBLE_DEVICES": ""}
         env |= KEEP_MEMORY if role in FORWARDING else {}
-    # Rank 0 takes vLLM's own senders.
+    # Rank 0 sends with vLLM's own code.
     near_vllm = role == ENGINE or (role == TRAINER and plan.weights_backend != "gloo")
     if near_vllm and isinstance(config, PolicyGradientConfig):
         env = engine_env(plan.device, config.rollout) | env

@@ -1,7 +1,7 @@
-"""The groups that a rank holds, brought from the rollout workers that own them.
+"""Brings the groups that a rank trains on from the rollout workers that own them, and holds them.
 
 Takes:  groups, by where their arrays are; who is alive.
-Gives:  their arrays, once all are here; those that can't be had.
+Gives:  their arrays, once all are here; the groups that can't be had.
 Never:  begins anything collective.
 """
 
@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import Any
 
-from flux_ray.cluster.group import Actor, ActorDied, Members, first_failure
+import numpy as np
+
+from flux_ray.cluster.group import ActorDied, Members, first_failure
 from flux_ray.cluster.plan import ROLLOUT
 from flux_ray.messages import GroupAt, OwnedGroup
 from flux_ray.protocols import GroupOwner
@@ -27,7 +28,7 @@ class Holder:
         self._held: dict[int, OwnedGroup] = {}  # by uid
 
     async def hold(self, groups: Sequence[GroupAt]) -> list[GroupAt]:
-        """In the place of those held before. Gives those that can't be had."""
+        """Hold these groups in place of those held before. Gives those that can't be had."""
         of_worker: dict[int, list[GroupAt]] = defaultdict(list)
         for at in groups:
             of_worker[at.worker].append(at)
@@ -40,10 +41,10 @@ class Holder:
         return [at for at in groups if at.uid not in self._held]
 
     async def _bring(self, groups: Sequence[GroupAt]) -> Sequence[OwnedGroup | None]:
-        worker: Actor[Any] = self.members.of(ROLLOUT)[groups[0].worker]
+        worker = self.members.of(ROLLOUT)[groups[0].worker]
         try:
             return await worker.call(GroupOwner.give, groups).within(GIVE_DEADLINE_S)
-        except (ActorDied, TimeoutError):  # it is dead, or as good as that: its groups start again
+        except (ActorDied, TimeoutError):  # dead, or as good as dead: its groups start again
             return [None] * len(groups)
 
     @property
@@ -54,6 +55,11 @@ class Holder:
     @property
     def scores(self) -> list[ScoredGroup]:
         return [one.scored for one in self.held if one.scored is not None]
+
+    @property
+    def reference_logprobs(self) -> list[list[np.ndarray]]:
+        """Where groups have them: a probe's have none."""
+        return [one.reference_logprobs for one in self.held if one.reference_logprobs is not None]
 
     @property
     def groups(self) -> list[RolloutGroup]:

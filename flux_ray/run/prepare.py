@@ -1,7 +1,7 @@
-"""Everything that can be refused before an actor starts, in one order.
+"""Checks a run before an actor starts: all that can be refused, in one order.
 
 Takes:  a Config.
-Gives:  Prepared: the config with what it left open filled in, what there is to learn from, the warnings.
+Gives:  Prepared: the config with open options filled in, the data to learn from, the warnings.
 Knows:  which part checks what; the order: values, then files, then the model's own limits.
 Never:  starts an actor.
 """
@@ -12,7 +12,7 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flux_ray import algo
 from flux_ray.algo.check import check as check_algo
@@ -64,16 +64,19 @@ from flux_ray.rollout.functions import get_rollout
 from flux_ray.run import checkpoint as saved
 from flux_ray.train import check_deepspeed_options
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 MAX_OPENING_CHARS = 1000  # of a prompt's end, looked at for reward.opening
 WEIGHTS = ("*.safetensors", "*.bin", "*.index.json")  # files that a model folder's weights may be in
 
 
 @dataclass(frozen=True)
 class Rollouts:
-    """Prompts to learn from by what is sampled, and to evaluate on."""
+    """Prompts to sample from and learn, and prompts to evaluate on."""
 
     train: PromptSource
-    evaluation: PromptSource | None  # none: eval.data names nothing
+    evaluation: PromptSource | None  # None where eval.data names nothing
 
     @property
     def longest_prompt(self) -> int:
@@ -88,7 +91,7 @@ class Prepared:
     config: Config
     task: Task
     start: LoopState
-    checkpoint: Path | None  # to load before the first step; none: the run starts anew
+    checkpoint: Path | None  # to load before the first step; None: the run starts anew
     warnings: tuple[str, ...]
 
     @property
@@ -99,14 +102,14 @@ class Prepared:
 
 @dataclass
 class Draft:
-    """What is known so far."""
+    """What the checks have found so far."""
 
     config: Config
     warnings: list[str] = field(default_factory=list)
     start: LoopState = field(default_factory=lambda: LoopState(step=0))
     checkpoint: Path | None = None
     task: Task | None = None
-    tokenizer: Any = None
+    tokenizer: Any = None  # a PreTrainedTokenizerBase, once the model is checked
     signatures: Mapping[str, Signature] = field(default_factory=dict)  # of users' rewards
 
     @property
@@ -120,7 +123,7 @@ class Draft:
 
 def prepare(config: Config) -> Prepared:
     """Check it all. UserError for the first mistake: one line with key, file and row."""
-    # A hub that can't be reached is told in one line; its client would tell of each of its tries beforehand.
+    # We tell in one line of a hub that can't be reached; its client would first tell of each of its tries.
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     draft = Draft(_absolute(config))
     for check in CHECKS:
@@ -139,7 +142,7 @@ def _check_values(draft: Draft) -> None:
 def _check_options_of_libraries(draft: Draft) -> None:
     if isinstance(draft.config, PolicyGradientConfig):
         check_engine_args(draft.config.rollout)
-    check_deepspeed_options(draft.config)
+    check_deepspeed_options(draft.config.train)
 
 
 def _check_rollout_function(draft: Draft) -> None:
@@ -181,7 +184,7 @@ def _check_reference(draft: Draft) -> None:
 
 
 def _read_data(draft: Draft) -> None:
-    """What there is to learn from: of the objective's kind, or groups with rewards, which show by their columns."""
+    """The data to learn from: of the objective's kind, or groups with rewards, which their columns show."""
     config = draft.config
     if not isinstance(config, PolicyGradientConfig):
         offline = offline_data.read(config, draft.tokenizer, context_length=draft.context)
@@ -205,14 +208,14 @@ def _check_rewards(draft: Draft) -> None:
     config, task = draft.config, draft.task
     if not isinstance(task, Rollouts) or not isinstance(config, PolicyGradientConfig):
         return
-    functions = list(config.reward.functions) or [_default_reward(config, task.train)]
+    functions = list(config.reward.functions) or [_default_reward(task.train)]
     config = draft.config = changed(config, {"reward.functions": functions})
     draft.warnings += _reward_models(config, draft.tokenizer, task.train)
     if isinstance(config, PPOConfig) and config.critic.path:
         _check_critic(config.critic.path, draft.tokenizer,
                       longest=task.train.longest_prompt + config.rollout.max_tokens)
     config = draft.config = changed(
-        config, {"reward.opening": _opening(config, draft.tokenizer, task.train)})
+        config, {"reward.opening": _opening(config.reward.opening, draft.tokenizer, task.train)})
     draft.signatures = ask_signatures(config)
     resolved, silent = _rewards(config, task.train, draft.signatures)
     draft.warnings += silent
@@ -229,7 +232,7 @@ def _read_evaluation(draft: Draft) -> None:
         draft.task = Rollouts(task.train, evaluation)
 
 
-#: All of them, in their order: what costs nothing comes first, and data after all that they may be refused for.
+#: In their order: cheap checks come first, and the data are read after all that they need.
 CHECKS: tuple[Callable[[Draft], None], ...] = (
     _check_values,
     _check_options_of_libraries,
@@ -244,7 +247,7 @@ CHECKS: tuple[Callable[[Draft], None], ...] = (
 
 
 def _pairs(config: PolicyGradientConfig, prompts: PromptSource) -> list[str]:
-    """A warning that of preference pairs the prompts alone are read; UserError where no reward is named either."""
+    """A warning where only the prompts of preference pairs are read; UserError where no reward is named either."""
     if not {CHOSEN, REJECTED} <= prompts.columns:
         return []
     learners = ", ".join(name for name, cls in READERS.items() if cls.learns_from == PAIRS)
@@ -255,7 +258,9 @@ def _pairs(config: PolicyGradientConfig, prompts: PromptSource) -> list[str]:
     return [what]
 
 
-def _reward_models(config: PolicyGradientConfig, tokenizer: Any, prompts: PromptSource) -> list[str]:
+def _reward_models(
+    config: PolicyGradientConfig, tokenizer: PreTrainedTokenizerBase, prompts: PromptSource
+) -> list[str]:
     for reference in config.reward.functions:
         path = reward_model_path(reference)
         if path == "":
@@ -265,7 +270,7 @@ def _reward_models(config: PolicyGradientConfig, tokenizer: Any, prompts: Prompt
     return check_reward_models(config, tokenizer, longest_prompt=prompts.longest_prompt)
 
 
-def _check_critic(path: str, tokenizer: Any, *, longest: int) -> None:
+def _check_critic(path: str, tokenizer: PreTrainedTokenizerBase, *, longest: int) -> None:
     """UserError for a critic's start that can't be opened, or can't read what the policy writes."""
     context = context_length(path)
     _check_weights("critic.path", path)
@@ -276,9 +281,8 @@ def _check_critic(path: str, tokenizer: Any, *, longest: int) -> None:
         raise UserError(f"critic.path={path}: its tokenizer isn't the policy's, whose tokens it is given as they are")
 
 
-def _opening(config: PolicyGradientConfig, tokenizer: Any, prompts: PromptSource) -> str | None:
-    """What rewards see before a completion, as the prompts end: with the blanks after it. UserError: they don't."""
-    opening = config.reward.opening
+def _opening(opening: str | None, tokenizer: PreTrainedTokenizerBase, prompts: PromptSource) -> str | None:
+    """`reward.opening` as the prompts end in it, with their blanks after it. UserError where they don't end in it."""
     if not (opening or "").strip():
         return None
     end = tokenizer.decode(prompts.prompt(0).token_ids.tolist(), skip_special_tokens=False)[-MAX_OPENING_CHARS:]
@@ -289,8 +293,8 @@ def _opening(config: PolicyGradientConfig, tokenizer: Any, prompts: PromptSource
     return end[start:]
 
 
-def _default_reward(config: PolicyGradientConfig, prompts: PromptSource) -> str:
-    """The one function that stands in where none is named; UserError where the data don't call for one."""
+def _default_reward(prompts: PromptSource) -> str:
+    """The function to use where none is named; UserError where the data don't call for one."""
     functions = [resolve_functions(one.config, one.columns, {}) for one in prompts.sets]
     return functions[0][0].name
 
@@ -298,9 +302,9 @@ def _default_reward(config: PolicyGradientConfig, prompts: PromptSource) -> str:
 def _rewards(
     config: PolicyGradientConfig, prompts: PromptSource, signatures: Mapping[str, Signature]
 ) -> tuple[tuple[RewardFunction, ...], list[str]]:
-    """The run's functions; a warning for each that has nothing to say of some of the prompts that it scores.
+    """The run's functions; a warning for each that has no reward for some of the prompts that it scores.
 
-    UserError where one lacks what it needs of a set, or has nothing to say of any: nothing would be learned from it.
+    UserError where a function lacks a column of a set, or has no reward for any prompt: nothing would be learned.
     """
     warnings = [line for one in prompts.sets for line in _silent(config, one, signatures)]
     return load_functions(config, signatures), warnings
@@ -325,13 +329,13 @@ def _silent(config: PolicyGradientConfig, prompts: PromptSet, signatures: Mappin
 
 
 def _absolute(config: Config) -> Config:
-    """Paths of users' files as every process finds them, whatever folder it runs in."""
+    """The config with absolute paths, which every process finds, whatever folder it runs in."""
     own = dict(options_of(type(config)))
     return changed(config, {key: absolute(value_of(config, key)) for key, absolute in PATHS.items() if key in own})
 
 
 def _local(path: str | None) -> str | None:
-    """An absolute path where there is such a file or folder; a hub name, or what is missing, stays as it is."""
+    """An absolute path where there is such a file or folder; a hub name, or a missing path, stays as it is."""
     local = Path(path).expanduser() if path else None
     return str(local.absolute()) if local and local.exists() else path
 
@@ -344,7 +348,7 @@ def _check_weights(key: str, path: str) -> None:
 
 
 def _check_traits(config: Config) -> None:
-    """UserError for a model, a critic's too, that computes something which we, or the attention chosen, don't."""
+    """UserError for a model, or a critic's, that computes what our code, or the chosen attention, doesn't."""
     trained = score_traits if config.is_score else policy_traits
     trained(str(config.model.path), config.model.attention)
     if isinstance(config, PPOConfig):
@@ -361,7 +365,7 @@ def _check_context(config: Config) -> None:
 
 
 def _check_targets(config: Config) -> None:
-    """UserError for train.lora.targets that a model which is trained, a critic's among them, hasn't."""
+    """UserError for train.lora.targets that the model, or the critic's, doesn't have."""
     critic = config.critic.path if isinstance(config, PPOConfig) else None
     for path in filter(None, (config.model.path, critic) if config.train.lora.rank else ()):
         check_targets(skeleton(path), config.train.lora)
@@ -382,7 +386,7 @@ def _each(absolute: Callable[[str], str]) -> Callable[[list[str]], list[str]]:
     return lambda names: [absolute(name) for name in names]
 
 
-#: Options that are paths, or hold some ► what makes a value of theirs absolute.
+#: Options that are paths, or hold some ► how their value becomes absolute.
 PATHS: dict[str, Callable[[Any], Any]] = {
     "plugins": _each(lambda path: str(Path(path).expanduser().absolute())),
     "reward.functions": _each(_absolute_function), "rollout.function": _absolute_function,

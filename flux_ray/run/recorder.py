@@ -2,14 +2,14 @@
 
 Takes:  metrics, samples, answers of an evaluation, warnings.
 Gives:  lines in the run's folder, on the terminal and, if asked for, TensorBoard; calls of the user's callbacks.
-Keeps:  every step's metrics of this process (the TrainingResult's history), the last evaluation's, the steps done.
+Keeps:  the metrics of every step of this process (the TrainingResult's history) and of the last evaluation.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 from flux_ray import run_dir
 from flux_ray.accounts import Account
@@ -19,6 +19,9 @@ from flux_ray.observability.callbacks import Callback
 from flux_ray.observability.run_folder import EVAL, SAMPLES, RunFolder
 from flux_ray.observability.terminal import Terminal
 from flux_ray.records import Prompt, ScoredGroup
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 COUNTS = ("prompts", "failed", "num_tokens")  # of an evaluation
 
@@ -33,7 +36,7 @@ class Recorder:
         self.terminal = terminal
         self.history: list[dict[str, float]] = []
         self.last_evaluation: dict[str, float] = {}
-        self.steps_done = steps_done  # before this process, then with what it does
+        self.steps_done = steps_done  # by earlier processes too
         self.was_ready = False  # all actors have stood once
         self._num_steps = config.driver.num_steps
         self._resume = config.resume
@@ -76,7 +79,7 @@ class Recorder:
             },
         )
 
-    def evaluation(self, version: int, metrics: dict[str, float], answers: list[dict[str, Any]]) -> None:
+    def evaluation(self, version: int, metrics: dict[str, float], answers: list[dict[str, object]]) -> None:
         """`answers`: prompt, completion and reward of the first prompts."""
         self.last_evaluation = dict(metrics)
         self.folder.append(EVAL, {"step": version, **metrics, "answers": answers})
@@ -90,7 +93,7 @@ class Recorder:
                 callback.on_evaluation(version, dict(metrics))
 
     def evaluated(self, version: int) -> dict[str, float] | None:
-        """What this run's evaluation at the version gave, or that of the one that it resumes; None: there was none."""
+        """The evaluation's metrics at that version, by this run or the one that it resumes; None: there was none."""
         folders = [self.folder, *([RunFolder(run_dir.run_of(self._resume))] if self._resume else [])]
         return next((found for folder in folders if (found := folder.evaluated(version)) is not None), None)
 
@@ -98,7 +101,7 @@ class Recorder:
         self.terminal.say(f"warning: {text}", level=logging.WARNING)
 
     def warn_of(self, kind: str, text: str) -> None:
-        """A warning of which many may come: the log has them all, the terminal one of its kind a second."""
+        """A warning of which many may come: the log has all of them, the terminal one of a kind each second."""
         self.terminal.say_of(kind, f"warning: {text}", level=logging.WARNING)
 
     def _write_board(self, step: int, metrics: dict[str, float]) -> None:
@@ -111,7 +114,7 @@ class Recorder:
             self._board.close()
 
 
-def _tensorboard(folder: RunFolder) -> Any:
+def _tensorboard(folder: RunFolder) -> SummaryWriter:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:

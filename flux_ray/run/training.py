@@ -1,9 +1,9 @@
-"""A training from its first step to its last, whatever is trained on: when it is written down, saved and evaluated.
+"""A training from its first step to its last: when a step is recorded, saved and evaluated.
 
-Takes:  a loop, a step at a time; where to write; the groups of actors that train.
+Takes:  a loop; where to write; the groups of actors that train.
 Gives:  `Training.run`.
-Knows:  the one cadence of checkpoints and evaluations; an evaluation that reaches eval.stop_at ends the run.
-Never:  knows what a step is.
+Knows:  when checkpoints and evaluations are due; an evaluation that reaches eval.stop_at ends the run.
+Never:  knows what a step does, or what is trained on.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import asyncio
 import gc
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 from flux_ray.cluster.group import Group
 from flux_ray.config import Config, EvaluatedConfig, PolicyGradientConfig
@@ -25,7 +25,7 @@ from flux_ray.run.recorder import Recorder
 class Loop(Protocol):
     @property
     def step(self) -> int:
-        """Steps that are done."""
+        """How many steps are done."""
 
     @property
     def state(self) -> LoopState: ...
@@ -34,7 +34,7 @@ class Loop(Protocol):
         """Before the first step. What fails in its tasks ends the run."""
 
     def go_on(self) -> None:
-        """Whatever there was to do between two steps is done."""
+        """Called once all that is done between two steps is done."""
 
     async def train(self) -> dict[str, float]:
         """One step; its metrics."""
@@ -42,11 +42,11 @@ class Loop(Protocol):
     def account(self) -> Account:
         """What has become of the data since the last account."""
 
-    async def evaluate(self) -> tuple[dict[str, float], list[dict[str, Any]]] | None:
+    async def evaluate(self) -> tuple[dict[str, float], list[dict[str, object]]] | None:
         """Metrics and answers; None where there is nothing to evaluate on."""
 
     async def samples(self, count: int) -> list[tuple[Prompt, str, ScoredGroup]]:
-        """Of the last step's groups so many at most, each with its first response."""
+        """At most so many of the last step's groups, each with its first response."""
 
     def end(self) -> None: ...
 
@@ -57,15 +57,15 @@ class Training:
         """`progress` is called after each step."""
         self._config, self._loop, self._recorder = config, loop, recorder
         self._trained, self._progress = trained, progress
-        self._last_step = config.driver.num_steps  # sooner where an evaluation reaches eval.stop_at
+        self._last_step = config.driver.num_steps  # less once an evaluation has reached eval.stop_at
         self._eval_every = config.eval.every if isinstance(config, EvaluatedConfig) else 0
         self._stop_at, self._samples_per_step = None, 0
         if isinstance(config, PolicyGradientConfig):
             self._stop_at, self._samples_per_step = config.eval.stop_at, config.observability.samples_per_step
 
     async def run(self) -> None:
-        """All steps. The first failure, of a step or beside it, ends it."""
-        # Or each full collection looks at the 400,000 objects that the libraries made: half of the loop's own Python
+        """All steps. The first failure, of a step or beside one, ends the training."""
+        # Else each full collection looks at the 400,000 objects that the libraries made: half of the loop's own Python
         # time with 1,000 groups in flight.
         gc.freeze()
         try:
@@ -80,7 +80,7 @@ class Training:
             gc.unfreeze()
 
     async def _one_step(self) -> None:
-        """Write what the step was, then let the next one's prompts in; engines don't wait for texts to be written."""
+        """One step, recorded. Prompts of the next start before texts are written: engines don't wait for that."""
         step, metrics = self._loop.step, await self._loop.train()
         self._recorder.account(step, self._loop.account())
         self._recorder.step(step, metrics)
@@ -110,9 +110,9 @@ class Training:
                 self._stop_if_reached(evaluated[0])
 
     async def _evaluate_first(self) -> None:
-        """Unless the run that is resumed has done it at this step: what it gave holds."""
+        """Evaluate before the first step, unless the resumed run has done so at this step: then its result holds."""
         step = self._loop.step
-        before = self._recorder.evaluated(step) if step else None  # else of a run that never began
+        before = self._recorder.evaluated(step) if step else None  # at 0 it would be of a run that never began
         if before is None:
             await self._evaluate_if_due()
         else:

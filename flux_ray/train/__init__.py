@@ -1,7 +1,7 @@
 """The training group: DeepSpeed under one Trainer per rank."""
 
 from flux_ray.train.critic import Critic
-from flux_ray.train.setup import check_deepspeed_options
+from flux_ray.train.setup import Place, check_deepspeed_options
 from flux_ray.train.trainer import Trainer
 
-__all__ = ["Critic", "Trainer", "check_deepspeed_options"]
+__all__ = ["Critic", "Place", "Trainer", "check_deepspeed_options"]

@@ -94,7 +94,7 @@ def _refuse_unknown(stored: Iterable[str], engine: Engine, folder: Path) -> None
 
 def _lora_alpha(engine: Engine) -> float | None:
     """What the factors' product is scaled by, beside their rank, which their shapes tell; None without LoRA."""
-    return engine.config.train.lora.alpha if engine.model.adapter else None
+    return engine.config.lora.alpha if engine.model.adapter else None
 
 
 def _tensors(engine: Engine) -> Iterator[tuple[str, Tensor]]:

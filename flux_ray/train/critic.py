@@ -1,8 +1,8 @@
-"""One rank of the critic's group: values of states, and learning them from returns.
+"""One rank of the critic's group: gives values of states, and learns them from returns.
 
 Takes:  Config and a place in the group; whole groups, and the returns that the policy's ranks made from the values.
 Gives:  (T,) values per trajectory; a StepReport per step; what every Rank gives.
-Knows:  that it trains as the policy does (epochs, mini-batches, ZeRO), from a start and at a rate of its own.
+Knows:  it trains as the policy does (epochs, mini-batches, ZeRO), but has its own first weights and learning rate.
 Never:  estimates an advantage, or sees a reward but in a return.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Unpack
 
 import numpy as np
 from torch import Tensor
@@ -23,6 +23,7 @@ from flux_ray.observability.metrics import Metric, merge, read
 from flux_ray.records import RolloutGroup, ScoredGroup, StepReport
 from flux_ray.train.rank import Rank, trained_score
 from flux_ray.train.rank_batch import Part, PerGroup, RankBatch, divided, flat, packed, split
+from flux_ray.train.setup import Place
 
 AGGREGATION = "token_mean"  # of the value loss
 
@@ -32,14 +33,14 @@ class Critic(Rank):
 
     config: PPOConfig
 
-    def __init__(self, config: PPOConfig, **place: Any) -> None:
-        """`config`: its own, in which `model` and `train` are the critic's."""
+    def __init__(self, config: PPOConfig, **place: Unpack[Place]) -> None:
+        """`config`: one in which `model` and `train` are the critic's."""
         super().__init__(config, load=trained_score, **place)
 
     def values(self, groups: Sequence[RolloutGroup]) -> list[list[np.ndarray]]:
         """Per group and trajectory, (T,) float32: at each sampled token the value of the state before it, else 0."""
         samples = scoring_samples(groups)
-        micro_batches = packed(self.engine, self.config, samples)
+        micro_batches = packed(self.engine, self.config.batch, samples)
         values = self.engine.forward(micro_batches, at="before")
         return by_group(per_sample(values, micro_batches, len(samples)), groups)
 
@@ -76,7 +77,7 @@ class Critic(Rank):
             weighting=Weighting(AGGREGATION, config.rollout.max_tokens),
             mask_truncated=algo.masks_truncated(config), versions=batch.versions,
         )
-        micro_batches = packed(self.engine, config, samples)
+        micro_batches = packed(self.engine, config.batch, samples)
         return ValueObjective(micro_batches, [flat(old, m) for m in micro_batches],
                               [flat(wanted, m) for m in micro_batches], config.critic.clip_range)
 
@@ -98,5 +99,5 @@ class ValueObjective:
 
 
 def _named(metric: str) -> str:
-    """The engine's own metrics under the critic's name: train/grad_norm ► critic/grad_norm."""
+    """An engine's metric by the critic's name: train/grad_norm ► critic/grad_norm."""
     return metric.replace("train/", "critic/", 1)

@@ -1,56 +1,65 @@
 """One rank of the training engine: forward, backward, one optimizer update, in step with the other ranks.
 
-Takes:  packed micro-batches and an objective (what the model gives ► loss, metrics).
+Takes:  packed micro-batches and an objective (the model's output ► loss, metrics).
 Gives:  `update` (gradients of the sum over all ranks' micro-batches, then AdamW), `accumulate` (their gradients
         alone, before an update), `forward`, sums over ranks.
 Knows:  DeepSpeed's averaging (undone: the step's loss is a sum), ZeRO's lockstep (every rank runs equally many
         micro-batches, some of them without weight), the learning rate of each update.
-Never:  trains on what isn't finite: it names the step and the rank and stops.
+Never:  trains on a loss or gradient that isn't finite: it names the step and the rank and stops.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from types import ModuleType
+from typing import TypedDict, TypeVar, Unpack
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from flux_ray.batch import MicroBatch, without_weight
-from flux_ray.config import Config
+from flux_ray.config import TrainConfig
 from flux_ray.model import PackedModel
 from flux_ray.observability.metrics import Max, Mean, Metric, merge
 from flux_ray.train import setup
 
-#: (number of the micro-batch, the micro-batch, what the model gives: log-probs (S,) and entropy (S,), or scores (S,))
+T = TypeVar("T")
+
+#: (number of the micro-batch, the micro-batch, the model's output: log-probs (S,) and entropy (S,), or scores (S,))
 #: ► loss (a scalar), metrics
 Objective = Callable[..., tuple[Tensor, dict[str, Metric]]]
+
+
+class Asked(TypedDict, total=False):
+    """What the model's forward is asked for."""
+
+    temperature: float  # of a policy, with the next
+    with_entropy: bool
+    at: str  # of a score model: the tokens that are scored
 
 
 class Engine:
     """A policy or a score model under DeepSpeed. Every method is a collective: all ranks call it, in the same order."""
 
     def __init__(
-        self, model: PackedModel, config: Config, *, deepspeed: object, dtype: torch.dtype, device: str,
+        self, model: PackedModel, config: TrainConfig, *, deepspeed: ModuleType, dtype: torch.dtype, device: str,
     ) -> None:
         self.model, self.config, self.device = model, config, device
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.zero_stage = setup.zero_stage(config, dtype)
         self.num_updates = 0
         self._num_accumulated, self._finite = 0, True  # micro-batches since the last update; their losses
-        train = config.train
         optimizer = torch.optim.AdamW(
-            [p for p in model.parameters() if p.requires_grad], lr=train.learning_rate,
-            betas=(train.adam_betas[0], train.adam_betas[1]), eps=train.adam_eps,
-            weight_decay=train.weight_decay, fused=True,
+            [p for p in model.parameters() if p.requires_grad], lr=config.learning_rate,
+            betas=(config.adam_betas[0], config.adam_betas[1]), eps=config.adam_eps,
+            weight_decay=config.weight_decay, fused=True,
         )
         settings = setup.deepspeed_config(config, dtype)
         if self.zero_stage == 3:
             _shard(model, deepspeed, settings, dtype=dtype, device=device)
-        self.deepspeed, *_ = deepspeed.initialize(  # type: ignore[attr-defined]
-            model=model, optimizer=optimizer, config=settings)
+        self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
 
     # -- collectives ---------------------------------------------------------------------------------------------
 
@@ -65,9 +74,9 @@ class Engine:
         dist.all_reduce(largest, op=dist.ReduceOp.MAX)
         return int(largest)
 
-    def everyone(self, mine: dict[str, Any]) -> tuple[list[dict[str, Any]], int]:
-        """What every rank has, in their order, and the place of this one."""
-        parts: list[dict[str, Any]] = [{} for _ in range(self.world_size)]
+    def everyone(self, mine: T) -> tuple[list[T], int]:
+        """Every rank's value, in the order of the ranks, and the place of this one."""
+        parts = [mine] * self.world_size
         dist.all_gather_object(parts, mine)
         return parts, self.rank
 
@@ -78,8 +87,8 @@ class Engine:
 
     # -- forward and backward ------------------------------------------------------------------------------------
 
-    def forward(self, micro_batches: Sequence[MicroBatch], **asked: Any) -> list[Tensor]:
-        """(S,) log-probs or scores of each of this rank's micro-batches, without gradients. `asked`: of the model."""
+    def forward(self, micro_batches: Sequence[MicroBatch], **asked: Unpack[Asked]) -> list[Tensor]:
+        """(S,) log-probs or scores of each of this rank's micro-batches, without gradients."""
         results = []
         self.deepspeed.eval()
         with torch.no_grad():
@@ -91,14 +100,13 @@ class Engine:
 
     def update(
         self, micro_batches: Sequence[MicroBatch], objective: Objective, *, total_updates: int, divisor: float = 1.0,
-        **asked: Any,
+        **asked: Unpack[Asked],
     ) -> dict[str, Metric]:
-        """One optimizer update on the sum of the objective over all ranks' micro-batches, those that were accumulated
-        before among them, divided by `divisor`; this rank's metrics of these micro-batches.
+        """One optimizer update on the sum of the objective over all ranks' micro-batches, divided by `divisor`.
 
-        `asked`: what the model's forward takes (temperature and with_entropy, or at). Nothing is done, and nothing
-        measured, where no rank has a micro-batch. Raises FloatingPointError for a loss or gradient that isn't finite,
-        on all ranks alike.
+        Micro-batches that were accumulated before count too. Gives this rank's metrics of these micro-batches. Does
+        nothing, and measures nothing, where no rank has a micro-batch. Raises FloatingPointError for a loss or gradient
+        that isn't finite, on all ranks alike.
         """
         metrics = self.accumulate(micro_batches, objective, last=True, **asked)
         if not self._num_accumulated:
@@ -106,23 +114,24 @@ class Engine:
         num_micro_batches, finite = self._num_accumulated, self._finite
         self._num_accumulated, self._finite = 0, True
         self._refuse_if_not_finite(finite)
-        rate = setup.learning_rate(self.config.train, self.num_updates, total_updates)
+        rate = setup.learning_rate(self.config, self.num_updates, total_updates)
         norm = self._optimizer_step(rate, divisor)
         self.num_updates += 1
         return metrics | {"train/grad_norm": Mean(norm), "train/learning_rate": Mean(rate),
                           "train/num_micro_batches": Max(num_micro_batches)}
 
     def accumulate(
-        self, micro_batches: Sequence[MicroBatch], objective: Objective, *, last: bool = False, **asked: Any,
+        self, micro_batches: Sequence[MicroBatch], objective: Objective, *, last: bool = False,
+        **asked: Unpack[Asked],
     ) -> dict[str, Metric]:
-        """Forward and backward alone: gradients add up until `update` (which says `last`); this rank's metrics."""
+        """Forward and backward alone: gradients add up until `update`, which says `last`. Gives this rank's metrics."""
         in_step = self._in_lockstep(micro_batches, at_least=int(last and self._num_accumulated > 0))
         metrics: list[dict[str, Metric]] = []
         self.deepspeed.train()
         for i, micro_batch in enumerate(in_step):
             moved = micro_batch.to(self.device)
             given = _given(self.deepspeed(moved, **asked))
-            # Nothing, but backward then takes the same way on every rank: ZeRO-3 gathers as it goes.
+            # It adds nothing, but makes backward take the same way on every rank: ZeRO-3 gathers as it goes.
             loss = 0.0 * sum(values_S.sum() for values_S in given if values_S is not None)
             if i < len(micro_batches) and bool(micro_batch.loss_mask_S.any()):
                 wanted, measured = objective(i, moved, *given)
@@ -136,7 +145,7 @@ class Engine:
         return merge([*metrics, {"train/padding_frac": self._unused(in_step, of_use=micro_batches)}])
 
     def _in_lockstep(self, micro_batches: Sequence[MicroBatch], at_least: int = 0) -> list[MicroBatch]:
-        """As many micro-batches on each rank as on the one with the most: the rest have no weight."""
+        """As many micro-batches as the rank with the most has: those added have no weight."""
         missing = max(self.max(len(micro_batches)), at_least) - len(micro_batches)
         return [*micro_batches, *[without_weight()] * missing]
 
@@ -154,24 +163,24 @@ class Engine:
             raise FloatingPointError(f"training update {self.num_updates}: the loss on rank {culprit} is not finite")
 
     def _optimizer_step(self, rate: float, divisor: float) -> float:
-        """AdamW on the gradients over `divisor`, clipped; the norm before clipping."""
+        """AdamW on the gradients over `divisor`, clipped. Gives the norm before clipping."""
         optimizer = self.deepspeed.optimizer
         for group in optimizer.param_groups:
             group["lr"] = rate
         if self.zero_stage == 0:
             parameters = [p for p in self.model.parameters() if p.grad is not None]
             torch._foreach_div_([p.grad for p in parameters], divisor)
-            norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.config.train.max_grad_norm or math.inf))
+            norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm or math.inf))
             self._refuse_norm(norm)
             self.deepspeed.step()
             return norm
         # ZeRO takes the norm inside its step, and skips the update where it isn't finite.
-        sums = getattr(optimizer, "fp32_groups_gradients_flat", None)  # of the one that bf16 has under stage 1
+        sums = getattr(optimizer, "fp32_groups_gradients_flat", None)  # bf16's optimizer under stage 1 has them
         if sums is not None:
             torch._foreach_div_(sums, divisor)
             self.deepspeed.step()
         else:
-            optimizer.loss_scale = divisor  # what the others divide by
+            optimizer.loss_scale = divisor  # the other optimizers divide by it
             self.deepspeed.step()
             optimizer.loss_scale = 1.0
         norm = float(self.deepspeed.get_global_grad_norm())
@@ -184,8 +193,10 @@ class Engine:
                 f"training update {self.num_updates}: the gradient's norm on rank {self.rank} is not finite ({norm})")
 
 
-def _shard(model: PackedModel, deepspeed: Any, settings: dict[str, Any], *, dtype: torch.dtype, device: str) -> None:
-    """Each rank's share of every parameter goes to its device, one parameter after the other.
+def _shard(
+    model: PackedModel, deepspeed: ModuleType, settings: dict[str, object], *, dtype: torch.dtype, device: str,
+) -> None:
+    """Move this rank's share of every parameter to its device, one parameter after the other.
 
     `deepspeed.initialize` would move the whole model there first, and one larger than a GPU could not be trained.
     """
@@ -194,5 +205,5 @@ def _shard(model: PackedModel, deepspeed: Any, settings: dict[str, Any], *, dtyp
         buffer.data = buffer.data.to(device)
 
 
-def _given(output: Any) -> tuple[Any, ...]:
+def _given(output: Tensor | tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
     return output if isinstance(output, tuple) else (output,)

@@ -1,17 +1,16 @@
-"""Whole weights out of a training engine, wherever ZeRO keeps their parts.
+"""Reads whole weights out of a training engine, wherever ZeRO keeps their parts.
 
 Takes:  a model, as DeepSpeed holds it.
-Gives:  (name, tensor) by checkpoint name, in the model's own order, gathered bucket by bucket; an adapter is in them.
-Knows:  ties: a parameter under two names goes once, under the first; partitioned ones have no shape of their own.
+Gives:  (name, tensor) by checkpoint name, in the model's own order, gathered bucket by bucket; an adapter is merged in.
+Knows:  a parameter under two names goes once, under the first. A partitioned parameter has no shape of its own.
 Never:  holds more than one bucket of gathered weights, and one merged beside it; changes a weight.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +33,7 @@ class Entry:
 
     @property
     def kept(self) -> list[Tensor]:
-        """What must be whole for `weight`."""
+        """The tensors that `weight` needs whole."""
         return [self.tensor, *([] if self.factors is None else (self.factors.a_RI, self.factors.b_OR))]
 
     def weight(self) -> Tensor:
@@ -50,8 +49,8 @@ def whole_shape(parameter: Tensor) -> torch.Size:
     return getattr(parameter, "ds_shape", parameter.shape)
 
 
-def whole(parameters: list[Any]) -> AbstractContextManager[Any]:
-    """While it lasts the parameters are whole. A collective where ZeRO-3 has partitioned them, nothing elsewhere."""
+def whole(parameters: Sequence[Tensor]) -> AbstractContextManager[object]:
+    """Makes the parameters whole while it lasts. A collective where ZeRO-3 has partitioned them, else nothing."""
     if not any(hasattr(p, "ds_id") for p in parameters):
         return nullcontext()
     import deepspeed

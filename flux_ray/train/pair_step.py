@@ -1,4 +1,4 @@
-"""A step on preference pairs: log-probs of both responses, or their scores, to one optimizer update.
+"""A step on preference pairs: one optimizer update from the log-probs, or the scores, of both responses.
 
 Takes:  this rank's pairs with the reference's log-probs of them.
 Gives:  `run`: an update and its metrics; `measure`: the metrics alone, of pairs that are not trained on.
@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,14 +21,14 @@ from flux_ray.config import Config, ObjectiveConfig, PairsAlgoConfig
 from flux_ray.model import ScoreModel, last_token
 from flux_ray.observability.metrics import Metric, merge
 from flux_ray.records import PreferencePair
-from flux_ray.train.engine import Engine
+from flux_ray.train.engine import Asked, Engine
 
 PAIR = 2  # samples of a pair
 
 
 @dataclass(frozen=True)
 class PairShare:
-    """This rank's pairs; `reference_logprobs`: (chosen, rejected) of each, sums over the response, where asked for."""
+    """This rank's pairs. `reference_logprobs`: (chosen, rejected) of each, sums over the response; None: not needed."""
 
     pairs: Sequence[PreferencePair]
     reference_logprobs: Sequence[tuple[float, float]] | None
@@ -56,8 +55,8 @@ class PairObjective:
     """The loss of one micro-batch, whose sequences are chosen, rejected, chosen, rejected …"""
 
     algo: ObjectiveConfig
-    reference_N: Tensor | None  # per sample, as packed from
-    margins_N: Tensor  # the pair's, at both its samples
+    reference_N: Tensor | None  # of each sample, in the order before packing
+    margins_N: Tensor  # of each sample: its pair's
     num_pairs: int  # of the step, over all ranks
 
     def __call__(
@@ -97,7 +96,7 @@ def _objective(engine: Engine, config: Config, share: PairShare) -> PairObjectiv
 def _packed(engine: Engine, config: Config, share: PairShare) -> list[MicroBatch]:
     scored_at = None
     if isinstance(engine.model, ScoreModel):
-        # Where transformers will read the score of the same text: a new head is saved with a padding that ends no text.
+        # Transformers will read the score of a text there. A new head is saved with a padding token that ends no text.
         pad_token_id = None if engine.model.has_new_head else engine.model.original_config.pad_token_id
         scored_at = partial(last_token, pad_token_id=pad_token_id)
     return pack(
@@ -107,8 +106,7 @@ def _packed(engine: Engine, config: Config, share: PairShare) -> list[MicroBatch
     )
 
 
-def _asked(config: Config) -> dict[str, Any]:
-    """What the model is asked for."""
+def _asked(config: Config) -> Asked:
     if config.is_score:
         return {"at": "last"}
     return {"temperature": 1.0, "with_entropy": False}

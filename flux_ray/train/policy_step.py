@@ -1,8 +1,8 @@
 """A policy-gradient step: from scored groups to optimizer updates.
 
-Takes:  this rank's whole groups, their scores and reference log-probs, a critic's values, the trainer's version.
-Gives:  the step's metrics of this rank, after epochs x mini_batches updates, and the returns; `accumulate`: the
-        gradients of some of the groups, before the rest has come.
+Takes:  this rank's whole groups, their scores and reference log-probs, a critic's values.
+Gives:  `run`: metrics of this rank, after epochs x mini_batches updates, and the returns; `accumulate`: the gradients
+        of some of the groups, before the rest has come.
 Knows:  the order: old log-probs ► advantages ► counts of all ranks ► micro-batches ► updates.
 Never:  splits a group, or lets a rank without groups fall out of step.
 """
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -29,11 +28,11 @@ from flux_ray.batch import (
     response_views,
     to_padded,
 )
-from flux_ray.config import Config, PolicyConfig, PolicyGradientConfig, PPOConfig
+from flux_ray.config import BatchConfig, PolicyConfig, PolicyGradientConfig, PPOConfig
 from flux_ray.model.scoring import by_group, per_sample, scoring_samples
 from flux_ray.observability.metrics import Metric, merge
 from flux_ray.records import Sample
-from flux_ray.train.engine import Engine
+from flux_ray.train.engine import Asked, Engine
 from flux_ray.train.rank_batch import Part, RankBatch, divided, flat, packed, split
 
 
@@ -46,9 +45,9 @@ class Begun:
 
 
 def accumulate(engine: Engine, config: PolicyConfig, batch: RankBatch, begun: Begun | None) -> Begun:
-    """Forward and backward of some of the step's groups; `run` brings the rest. Collective.
+    """Forward and backward of some of the step's groups; `run` takes the rest. Collective.
 
-    Not for what needs the whole batch.
+    Not for algorithms that need the whole batch.
     """
     algorithm = algo.resolve(config.algo)
     assert not algorithm.needs_whole_batch and not algorithm.needs_critic, algorithm.name
@@ -66,7 +65,7 @@ def run(
 ) -> tuple[dict[str, Metric], list[list[np.ndarray]]]:
     """All updates of one step; none in the steps in which a critic learns alone. Collective.
 
-    Gives what was measured, and the estimator's returns per group and trajectory, (T,).
+    Gives the metrics, and the estimator's returns per group and trajectory, (T,).
     """
     algorithm = algo.resolve(config.algo)
     prepared = _prepared(engine, config, algorithm, batch)
@@ -81,7 +80,7 @@ def run(
     measured = [prepared.metrics]
     for epoch in range(config.algo.epochs):
         for k, (part, mini_batch) in enumerate(zip(parts, mini_batches, strict=True)):
-            # The gap to the sampler is that of the policy before the batch's first update.
+            # The gap to the sampler is measured with the policy as it was before the batch's first update.
             fresh = epoch == 0 and (k == 0 or prepared.old is not None)
             objective = PolicyObjective(config, algorithm, mini_batch, fresh)
             by = divisor(algorithm.aggregation, before.counts + part.counts)
@@ -91,14 +90,13 @@ def run(
     return merge(measured), returned
 
 
-def _asked(config: PolicyConfig) -> dict[str, Any]:
-    """What the policy's forward is asked for."""
+def _asked(config: PolicyConfig) -> Asked:
     return {"temperature": config.rollout.temperature, "with_entropy": True}
 
 
 @dataclass(frozen=True)
 class PreparedBatch:
-    """Groups with what an update needs of them beside tokens: by sample, (T,) each."""
+    """Groups with what an update needs beside their tokens: for each sample (T,) values."""
 
     batch: RankBatch
     old: list[np.ndarray] | None
@@ -161,7 +159,7 @@ class PolicyObjective:
 
 
 def logprobs(
-    engine: Engine, config: Config, samples: Sequence[Sample], *, temperature: float,
+    engine: Engine, config: BatchConfig, samples: Sequence[Sample], *, temperature: float,
 ) -> list[np.ndarray]:
     """The policy's log-probs of each sample, (T,), 0 off the mask. Collective."""
     micro_batches = packed(engine, config, samples)
@@ -170,13 +168,13 @@ def logprobs(
 
 
 def _old_logprobs(engine: Engine, config: PolicyConfig, batch: RankBatch) -> list[np.ndarray]:
-    return logprobs(engine, config, scoring_samples(batch.groups), temperature=config.rollout.temperature)
+    return logprobs(engine, config.batch, scoring_samples(batch.groups), temperature=config.rollout.temperature)
 
 
 def _advantages(
     engine: Engine, config: PolicyConfig, algorithm: Algorithm, batch: RankBatch, old: list[np.ndarray] | None,
 ) -> tuple[tuple[list[np.ndarray], list[np.ndarray]], dict[str, Metric]]:
-    """Per-sample (T,) advantages and returns of this rank's groups, and what is measured of a KL in their rewards.
+    """(T,) advantages and returns of each sample of this rank's groups, and metrics of a KL in their rewards.
 
     Statistics over the batch come from all ranks.
     """
@@ -210,6 +208,6 @@ def _mini_batch(
         weighting=Weighting(algorithm.aggregation, config.rollout.max_tokens),
         mask_truncated=algo.masks_truncated(config), versions=part.batch.versions,
     )
-    micro_batches = packed(engine, config, samples)
+    micro_batches = packed(engine, config.batch, samples)
     olds = None if prepared.old is None else [flat(prepared.old[part.samples], m) for m in micro_batches]
     return MiniBatch(micro_batches, olds)

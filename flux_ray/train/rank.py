@@ -1,16 +1,15 @@
 """One rank of a group that trains one model: a policy, a critic or a reward model.
 
-Takes:  Config, a place in the group, how its model is loaded.
+Takes:  Config, a place in the group, a function that loads its model.
 Gives:  an Engine around the model; whole weights; checkpoints and models on disk.
-Knows:  what every kind of training shares.
-Never:  knows an objective: those who inherit do.
+Knows:  what every kind of training shares; the classes that inherit know the objective.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Unpack
 
 import torch
 import torch.distributed as dist
@@ -39,13 +38,13 @@ Load = Callable[[Config, torch.dtype], PackedModel]
 class Rank:
     """All methods but `weight_metadata` are collective: every rank calls them, in the same order."""
 
-    def __init__(self, config: Config, *, load: Load, rank: int, device: str, **place: Any) -> None:
-        """`place`: world_size, master_address and master_port, as `setup.join` takes them."""
+    def __init__(self, config: Config, *, load: Load, **place: Unpack[setup.Place]) -> None:
         if config.model.path is None:
             raise UserError("model.path: no model given")
         if config.run_dir is not None:
             run_dir.check_seen(config.run_dir)
-        deepspeed = setup.join(config, rank=rank, device=device, **place)
+        rank, device = place["rank"], place["device"]
+        deepspeed = setup.join(config.train, **place)
         torch.manual_seed(config.seed + rank)
         self.config = config
         self.step = 0
@@ -55,7 +54,7 @@ class Rank:
         if config.train.lora.rank:
             self.model.adapter = adapt(self.model.hf, config.train.lora, seed=config.seed,
                                        train_head=isinstance(self.model, ScoreModel))
-        self.engine = Engine(self.model, config, deepspeed=deepspeed, dtype=dtype, device=device)
+        self.engine = Engine(self.model, config.train, deepspeed=deepspeed, dtype=dtype, device=device)
 
     def weight_metadata(self) -> list[tuple[str, torch.dtype, torch.Size]]:
         """(name, type, shape) of every weight that `iter_weights` gives, in its order."""
@@ -70,9 +69,9 @@ class Rank:
         checkpoint.save(self.engine, folder, step=self.step, kl_coef=self.kl_coef)
 
     def load_checkpoint(self, folder: str | Path) -> None:
-        """Go on as if never stopped; any number of ranks, any ZeRO stage."""
+        """Go on where the checkpoint was written, with any number of ranks and any ZeRO stage."""
         self.step, kl_coef = checkpoint.load(self.engine, folder)
-        if self.adapts_kl:   # a fixed one is the config's, which a resume may change
+        if self.adapts_kl:  # a fixed coefficient is the config's, which a resume may change
             self.kl_coef = kl_coef
 
     @property
@@ -80,7 +79,7 @@ class Rank:
         return False
 
     def save_model(self, folder: str | Path) -> None:
-        """The model in Hugging Face layout, its adapter merged; the adapter alone, as peft has it, beside it.
+        """Write the model in Hugging Face layout with its adapter merged, and the adapter alone, as peft has it, beside.
 
         Rank 0 writes.
         """
@@ -98,7 +97,7 @@ class Rank:
         dist.barrier()
 
     def _save_adapter(self, model_folder: Path) -> None:
-        """`adapter` beside `model`, NAME_adapter beside any other NAME."""
+        """The folder is `adapter` beside `model`, NAME_adapter beside any other NAME."""
         if self.model.adapter is None:
             return
         trained = full_weights.iter_trained(self.model)

@@ -1,8 +1,8 @@
-"""One rank's share of a step's batch, and how it is divided into updates and micro-batches.
+"""One rank's share of a step's batch, divided into updates and micro-batches.
 
 Takes:  whole groups with their scores; the counts of the other ranks, by one sum.
 Gives:  RankBatch, `split` (a part for each update of an epoch), `packed`, `flat`, `divided`.
-Knows:  what policy and critic share: equal parts, each weighed by its own counts.
+Knows:  policy and critic divide alike: into equal parts, each weighed by its own counts.
 Never:  splits a group.
 """
 
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from flux_ray import algo
 from flux_ray.batch import MicroBatch, StepCounts, pack, step_counts
-from flux_ray.config import Config, PolicyConfig
+from flux_ray.config import BatchConfig, PolicyConfig
 from flux_ray.observability.metrics import Metric, Sum
 from flux_ray.records import RolloutGroup, Sample, ScoredGroup
 from flux_ray.train.engine import Engine
@@ -35,12 +35,12 @@ class RankBatch:
     step: int
     versions: Sequence[int]
     reference_logprobs: PerGroup | None = None
-    values: PerGroup | None = None  # the critic's, of before the step
+    values: PerGroup | None = None  # the critic's, from before the step
 
 
 @dataclass(frozen=True)
 class Part:
-    """What one update is made from: some of the groups, which samples those are, and all ranks' counts of the part."""
+    """What one update is made from: some of the groups, the place of their samples, and all ranks' counts of them."""
 
     batch: RankBatch
     samples: slice
@@ -67,9 +67,9 @@ def _part(batch: RankBatch, groups: slice) -> RankBatch:
                    reference_logprobs=of(batch.reference_logprobs), values=of(batch.values))
 
 
-def packed(engine: Engine, config: Config, samples: Sequence[Sample]) -> list[MicroBatch]:
+def packed(engine: Engine, config: BatchConfig, samples: Sequence[Sample]) -> list[MicroBatch]:
     """Micro-batches of the configured budget, for the model's layout."""
-    return pack(samples, max_tokens=config.batch.max_tokens_per_micro_batch, max_samples=config.batch.micro_batch_size,
+    return pack(samples, max_tokens=config.max_tokens_per_micro_batch, max_samples=config.micro_batch_size,
                 padded=engine.model.layout == "padded", device=engine.device)
 
 

@@ -1,4 +1,4 @@
-"""A supervised step: the next token of completions.
+"""A supervised step: learns the next token of completions.
 
 Takes:  this rank's samples.
 Gives:  `run`: an update and its metrics; `measure`: the metrics alone, of samples that are not trained on.
@@ -15,25 +15,25 @@ from torch import Tensor
 
 from flux_ray.algo import supervised
 from flux_ray.batch import MicroBatch, loss_weights
-from flux_ray.config import Config
+from flux_ray.config import BatchConfig
 from flux_ray.observability.metrics import Mean, Metric, Sum, merge
 from flux_ray.records import Sample
-from flux_ray.train.engine import Engine
+from flux_ray.train.engine import Asked, Engine
 from flux_ray.train.rank_batch import packed
 
-ASKED = {"temperature": 1.0, "with_entropy": False}  # of the policy
+ASKED: Asked = {"temperature": 1.0, "with_entropy": False}  # of the policy
 
 
-def run(engine: Engine, config: Config, samples: Sequence[Sample]) -> dict[str, Metric]:
+def run(engine: Engine, config: BatchConfig, samples: Sequence[Sample], *, total_updates: int) -> dict[str, Metric]:
     """One update on all ranks' samples, whose weights are made here. Collective."""
     tokens = engine.sum(torch.tensor([sum(int(s.loss_mask.sum()) for s in samples)]))
     weighted = [replace(s, loss_weights=loss_weights(supervised.AGGREGATION, loss_mask=s.loss_mask, max_tokens=1))
                 for s in samples]
-    return engine.update(packed(engine, config, weighted), _next_token_loss, total_updates=config.driver.num_steps,
+    return engine.update(packed(engine, config, weighted), _next_token_loss, total_updates=total_updates,
                          divisor=max(int(tokens), 1), **ASKED)
 
 
-def measure(engine: Engine, config: Config, samples: Sequence[Sample]) -> dict[str, Metric]:
+def measure(engine: Engine, config: BatchConfig, samples: Sequence[Sample]) -> dict[str, Metric]:
     """What `run` would have measured, without gradients. Collective."""
     micro_batches = packed(engine, config, samples)
     values = engine.forward(micro_batches, **ASKED)

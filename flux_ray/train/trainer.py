@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Unpack
 
 import numpy as np
 
@@ -23,26 +23,27 @@ from flux_ray.records import PreferencePair, RolloutGroup, Sample, ScoredGroup, 
 from flux_ray.train import pair_step, policy_step, sft_step
 from flux_ray.train.rank import Rank, trained_policy, trained_score
 from flux_ray.train.rank_batch import PerGroup, RankBatch
+from flux_ray.train.setup import Place
 
 
 class Trainer(Rank):
     """A rank of the group that trains what model.path names: a policy, or the objective's score model."""
 
-    def __init__(self, config: Config, **place: Any) -> None:
+    def __init__(self, config: Config, **place: Unpack[Place]) -> None:
         super().__init__(config, load=trained_score if config.is_score else trained_policy, **place)
         if isinstance(config.algo, LossConfig):
             self.kl_coef = config.algo.kl_coef
         self.returns: list[list[np.ndarray]] = []  # of the last step, by group and trajectory: what a critic learns
-        self._begun: policy_step.Begun | None = None  # what `accumulate` has done of the next
+        self._begun: policy_step.Begun | None = None  # what `accumulate` has done of the next step
 
     def train_step(
         self, *, groups: Sequence[RolloutGroup], scores: Sequence[ScoredGroup],
         reference_logprobs: PerGroup | None, step: int, versions: Sequence[int] | None = None,
         values: PerGroup | None = None,
     ) -> StepReport:
-        """One step on all ranks' groups (this rank's are given, maybe none), and on those that were accumulated.
-        `step`: how many are done; `versions`: those that hold its weights (none given: the one of the same number).
+        """One step on all ranks' groups (`groups` are this rank's, maybe none), and on those that were accumulated.
 
+        `step`: how many are done; `versions`: those that hold its weights (None: the version of the same number).
         `values`: a critic's, as Critic.values gives them, for algorithms that need them. Where the policy without its
         adapter is the reference, its log-probs are made here. Raises FloatingPointError, naming update and rank, where
         a loss or a gradient isn't finite.
@@ -57,8 +58,9 @@ class Trainer(Rank):
         self, *, groups: Sequence[RolloutGroup], scores: Sequence[ScoredGroup],
         reference_logprobs: PerGroup | None, step: int, versions: Sequence[int] | None = None,
     ) -> None:
-        """Backward of some of a step's groups (all ranks'), before `train_step` brings its last ones: the gradient is
-        that of all of them at once. For algorithms that don't need the whole batch.
+        """Backward of some of a step's groups, on all ranks; `train_step` takes the last ones.
+
+        The gradient is as if all groups came at once. For algorithms that don't need the whole batch.
         """
         batch = self._batch(groups, scores, reference_logprobs, step, versions)
         self._begun = policy_step.accumulate(self.engine, self._step_config, batch, self._begun)
@@ -88,24 +90,27 @@ class Trainer(Rank):
 
     def sft_step(self, samples: Sequence[Sample]) -> StepReport:
         """One supervised step on all ranks' samples. Raises as `train_step`."""
-        return self._report(sft_step.run(self.engine, self.config, samples), self.step + 1)
+        metrics = sft_step.run(self.engine, self.config.batch, samples, total_updates=self.config.driver.num_steps)
+        return self._report(metrics, self.step + 1)
 
     def sft_metrics(self, samples: Sequence[Sample]) -> dict[str, float]:
-        """What `sft_step` would measure of all ranks' samples; nothing is trained."""
-        return read(self.engine.merge(sft_step.measure(self.engine, self.config, samples)))
+        """The metrics that `sft_step` would give of all ranks' samples; nothing is trained."""
+        return read(self.engine.merge(sft_step.measure(self.engine, self.config.batch, samples)))
 
     def pair_step(
         self, *, pairs: Sequence[PreferencePair], reference_logprobs: Sequence[tuple[float, float]] | None,
     ) -> StepReport:
-        """One step on all ranks' preference pairs; reference_logprobs: of both responses, sums over each. Raises as
-        `train_step`."""
+        """One step on all ranks' preference pairs. Raises as `train_step`.
+
+        `reference_logprobs`: of both responses, sums over each.
+        """
         share = pair_step.PairShare(pairs, reference_logprobs)
         return self._report(pair_step.run(self.engine, self.config, share), self.step + 1)
 
     def pair_metrics(
         self, *, pairs: Sequence[PreferencePair], reference_logprobs: Sequence[tuple[float, float]] | None,
     ) -> dict[str, float]:
-        """What `pair_step` would measure of all ranks' pairs; nothing is trained."""
+        """The metrics that `pair_step` would give of all ranks' pairs; nothing is trained."""
         share = pair_step.PairShare(pairs, reference_logprobs)
         return read(self.engine.merge(pair_step.measure(self.engine, self.config, share)))
 
@@ -118,7 +123,7 @@ class Trainer(Rank):
         self.step = step
         merged = self.engine.merge(metrics)
         paid = merged.get("actor/reward_kl")
-        moved = "train/grad_norm" in merged  # not while a critic learns alone: no coefficient would bring it nearer
+        moved = "train/grad_norm" in merged  # not while a critic learns alone: the policy stands still
         config = self.config.algo
         if (isinstance(config, LossConfig) and config.kl_target is not None
                 and moved and isinstance(paid, Mean) and paid.weight):
@@ -129,10 +134,10 @@ class Trainer(Rank):
     def logprobs(self, groups: Sequence[RolloutGroup]) -> list[list[np.ndarray]]:
         """Log-probs per group and trajectory, (T,) float32, 0 off the mask, at the rollout's temperature."""
         samples, temperature = scoring_samples(groups), self._policy_config.rollout.temperature
-        return by_group(policy_step.logprobs(self.engine, self.config, samples, temperature=temperature), groups)
+        return by_group(policy_step.logprobs(self.engine, self.config.batch, samples, temperature=temperature), groups)
 
     def reference_logprobs(self, samples: Sequence[Sample], *, temperature: float) -> list[np.ndarray]:
         """Log-probs of each sample under the policy without its adapter, (T,) float32, 0 off the mask."""
         assert self.model.adapter is not None, "without an adapter the reference is another model"
         with self.model.adapter.off():
-            return policy_step.logprobs(self.engine, self.config, samples, temperature=temperature)
+            return policy_step.logprobs(self.engine, self.config.batch, samples, temperature=temperature)

@@ -17,7 +17,7 @@ NOISE = {"float32": 2e-6, "bfloat16": 1.3e-2}
 
 
 def agreement(dtype: str = "float32", context: int = 100, turns: tuple[int, ...] = (), **options) -> Agreement:
-    return Agreement(from_dict({"model.path": "the/model", **options}), dtype=dtype, context=context, turns=turns)
+    return Agreement(from_dict(options).rollout, model="the/model", dtype=dtype, context=context, turns=turns)
 
 
 def compared(dtype: str, gap_at=lambda position: 0.0, *, engine: int = 0, lengths=(5, 12, 25, 50, 92)

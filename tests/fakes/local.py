@@ -212,7 +212,7 @@ def make_loop(config: PolicyGradientConfig, groups: dict[str, Any], supervisor: 
                     step=start.step)
     loop = Loop(config, stages=stages, ranks=Ranks(config, trainer=groups["trainer"], critic=None), prompts=prompts,
                 versions=Versions(max_staleness=config.driver.max_staleness, highest=start.version),
-                agreement=Agreement(config, dtype="float32", context=200))
+                agreement=Agreement(config.rollout, model="model", dtype="float32", context=200))
     if config.eval.every:
-        loop.evaluation = Evaluation(config, prompts, stages)
+        loop.evaluation = Evaluation(config.rollout, prompts, stages, temperature=config.eval.temperature)
     return loop

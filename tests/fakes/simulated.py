@@ -467,7 +467,8 @@ async def _run(config: PolicyGradientConfig, world: World, start: LoopState, par
     prompts: Any = Prompts(config, world)
     loop = Loop(config, stages=stages, ranks=Ranks(config, trainer=groups["trainer"], critic=None), prompts=prompts,
                 versions=Versions(max_staleness=config.driver.max_staleness, highest=start.version),
-                agreement=Agreement(config, dtype="float32", context=2 * world.prompt_tokens))
+                agreement=Agreement(config.rollout, model="model", dtype="float32",
+                                    context=2 * world.prompt_tokens))
     loop.part_tokens = part_tokens
     for at_s, worker in world.kills:
         asyncio.get_running_loop().call_later(at_s, lambda i=worker: groups["rollout"][i].kill())

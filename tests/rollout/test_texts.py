@@ -7,7 +7,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from flux_ray.config import from_dict
 from flux_ray.errors import UserError
 from flux_ray.rollout.texts import texts_of
 from flux_ray.run.prepare import _opening
@@ -33,7 +32,7 @@ def test_special_tokens_reach_rewards_unless_an_option_says_otherwise(tokenizer,
 def test_what_a_template_begins_is_told_as_the_prompts_end(tokenizer):
     ids = np.array(tokenizer("1+1=<think>")["input_ids"])
     prompts = SimpleNamespace(prompt=lambda uid: SimpleNamespace(token_ids=ids))
-    assert _opening(from_dict({"reward.opening": "<think>"}), tokenizer, prompts) == "<think>"
-    assert _opening(from_dict({}), tokenizer, prompts) is None
+    assert _opening("<think>", tokenizer, prompts) == "<think>"
+    assert _opening(None, tokenizer, prompts) is None
     with pytest.raises(UserError, match=r"reward\.opening='<answer>': the prompts end in '1[+]1=<think>'"):
-        _opening(from_dict({"reward.opening": "<answer>"}), tokenizer, prompts)
+        _opening("<answer>", tokenizer, prompts)

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.unit
 ])
 def test_a_key_that_is_ours_is_refused_by_name(options: dict, key: str, where: str) -> None:
     with pytest.raises(UserError) as error:
-        check_deepspeed_options(from_dict({"train": {"deepspeed": options}}))
+        check_deepspeed_options(from_dict({"train": {"deepspeed": options}}).train)
     assert key in str(error.value) and where in str(error.value) and "\n" not in str(error.value)
 
 
@@ -30,18 +30,18 @@ def test_a_key_that_is_ours_is_refused_by_name(options: dict, key: str, where: s
 ])
 def test_a_key_that_deepspeed_has_not_is_refused_with_the_nearest(options: dict, key: str, meant: str) -> None:
     with pytest.raises(UserError) as error:
-        check_deepspeed_options(from_dict({"train": {"deepspeed": options}}))
+        check_deepspeed_options(from_dict({"train": {"deepspeed": options}}).train)
     assert f"{key}'" in str(error.value) and f"{meant}'?" in str(error.value) and "\n" not in str(error.value)
 
 
 def test_other_options_pass_through() -> None:
     config = from_dict({"train": {"zero_stage": 3, "deepspeed": {
         "zero_optimization": {"stage3_prefetch_bucket_size": 10}, "wall_clock_breakdown": True}}})
-    result = deepspeed_config(config, torch.float32)
+    result = deepspeed_config(config.train, torch.float32)
     assert result["zero_optimization"] == {"stage": 3, "stage3_prefetch_bucket_size": 10}
     assert result["wall_clock_breakdown"] is True
     assert "bf16" not in result
-    assert deepspeed_config(from_dict({}), torch.bfloat16)["zero_optimization"]["stage"] == 1
+    assert deepspeed_config(from_dict({}).train, torch.bfloat16)["zero_optimization"]["stage"] == 1
 
 
 def test_learning_rate() -> None:

@@ -1,9 +1,8 @@
-"""On a CPU vLLM's engine core is forked from a process that imports vLLM while the actor does: it starts twice as fast.
+"""Forks vLLM's engine core on a CPU from a process that has imported vLLM: it starts twice as fast.
 
-Takes:  nothing; vLLM asks for the process when it wants one.
 Gives:  `fork_engine_core`.
-Knows:  vLLM itself starts an interpreter after the actor has imported everything, which imports everything again. It
-        forks nothing in an actor of Ray's, which has threads; the process here has none.
+Knows:  that process imports vLLM while the actor does. Left alone, vLLM would start an interpreter after the actor has
+        imported everything, and import everything again: it can't fork an actor of Ray's, which has threads.
 Never:  lets the engine core have another environment than vLLM made for it.
 """
 
@@ -15,14 +14,14 @@ import os
 from collections.abc import Callable
 from importlib import import_module
 from multiprocessing import forkserver
-from multiprocessing.context import ForkServerContext
-from typing import Any
+from multiprocessing.context import BaseContext, ForkServerContext
+from multiprocessing.process import BaseProcess
 
 PRELOAD = "flux_ray.rollout.cpu_startup.preload"
 
 
 def fork_engine_core() -> None:
-    """From now on a process imports vLLM, and so does this one; the engine cores of this one are forked from that."""
+    """Have a second process import vLLM, and import it here. Engine cores are from now on forked from the second."""
     forkserver.set_forkserver_preload([PRELOAD])
     try:
         forkserver.ensure_running()
@@ -34,27 +33,29 @@ def fork_engine_core() -> None:
 
     as_vllm_would, preloads = engine_utils.get_mp_context, _preloads()
 
-    def context() -> Any:
+    def context() -> BaseContext:
         return _Forking() if _preloads() == preloads else as_vllm_would()
 
     engine_utils.get_mp_context = context
 
 
 def _preloads() -> set[str]:
-    """What the dynamic linker puts before all else: in a forked process it can't any more. libgomp is there already."""
+    """Libraries that the dynamic linker is to load first. In a forked process it can't; libgomp is loaded already."""
     return {library for library in os.environ.get("LD_PRELOAD", "").split(":") if library and "libgomp" not in library}
 
 
 class _Forking(ForkServerContext):
-    """multiprocessing's context whose processes have the environment of the one that asks for them."""
+    """multiprocessing's context. Its processes have the environment of the process that asks for them."""
 
-    def Process(self, *, target: Callable[..., None], name: str, kwargs: dict[str, Any]) -> Any:  # type: ignore[override]
+    def Process(  # type: ignore[override]
+        self, *, target: Callable[..., None], name: str, kwargs: dict[str, object]
+    ) -> BaseProcess:
         return super().Process(target=_in_environment, args=(dict(os.environ), target), name=name, kwargs=kwargs)
 
 
-def _in_environment(environment: dict[str, str], target: Callable[..., None], **kwargs: Any) -> None:
+def _in_environment(environment: dict[str, str], target: Callable[..., None], **kwargs: object) -> None:
     with contextlib.suppress(ImportError):
-        import setproctitle  # vLLM names its processes by it: it finds their name by the environment's place in memory
+        import setproctitle  # vLLM names its processes by it, and it finds the name by where the environment lies
 
         setproctitle.getproctitle()
     for name in os.environ.keys() - environment.keys():

@@ -1,8 +1,6 @@
-"""Importing this imports vLLM, all that an engine's two processes on a CPU need of it: some 5,000 modules, ten seconds.
+"""Imports all that an engine's two processes on a CPU need of vLLM: some 5,000 modules, ten seconds.
 
-Takes:  nothing.
-Gives:  nothing: what is imported.
-Knows:  the garbage collector looks at every object that imports make again and again, a seventh of their time.
+Knows:  the garbage collector would look again and again at every object that imports make: a seventh of the time.
 Never:  starts a thread: processes are forked from one that has imported this.
 """
 

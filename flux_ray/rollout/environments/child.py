@@ -1,4 +1,4 @@
-"""A rollout function in its child process.
+"""Runs a rollout function in its child process.
 
 Takes:  the function's name, users' files, the tokenizer's path; then a prompt a call.
 Gives:  `make`, the entry point of the sandbox; records as plain values and back.
@@ -8,7 +8,7 @@ Knows:  `generate` asks the parent, which has the engine.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -18,8 +18,11 @@ from flux_ray.records import Completion, Prompt, Trajectory
 from flux_ray.rollout.functions import get_rollout
 from flux_ray.sandbox.child import Ask, Handler
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
-def plain(record: Prompt | Completion | Trajectory) -> dict[str, Any]:
+
+def plain(record: Prompt | Completion | Trajectory) -> dict[str, object]:
     return dict(vars(record))
 
 
@@ -31,7 +34,7 @@ def make(*, function: str, plugins: list[str], tokenizer_path: str) -> Handler:
     rollout = get_rollout(function)
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_path)
 
-    async def run(payload: dict[str, Any], ask: Ask) -> list[dict[str, Any]]:
+    async def run(payload: dict[str, Any], ask: Ask) -> list[dict[str, object]]:
         trajectories = await rollout(Prompt(**payload), AskingGenerate(ask, tokenizer))
         if not isinstance(trajectories, (list, tuple)) or not all(isinstance(t, Trajectory) for t in trajectories):
             raise UserError(f"rollout.function={function} gave {type(trajectories).__name__}: it must give a list of "
@@ -44,7 +47,7 @@ def make(*, function: str, plugins: list[str], tokenizer_path: str) -> Handler:
 class AskingGenerate:
     """See rollout.functions.Generate."""
 
-    def __init__(self, ask: Ask, tokenizer: Any) -> None:
+    def __init__(self, ask: Ask, tokenizer: PreTrainedTokenizerBase) -> None:
         self._ask, self.tokenizer = ask, tokenizer
 
     async def __call__(

@@ -1,8 +1,8 @@
-"""A rollout function that isn't ours: it runs in a child process, beside those of other groups.
+"""Runs a user's rollout function in a child process, which it shares with those of other groups.
 
-Takes:  the function's name and what it needs to be imported; a prompt and `generate` a group.
+Takes:  the function's name and users' files; for each group a prompt and `generate`.
 Gives:  SandboxedRollout, a Rollout.
-Knows:  a child that ends or passes the deadline costs the groups in it a second try, each in a child of its own.
+Knows:  where a child ends or passes the deadline, each group in it gets a second try, in a child of its own.
 Never:  runs users' code in this process.
 """
 
@@ -48,7 +48,7 @@ class SandboxedRollout:
         return await Child.start(self._entry, deadline_s=self._start_deadline_s)
 
     async def __call__(self, prompt: Prompt, generate: PromptGenerate) -> list[Trajectory]:
-        """The function's trajectories. Raises what it raises; RuntimeError where it fails with its process, twice."""
+        """The function's trajectories. Raises what it raises; RuntimeError where its process ends, twice."""
         try:
             return await self._run(await self._shared(), prompt, generate)
         except ChildEnded as error:
@@ -66,7 +66,7 @@ class SandboxedRollout:
                 alone.kill("its group has ended")
 
     async def _run(self, child: Child, prompt: Prompt, generate: Generate) -> list[Trajectory]:
-        async def answer(arguments: dict[str, Any]) -> list[dict[str, Any]]:
+        async def answer(arguments: dict[str, Any]) -> list[dict[str, object]]:
             return [plain(completion) for completion in await generate(arguments.pop("token_ids"), **arguments)]
 
         try:
