@@ -77,6 +77,19 @@ class PartGenerated:
 
 
 @dataclass(frozen=True)
+class PartLost:
+    """The engine that sampled a part is gone, or doesn't compute any more (`silent`: it is to be ended)."""
+
+    uid: int
+    attempt: int
+    seed: int
+    engine: int
+    incarnation: str
+    silent: bool
+    why: str
+
+
+@dataclass(frozen=True)
 class GroupReady:
     """Scored, let through by the filter, referenced, and kept at the worker. An evaluation's is scored alone."""
 
@@ -125,4 +138,4 @@ class GroupFailed:
     failure: CallFailed
 
 
-News = PartGenerated | GroupReady | GroupDropped | RewardWorkerLost | GroupFailed
+News = PartGenerated | PartLost | GroupReady | GroupDropped | RewardWorkerLost | GroupFailed

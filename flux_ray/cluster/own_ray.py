@@ -40,7 +40,7 @@ class OwnRay:
 
     async def death(self) -> ActorDied:
         """Waits until one that is needed has died."""
-        while (name := self.dead) is None:
+        while (name := self.dead) is None:  # noqa: ASYNC110 a process's end sets no event
             await asyncio.sleep(LOOK_EVERY_S)
         return ActorDied(f"Ray's {name} (process {self._processes[name].pid}) died", role="ray", index=0)
 

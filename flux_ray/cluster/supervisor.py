@@ -33,6 +33,7 @@ class Supervisor:
         self._groups: dict[str, Group[Any]] = {}
         self._policies: dict[str, OnDeath] = {}
         self._informed: set[str] = set()
+        self._starts: dict[str, Callable[[Any], Any] | None] = {}
         self._listeners: dict[str, tuple[Callable[[int], None], Callable[[int], None]]] = {}
         self._silent: dict[str, str] = {}  # incarnation ► why it was ended
         self._deaths: Counter[str] = Counter()  # by role, since the last step
@@ -44,11 +45,13 @@ class Supervisor:
         #: The error that ends the run.
         self.failure: asyncio.Future[Exception] = asyncio.get_running_loop().create_future()
 
-    def add(self, group: Group[Any], on_death: OnDeath, *, informed: bool) -> None:
+    def add(self, group: Group[Any], on_death: OnDeath, *, informed: bool,
+            start: Callable[[Any], Any] | None = None) -> None:
         """Watch the group from now on. Until `begin` any death ends the run.
 
-        `informed`: its actors are told who is alive.
+        `informed`: its actors are told who is alive. `start`: called of one that replaces another, before it is told.
         """
+        self._starts[group.role] = start
         self._groups[group.role] = group
         self._policies[group.role] = on_death
         if informed:
@@ -104,6 +107,9 @@ class Supervisor:
         while True:
             try:
                 await group.replace(index, deadline_s=self._start_deadline_s)
+                start = self._starts[group.role]
+                if start is not None:
+                    await group[index].call(start).within(self._start_deadline_s)
                 break
             except ActorDied:  # while it started
                 self._deaths[group.role] += 1

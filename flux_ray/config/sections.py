@@ -279,8 +279,9 @@ class ClusterConfig:
     placement_deadline_s: float = knob(15.0, "longest wait for a placement group, in seconds", above=0)
     start_deadline_s: float = knob(600.0, "longest wait for an actor to be ready (a model to load), in seconds",
                                    above=0)
-    max_restarts: int = knob(3, "times in a row that a run goes on from its last checkpoint after something died, without "
-                             "getting further than before; 0: the first death ends it", least=0)
+    max_restarts: int = knob(3, "times in a row that a run goes on from its last checkpoint after something died that "
+                             "nobody can replace, without getting further than before; 0: the first death of an actor "
+                             "of ours ends the run", least=0)
     env: dict[str, str] = knob({}, "environment variables of every actor")
 
 

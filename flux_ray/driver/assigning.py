@@ -9,6 +9,7 @@ Keeps:  what each group is made from, until the group ends.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Collection
 from typing import NamedTuple
 
 from flux_ray.clock import now_s
@@ -60,6 +61,16 @@ class Assigning:
     def generated(self, entry: Entry, seed: int) -> None:
         """A part has left its engine, which has capacity for another."""
         self._workers.generated(entry.worker, self._dispatch.done((*entry.key, seed)))
+        self._assign_soon()
+
+    def part_lost(self, entry: Entry, seed: int) -> None:
+        """A part's engine is gone. Another one samples it, with the same seeds."""
+        self._workers.generated(entry.worker, self._dispatch.ask_again((*entry.key, seed)))
+        self._assign_soon()
+
+    def serve(self, engines: Collection[int]) -> None:
+        """These alone are assigned to from now on."""
+        self._dispatch.serve(engines)
         self._assign_soon()
 
     def saw_length(self, entry: Entry) -> None:

@@ -41,6 +41,7 @@ class Loop:
         self.part_tokens = math.inf
         self._lengths = Lengths(config.rollout.max_tokens)
         self._batch: list[Entry] = []  # of the last step
+        self._weights = asyncio.Lock()  # held while the trainer's weights are of no version
         stages.on_free_slot = self.go_on
 
     @property
@@ -55,6 +56,7 @@ class Loop:
         """
         self.stages.begin(tasks)
         await self.ranks.publish(self._versions.publish(self.step), self.step)
+        self._bringing_in = tasks.create_task(self._bring_in())
         prompts = self._agreement.first_prompts(self._prompts)
         while (compared := await self.ranks.probe(prompts, self.stages.workers)) is None:
             await self.stages.workers.all_serve()
@@ -76,11 +78,12 @@ class Loop:
         """One step: take ready groups (as they come, or a whole batch) ► train ► publish, while a critic learns."""
         start_s, step = now_s(), self.step
         begun = await self._begin_step()
-        report = await self.ranks.train(step, self._versions.holding(step))
-        train_s = now_s() - start_s - begun["driver/wait_s"]
-        publish = asyncio.ensure_future(self.ranks.publish(self._versions.publish(report.step), report.step))
-        learn = asyncio.ensure_future(self.ranks.learn(step))
-        await first_failure([publish, learn])
+        async with self._weights:
+            report = await self.ranks.train(step, self._versions.holding(step))
+            train_s = now_s() - start_s - begun["driver/wait_s"]
+            publish = asyncio.ensure_future(self.ranks.publish(self._versions.publish(report.step), report.step))
+            learn = asyncio.ensure_future(self.ranks.learn(step))
+            await first_failure([publish, learn])
         metrics = batch_metrics(self._batch, step, self._versions) | report.metrics | learn.result() | begun
         metrics |= {"train/step_s": train_s, "weights/publish_s": publish.result()} | self.ledger.drops.step_metrics()
         metrics |= await self._gap_after_publish()
@@ -92,6 +95,16 @@ class Loop:
         if report.step == self._config.driver.num_steps:
             self.stages.forget(list(self.ledger.slots))  # no failure of theirs is to keep the result from being saved
         return metrics | {"driver/version": float(self._versions.highest), "driver/step_s": now_s() - start_s}
+
+    async def _bring_in(self) -> None:
+        """An engine that was replaced takes the version that the others serve, as soon as no update is under way."""
+        engines = self.ranks.engines
+        while True:
+            await engines.joined.wait()
+            async with self._weights:
+                engines.joined.clear()
+                if engines.waiting:
+                    await self.ranks.publish(self._versions.highest, self.step, only=engines.waiting)
 
     async def _gap_after_publish(self) -> dict[str, float]:
         """weights/logprob_gap_* of a few tokens under the new weights.
@@ -158,4 +171,5 @@ class Loop:
         return self.ledger.account()
 
     def end(self) -> None:
+        self._bringing_in.cancel()
         self.stages.end()

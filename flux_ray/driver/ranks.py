@@ -8,26 +8,31 @@ Never:  sees an array; decides anything.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Collection, Sequence
 
 from flux_ray.batch import balance
 from flux_ray.clock import now_s
 from flux_ray.cluster.group import Group, all_within, first_failure
 from flux_ray.config import PolicyGradientConfig
+from flux_ray.driver.engines import Engines
 from flux_ray.driver.entry import Entry
 from flux_ray.driver.workers import Workers
+from flux_ray.errors import UserError
 from flux_ray.messages import GroupAt
 from flux_ray.protocols import CriticRank, TrainingRank
 from flux_ray.records import ComparedTokens, Prompt, StepReport
 
 PUBLISH_PHASES = 3  # start, send, finish; gloo's first two are one
+DEATH_SHOWS_S = 5.0  # Ray tells of an engine's death 1 to 2 s later; what it broke fails at once
 HOLD_DEADLINE_S = 600.0  # for a rank to bring the arrays of its part of a step
 
 
 class Ranks:
-    def __init__(self, config: PolicyGradientConfig, *, trainer: Group[TrainingRank], critic: Group[CriticRank] | None
-                 ) -> None:
-        self._config, self.trainer, self.critic = config, trainer, critic
+    def __init__(self, config: PolicyGradientConfig, *, trainer: Group[TrainingRank], critic: Group[CriticRank] | None,
+                 engines: Engines) -> None:
+        self._config, self.trainer, self.critic, self.engines = config, trainer, critic, engines
+        self._mistaken: int | None = None  # the version that an engine attested another one for
 
     async def hold(self, part: Sequence[Entry]) -> list[GroupAt]:
         """Every rank, the critic's too, brings the arrays of its share before anything collective begins.
@@ -69,33 +74,56 @@ class Ranks:
         reports = await all_within([rank.call(CriticRank.train_held, step=step) for rank in self.critic], deadline_s)
         return reports[0].metrics | {"critic/step_s": now_s() - start_s}
 
-    async def publish(self, version: int, step: int) -> float:
-        """Every engine serves `version`, and has attested it, when it returns. Gives the seconds it took.
+    async def publish(self, version: int, step: int, *, only: Collection[int] | None = None) -> float:
+        """Every living engine (of `only`) serves `version`, and has attested it, when it returns.
 
-        Raises RuntimeError when an engine attests another version, TimeoutError when a phase passes weights.deadline_s.
+        Gives the seconds it took. Where an engine dies meanwhile, the others take the version again. Raises what else
+        fails, TimeoutError when a phase passes weights.deadline_s.
         """
         start_s = now_s()
+        while True:
+            try:
+                engines = await self.engines.reached(only)
+                if not engines or await self._published(version, step, engines):
+                    self.engines.serve(engines)
+                    return now_s() - start_s
+            except UserError:
+                raise
+            except Exception as error:
+                if not await self.engines.one_dies(DEATH_SHOWS_S):
+                    raise
+                logging.getLogger(__name__).warning("version %d is published again: %s", version, error)
+
+    async def _published(self, version: int, step: int, engines: Sequence[int]) -> bool:
+        """Whether all of them attest the version. One that doesn't takes it again, and is ended the second time."""
         # Rank 0 watches the deadline of each phase, and knows which engine passed it.
         deadline_s = (1 + PUBLISH_PHASES) * self._config.weights.deadline_s
         served, *_ = await all_within(
             [rank.call(TrainingRank.publish, version, step) for rank in self.trainer], deadline_s)
-        for engine, label in enumerate(served):
-            if label != str(version):
-                raise RuntimeError(f"engine {engine} serves version {label} after version {version} was published")
-        return now_s() - start_s
+        wrong = {engine: label for engine, label in zip(engines, served, strict=True) if label != str(version)}
+        for engine, label in wrong.items():
+            why = f"engine {engine} serves version {label} after version {version} was published"
+            logging.getLogger(__name__).warning(why)
+            if self._mistaken == version:
+                self.engines.end(engine, why)
+        if wrong and self._mistaken == version:
+            await self.engines.one_dies(DEATH_SHOWS_S)
+        self._mistaken = version if wrong else None
+        return not wrong
 
     async def probe(self, prompts: Sequence[Prompt], workers: Workers) -> list[ComparedTokens] | None:
         """What each engine samples after these prompts right after a publish, with its log-probs and the trainer's.
 
-        None where a rollout worker dies meanwhile.
+        None where a rollout worker or an engine dies meanwhile.
         """
         # A probe goes before other requests, and yet waits for a place beside those that run.
         deadline_s = self._config.rollout.deadline_s + self._config.weights.deadline_s
-        engines = range(self._config.rollout.num_engines)
+        engines = self.engines.serving
         probed = await first_failure([workers.probe(prompts, engine, 2 * deadline_s) for engine in engines])
         if any(places is None for places in probed):
             return None
-        places = [(engine, at) for engine, of_engine in enumerate(probed) for at in of_engine or ()]
+        places = [(engine, at) for engine, of_engine in zip(engines, probed, strict=True)
+                  for at in of_engine or ()]
         groups = [at for _, at in places]
         missing = await all_within([rank.call(TrainingRank.hold, groups) for rank in self.trainer], HOLD_DEADLINE_S)
         if any(missing):

@@ -16,24 +16,27 @@ from flux_ray.cluster.plan import ROLLOUT
 from flux_ray.cluster.supervisor import Supervisor
 from flux_ray.config import PolicyGradientConfig
 from flux_ray.driver.assigning import Assigning
+from flux_ray.driver.engines import Engines
 from flux_ray.driver.entry import NOBODY, Entry, State
 from flux_ray.driver.ledger import Ledger
 from flux_ray.driver.second_tries import SecondTries
 from flux_ray.driver.workers import Workers
-from flux_ray.messages import GroupDropped, GroupFailed, GroupReady, News, PartGenerated, RewardWorkerLost
+from flux_ray.messages import GroupDropped, GroupFailed, GroupReady, News, PartGenerated, PartLost, RewardWorkerLost
 from flux_ray.protocols import RolloutWorker
 from flux_ray.records import Prompt
 
 
 class Stages:
     def __init__(self, config: PolicyGradientConfig, ledger: Ledger, *, workers: Group[RolloutWorker],
-                 supervisor: Supervisor, warn: Callable[[str, str], None], step: int = 0) -> None:
+                 engines: Engines, supervisor: Supervisor, warn: Callable[[str, str], None], step: int = 0) -> None:
         """`warn` takes the kind of a warning, and its text. `step`: how many are done."""
         self.log_dir: Path | None = None  # where the actors' own output lies: an error names it
         self._config, self.ledger, self.warn, self.step = config, ledger, warn, step
         self.workers = Workers(workers, supervisor)
         self._assigning = Assigning(config.rollout, ledger, self.workers, max_staleness=config.driver.max_staleness)
         self.generate = self._assigning.ask
+        self.engines = engines
+        engines.on_change = lambda: self._assigning.serve(engines.serving)
         self._second_tries = SecondTries(supervisor, self.workers, is_wanted=self._assigning.__contains__,
                                          deadline_s=2 * config.cluster.start_deadline_s)
         self._listening: list[asyncio.Task[None]] = []
@@ -81,6 +84,8 @@ class Stages:
         match news:
             case PartGenerated():
                 self._on_part(entry, news)
+            case PartLost():
+                self._on_part_lost(entry, news)
             case GroupReady():
                 self._on_ready(entry, news)
             case GroupDropped():
@@ -95,6 +100,10 @@ class Stages:
         self.ledger.generated(entry, news.num_tokens, now_s())
         if entry.state is State.GENERATED:
             self._assigning.saw_length(entry)
+
+    def _on_part_lost(self, entry: Entry, news: PartLost) -> None:
+        self.engines.failed(news.engine, news.incarnation, silent=news.silent, why=news.why)
+        self._assigning.part_lost(entry, news.seed)
 
     def _on_ready(self, entry: Entry, news: GroupReady) -> None:
         self.ledger.is_ready(entry, news)

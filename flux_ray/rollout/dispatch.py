@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
-from collections.abc import Hashable, Iterator
+from collections.abc import Collection, Hashable, Iterator
 from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
@@ -100,10 +100,23 @@ class Dispatch(Generic[Key]):
         self._capacity = round((1 + queued_share) * capacity)
         self._samples_E = np.zeros(num_engines, np.int64)
         self._tokens_E = np.zeros(num_engines, np.int64)
+        self._serves_E = np.ones(num_engines, bool)
         self._waiting: list[tuple[tuple[float, ...], int, Key]] = []
         self._requests: dict[Key, Request] = {}  # waiting or running
         self._engine_of: dict[Key, int] = {}  # of running requests
         self._numbers = itertools.count()  # among equals the first that asked
+
+    def serve(self, engines: Collection[int]) -> None:
+        """These alone get requests from now on. What the others run is to be given up, or done."""
+        self._serves_E[:] = False
+        self._serves_E[list(engines)] = True
+
+    def ask_again(self, key: Key) -> int:
+        """The request's engine is gone: it waits for another, at its place in the order. Gives its expected tokens."""
+        request = self._requests[key]
+        num_tokens = self.done(key)
+        self.ask(key, request)
+        return num_tokens
 
     def ask(self, key: Key, request: Request) -> None:
         """The request waits until `starts` gives it an engine."""
@@ -136,6 +149,7 @@ class Dispatch(Generic[Key]):
 
     def _engine_for(self, request: Request) -> int | None:
         fits_E = (self._samples_E + request.num_samples <= self._capacity) | (self._samples_E == 0)
+        fits_E &= self._serves_E
         engine = int(np.where(fits_E, self._tokens_E, np.iinfo(np.int64).max).argmin())
         return engine if fits_E[engine] else None
 

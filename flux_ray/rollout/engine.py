@@ -37,6 +37,10 @@ LOOK_EVERY_S = 1.0  # whether vLLM's process lives, while a call waits for it
 T = TypeVar("T")
 
 
+class CoreDied(RuntimeError):
+    """vLLM's own process has died: this engine will answer nothing more."""
+
+
 def engine_env(device: str, rollout: RolloutConfig) -> dict[str, str]:
     """Environment of the engine's process, set before vLLM is imported there."""
     env = {"VLLM_NO_USAGE_STATS": "1", "TOKENIZERS_PARALLELISM": "false", "VLLM_PLUGINS": f"{ENTRY_POINT},{PLUGIN}"}
@@ -327,7 +331,7 @@ def _vllm_alive() -> Iterator[None]:
     try:
         yield
     except EngineDeadError:
-        raise RuntimeError("the process in which vLLM computes died") from None
+        raise CoreDied("the process in which vLLM computes died") from None
 
 
 def completion_of(output: CompletionOutput) -> Completion:

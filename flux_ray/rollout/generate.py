@@ -15,13 +15,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from flux_ray.cluster.group import Actor
+from flux_ray.cluster.group import Actor, ActorDied, ActorError
+from flux_ray.cluster.plan import ENGINE
 from flux_ray.protocols import Engine
 from flux_ray.records import FINISH_LENGTH, Completion, Prompt, SamplingRequest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+CORE_DIED = "CoreDied"  # what an engine raises that lives without vLLM's own process
 TURN_SEED_STRIDE = 1_000_003  # the seeds of a trajectory's later turns lie this far apart: beyond any group size
 EMPTY = Completion(np.zeros(0, np.int32), np.zeros(0, np.float32), np.zeros(0, np.int32), FINISH_LENGTH)
 
@@ -40,6 +42,14 @@ class Limits:
         return min(self.max_tokens - used, self.context_length - num_tokens)
 
 
+class EngineLost(Exception):
+    """The engine is gone, or (`silent`) doesn't compute any more: another one has to answer."""
+
+    def __init__(self, why: str, *, incarnation: str, silent: bool) -> None:
+        super().__init__(why)
+        self.incarnation, self.silent = incarnation, silent
+
+
 @dataclass
 class PromptGenerate:
     """`generate` of one prompt. All turns of a sample go to one engine, which has its prefix."""
@@ -51,6 +61,7 @@ class PromptGenerate:
     tokenizer: PreTrainedTokenizerBase
     owner: str  # incarnation of the rollout worker
     step: int = 0  # of the newest policy that has answered
+    lost: EngineLost | None = None  # a call failed by it, whatever the rollout function makes of that
     _turns: Counter[int] = field(default_factory=Counter)
 
     def restart(self) -> None:
@@ -70,6 +81,13 @@ class PromptGenerate:
             np.asarray(token_ids, np.int32), n, seed=self.prompt.seed + sample + turn * TURN_SEED_STRIDE,
             temperature=self.temperature, max_tokens=left, owner=self.owner)
         what = f"rollout of {self.prompt.where}"
-        sampled = await self.engine.call(Engine.generate, request).within(self.limits.deadline_s, what=what)
+        try:
+            sampled = await self.engine.call(Engine.generate, request).within(self.limits.deadline_s, what=what)
+        except ActorError as error:
+            core_died = error.raised == CORE_DIED
+            if error.role != ENGINE or not (core_died or isinstance(error, ActorDied)):
+                raise
+            self.lost = EngineLost(str(error), incarnation=self.engine.incarnation, silent=core_died)
+            raise self.lost from error
         self.step = max(self.step, sampled.step)
         return list(sampled.completions)

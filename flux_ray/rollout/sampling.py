@@ -9,12 +9,14 @@ Keeps:  the sandbox, and how long a sequence may get.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from flux_ray.cluster.group import Members, first_failure
+from flux_ray.cluster.group import Actor, ActorDied, Members, first_failure
+from flux_ray.cluster.plan import ENGINE
 from flux_ray.config import PolicyGradientConfig
 from flux_ray.errors import UserError
 from flux_ray.messages import PROBE_TOKENS, Assignment
@@ -50,7 +52,7 @@ class Sampling:
     async def start(self, members: Members) -> None:
         """Ask an engine for its context, and start the sandbox where there is one."""
         rollout, deadline_s = self._config.rollout, self._config.cluster.start_deadline_s
-        context_length = await members.of("engine")[0].call(Engine.context_length).within(deadline_s)
+        context_length = await _first_answer(members.of(ENGINE), deadline_s)
         # The group's own deadline passes first, and its error names the prompt; this one is for a silent engine.
         self._limits = Limits(rollout.max_tokens, context_length, rollout.deadline_s + self._config.weights.deadline_s)
         if self._sandbox is not None:
@@ -59,17 +61,24 @@ class Sampling:
     async def sample(self, assignment: Assignment, members: Members, owner: str) -> tuple[list[Trajectory], int]:
         """Trajectories of all samples of the assignment's prompt, and the step of the newest policy among their tokens.
 
-        Raises what the rollout function raises; TimeoutError after rollout.deadline_s; UserError for a wrong number.
+        Raises EngineLost; what the rollout function raises; TimeoutError after rollout.deadline_s; UserError for a
+        wrong number.
         """
         assert self._limits is not None, "it has not started"
         prompt, config = assignment.prompt, self._config.rollout
         temperature = config.temperature if assignment.temperature is None else assignment.temperature
-        engine = members.of("engine")[assignment.engine].together()
+        engine = members.of(ENGINE)[assignment.engine].together()
         generate = PromptGenerate(prompt, engine, self._limits, temperature, self._tokenizer, owner)
-        if self._sandbox is None:
-            trajectories = await self._within_deadline(prompt, generate, assignment.engine)
-        else:
-            trajectories = await self._sandbox(prompt, generate)
+        try:
+            if self._sandbox is None:
+                trajectories = await self._within_deadline(prompt, generate, assignment.engine)
+            else:
+                trajectories = await self._sandbox(prompt, generate)
+        except Exception:
+            if generate.lost is None:
+                raise
+        if generate.lost is not None:  # even where users' code has gone on without an answer
+            raise generate.lost
         if len(trajectories) != prompt.num_samples:
             raise UserError(
                 f"rollout.function={config.function} gave {len(trajectories)} trajectories for row {prompt.row + 1} "
@@ -97,13 +106,22 @@ class Sampling:
         request = SamplingRequest(prompt.token_ids, prompt.num_samples, seed=prompt.seed,
                                   temperature=self._config.rollout.temperature, max_tokens=min(PROBE_TOKENS, left),
                                   probes=True, owner=owner)
-        call = members.of("engine")[engine].call(Engine.generate, request)
+        call = members.of(ENGINE)[engine].call(Engine.generate, request)
         sampled = await call.within(self._limits.deadline_s, what="probe")
         return RolloutGroup(prompt, tuple(one_turn(prompt, completion) for completion in sampled.completions))
 
     def close(self) -> None:
         if self._sandbox is not None:
             self._sandbox.close()
+
+
+async def _first_answer(engines: Sequence[Actor[Engine]], deadline_s: float) -> int:
+    """What the first one that lives has for its context."""
+    *others, last = engines
+    for engine in others:
+        with contextlib.suppress(ActorDied):
+            return await engine.call(Engine.context_length).within(deadline_s)
+    return await last.call(Engine.context_length).within(deadline_s)
 
 
 def _load_tokenizer(path: str) -> PreTrainedTokenizerBase:

@@ -6,17 +6,21 @@ Never:  runs users' code; waits for another actor without a deadline.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from flux_ray.algo import filters
 from flux_ray.clock import now_s
-from flux_ray.cluster.group import ActorError, Members
-from flux_ray.cluster.plan import ROLLOUT
+from flux_ray.cluster.group import ActorDied, ActorError, Members
+from flux_ray.cluster.plan import REFERENCE, ROLLOUT
 from flux_ray.config import PolicyGradientConfig
-from flux_ray.messages import Assignment, GroupAt, GroupDropped, GroupReady, Orders, PartGenerated
+from flux_ray.messages import Assignment, GroupAt, GroupDropped, GroupReady, Orders, PartGenerated, PartLost
 from flux_ray.records import Prompt, RolloutGroup
+from flux_ray.rollout.generate import EngineLost
 from flux_ray.rollout.owned import Carried, Owned
 from flux_ray.rollout.sampling import Sampling
 from flux_ray.rollout.scoring import LostRewardWorker, Scoring, responses_of, scored_group
@@ -41,10 +45,13 @@ class RolloutWorker(Owned):
         self._sampling = Sampling(config, tokenizer_path=tokenizer_path, tokenizer=tokenizer, end_ids=end_ids)
         self._scoring = Scoring(config, most_groups=most_groups)
         self._members = Members()
+        self._met = asyncio.Condition()  # others are alive than before
 
     async def meet(self, members: Members) -> None:
         before, self._members = self._members, max(self._members, members, key=lambda members: members.epoch)
         self._incarnation = self._members.of(ROLLOUT)[self._index].incarnation
+        async with self._met:
+            self._met.notify_all()
         if not before.epoch:
             await self._sampling.start(members)
 
@@ -61,7 +68,11 @@ class RolloutWorker(Owned):
     async def _part(self, carried: Carried, assignment: Assignment) -> None:
         """Generate a part. The last part to come goes on with the group."""
         seed = assignment.prompt.seed
-        trajectories, step = await self._sampling.sample(assignment, self._members, self._incarnation)
+        try:
+            trajectories, step = await self._sampling.sample(assignment, self._members, self._incarnation)
+        except EngineLost as lost:
+            return self.tell(PartLost(*assignment.key, seed, assignment.engine, lost.incarnation, lost.silent,
+                                      str(lost)))
         carried.parts[seed] = trajectories, step
         self.tell(PartGenerated(*assignment.key, seed, sum(t.num_loss_tokens for t in trajectories)))
         if carried.is_generated:
@@ -86,12 +97,25 @@ class RolloutWorker(Owned):
             cause = filters.refusal(scored, self._config.filter)
             if cause is not None:
                 return self._drop(key, cause)
-            carried.reference = await self._scoring.reference(group, self._members)
+            carried.reference = await self._referenced(group)
         spanning = sum(t.oldest_version != t.newest_version for t in group.trajectories)
         self.tell(GroupReady(*key, scored, carried.texts[0] if evaluates else "", spanning, scored_s - start_s,
                              now_s() - scored_s))
         if evaluates:
             del self.carried[key]
+
+    async def _referenced(self, group: RolloutGroup) -> list[np.ndarray] | None:
+        """The reference's log-probs; from who stands in the place of an actor that dies meanwhile."""
+        while True:
+            members = self._members
+            try:
+                return await self._scoring.reference(group, members)
+            except ActorDied as error:
+                if error.role != REFERENCE:
+                    raise
+            async with asyncio.timeout(2 * self._config.cluster.start_deadline_s), self._met:
+                while self._members.epoch == members.epoch:
+                    await self._met.wait()
 
     def _drop(self, key: tuple[int, int], cause: str, why: str = "") -> None:
         del self.carried[key]

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from flux_ray import algo
-from flux_ray.cluster.group import all_within
+from flux_ray.cluster.group import Actor, all_within
 from flux_ray.cluster.groups import Cluster, RayGroup
 from flux_ray.cluster.plan import CRITIC, ENGINE, REFERENCE, REWARD, REWARD_MODEL, ROLLOUT, TRAINER, Plan, Role
 from flux_ray.cluster.supervisor import OnDeath, Supervisor
@@ -28,6 +29,7 @@ from flux_ray.config import (
 from flux_ray.data import PromptSource
 from flux_ray.driver.agreement import Agreement
 from flux_ray.driver.drop_stats import DropStats
+from flux_ray.driver.engines import Connect, Engines
 from flux_ray.driver.evaluation import Evaluation
 from flux_ray.driver.ledger import Ledger
 from flux_ray.driver.loop import Loop
@@ -86,7 +88,8 @@ class Build:
 
     def _spawn(self, cluster: Cluster, role: Role) -> RayGroup[Any]:
         group = cluster.spawn(role, env=_env(self._config, self._plan, role.name), plugins=role.name != ROLLOUT)
-        self.supervisor.add(group, on_death(self._config)[role.name], informed=role.name in INFORMED)
+        self.supervisor.add(group, on_death(self._config)[role.name], informed=role.name in INFORMED,
+                            start=Engine.start if role.name == ENGINE else None)
         return group
 
     async def loop(self, task: Task, recorder: Recorder) -> Loop | OfflineLoop:
@@ -117,10 +120,9 @@ class Build:
             if CRITIC in groups:
                 tasks.create_task(self._build_ranks(CRITIC, CriticRank, config=critic_config(config)))
         await self.supervisor.begin()
-        await self._connect()
-        stages = self._stages(recorder)
+        stages = self._stages(recorder, connect=self._connect)
         loop = Loop(config, stages=stages, prompts=task.train,
-                    ranks=Ranks(config, trainer=groups[TRAINER], critic=groups.get(CRITIC)),
+                    ranks=Ranks(config, trainer=groups[TRAINER], critic=groups.get(CRITIC), engines=stages.engines),
                     versions=Versions(max_staleness=config.driver.max_staleness, highest=start.version),
                     agreement=self._agreement(task))
         loop.part_tokens = part_tokens(config, self._plan)
@@ -137,13 +139,14 @@ class Build:
         return Agreement(config.rollout, model=path, dtype=_dtype_name(config.model.dtype, self._plan.device),
                          context=_context(config, task) or context_length(path), turns=turns(path))
 
-    def _stages(self, recorder: Recorder) -> Stages:
+    def _stages(self, recorder: Recorder, *, connect: Connect | None = None) -> Stages:
         config, start = self._sampling, self._prepared.start
         bound = Bound(config.batch.prompts_per_step, config.driver.max_staleness, config.filter.oversample)
         num_parts = min(config.rollout.split_groups, config.rollout.group_size)
         ledger = Ledger(bound, DropStats(config, total=start.prompts_dropped), num_parts=num_parts,
                         num_steps=config.driver.num_steps, next_uid=start.next_uid, unfinished=start.unfinished)
-        stages = Stages(config, ledger, workers=self._groups[ROLLOUT], supervisor=self.supervisor,
+        engines = Engines(self._groups[ENGINE], self.supervisor, connect)
+        stages = Stages(config, ledger, workers=self._groups[ROLLOUT], engines=engines, supervisor=self.supervisor,
                         warn=recorder.warn_of, step=start.step)
         stages.log_dir = recorder.folder.logs
         return stages
@@ -264,14 +267,13 @@ class Build:
         await all_within([rank.call(Rank.prepare_channel) for rank in self._groups[TRAINER]],
                          self._config.cluster.start_deadline_s)
 
-    async def _connect(self) -> None:
+    async def _connect(self, engines: Sequence[Actor[Engine]]) -> None:
         """Open the weight channel: rank 0 meets every engine worker; the other ranks only learn that they needn't."""
         trainer, deadline_s = self._groups[TRAINER], self._sampling.weights.deadline_s
         address, port = await trainer.address(0, deadline_s=deadline_s)
         send_dtype = _dtype_name(self._config.model.dtype, self._plan.device)
-        engines = list(self._groups[ENGINE])
         # Rank 0 waits its own deadline for each engine, and names the one that doesn't answer.
-        await all_within([rank.call(Rank.connect, engines, address=address, port=port, send_dtype=send_dtype)
+        await all_within([rank.call(Rank.connect, list(engines), address=address, port=port, send_dtype=send_dtype)
                           for rank in trainer], 2 * deadline_s)
 
 
@@ -279,7 +281,9 @@ def on_death(config: Config) -> dict[str, OnDeath]:
     """What the death of an actor of each role does."""
     drops = isinstance(config, PolicyGradientConfig) and config.reward.on_failure == "drop"
     reward = OnDeath.REPLACE if drops else OnDeath.END_RUN
-    policies = dict.fromkeys((ENGINE, TRAINER, CRITIC, REFERENCE, REWARD_MODEL), OnDeath.END_RUN)
+    goes_on = isinstance(config, PolicyGradientConfig) and config.cluster.max_restarts > 0
+    policies = dict.fromkeys((TRAINER, CRITIC, REWARD_MODEL), OnDeath.END_RUN)
+    policies |= dict.fromkeys((ENGINE, REFERENCE), OnDeath.REPLACE if goes_on else OnDeath.END_RUN)
     return policies | {ROLLOUT: OnDeath.REPLACE, REWARD: reward}
 
 

@@ -22,7 +22,8 @@ from flux_ray.run.recorder import Recorder
 
 OURS = (TRAINER, CRITIC, ENGINE, REFERENCE, REWARD_MODEL)  # roles that run no code of the user's
 #: What a peer of a dead or silent process raises.
-BROKEN_OFF = ("TimeoutError", "ConnectionError", "ConnectionResetError", "DistBackendError", "DistNetworkError")
+BROKEN_OFF = ("CoreDied", "TimeoutError", "ConnectionError", "ConnectionResetError", "DistBackendError",
+              "DistNetworkError")
 BROKEN_OFF_TEXT = re.compile(r"[Cc]onnection (closed|reset|refused)|[Tt]imed out|[Bb]roken pipe")
 
 

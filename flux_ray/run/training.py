@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+from flux_ray.accounts import Account
 from flux_ray.cluster.group import Group
 from flux_ray.config import Config, EvaluatedConfig, PolicyGradientConfig
 from flux_ray.protocols import Trains

@@ -29,6 +29,7 @@ from flux_ray.cluster.supervisor import OnDeath, Supervisor
 from flux_ray.config import PolicyGradientConfig
 from flux_ray.driver.agreement import Agreement
 from flux_ray.driver.drop_stats import DropStats
+from flux_ray.driver.engines import Engines
 from flux_ray.driver.ledger import Ledger
 from flux_ray.driver.loop import Loop
 from flux_ray.driver.ranks import Ranks
@@ -462,10 +463,12 @@ async def _run(config: PolicyGradientConfig, world: World, start: LoopState, par
                     num_parts=min(config.rollout.split_groups, config.rollout.group_size),
                     num_steps=config.driver.num_steps)
     noted: Any = Noted(world)
-    stages = Stages(config, ledger, workers=groups["rollout"], supervisor=supervisor, warn=noted.warn_of,
-                    step=start.step)
+    serving = Engines(groups["engine"], supervisor, None)
+    stages = Stages(config, ledger, workers=groups["rollout"], engines=serving, supervisor=supervisor,
+                    warn=noted.warn_of, step=start.step)
     prompts: Any = Prompts(config, world)
-    loop = Loop(config, stages=stages, ranks=Ranks(config, trainer=groups["trainer"], critic=None), prompts=prompts,
+    ranks = Ranks(config, trainer=groups["trainer"], critic=None, engines=serving)
+    loop = Loop(config, stages=stages, ranks=ranks, prompts=prompts,
                 versions=Versions(max_staleness=config.driver.max_staleness, highest=start.version),
                 agreement=Agreement(config.rollout, model="model", dtype="float32",
                                     context=2 * world.prompt_tokens))

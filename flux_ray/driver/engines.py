@@ -1,0 +1,103 @@
+"""Which engines serve: they live, and have the weights that were published last.
+
+Takes:  deaths and replacements, from the supervisor; what rollout workers say of an engine that failed them.
+Gives:  `Engines`: who lives, who serves, who waits for weights; `reached`, with the weight channel open to them.
+Knows:  an engine that was replaced has the weights of the model's folder: it serves once it has taken a version.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Collection, Sequence
+
+from flux_ray.cluster.group import Actor, Group
+from flux_ray.cluster.plan import ENGINE
+from flux_ray.cluster.supervisor import Supervisor
+from flux_ray.protocols import Engine
+
+#: Opens the weight channel from the trainer to these engines.
+Connect = Callable[[Sequence[Actor[Engine]]], Awaitable[None]]
+
+
+class Engines:
+    def __init__(self, group: Group[Engine], supervisor: Supervisor, connect: Connect | None) -> None:
+        """`connect` None: nothing is trained, so that an engine serves as soon as it stands."""
+        self._group, self._supervisor, self._connect = group, supervisor, connect
+        self._dead: set[int] = set()  # no other one stands there yet
+        self._serving = {actor.incarnation for actor in group}
+        self._connected: tuple[str, ...] = ()
+        self._changed = asyncio.Event()
+        self.joined = asyncio.Event()  # one waits for weights
+        self.on_change: Callable[[], None] = lambda: None  # who serves has changed
+        supervisor.listen(ENGINE, lost=self._lost, replaced=self._replaced)
+
+    @property
+    def living(self) -> list[int]:
+        return [index for index in range(len(self._group)) if index not in self._dead]
+
+    @property
+    def serving(self) -> list[int]:
+        return [index for index in self.living if self._group[index].incarnation in self._serving]
+
+    @property
+    def waiting(self) -> list[int]:
+        """Those that live and have yet to take the weights."""
+        return [index for index in self.living if self._group[index].incarnation not in self._serving]
+
+    async def reached(self, only: Collection[int] | None = None) -> list[int]:
+        """The living ones (of `only`), with the weight channel open to them. Waits for one where none lives."""
+        while not self.living and only is None:
+            self._changed.clear()
+            await self._changed.wait()
+        found = [index for index in self.living if only is None or index in only]
+        incarnations = tuple(self._group[index].incarnation for index in found)
+        if found and self._connect is not None and incarnations != self._connected:
+            self._connected = ()
+            await self._connect([self._group[index] for index in found])
+            self._connected = incarnations
+        return found
+
+    def serve(self, indices: Collection[int]) -> None:
+        """They have taken the version that was published last."""
+        self._serving |= {self._group[index].incarnation for index in indices}
+        self.on_change()
+
+    def failed(self, index: int, incarnation: str, *, silent: bool, why: str) -> None:
+        """Nothing more is to be asked of it. `silent`: its process is there and must be ended."""
+        if self._group[index].incarnation != incarnation:
+            return  # another one stands there by now
+        self._serving.discard(incarnation)
+        if silent:
+            self._supervisor.end_silent(ENGINE, index, incarnation, why)
+        self.on_change()
+
+    async def one_dies(self, within_s: float) -> bool:
+        """Whether one of those that the channel is open to is dead, or dies within so many seconds."""
+        living = {actor.incarnation for index, actor in enumerate(self._group) if index not in self._dead}
+        connected, self._connected = set(self._connected), ()
+        try:
+            async with asyncio.timeout(within_s):
+                while connected <= living:
+                    self._changed.clear()
+                    await self._changed.wait()
+                    living = {self._group[index].incarnation for index in self.living}
+        except TimeoutError:
+            return False
+        return True
+
+    def end(self, index: int, why: str) -> None:
+        """It lives and doesn't do what it should: another one is to stand there."""
+        self.failed(index, self._group[index].incarnation, silent=True, why=why)
+
+    def _lost(self, index: int) -> None:
+        self._dead.add(index)
+        self._serving.discard(self._group[index].incarnation)
+        self._changed.set()
+        self.on_change()
+
+    def _replaced(self, index: int) -> None:
+        self._dead.discard(index)
+        self._changed.set()
+        if self._connect is None:
+            return self.serve([index])
+        self.joined.set()
