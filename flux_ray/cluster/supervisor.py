@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 from flux_ray.cluster.group import Actor, ActorDied, Group, Members, first_failure
+from flux_ray.cluster.heartbeat import Heartbeat
 from flux_ray.protocols import Meets
 
 MOST_DEATHS = 10  # of one role without a step in between: a role that dies so often will go on dying
@@ -40,6 +41,8 @@ class Supervisor:
         self._changed = asyncio.Condition()  # somebody has been replaced
         self._watches: list[asyncio.Task[None]] = []
         self._begun = False
+        self._replacing: set[tuple[str, int]] = set()
+        self.warn: Callable[[str], None] = lambda text: None
         self.members = Members()
         self._told = Members()  # the newest that every informed actor has
         #: The error that ends the run.
@@ -66,6 +69,13 @@ class Supervisor:
         """All groups are built: tell the informed ones who is there. From now on policies apply."""
         await self._tell_everybody()
         self._begun = True
+        heartbeat = Heartbeat(lambda: [actor for group in self._groups.values() for actor in group
+                                       if (group.role, actor.index) not in self._replacing], self._ended_silent)
+        self._watches.append(asyncio.ensure_future(heartbeat.run()))
+
+    def _ended_silent(self, actor: Actor[Any], silent_s: float) -> None:
+        why = f"{actor.role} {actor.index}: the process did not answer for {silent_s:.0f} s and was ended"
+        self.end_silent(actor.role, actor.index, actor.incarnation, why)
 
     def progress(self) -> None:
         """A step is done: count deaths anew."""
@@ -97,7 +107,10 @@ class Supervisor:
                 if self._deaths[group.role] > MOST_DEATHS:
                     return self.fail(ActorDied(f"{error}; {MOST_DEATHS} have died since the last step",
                                                 role=group.role, index=index))
+                self.warn(f"{' '.join(str(error).split())}; another one is started in its place")
+                self._replacing.add((group.role, index))
                 await self._replace(group, index)
+                self._replacing.discard((group.role, index))
         except Exception as error:
             self.fail(error)
 

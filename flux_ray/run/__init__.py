@@ -193,6 +193,7 @@ async def _live(prepared: Prepared, recorder: Recorder, body: RunBody, own_cpus:
     _interruptible()
     cluster = Cluster(log_dir=recorder.folder.logs, plugins=list(config.plugins))
     supervisor = Supervisor(start_deadline_s=config.cluster.start_deadline_s)
+    supervisor.warn = recorder.warn
     watching = None
     _end_on_sigterm()
     try:
