@@ -1,9 +1,9 @@
-"""What will be optimised, in words and formulas, from the config alone.
+"""Explains in words and formulas what a config optimises.
 
 Takes:  a Config.
 Gives:  `explain`: lines of (heading, text): rewards, advantage, terms with their signs, denominators, policies, masks.
 Knows:  how terms make an objective; each term's formula stands beside its code.
-Never:  starts anything; says what `check` warns of (the command prints both).
+Never:  starts anything; repeats a warning of `check` (the command prints both).
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def explain(config: Config) -> list[tuple[str, str]]:
 
 
 def _without_rollouts(config: Config) -> Iterator[tuple[str, str]]:
-    """What sft and the objectives on pairs mean."""
+    """The objective of sft, or on pairs."""
     yield "algorithm", config.algo.name
     if isinstance(config, SFTConfig):
         yield "minimised", f"Σ over loss tokens of w·({supervised.FORMULA.text})"
@@ -94,7 +94,7 @@ def _without_rollouts(config: Config) -> Iterator[tuple[str, str]]:
 
 
 def _trained(config: Config) -> Iterator[tuple[str, str]]:
-    """Which weights move; which model the reference is, where one is asked for."""
+    """Which weights are trained; which model the reference is, where one is needed."""
     lora = config.train.lora
     targets = lora.targets if isinstance(lora.targets, str) else ", ".join(lora.targets)
     yield "trained", (f"LoRA: B and A of W + {lora.alpha / lora.rank:g}·B·A, rank {lora.rank}, on {targets}; W stays"

@@ -21,6 +21,7 @@ from flux_ray.config import (
     PolicyGradientConfig,
     PolicyModelConfig,
     PPOConfig,
+    ReferenceConfig,
     ReferencedConfig,
     SampledConfig,
     changed,
@@ -155,8 +156,11 @@ class Build:
             if REFERENCE in self._groups:
                 tasks.create_task(self._build_reference())
         await self.supervisor.begin()
-        stages = OfflineStages(self._config, trainer=self._groups[TRAINER], reference=self._groups.get(REFERENCE))
-        learner = make_learner(self._config, data=task, stages=stages, folder=recorder.folder)
+        config = self._config
+        settings = config.reference if isinstance(config, ReferencedConfig) else ReferenceConfig()
+        stages = OfflineStages(config.train, settings, trainer=self._groups[TRAINER],
+                               reference=self._groups.get(REFERENCE))
+        learner = make_learner(config, data=task, stages=stages, folder=recorder.folder)
         return OfflineLoop(learner, start=self._prepared.start)
 
     @property
