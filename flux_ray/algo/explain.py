@@ -30,6 +30,7 @@ from flux_ray.batch import AGGREGATIONS
 from flux_ray.config import (
     AlgoConfig,
     Config,
+    FilterConfig,
     IPOAlgoConfig,
     LossConfig,
     PairsConfig,
@@ -55,7 +56,7 @@ def explain(config: Config) -> list[tuple[str, str]]:
         ("policies", "π trained; π_old the trainer's before the batch's first update; μ the sampler's; π_ref the "
                      "frozen reference; sg: no gradient"),
         ("reward R", _reward(config)),
-        *([("filter", _filter(config))] if config.filter.reward else []),
+        *([("filter", _filter(config.filter))] if config.filter.reward else []),
         ("advantage A", _advantage(config, algorithm)),
         *([("critic", _critic(config))] if isinstance(config, PPOConfig) else []),
         ("minimised", "Σ over loss tokens of w·(" + " ".join(["policy term", *_extra_terms(algo)]) + ")"),
@@ -120,9 +121,9 @@ def _reward(config: PolicyGradientConfig) -> str:
     return text
 
 
-def _filter(config: PolicyGradientConfig) -> str:
-    return (f"groups with the same {config.filter.reward} reward for all samples are dropped and drawn again, "
-            f"{config.filter.max_batches} batches at most for a step")
+def _filter(config: FilterConfig) -> str:
+    return (f"groups with the same {config.reward} reward for all samples are dropped and drawn again, "
+            f"{config.max_batches} batches at most for a step")
 
 
 def _advantage(config: PolicyGradientConfig, algorithm: Algorithm) -> str:

@@ -21,7 +21,7 @@ import numpy as np
 from flux_ray import run_dir
 from flux_ray.backends.trl_pairs import make_pair_trainer
 from flux_ray.backends.trl_settings import check_trl, opening, trainer_arguments
-from flux_ray.config import Config, PairsConfig, PolicyGradientConfig
+from flux_ray.config import ClusterConfig, Config, PairsConfig, PolicyGradientConfig
 from flux_ray.data import PairSource, PromptSource
 from flux_ray.errors import UserError
 from flux_ray.model import load_tokenizer, resolve_dtype
@@ -98,7 +98,7 @@ def _recorded(
         try:
             trainer = _trainer(config, prepared, recorder, load_model, ending)
             trainer.train()
-            trainer.model.to(resolve_dtype(config.model.dtype, _device(config)))  # as it would be served
+            trainer.model.to(resolve_dtype(config.model.dtype, _device(config.cluster)))  # as it would be served
             trainer.save_model(str(folder.model))
         finally:
             recorder.close()
@@ -113,15 +113,15 @@ def _trainer(config: Config, prepared: Prepared, recorder: Recorder, load_model:
         assert isinstance(config, PolicyGradientConfig)
         return make_trainer(config, prepared.task.train, recorder=recorder, load_model=load_model, ending=ending)
     assert isinstance(prepared.task.train, PairSource) and isinstance(config, PairsConfig)
-    device = _device(config)
+    device = _device(config.cluster)
     model = str(config.model.path) if load_model is None else load_model(config, device)
     return make_pair_trainer(config, prepared.task.train, recorder=recorder, model=model, device=device)
 
 
-def _device(config: Config) -> str:
+def _device(config: ClusterConfig) -> str:
     import torch
 
-    return "cuda" if torch.cuda.is_available() and config.cluster.device != "cpu" else "cpu"
+    return "cuda" if torch.cuda.is_available() and config.device != "cpu" else "cpu"
 
 
 def make_trainer(
@@ -134,7 +134,7 @@ def make_trainer(
 
     if any(one.data_set.rewards for one in prompts.sets):
         raise UserError("backend=trl has no rewards of a set's own: leave them out of data.train, or use backend=ray")
-    device = _device(config)
+    device = _device(config.cluster)
     kind, arguments = ((trl.RLOOTrainer, trl.RLOOConfig) if config.algo.name == "rloo"
                        else (trl.GRPOTrainer, trl.GRPOConfig))
     settings = trainer_arguments(config, longest_prompt=prompts.longest_prompt, device=device)

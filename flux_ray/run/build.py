@@ -12,7 +12,7 @@ import math
 from typing import Any
 
 from flux_ray import algo
-from flux_ray.cluster.group import all_within
+from flux_ray.cluster.group import Group, all_within
 from flux_ray.cluster.groups import Cluster, RayGroup
 from flux_ray.cluster.plan import CRITIC, ENGINE, REFERENCE, REWARD, REWARD_MODEL, ROLLOUT, TRAINER, Plan, Role
 from flux_ray.cluster.supervisor import OnDeath, Supervisor
@@ -43,7 +43,7 @@ from flux_ray.names import reward_model_path
 from flux_ray.offline.data import OfflineData
 from flux_ray.offline.loop import OfflineLoop, make_learner
 from flux_ray.offline.stages import OfflineStages
-from flux_ray.protocols import Engine
+from flux_ray.protocols import Engine, Trains
 from flux_ray.protocols import TrainingRank as Rank
 from flux_ray.reward import RewardWorker, Surroundings
 from flux_ray.reward.model import RewardModel
@@ -170,7 +170,7 @@ class Build:
         return self._config
 
     @property
-    def trained(self) -> list[RayGroup[Any]]:
+    def trained(self) -> list[Group[Trains]]:
         """The groups that train a model, the policy's first."""
         return [self._groups[role] for role in (TRAINER, CRITIC) if role in self._groups]
 
