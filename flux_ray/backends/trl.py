@@ -139,7 +139,7 @@ def make_trainer(
                        else (trl.GRPOTrainer, trl.GRPOConfig))
     settings = trainer_arguments(config, longest_prompt=prompts.longest_prompt, device=device)
     if load_model is None:
-        settings["model_init_kwargs"] = opening(config.model)
+        settings["model_init_kwargs"] = opening(config)
     functions = resolve_functions(config, prompts.columns, ask_signatures(config))
     _refuse_left_out(functions, prompts)
     weights = [function.weight for function in functions]
@@ -242,7 +242,7 @@ def _ignored(name: str, value: float) -> None:
 
 
 def _overlong_reward(config: PolicyGradientConfig) -> Callable[..., list[float | None]]:
-    def reward(completion_ids: list[list[int]], **_: object) -> list[float | None]:
+    def reward(completion_ids: list[Any], **_: Any) -> list[float | None]:
         return overlong(np.array([len(ids) for ids in completion_ids]), config).tolist()
 
     reward.__name__ = OVERLONG

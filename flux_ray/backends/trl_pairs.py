@@ -43,10 +43,10 @@ def make_pair_trainer(
 
     settings = pair_arguments(config, longest=pairs.longest, device=device)
     if isinstance(model, str):
-        settings["model_init_kwargs"] = opening(config.model)
+        settings["model_init_kwargs"] = opening(config)
     return OnOurTokens(
         model=model,
-        ref_model=_reference(config.reference.path, opening(config.model)),
+        ref_model=_reference(config.reference.path, opening(config)),
         args=trl.DPOConfig(output_dir=str(Path(str(config.run_dir), "trl")), **settings),
         train_dataset=Dataset.from_list(rows(pairs)),
         processing_class=load_tokenizer(config.model.tokenizer or str(config.model.path)),

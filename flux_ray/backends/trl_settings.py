@@ -18,7 +18,6 @@ from flux_ray import algo
 from flux_ray.config import (
     Config,
     IPOAlgoConfig,
-    ModelConfig,
     PairsConfig,
     PolicyGradientConfig,
     changed,
@@ -188,12 +187,12 @@ def trainer_arguments(config: PolicyGradientConfig, *, longest_prompt: int, devi
     }
 
 
-def opening(config: ModelConfig) -> dict[str, str]:
+def opening(config: Config) -> dict[str, str]:
     """Keyword arguments for TRL to open the policy: weights in fp32, whatever type it computes in.
 
     In bf16 an update at a usual learning rate is less than the last bit of most weights: they would never move.
     """
-    attention = "sdpa" if config.attention == "auto" else config.attention
+    attention = "sdpa" if config.model.attention == "auto" else config.model.attention
     return {"dtype": "float32", "attn_implementation": attention}
 
 

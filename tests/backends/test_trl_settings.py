@@ -86,7 +86,7 @@ def test_what_it_has_not_is_refused_by_name(algorithm, options, message):
 def test_weights_are_fp32_whatever_it_computes_in(dtype, device, mixed):
     """Of weights in bf16 most would never move: an update is less than their last bit."""
     config = FluxConfig(**READY, **{"model.dtype": dtype})
-    assert opening(config.model)["dtype"] == "float32"
+    assert opening(config)["dtype"] == "float32"
     assert trainer_arguments(config, longest_prompt=16, device=device)["bf16"] is mixed
 
 
