@@ -1,9 +1,9 @@
-"""The Python API: the one Config from the names that people use, and a trainer around the driver.
+"""The Python API: makes a Config from the names that people use, and runs it.
 
 Takes:  `FluxConfig(model_path=..., algorithm="grpo", algorithm_config={...})`; prompts as a file or in memory.
 Gives:  a Config; `FluxTrainer(config).fit(prompts=...)` ► TrainingResult, `.evaluate(prompts)` ► metrics;
         `create_rl_trainer(...)`, a FluxTrainer from the names of model, data set, algorithm and backend.
-Knows:  that rows and functions must reach other processes: rows become a file, functions go by their file.
+Knows:  rows and functions must reach other processes: rows become a file, functions go by the name of their file.
 Never:  runs a loop of its own.
 """
 
@@ -26,15 +26,15 @@ from flux_ray.plugins import hand_over, refuse_while_importing
 if TYPE_CHECKING:
     from flux_ray.run import TrainingResult
 
-IN_MEMORY = "rows in memory"   # what data.train is until they have a file
+IN_MEMORY = "rows in memory"  # stands for data.train until the rows have a file
 
-Rows = Sequence[str] | Sequence[Mapping[str, Any]]
+Rows = Sequence[str] | Sequence[Mapping[str, object]]
 #: A file, a folder, a hub data set, several of them, or rows: also as a table of pandas, polars, Arrow or datasets.
-Prompts = str | Path | Sequence[Path] | Mapping[str, Any] | Rows | Any
-Reward = str | Callable[..., Any]
+Prompts = str | Path | Sequence[Path] | Mapping[str, object] | Rows | Any
+Reward = str | Callable[..., object]
 
 
-def FluxConfig(**options: Any) -> Config:
+def FluxConfig(**options: object) -> Config:
     """Make the config of a run: these options over the algorithm's preset.
 
     Args:
@@ -55,7 +55,7 @@ def FluxConfig(**options: Any) -> Config:
     return _config({**settings.from_environment(), **names.flatten(options, options=keys)})
 
 
-def from_yaml(file: str | Path, **options: Any) -> Config:
+def from_yaml(file: str | Path, **options: object) -> Config:
     """`FluxConfig` of the options in a YAML file, as `FluxConfig.from_yaml`. Those given here come over the file's.
 
     Args:
@@ -79,7 +79,7 @@ FluxConfig.from_yaml, FluxConfig.to_yaml = from_yaml, to_yaml   # type: ignore[a
 
 
 def _config(flat: dict[str, Any]) -> Config:
-    """The config of options by their dotted names, over the algorithm's preset and the run that is resumed."""
+    """The config of options by their dotted names, which come over the algorithm's preset and a resumed run's."""
     keys = [key for key, _ in configs.options()]
     before = names.flatten(run_dir.saved_config(flat["resume"]), options=keys) if flat.get("resume") else {}
     algorithm = flat.get("algo.name", before.get("algo.name", configs.DEFAULT_ALGORITHM))
@@ -185,8 +185,8 @@ class FluxTrainer:
             raise UserError("evaluate: no prompts given, and eval.data names none")
         pairs = isinstance(self.config, configs.PairsConfig)   # an evaluation compares them with the reference
         run = self._result.run_dir if self._result else self.config.run_dir
-        # Of training alone, and `fit` may have been told what makes them fit together.
-        of_training: dict[str, Any] = {"resume": None, "eval.stop_at": None, "critic.warmup_steps": 0}
+        # Options of training alone: they might not fit the rest of the config here, as they fit in `fit`.
+        of_training: dict[str, object] = {"resume": None, "eval.stop_at": None, "critic.warmup_steps": 0}
         of_training |= {"eval.share": 0.0} if given else {}
         own = dict(configs.options_of(type(self.config)))
         nothing_to_train = configs.changed(
@@ -213,7 +213,7 @@ class FluxTrainer:
                 "run_dir": f"{folder}_{self._fits + 1}" if folder else None}
 
     def _reference_path(self) -> str | None:
-        """The frozen policy, where one is asked: as the first `fit` began with it, where no other was named."""
+        """The frozen policy, where one is needed: the one named, or else the policy at the start of the first `fit`."""
         from flux_ray import algo
 
         config = self.config
@@ -226,7 +226,7 @@ class FluxTrainer:
             raise UserError("this FluxTrainer's `with` block has ended: make another")
 
     def prepare(self, prompts: Prompts | None, *, eval_prompts: Prompts | None = None,
-                **changes: Any) -> Config:
+                **changes: object) -> Config:
         """Check the config that `fit` would run, and give it. Rows in memory are written to a file in the run's folder.
 
         `changes` are options by their dotted names; None changes nothing.
@@ -250,7 +250,7 @@ class FluxTrainer:
 
 def create_rl_trainer(
     *, model_name: str, dataset_name: str, algorithm: str = "grpo", backend: str = "ray",
-    reward_model_name: str | None = None, rewards: Reward | Sequence[Reward] | None = None, **options: Any,
+    reward_model_name: str | None = None, rewards: Reward | Sequence[Reward] | None = None, **options: object,
 ) -> FluxTrainer:
     """Make a trainer from the names of a model, a data set and an algorithm.
 
@@ -304,7 +304,7 @@ def _with_model(config: Config, rewards: Reward | Sequence[Reward] | None, model
 
 
 def _files_of_registered(config: Config) -> list[str]:
-    """The files of functions registered in this process that the config names: as plugins they reach every other.
+    """The files of registered functions that the config names. As plugins they reach every process.
 
     Raises UserError, as `name_of`, for a function that no other process can import.
     """
@@ -317,7 +317,7 @@ def _files_of_registered(config: Config) -> list[str]:
     if not isinstance(config, configs.PolicyGradientConfig):
         return []
     named = {config.algo.name, config.algo.estimator, config.algo.policy_loss}
-    functions: list[Callable[..., Any]] = []
+    functions: list[Callable[..., object]] = []
     functions += [entry.function for name, entry in ESTIMATORS.items() if name in named and not entry.ours]
     functions += [entry.function for name, entry in POLICY_LOSSES.items() if name in named and not entry.ours]
     functions += [get_reward(name) for name in config.reward.functions if name in list_rewards() and name not in RULES]
@@ -329,12 +329,12 @@ def _files_of_registered(config: Config) -> list[str]:
     return sorted(files - loaded)
 
 
-def _flat(config: Config) -> dict[str, Any]:
+def _flat(config: Config) -> dict[str, object]:
     return names.flatten(configs.to_dict(config), options=[key for key, _ in configs.options()])
 
 
 def _source(prompts: Prompts | None) -> Any:
-    """What data.train is for these prompts; rows in memory have their file's name later, when the run has a folder."""
+    """data.train for these prompts. Rows in memory get a file's name later, when the run has a folder."""
     from flux_ray.data import memory
 
     if prompts is None:
@@ -355,18 +355,18 @@ def _write(prompts: Prompts | None, config: Config, *, evaluation: bool = False)
     return str(file)
 
 
-def reference_of(reward: Callable[..., Any]) -> str:
-    """How the config names a reward: by its file; a notebook's, a lambda or a closure as a function handed over."""
+def reference_of(reward: Callable[..., object]) -> str:
+    """The name of a reward in the config: by its file, or, for a notebook's, a lambda or a closure, as handed over."""
     try:
         return name_of(reward)
     except UserError:
         return hand_over(reward)
 
 
-def name_of(function: Callable[..., Any]) -> str:
+def name_of(function: Callable[..., object]) -> str:
     """`path/to/file.py:function` (or `package.module:function`): the name by which another process can import it.
 
-    Raises UserError for what has none (a lambda, a nested or a notebook's function, a method).
+    UserError for a function without such a name (a lambda, a nested or a notebook's function, a method).
     """
     function = inspect.unwrap(function)  # a decorator's wrapper is of the decorator's file
     name = getattr(function, "__qualname__", "")

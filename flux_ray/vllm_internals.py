@@ -30,6 +30,7 @@ VLLM_INTERNALS = (
     Internal("vllm.config", "WeightTransferConfig", "which end of the weight channel a worker has"),
     Internal("vllm.engine.arg_utils", "AsyncEngineArgs", "arguments by name; its fields are read from the source"),
     Internal("vllm.inputs", "TokensPrompt", "tokens in, and the salt of the prefix cache"),
+    Internal("vllm.outputs", "CompletionOutput", "tokens out, with their log-probs and versions"),
     Internal("vllm.sampling_params", "RequestOutputKind", "one output a request"),
     Internal(_LLM, "AsyncLLM", "the engine"),
     Internal(_LLM, "AsyncLLM.init_weight_transfer_engine", "the weight channel is opened"),

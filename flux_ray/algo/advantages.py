@@ -21,7 +21,7 @@ from flux_ray.config import PolicyAlgo
 from flux_ray.errors import UserError
 
 Views = dict[str, Any]  # by the keyword of estimators: (N, L) or (N,) tensors, or None
-#: Takes what this rank has; gives what every rank has, in their order, and the place of this one. Collective.
+#: Takes this rank's views; gives every rank's, in the order of the ranks, and this rank's place. Collective.
 Everyone = Callable[[Views], tuple[list[Views], int]]
 
 
@@ -42,11 +42,11 @@ def compute_advantages(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Advantages and returns, (N, L), of N rows in whole groups (`index`: the group of each row).
 
-    With `config.kl_coef` each token's reward is first lessened by kl_coef·k1 of π_old to the reference; `sampled_mask`
-    has the tokens of rows that leave the loss too (a truncated sample's score counts in its group, and so does its KL).
+    With `config.kl_coef` each token's reward is first lessened by kl_coef·k1 of π_old to the reference. `sampled_mask`
+    has also the tokens of rows that leave the loss: a truncated sample's score counts in its group, and so does its KL.
     A row whose reward is nan leaves its group's statistics and gets advantage 0. `reduce` sums a small tensor over
-    ranks: one of our estimators that whitens calls it once on every rank, rows or none. A registered one that needs the
-    whole batch is shown every rank's rows, by `everyone`. Raises UserError where it gives a wrong shape or nan.
+    ranks: our estimators that whiten call it once on every rank, with rows or without. A registered estimator that
+    needs the whole batch gets every rank's rows, by `everyone`. UserError where it gives a wrong shape or nan.
     """
     mask = response_mask.bool()
     if config.kl_coef:
@@ -60,12 +60,12 @@ def compute_advantages(
              "old_log_prob": old_logprobs, "reference_log_prob": reference_logprobs, "values": values}
     if not whole:
         views = {name: None if view is None else view[rows] for name, view in views.items()}
-    settings = {"group_size": group_size, "config": config, "reduce": reduce}
     estimator = find_adv_estimator(algorithm.estimator)
     if everyone is None or estimator.ours or not estimator.needs_whole_batch:
-        advantages, returns = _estimate(algorithm.estimator, views, settings)
+        advantages, returns = _estimate(algorithm.estimator, views, config, group_size=group_size, reduce=reduce)
     else:
-        advantages, returns = _estimate_whole(algorithm.estimator, views, settings | {"reduce": on_one_rank}, everyone)
+        advantages, returns = _estimate_whole(algorithm.estimator, views, config, group_size=group_size,
+                                              everyone=everyone)
     if whole:
         return advantages, returns
     return tuple(torch.zeros_like(token_level_rewards).index_copy(0, rows, part.to(token_level_rewards.dtype))
@@ -73,16 +73,16 @@ def compute_advantages(
 
 
 def _estimate_whole(
-    name: str, views: Views, settings: dict[str, Any], everyone: Everyone,
+    name: str, views: Views, config: PolicyAlgo, *, group_size: int, everyone: Everyone,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of the rows of all ranks; this rank's of them."""
+    """This rank's rows, estimated among the rows of all ranks."""
     shares, place = everyone(views)
     num_rows, length = views["response_mask"].shape
     longest = max(share["response_mask"].shape[1] for share in shares)
     whole = {key: None if view is None else torch.cat([_padded(share[key], longest) for share in shares])
              for key, view in views.items()}
     first = sum(len(share["response_mask"]) for share in shares[:place])
-    advantages, returns = _estimate(name, whole, settings)
+    advantages, returns = _estimate(name, whole, config, group_size=group_size, reduce=on_one_rank)
     return advantages[first : first + num_rows, :length], returns[first : first + num_rows, :length]
 
 
@@ -91,12 +91,14 @@ def _padded(view: torch.Tensor, length: int) -> torch.Tensor:
     return view if view.ndim == 1 else pad(view, (0, length - view.shape[1]))
 
 
-def _estimate(name: str, views: Views, settings: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+def _estimate(
+    name: str, views: Views, config: PolicyAlgo, *, group_size: int, reduce: Reduce,
+) -> tuple[torch.Tensor, torch.Tensor]:
     estimator = find_adv_estimator(name)
-    config: PolicyAlgo = settings["config"]
+    settings = {"group_size": group_size, "config": config, "reduce": reduce}
     if estimator.ours:
         return estimator.function(**views, **settings)
-    if not len(views["response_mask"]):  # a rank without groups: users' functions needn't think of it
+    if not len(views["response_mask"]):  # a rank without groups: users' functions needn't handle it
         return torch.zeros_like(views["token_level_rewards"]), torch.zeros_like(views["token_level_rewards"])
     result = estimator.function(**views, **{**settings, **config.options})
     if not (isinstance(result, tuple) and len(result) == 2 and all(isinstance(part, torch.Tensor) for part in result)):

@@ -1,9 +1,9 @@
-"""The algorithms: which estimator, loss and aggregation each is made of.
+"""The algorithms: the estimator, loss and aggregation of each.
 
 Takes:  an AlgoConfig.
 Gives:  `resolve`: the Algorithm with the config's overrides; which log-probs a config needs beside the policy's.
 Knows:  a registered estimator or loss is an algorithm by its own name too.
-Never:  computes; sets a knob (conf/algo/NAME.yaml holds those that an algorithm wants otherwise than config.py).
+Never:  computes; sets an option (conf/algo/NAME.yaml holds those whose default differs for an algorithm).
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Algorithm:
     policy_loss: str           # name in POLICY_LOSSES
     aggregation: str           # what the loss weights are made from (the names are those of algo.aggregation)
     several_updates: bool = False  # per batch: epochs × mini_batches > 1 (`resolve` sets it)
-    leaves_unwhitened: bool = False  # an estimator that would whiten over the batch is told not to (`resolve` sets it)
+    leaves_unwhitened: bool = False  # the estimator would whiten over the batch, and is told not to (`resolve` sets it)
 
     @property
     def needs_groups(self) -> bool:
@@ -83,9 +83,9 @@ ALGORITHMS: dict[str, Algorithm] = {
 
 
 def resolve(config: LossConfig) -> Algorithm:
-    """The algorithm of `config.name` with the estimator, loss and aggregation that the config sets instead of its own.
+    """The algorithm of `config.name`, with the estimator, loss and aggregation that the config sets in their place.
 
-    Raises UserError for a name that isn't known, with the nearest that is.
+    UserError for an unknown name, with the nearest known one.
     """
     algorithm = _find(names.ALGORITHM_ALIASES.get(config.name, config.name))
     algorithm = replace(
@@ -132,9 +132,9 @@ def reference_is_base(config: Config) -> bool:
 
 
 def masks_truncated(config: PolicyConfig) -> bool:
-    """Whether truncated responses leave the loss: not under the soft penalty on length, which needs their gradient.
+    """Whether truncated responses leave the loss. The soft penalty on length needs their gradient: not then.
 
-    Responses that are given are taken as whole.
+    Given responses count as whole.
     """
     if not isinstance(config, PolicyGradientConfig):
         return False
@@ -142,6 +142,6 @@ def masks_truncated(config: PolicyConfig) -> bool:
 
 
 def estimator_config(config: PolicyConfig) -> PolicyAlgo:
-    """What estimators are told: rewards that were each normalised alone are not divided by their sum's std as well."""
+    """The config for estimators: the sum of rewards that were each normalised isn't divided by its std again."""
     alone = isinstance(config, PolicyGradientConfig) and config.reward.combine == "each"
     return replace(config.algo, normalize_by_std=False) if alone else config.algo

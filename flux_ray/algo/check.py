@@ -1,10 +1,10 @@
-"""What is wrong or odd about a configuration, as far as the algorithm is concerned.
+"""Checks a configuration, as far as the algorithm is concerned.
 
 Takes:  the whole Config.
-Gives:  `check`: a UserError for the first thing that can't be trained, else a list of warnings; `check_groups`, of
+Gives:  `check`: a UserError for the first thing that can't be trained, else a list of warnings; `check_groups`, for
         groups that were rolled out before.
 Knows:  what each estimator and loss needs and reads (their registries say so).
-Never:  checks a value by itself (flux_ray.config does), a file or a model.
+Never:  checks one value alone (flux_ray.config does), a file or a model.
 """
 
 from __future__ import annotations
@@ -22,29 +22,31 @@ from flux_ray.config import (
     GroupsConfig,
     PolicyGradientConfig,
     PPOConfig,
+    RewardConfig,
+    RolloutConfig,
     preset,
 )
 from flux_ray.errors import UserError
 from flux_ray.names import reward_name
 from flux_ray.records import OVERLONG
 
-#: What makes the sampler another distribution than the policy: option ► the value that doesn't.
+#: Options that make the sampler's distribution another than the policy's ► the value at which they don't.
 TRUNCATING = {"top_p": 1.0, "top_k": 0, "min_p": 0.0}
 
 #: Algorithms whose papers have no KL to a reference.
 WITHOUT_KL = ("dr_grpo", "dapo", "gspo", "gspo_token", "cispo")
 
-#: Above it a clip range cannot bind on a ratio that is a mean over a sequence's tokens (2507.18071 has 3e-4 and 4e-4).
+#: A larger clip range can't bind on a ratio that is a mean over a sequence's tokens (2507.18071 has 3e-4 and 4e-4).
 MAX_USUAL_SEQUENCE_CLIP = 0.01
 
 
 def check(config: Config) -> list[str]:
-    """Warnings, one line each, about what is legal but odd. Raises UserError, with key and value, for what isn't."""
+    """Warnings, one line each, about what is legal but odd. UserError, with key and value, for what isn't legal."""
     if not isinstance(config, PolicyGradientConfig):
         return []
     algorithm = resolve(config.algo)
-    for problem in (*_values_problems(config, algorithm), *_problems(config, algorithm), *_reward_problems(config),
-                    *_ignored(config.algo, algorithm)):
+    for problem in (*_values_problems(config, algorithm), *_problems(config, algorithm),
+                    *_reward_problems(config.reward, config.rollout), *_ignored(config.algo, algorithm)):
         raise UserError(problem)
     return list(_oddities(config, algorithm))
 
@@ -78,8 +80,7 @@ def _problems(config: PolicyGradientConfig, algorithm: Algorithm) -> Iterator[st
                f"got {algo.off_policy_level}")
 
 
-def _reward_problems(config: PolicyGradientConfig) -> Iterator[str]:
-    reward, rollout = config.reward, config.rollout
+def _reward_problems(reward: RewardConfig, rollout: RolloutConfig) -> Iterator[str]:
     if reward.combine == "each" and rollout.group_size < 2:
         yield f"reward.combine=each normalises over a group: rollout.group_size must be >= 2, got {rollout.group_size}"
     cache = reward.overlong_tokens
@@ -92,7 +93,7 @@ def _reward_problems(config: PolicyGradientConfig) -> Iterator[str]:
 
 
 def _ignored(algo: AlgoConfig, algorithm: Algorithm) -> Iterator[str]:
-    """Settings that were changed and that nothing would read."""
+    """Options that were changed and that nothing would read."""
     loss, estimator = find_policy_loss(algorithm.policy_loss), find_adv_estimator(algorithm.estimator)
     if loss.ours:
         for key in PolicyLoss.reads:
@@ -120,7 +121,7 @@ def _ignored(algo: AlgoConfig, algorithm: Algorithm) -> Iterator[str]:
 
 
 def _values_problems(config: PolicyGradientConfig, algorithm: Algorithm) -> Iterator[str]:
-    """An estimator with a critic's values beside an algorithm that has none, or the other way round."""
+    """An estimator that needs a critic where none is trained, or a critic that the estimator doesn't read."""
     estimator = algorithm.estimator
     if algorithm.needs_critic and not isinstance(config, PPOConfig):
         beside = "" if estimator == ALGORITHMS["ppo"].estimator else f" algo.estimator={estimator}"

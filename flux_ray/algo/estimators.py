@@ -1,16 +1,15 @@
-"""Advantage estimators, and the registry that a user's own join.
+"""Advantage estimators, and their registry, which takes users' own.
 
 Takes:  token-level rewards and response mask, padded (N, L); `index` (group id of each row) and further keywords.
 Gives:  (advantages, returns), both (N, L); `register_adv_estimator`, `get_adv_estimator`, `list_adv_estimators`.
 Knows:  a score is the sum of a row's token rewards (a KL in the reward is in it already); group statistics in float64.
-Never:  talks to another rank but by the `reduce` it is given, which sums one small tensor over ranks.
+Never:  talks to another rank except by the `reduce` that it is given, which sums one small tensor over ranks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -20,7 +19,7 @@ from flux_ray.errors import UserError, unknown
 from flux_ray.formula import Formula
 from flux_ray.plugins import same_function
 
-EPS_STD = 1e-6  # in the reward's unit, added to a standard deviation that divides: far below any reward's resolution
+EPS_STD = 1e-6  # in the reward's unit, added to the standard deviation that divides: far below a reward's resolution
 
 Reduce = Callable[[torch.Tensor], torch.Tensor]
 AdvantagesAndReturns = tuple[torch.Tensor, torch.Tensor]
@@ -34,8 +33,8 @@ def on_one_rank(statistics: torch.Tensor) -> torch.Tensor:
 
 
 def grpo(
-    token_level_rewards: torch.Tensor, response_mask: torch.Tensor, *, index: Sequence[Any] | torch.Tensor,
-    config: AlgoConfig = _DEFAULTS, **_: Any,
+    token_level_rewards: torch.Tensor, response_mask: torch.Tensor, *, index: Sequence[Hashable] | torch.Tensor,
+    config: AlgoConfig = _DEFAULTS, **_: object,
 ) -> AdvantagesAndReturns:
     """A = (R − mean) / (std + ε_std) over the rows of one index, std with ddof 1 (2402.03300, eq. 3 and section 4.1.2).
 
@@ -50,11 +49,11 @@ def grpo(
 
 def grpo_vectorized(
     token_level_rewards: torch.Tensor, response_mask: torch.Tensor, group_size: int = 4, *,
-    index: torch.Tensor | None = None, config: AlgoConfig = _DEFAULTS, **_: Any,
+    index: torch.Tensor | None = None, config: AlgoConfig = _DEFAULTS, **_: object,
 ) -> AdvantagesAndReturns:
-    """The same numbers as `grpo` where the batch is made of consecutive groups of `group_size` rows, all at once.
+    """The same numbers as `grpo`, for all groups at once, where groups are `group_size` consecutive rows.
 
-    Without an index the rows are taken to be so; with one whose groups lie otherwise, the per-group form is used.
+    Without an index the rows are taken to be so; where the index says otherwise, `grpo` is used.
     """
     num_rows = len(token_level_rewards)
     if index is None and num_rows % group_size:
@@ -67,7 +66,8 @@ def grpo_vectorized(
 
 
 def dr_grpo(
-    token_level_rewards: torch.Tensor, response_mask: torch.Tensor, *, index: Sequence[Any] | torch.Tensor, **_: Any,
+    token_level_rewards: torch.Tensor, response_mask: torch.Tensor, *, index: Sequence[Hashable] | torch.Tensor,
+    **_: object,
 ) -> AdvantagesAndReturns:
     """A = R − mean over the group, never divided (2503.20783, section 3.2)."""
     scores_N = _scores(token_level_rewards)
@@ -75,7 +75,8 @@ def dr_grpo(
 
 
 def rloo(
-    token_level_rewards: torch.Tensor, response_mask: torch.Tensor, *, index: Sequence[Any] | torch.Tensor, **_: Any,
+    token_level_rewards: torch.Tensor, response_mask: torch.Tensor, *, index: Sequence[Hashable] | torch.Tensor,
+    **_: object,
 ) -> AdvantagesAndReturns:
     """A = R − mean of the other rows of the group (2402.14740, eq. 7), which is (R − mean)·G/(G−1).
 
@@ -89,14 +90,14 @@ def rloo(
     return _spread(advantages_N, token_level_rewards, response_mask)
 
 
-def reinforce(token_level_rewards: torch.Tensor, response_mask: torch.Tensor, **_: Any) -> AdvantagesAndReturns:
+def reinforce(token_level_rewards: torch.Tensor, response_mask: torch.Tensor, **_: object) -> AdvantagesAndReturns:
     """A_t = Σ_{i≥t} r_i: the return to go, undiscounted; no baseline, no whitening."""
     returns_NL = _returns_to_go(token_level_rewards, response_mask)
     return returns_NL, returns_NL
 
 
 def reinforce_pp(
-    token_level_rewards: torch.Tensor, response_mask: torch.Tensor, *, reduce: Reduce = on_one_rank, **_: Any,
+    token_level_rewards: torch.Tensor, response_mask: torch.Tensor, *, reduce: Reduce = on_one_rank, **_: object,
 ) -> AdvantagesAndReturns:
     """A_t = R − kl_coef·Σ_{i≥t} k1, whitened over all loss tokens of the batch (2501.03262)."""
     returns_NL = _returns_to_go(token_level_rewards, response_mask)
@@ -104,8 +105,8 @@ def reinforce_pp(
 
 
 def reinforce_pp_baseline(
-    token_level_rewards: torch.Tensor, response_mask: torch.Tensor, *, index: Sequence[Any] | torch.Tensor,
-    reduce: Reduce = on_one_rank, **_: Any,
+    token_level_rewards: torch.Tensor, response_mask: torch.Tensor, *, index: Sequence[Hashable] | torch.Tensor,
+    reduce: Reduce = on_one_rank, **_: object,
 ) -> AdvantagesAndReturns:
     """R − group mean, whitened over all loss tokens of the batch (2501.03262). A group of one: 0 before whitening."""
     scores_N = _scores(token_level_rewards)
@@ -115,12 +116,12 @@ def reinforce_pp_baseline(
 
 def gae(
     token_level_rewards: torch.Tensor, response_mask: torch.Tensor, *, values: torch.Tensor | None,
-    config: PPOAlgoConfig = _PPO_DEFAULTS, reduce: Reduce = on_one_rank, **_: Any,
+    config: PPOAlgoConfig = _PPO_DEFAULTS, reduce: Reduce = on_one_rank, **_: object,
 ) -> AdvantagesAndReturns:
     """A_t = Σ_k (γλ)^k δ_{t+k}, δ_t = r_t + γ·V_{t+1} − V_t, over loss tokens alone (1506.02438, eq. 16); R = A + V.
 
-    What the policy didn't sample is stepped over: V_{t+1} is the next loss token's. Nothing comes after the last one:
-    its V_{t+1} is 0. With `config.whiten_advantages` A is whitened over the batch's loss tokens (ddof 0), R is not.
+    Tokens that the policy didn't sample are stepped over: V_{t+1} is the next loss token's, and 0 after the last one.
+    With `config.whiten_advantages` A is whitened over the batch's loss tokens (ddof 0), R is not.
     """
     assert values is not None, "gae needs a critic's values"
     kind, decay = token_level_rewards.dtype, config.gamma * config.gae_lambda
@@ -166,15 +167,15 @@ def _spread(advantages_N: torch.Tensor, like: torch.Tensor, response_mask: torch
     return advantages_NL, advantages_NL
 
 
-def _rows_of_groups(index: Sequence[Any] | torch.Tensor) -> list[list[int]]:
-    rows: dict[Any, list[int]] = {}
+def _rows_of_groups(index: Sequence[Hashable] | torch.Tensor) -> list[list[int]]:
+    rows: dict[Hashable, list[int]] = {}
     for row, group in enumerate(index.tolist() if isinstance(index, torch.Tensor) else index):
         rows.setdefault(group, []).append(row)
     return list(rows.values())
 
 
 def _relative(scores: torch.Tensor, *, divide: bool) -> torch.Tensor:
-    """Scores less their mean over the last axis (over std + ε_std). Exactly 0 where all are equal: no rounding ÷ ε."""
+    """Scores less their mean over the last axis (over std + ε_std). Exactly 0 where all are equal, without rounding."""
     size = scores.shape[-1]
     if size < 2:
         return torch.zeros_like(scores)
@@ -185,7 +186,7 @@ def _relative(scores: torch.Tensor, *, divide: bool) -> torch.Tensor:
     return centred.masked_fill(equal, 0.0)
 
 
-def _less_group_mean(scores_N: torch.Tensor, index: Sequence[Any] | torch.Tensor) -> torch.Tensor:
+def _less_group_mean(scores_N: torch.Tensor, index: Sequence[Hashable] | torch.Tensor) -> torch.Tensor:
     centred_N = torch.zeros_like(scores_N)
     for rows in _rows_of_groups(index):
         centred_N[rows] = _relative(scores_N[rows], divide=False)
@@ -233,11 +234,11 @@ GAE_KNOBS = ("gamma", "gae_lambda", "whiten_advantages")
 @dataclass(frozen=True)
 class Estimator:
     function: Callable[..., AdvantagesAndReturns]
-    formula: Formula          # of A; an empty one: nobody said
+    formula: Formula          # of A; empty where none was given
     needs_groups: bool        # compares the rows of a group: a group of one teaches nothing
     needs_whole_batch: bool   # its numbers depend on every row of the step
     needs_values: bool = False  # a critic's
-    reads: tuple[str, ...] = ()  # those of GAE_KNOBS and normalize_by_std that it reads
+    reads: tuple[str, ...] = ()  # which of GAE_KNOBS and normalize_by_std
     ours: bool = True
 
 
@@ -253,7 +254,7 @@ ESTIMATORS: dict[str, Estimator] = {
     "grpo_vectorized": Estimator(
         grpo_vectorized, Formula("R − mean over the group", "2402.03300, section 4.1.2", given=OVER_STD),
         needs_groups=True, needs_whole_batch=False, reads=("normalize_by_std",)),
-    # normalize_by_std=false is what it always does; true is remarked on
+    # It never normalizes by std; normalize_by_std=true brings a warning.
     "dr_grpo": Estimator(
         dr_grpo, Formula("R − mean over the group", "2503.20783, section 3.2"),
         needs_groups=True, needs_whole_batch=False, reads=("normalize_by_std",)),

@@ -1,9 +1,9 @@
-"""What will be optimised, in words and formulas, from the config alone.
+"""Explains in words and formulas what a config optimises.
 
 Takes:  a Config.
 Gives:  `explain`: lines of (heading, text): rewards, advantage, terms with their signs, denominators, policies, masks.
 Knows:  how terms make an objective; each term's formula stands beside its code.
-Never:  starts anything; says what `check` warns of (the command prints both).
+Never:  starts anything; repeats a warning of `check` (the command prints both).
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from flux_ray.batch import AGGREGATIONS
 from flux_ray.config import (
     AlgoConfig,
     Config,
+    FilterConfig,
     IPOAlgoConfig,
     LossConfig,
     PairsConfig,
@@ -55,7 +56,7 @@ def explain(config: Config) -> list[tuple[str, str]]:
         ("policies", "π trained; π_old the trainer's before the batch's first update; μ the sampler's; π_ref the "
                      "frozen reference; sg: no gradient"),
         ("reward R", _reward(config)),
-        *([("filter", _filter(config))] if config.filter.reward else []),
+        *([("filter", _filter(config.filter))] if config.filter.reward else []),
         ("advantage A", _advantage(config, algorithm)),
         *([("critic", _critic(config))] if isinstance(config, PPOConfig) else []),
         ("minimised", "Σ over loss tokens of w·(" + " ".join(["policy term", *_extra_terms(algo)]) + ")"),
@@ -73,7 +74,7 @@ def explain(config: Config) -> list[tuple[str, str]]:
 
 
 def _without_rollouts(config: Config) -> Iterator[tuple[str, str]]:
-    """What sft and the objectives on pairs mean."""
+    """The objective of sft, or on pairs."""
     yield "algorithm", config.algo.name
     if isinstance(config, SFTConfig):
         yield "minimised", f"Σ over loss tokens of w·({supervised.FORMULA.text})"
@@ -94,7 +95,7 @@ def _without_rollouts(config: Config) -> Iterator[tuple[str, str]]:
 
 
 def _trained(config: Config) -> Iterator[tuple[str, str]]:
-    """Which weights move; which model the reference is, where one is asked for."""
+    """Which weights are trained; which model the reference is, where one is needed."""
     lora = config.train.lora
     targets = lora.targets if isinstance(lora.targets, str) else ", ".join(lora.targets)
     yield "trained", (f"LoRA: B and A of W + {lora.alpha / lora.rank:g}·B·A, rank {lora.rank}, on {targets}; W stays"
@@ -120,9 +121,9 @@ def _reward(config: PolicyGradientConfig) -> str:
     return text
 
 
-def _filter(config: PolicyGradientConfig) -> str:
-    return (f"groups with the same {config.filter.reward} reward for all samples are dropped and drawn again, "
-            f"{config.filter.max_batches} batches at most for a step")
+def _filter(config: FilterConfig) -> str:
+    return (f"groups with the same {config.reward} reward for all samples are dropped and drawn again, "
+            f"{config.max_batches} batches at most for a step")
 
 
 def _advantage(config: PolicyGradientConfig, algorithm: Algorithm) -> str:

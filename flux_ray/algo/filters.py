@@ -1,6 +1,6 @@
-"""Which groups are worth training on.
+"""The filter: which groups are worth training on.
 
-Takes:  a ScoredGroup, the filter's config.
+Takes:  a ScoredGroup, the section `filter`.
 Gives:  `refusal`: the cause for which a group is dropped, or None; `check_filter` for the start of a run.
 Knows:  a group whose samples are all rewarded alike has no advantage: it would only dilute the batch (2503.14476).
 Never:  sees a token; counts (the driver does).
@@ -17,8 +17,8 @@ from flux_ray.errors import UserError, unknown
 from flux_ray.records import ScoredGroup
 
 SAME_REWARD, UNSCORED = "same_reward", "unscored"
-CAUSES = (SAME_REWARD, UNSCORED)  # for which a filter refuses
-REWARD_FAILED = "reward_failed"  # a function raised or timed out, and reward.on_failure=drop: dropped as well
+CAUSES = (SAME_REWARD, UNSCORED)  # why the filter refuses
+REWARD_FAILED = "reward_failed"  # another cause of a drop: a function raised or timed out, and reward.on_failure=drop
 TASK = "task"  # the value of filter.reward for the task reward: all functions but shaping
 
 
@@ -35,7 +35,7 @@ def refusal(scored: ScoredGroup, config: KeptConfig) -> str | None:
         return None
     if config.reward != TASK and config.reward not in scored.parts:
         if "/" in config.reward and config.reward.partition("/")[0] in scored.parts:
-            return UNSCORED  # the function has nothing to say of this group
+            return UNSCORED  # the function gave no such part of this group
         raise UserError(f"filter.reward: {unknown('reward', config.reward, {TASK, *scored.parts})}")
     rewards_G = scored.task_rewards if config.reward == TASK else scored.parts[config.reward]
     given = rewards_G[~np.isnan(rewards_G)]
@@ -45,7 +45,7 @@ def refusal(scored: ScoredGroup, config: KeptConfig) -> str | None:
 
 
 def check_filter(config: PolicyGradientConfig, functions: Collection[str]) -> None:
-    """UserError where the filter could keep nothing, or looks at a reward that no function of the run gives."""
+    """UserError where the filter could never keep or drop a group, or reads a reward that no function gives."""
     name, group_size = config.filter.reward, config.rollout.group_size
     if name is None:
         if config.filter.oversample and config.reward.on_failure == "stop":

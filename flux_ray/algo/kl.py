@@ -1,6 +1,6 @@
-"""Estimators of the KL divergence of one policy from another, by the tokens that were sampled.
+"""Estimators of the KL divergence of one policy from another, at the sampled tokens.
 
-Takes:  log-probs of the same tokens under both.
+Takes:  log-probs of the same tokens under both policies.
 Gives:  one value per token; `adapted_coef`, the next weight of a KL in the reward.
 Knows:  k1 is unbiased; k2 has the right gradient in a loss; k3 is unbiased and never negative (J. Schulman, 2020).
 Never:  averages.
@@ -15,7 +15,7 @@ import torch
 
 from flux_ray.formula import Formula
 
-MAX_ERROR = 0.2  # of the measured KL from its target, as a share of it, that one step answers (1909.08593)
+MAX_ERROR = 0.2  # a step answers to no larger relative error of the KL from its target (1909.08593)
 MAX_LOG_RATIO = 20.0  # before exp: e^20 = 4.9e8 is beyond any use, and far from overflow in float32 (e^88)
 
 

@@ -1,4 +1,4 @@
-"""Policy losses, and the registry that a user's own join.
+"""Policy losses, and their registry, which takes users' own.
 
 Takes:  old and new log-probs, advantages and response mask, padded (B, L), and keywords (`config`).
 Gives:  (loss per token (B, L), metrics); `register_policy_loss`, `get_policy_loss`, `list_policy_losses`.
@@ -9,30 +9,30 @@ Never:  aggregates (the weights do), corrects for the sampler, or adds KL and en
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from flux_ray.algo.kl import MAX_LOG_RATIO
+from flux_ray.algo.metrics import Measured
 from flux_ray.algo.rows import by_rows, with_slope
 from flux_ray.config import AlgoConfig
 from flux_ray.errors import UserError, unknown
 from flux_ray.formula import Formula
 from flux_ray.plugins import same_function
 
-LossAndMetrics = tuple[torch.Tensor, dict[str, Any]]
+LossAndMetrics = tuple[torch.Tensor, Mapping[str, Measured]]
 Surrogate = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # (B, L): loss, its slope by a log-ratio, was it clipped
 
-MAX_RATIO = math.exp(MAX_LOG_RATIO)  # a ratio stays between 1 / MAX_RATIO and it, and has no slope beyond
+MAX_RATIO = math.exp(MAX_LOG_RATIO)  # ratios are clamped to 1 / MAX_RATIO … MAX_RATIO, and have no slope beyond
 
 _DEFAULTS = AlgoConfig()
 
 
 def ppo(
     old_log_prob: torch.Tensor, log_prob: torch.Tensor, advantages: torch.Tensor, response_mask: torch.Tensor, *,
-    config: AlgoConfig = _DEFAULTS, **_: Any,
+    config: AlgoConfig = _DEFAULTS, **_: object,
 ) -> LossAndMetrics:
     """−min(r·A, clip(r, 1−ε, 1+ε_high)·A) per token (1707.06347, eq. 7; bounds apart: 2503.14476, eq. 10).
 
@@ -47,7 +47,7 @@ def ppo(
 
 def gspo(
     old_log_prob: torch.Tensor, log_prob: torch.Tensor, advantages: torch.Tensor, response_mask: torch.Tensor, *,
-    config: AlgoConfig = _DEFAULTS, **_: Any,
+    config: AlgoConfig = _DEFAULTS, **_: object,
 ) -> LossAndMetrics:
     """−min(s·A, clip(s)·A), s = exp(mean_t log r_t), the same at all tokens of a sequence (2507.18071, eq. 5 and 7)."""
     log_s_B1 = _row_log_ratio(log_prob, old_log_prob, response_mask) / _row_length(response_mask)
@@ -56,7 +56,7 @@ def gspo(
 
 def gspo_token(
     old_log_prob: torch.Tensor, log_prob: torch.Tensor, advantages: torch.Tensor, response_mask: torch.Tensor, *,
-    config: AlgoConfig = _DEFAULTS, **_: Any,
+    config: AlgoConfig = _DEFAULTS, **_: object,
 ) -> LossAndMetrics:
     """−min(s_t·A_t, clip(s_t)·A_t) with s_t = sg[s]·π/sg[π] (2507.18071, eq. 13 and 14)."""
     log_s_B1 = _row_log_ratio(log_prob.detach(), old_log_prob, response_mask) / _row_length(response_mask)
@@ -67,7 +67,7 @@ def gspo_token(
 
 def rloo(
     old_log_prob: torch.Tensor, log_prob: torch.Tensor, advantages: torch.Tensor, response_mask: torch.Tensor, *,
-    config: AlgoConfig = _DEFAULTS, **_: Any,
+    config: AlgoConfig = _DEFAULTS, **_: object,
 ) -> LossAndMetrics:
     """−min(r·A, clip(r)·A) with the whole sequence's ratio r = exp(Σ_t log r_t) (2402.14740, clipped as PPO)."""
     return _of_rows(_row_log_ratio(log_prob, old_log_prob, response_mask), advantages, config)
@@ -75,7 +75,7 @@ def rloo(
 
 def cispo(
     old_log_prob: torch.Tensor, log_prob: torch.Tensor, advantages: torch.Tensor, response_mask: torch.Tensor, *,
-    config: AlgoConfig = _DEFAULTS, **_: Any,
+    config: AlgoConfig = _DEFAULTS, **_: object,
 ) -> LossAndMetrics:
     """−sg(min(r, 1+ε_high))·A·log π: the weight is clipped, never the gradient (2506.13585, eq. 4 and 5)."""
     bound = 1 + _high(config)
@@ -90,7 +90,8 @@ def cispo(
 
 
 def reinforce(
-    old_log_prob: torch.Tensor, log_prob: torch.Tensor, advantages: torch.Tensor, response_mask: torch.Tensor, **_: Any,
+    old_log_prob: torch.Tensor, log_prob: torch.Tensor, advantages: torch.Tensor, response_mask: torch.Tensor,
+    **_: object,
 ) -> LossAndMetrics:
     """−A·log π: no ratio, no clip."""
     return -advantages * log_prob, {}
@@ -129,7 +130,7 @@ def _of_rows(log_ratio_B1: torch.Tensor, advantages: torch.Tensor, config: AlgoC
 
 
 def _clipped(ratio: torch.Tensor, advantages: torch.Tensor, config: AlgoConfig) -> Surrogate:
-    """The clipped surrogate of a ratio that broadcasts to (B, L): the loss −r′·A, its slope by log r, where r′ isn't r.
+    """The clipped surrogate of a ratio that broadcasts to (B, L): the loss −r′·A, its slope by log r, and where r′ ≠ r.
 
     min(r·A, clip(r)·A) is r′·A with r′ = min(r, 1+ε_high) for A > 0, max(r, 1−ε) for A < 0, and a dual clip is a bound
     on the latter from above. Where r′ is r, the slope of −r·A by log r is −r·A itself; elsewhere it is 0.
@@ -145,10 +146,10 @@ def _clipped(ratio: torch.Tensor, advantages: torch.Tensor, config: AlgoConfig) 
 @dataclass(frozen=True)
 class PolicyLoss:
     function: Callable[..., LossAndMetrics]
-    formula: Formula       # of the term that a token adds; an empty one: nobody said
+    formula: Formula       # of the term that a token adds; empty where none was given
     ratio: bool            # has π/π_old in it: the sampler's distribution must be the policy's
-    sequence_level: bool   # one ratio per sequence: corrections take their sequence form
-    reads: tuple[str, ...] = ("clip_range", "clip_range_high", "dual_clip")  # those of these knobs that it reads
+    sequence_level: bool   # one ratio per sequence: corrections must be per sequence too
+    reads: tuple[str, ...] = ("clip_range", "clip_range_high", "dual_clip")  # which of these knobs
     ours: bool = True
 
 

@@ -1,4 +1,4 @@
-"""What is measured of an update, written once.
+"""The metrics of an update.
 
 Takes:  per-token values (B, L) and the loss mask; log-probs on the flat axis.
 Gives:  metrics that add up over micro-batches and ranks; `METRICS`, each one's formula, unit and mask.
@@ -9,11 +9,13 @@ Never:  keeps a graph; waits for the device more than once a call.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TypeAlias
 
 import torch
 
 from flux_ray.observability.metrics import Max, Mean, Metric, Std
+
+Measured: TypeAlias = torch.Tensor | float | Metric  # (B, L); a number, which is a mean already; a metric
 
 #: name ► (formula, unit, over which tokens). π new, π_old the ratio's denominator, μ what the sampler reported.
 METRICS: dict[str, tuple[str, str, str]] = {
@@ -41,8 +43,8 @@ METRICS: dict[str, tuple[str, str, str]] = {
 }
 
 
-def over_loss_tokens(values: Mapping[str, Any], *, response_mask: torch.Tensor) -> dict[str, Metric]:
-    """name ► Mean over the loss tokens. A value is a tensor (B, L), a number (a mean already), or a metric, kept."""
+def over_loss_tokens(values: Mapping[str, Measured], *, response_mask: torch.Tensor) -> dict[str, Metric]:
+    """name ► Mean over the loss tokens; metrics are kept as they are."""
     mask = response_mask.bool()
     tensors = {name: v for name, v in values.items() if isinstance(v, torch.Tensor) and v.shape == mask.shape}
     sums = [value.detach().masked_fill(~mask, 0).sum(dtype=torch.float64) for value in tensors.values()]
@@ -72,7 +74,7 @@ def reward_kl(
 def logprob_gap(
     logprobs_S: torch.Tensor, sampler_logprobs_S: torch.Tensor, mask_S: torch.Tensor,
 ) -> dict[str, Metric]:
-    """How far the trainer's log-probs are from the sampler's, over the tokens of the mask; empty where it has none."""
+    """How far the trainer's log-probs are from the sampler's, over the mask's tokens; empty where the mask is."""
     gap = (logprobs_S.detach() - sampler_logprobs_S)[mask_S].abs().double()
     if not len(gap):
         return {}

@@ -1,4 +1,4 @@
-"""What an update minimises: policy loss, KL and entropy, weighted.
+"""The objective that an update minimises: policy loss, KL and entropy, weighted.
 
 Takes:  a micro-batch's padded views (B, L) and its loss weights.
 Gives:  (loss, metrics): the sum of weight × per-token loss, which adds up over micro-batches and ranks.
@@ -10,14 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from flux_ray.algo.algorithms import Algorithm
 from flux_ray.algo.kl import MAX_LOG_RATIO, kl
 from flux_ray.algo.losses import find_policy_loss, token_ratio
-from flux_ray.algo.metrics import advantage_metrics, over_loss_tokens
+from flux_ray.algo.metrics import Measured, advantage_metrics, over_loss_tokens
 from flux_ray.config import AlgoConfig, PolicyAlgo
 from flux_ray.errors import UserError
 from flux_ray.formula import Formula
@@ -39,7 +38,7 @@ def policy_objective(
 ) -> tuple[torch.Tensor, dict[str, Metric]]:
     """Σ w·(ℓ·correction + beta·KL(π‖π_ref) − entropy_coef·H) over the loss tokens, all tensors (B, L).
 
-    old_log_prob: π_old; None where the batch has one update (π itself, detached). entropy: None where nobody wants it.
+    old_log_prob: π_old; None where the batch has one update (π itself, detached). entropy: None where it isn't wanted.
     Raises UserError, naming the loss, where a registered one gives a wrong shape or nan.
     """
     mask = response_mask.bool()
@@ -102,7 +101,7 @@ def _icepop(ratio: torch.Tensor, config: AlgoConfig) -> torch.Tensor:
 @dataclass(frozen=True)
 class Correction:
     function: Callable[[torch.Tensor, AlgoConfig], torch.Tensor]  # of ρ
-    formula: Formula  # of what the policy term is multiplied by
+    formula: Formula  # of the factor of the policy term
 
 
 #: the names are those of algo.off_policy
@@ -119,11 +118,12 @@ def _weighted(values: torch.Tensor, mask: torch.Tensor, loss_weights: torch.Tens
 def _policy_term(
     name: str, config: PolicyAlgo, old_log_prob: torch.Tensor, log_prob: torch.Tensor, advantages: torch.Tensor,
     mask: torch.Tensor,
-) -> tuple[torch.Tensor, dict[str, Any]]:
-    """The loss per token, or a registered loss's scalar, and what it measured."""
+) -> tuple[torch.Tensor, dict[str, Measured]]:
+    """The loss per token, or a registered loss's scalar, and its metrics."""
     entry = find_policy_loss(name)
     if entry.ours:
-        return entry.function(old_log_prob, log_prob, advantages, mask, config=config)
+        loss, measured = entry.function(old_log_prob, log_prob, advantages, mask, config=config)
+        return loss, dict(measured)
     result = entry.function(old_log_prob, log_prob, advantages, mask, **{"config": config, **config.options})
     if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[0], torch.Tensor)):
         raise UserError(f"policy loss {name!r} gave {type(result).__name__}, wanted (loss, metrics)")

@@ -1,6 +1,6 @@
 """Objectives on preference pairs.
 
-Takes:  what the model gives for both responses of each pair, (B, 2): chosen, rejected; and the reference's.
+Takes:  the model's log-probs or scores of both responses of each pair, (B, 2): chosen, rejected; the reference's.
 Gives:  (loss, metrics): the sum over pairs divided by the step's number of pairs, which adds up over micro-batches.
 Knows:  dpo, ipo, cdpo on log-probs of whole responses; Bradley-Terry on scores; each metric's formula (METRICS).
 Never:  sees a token.
@@ -76,8 +76,8 @@ def preference_objective(
 ) -> tuple[Tensor, dict[str, Metric]]:
     """The loss of `config.name` on B pairs of a step of `num_pairs`.
 
-    logprobs, reference_logprobs: (B, 2), sums over each response's tokens; None: a reference under which all responses
-    are alike. num_tokens: (B, 2) tokens of each response, for algo.pair_logprobs=mean.
+    logprobs, reference_logprobs: (B, 2), sums over each response's tokens; None: a reference that holds all responses
+    equally likely. num_tokens: (B, 2) tokens of each response, for algo.pair_logprobs=mean.
     """
     log_ratio_B2 = logprobs if reference_logprobs is None else logprobs - reference_logprobs
     if isinstance(config, IPOAlgoConfig) and config.pair_logprobs == "mean":

@@ -1,19 +1,18 @@
-"""Work on padded (N, L) tensors whose rows stand alone, and values whose derivative is made along with them.
+"""Work on padded (N, L) tensors row by row, and values that bring their derivative along.
 
 Takes:  tensors of N rows, a function of blocks of them.
-Gives:  `by_rows`, `blocks`: on a CPU, what lies between input and result stays in a core's cache; `with_slope`.
+Gives:  `by_rows`, `blocks`, which keep intermediate values in a CPU core's cache; `with_slope`.
 Never:  knows what the numbers mean.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
+from torch.autograd.function import FunctionCtx, once_differentiable
 
-BLOCK_NUMBERS = 2**16  # of a tensor, worked on at once: half a megabyte in float64, which a core's cache holds
+BLOCK_NUMBERS = 2**16  # numbers of a tensor in one block: half a megabyte in float64, which a core's cache holds
 
 
 def by_rows(
@@ -35,7 +34,7 @@ def by_rows(
 
 
 def blocks(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
-    """The same rows of each tensor, so many that the cache holds a block of the widest; on a GPU all of them."""
+    """Blocks of the same rows of each tensor, small enough for the cache; on a GPU one block of all rows."""
     widest = max(tensor.shape[-1] for tensor in tensors)
     on_cpu = tensors[0].device.type == "cpu"
     num_rows = max(BLOCK_NUMBERS // max(widest, 1) if on_cpu else len(tensors[0]), 1)
@@ -43,7 +42,7 @@ def blocks(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
 
 
 def with_slope(by: torch.Tensor, *, value: torch.Tensor, slope: torch.Tensor) -> torch.Tensor:
-    """`value`, whose derivative by `by` is `slope`: place by place, or of a row's one value (N, 1) by all its places.
+    """`value`, whose derivative by `by` is `slope`: place by place, or of a row's one value (N, 1) by all places of it.
 
     Differentiable once: the slope is a constant.
     """
@@ -52,12 +51,12 @@ def with_slope(by: torch.Tensor, *, value: torch.Tensor, slope: torch.Tensor) ->
 
 class _WithSlope(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, by: torch.Tensor, value: torch.Tensor, slope: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: FunctionCtx, by: torch.Tensor, value: torch.Tensor, slope: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(slope)
         return value.view_as(value)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+    def backward(ctx: FunctionCtx, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         (slope,) = ctx.saved_tensors
         return gradient * slope, None, None

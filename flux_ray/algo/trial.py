@@ -1,8 +1,8 @@
-"""A user's registered estimator and loss, called once on a small made batch: what is wrong with them shows at start.
+"""Tries a user's registered estimator and loss on a small made batch, so that their faults show at start.
 
 Takes:  a Config whose plugins are loaded.
-Gives:  nothing, or a UserError: the function's name, and what it did (raised, gave a wrong shape, nan).
-Never:  calls what is ours.
+Gives:  a UserError where one raises, or gives a wrong shape or nan; it names the function.
+Never:  tries our own functions.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ NUM_GROUPS, LENGTH = 2, 4
 
 
 def try_registered(config: Config) -> None:
-    """UserError where a registered function can't do what every step asks of it."""
+    """UserError where a registered function fails at what every step asks of it."""
     if not isinstance(config, PolicyGradientConfig):
         return
     algorithm = resolve(config.algo)

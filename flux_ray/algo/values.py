@@ -1,6 +1,6 @@
-"""What a critic learns from: the clipped value loss, and what is measured of its values.
+"""A critic's objective: the clipped value loss, and metrics of its values.
 
-Takes:  values of the states before the loss tokens, those of before the batch's updates, the returns: any one shape.
+Takes:  values of the states before the loss tokens, now and before the batch's updates; the returns. All of one shape.
 Gives:  `value_loss` per token; `value_objective`: (loss, metrics), which add up over micro-batches and ranks.
 Never:  estimates an advantage: the estimators do.
 """
@@ -33,7 +33,7 @@ def value_objective(
     values: torch.Tensor, *, old_values: torch.Tensor, returns: torch.Tensor, mask: torch.Tensor,
     loss_weights: torch.Tensor, clip_range: float,
 ) -> tuple[torch.Tensor, dict[str, Metric]]:
-    """Σ w·loss over the loss tokens."""
+    """Σ w·loss over the loss tokens, and its metrics."""
     loss, clipped = value_loss(values, old_values=old_values, returns=returns, clip_range=clip_range)
     total = (loss.masked_fill(~mask, 0.0) * loss_weights).sum()
     with torch.no_grad():

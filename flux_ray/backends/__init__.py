@@ -15,7 +15,7 @@ BACKENDS = ("ray", "trl", "unsloth")
 
 
 def refuse(backend: str, config: Config) -> None:
-    """UserError for a backend that isn't known, and for what TRL hasn't."""
+    """UserError for an unknown backend, and for a config that TRL or Unsloth can't run."""
     if backend not in BACKENDS:
         raise unknown("backend", backend, BACKENDS)
     if backend == "ray":
@@ -31,7 +31,7 @@ def refuse(backend: str, config: Config) -> None:
 
 
 def runner(backend: str) -> Callable[..., TrainingResult]:
-    """What trains on that backend: (config, callbacks=...)."""
+    """The function that trains on that backend: (config, callbacks=...)."""
     if backend == "ray":
         from flux_ray import run as runs
 

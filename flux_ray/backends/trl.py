@@ -1,8 +1,8 @@
 """Runs a config through TRL's own trainers, in this process.
 
 Takes:  a Config whose paths are set (rewards by name, rows in a file), callbacks.
-Gives:  a run folder as ours: config, metrics under our names, the model; a TrainingResult.
-Knows:  how our prompts, rewards and metrics look to TRL.
+Gives:  a run folder like ours: config, metrics under our names, the model; a TrainingResult.
+Knows:  the form in which TRL takes prompts and rewards and gives metrics.
 Never:  needs Ray, vLLM or DeepSpeed; runs a setting that TRL hasn't (`check_trl`).
 """
 
@@ -14,14 +14,14 @@ import importlib.util
 import threading
 from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
 from flux_ray import run_dir
 from flux_ray.backends.trl_pairs import make_pair_trainer
 from flux_ray.backends.trl_settings import check_trl, opening, trainer_arguments
-from flux_ray.config import Config, PairsConfig, PolicyGradientConfig
+from flux_ray.config import ClusterConfig, Config, PairsConfig, PolicyGradientConfig
 from flux_ray.data import PairSource, PromptSource
 from flux_ray.errors import UserError
 from flux_ray.model import load_tokenizer, resolve_dtype
@@ -39,7 +39,18 @@ from flux_ray.run import TrainingResult
 from flux_ray.run.prepare import Prepared, Rollouts, prepare
 from flux_ray.run.recorder import Recorder
 
-#: TRL's metric ► ours; what isn't here goes by trl/NAME.
+if TYPE_CHECKING:
+    from transformers import (
+        PreTrainedModel,
+        PreTrainedTokenizerBase,
+        Trainer,
+        TrainerCallback,
+        TrainerControl,
+        TrainerState,
+        TrainingArguments,
+    )
+
+#: TRL's metric ► ours. Any other is trl/NAME.
 METRICS = {
     "reward": "reward/mean", "loss": "actor/loss", "kl": "actor/grpo_kl", "entropy": "actor/entropy",
     "clip_ratio/region_mean": "actor/clip_frac", "grad_norm": "train/grad_norm", "learning_rate": "train/learning_rate",
@@ -50,7 +61,7 @@ METRICS = {
 Result = TypeVar("Result")
 
 #: (config, device) ► the policy, where another library opens it
-LoadModel = Callable[[Config, str], Any]
+LoadModel = Callable[[Config, str], "PreTrainedModel"]
 
 
 def require(package: str, *, backend: str, install: str) -> None:
@@ -60,7 +71,7 @@ def require(package: str, *, backend: str, install: str) -> None:
 
 
 def train(config: Config, *, callbacks: Sequence[Callback] = (), load_model: LoadModel | None = None) -> TrainingResult:
-    """Train as the config says. UserError: trl isn't installed, or hasn't what the config asks for."""
+    """Train as the config says. UserError: trl isn't installed, or can't run the config."""
     require("trl", backend="trl", install="pip install 'flux-ray[trl]'")
     config, differences = check_trl(config)
     prepared = prepare(config)
@@ -77,7 +88,7 @@ def _recorded(
     config: Config, prepared: Prepared, differences: Sequence[str], callbacks: Sequence[Callback],
     load_model: LoadModel | None,
 ) -> TrainingResult:
-    """The training, in a run's folder that nobody else writes to."""
+    """Train, in a run's folder that nobody else writes to."""
     folder = RunFolder(str(config.run_dir))
     folder.create(config, resume_step=None)
     with contextlib.ExitStack() as ending, quiet(folder.path / LOG, progress=config.observability.progress) as terminal:
@@ -87,7 +98,7 @@ def _recorded(
         try:
             trainer = _trainer(config, prepared, recorder, load_model, ending)
             trainer.train()
-            trainer.model.to(resolve_dtype(config.model.dtype, _device(config)))  # as it would be served
+            trainer.model.to(resolve_dtype(config.model.dtype, _device(config.cluster)))  # as it would be served
             trainer.save_model(str(folder.model))
         finally:
             recorder.close()
@@ -97,33 +108,33 @@ def _recorded(
 
 
 def _trainer(config: Config, prepared: Prepared, recorder: Recorder, load_model: LoadModel | None,
-             ending: contextlib.ExitStack) -> Any:
+             ending: contextlib.ExitStack) -> Trainer:
     if isinstance(prepared.task, Rollouts):
         assert isinstance(config, PolicyGradientConfig)
         return make_trainer(config, prepared.task.train, recorder=recorder, load_model=load_model, ending=ending)
     assert isinstance(prepared.task.train, PairSource) and isinstance(config, PairsConfig)
-    device = _device(config)
+    device = _device(config.cluster)
     model = str(config.model.path) if load_model is None else load_model(config, device)
     return make_pair_trainer(config, prepared.task.train, recorder=recorder, model=model, device=device)
 
 
-def _device(config: Config) -> str:
+def _device(config: ClusterConfig) -> str:
     import torch
 
-    return "cuda" if torch.cuda.is_available() and config.cluster.device != "cpu" else "cpu"
+    return "cuda" if torch.cuda.is_available() and config.device != "cpu" else "cpu"
 
 
 def make_trainer(
     config: PolicyGradientConfig, prompts: PromptSource, *, recorder: Recorder, load_model: LoadModel | None = None,
     ending: contextlib.ExitStack | None = None,
-) -> Any:
-    """TRL's trainer, ready to train. With `ending` the rewards' processes end; else with this one."""
+) -> Trainer:
+    """TRL's trainer, ready to train. The rewards' processes end with `ending`, or else with this process."""
     import trl
     from datasets import Dataset
 
     if any(one.data_set.rewards for one in prompts.sets):
         raise UserError("backend=trl has no rewards of a set's own: leave them out of data.train, or use backend=ray")
-    device = _device(config)
+    device = _device(config.cluster)
     kind, arguments = ((trl.RLOOTrainer, trl.RLOOConfig) if config.algo.name == "rloo"
                        else (trl.GRPOTrainer, trl.GRPOConfig))
     settings = trainer_arguments(config, longest_prompt=prompts.longest_prompt, device=device)
@@ -156,10 +167,10 @@ def _refuse_left_out(functions: Sequence[RewardFunction], prompts: PromptSource)
                             "give it another name in the data")
 
 
-def rows(prompts: PromptSource, number: int) -> list[dict[str, Any]]:
-    """The prompts that a run of ours draws, in its order: prompt as TRL takes it, and the columns for the rewards.
+def rows(prompts: PromptSource, number: int) -> list[dict[str, object]]:
+    """The prompts that a run of ours draws, in its order: the prompt in TRL's form, and the columns for the rewards.
 
-    All of the run, for TRL leaves out what is over at the end of an epoch, be it all there is.
+    One epoch has all of the run: TRL leaves out a rest at the end of an epoch, even if there is nothing else.
     """
     drawn = [prompts.prompt(uid) for uid in range(number)]
     left_out = LEFT_OUT | GIVEN
@@ -167,9 +178,9 @@ def rows(prompts: PromptSource, number: int) -> list[dict[str, Any]]:
 
 
 class Calling:
-    """Rewards as our workers call them, on an event loop beside TRL's thread."""
+    """Calls rewards as our workers do, on an event loop beside TRL's thread."""
 
-    def __init__(self, config: PolicyGradientConfig, tokenizer: Any) -> None:
+    def __init__(self, config: PolicyGradientConfig, tokenizer: PreTrainedTokenizerBase) -> None:
         self._config, self._tokenizer = config, tokenizer
         self._end_ids = stop_token_ids(config.model.path, tokenizer)
         self._loop = asyncio.new_event_loop()
@@ -179,8 +190,8 @@ class Calling:
     def __call__(self, function: RewardFunction, arguments: Arguments) -> list[Any]:
         return self._await(self._caller.call(function, arguments, where="a batch of prompts"))
 
-    def completions(self, prompts: list[Any], ids: list[list[int]]) -> list[Any]:
-        """The responses as our rewards see them: TRL's are without any special token."""
+    def completions(self, prompts: Sequence[object], ids: list[list[int]]) -> list[str | list[dict[str, str]]]:
+        """The responses as our rewards see them: TRL's own texts are without any special token."""
         texts = texts_of([np.array(one, np.int64) for one in ids], self._tokenizer, end_ids=self._end_ids,
                          skip_special_tokens=self._config.rollout.skip_special_tokens)
         texts = [(self._config.reward.opening or "") + text for text in texts]
@@ -192,8 +203,8 @@ class Calling:
         self._loop.call_soon_threadsafe(self._children.close)
         self._loop.call_soon_threadsafe(self._loop.stop)
 
-    def _await(self, coroutine: Coroutine[Any, Any, Result]) -> Result:
-        """Each call has its deadline, on the loop."""
+    def _await(self, coroutine: Coroutine[object, object, Result]) -> Result:
+        """The result. The call has its own deadline, on the loop."""
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
 
 
@@ -205,9 +216,9 @@ async def _caller(config: PolicyGradientConfig) -> tuple[SandboxedRewards, Calle
 def as_trl(
     function: RewardFunction, config: PolicyGradientConfig, calling: Calling
 ) -> Callable[..., list[float | None]]:
-    """The function as TRL calls one: under its name and with its options, deadline and answer column."""
+    """The function in TRL's form, with its own name, options, deadline and answer column."""
 
-    def reward(prompts: list[Any], completions: list[Any], **given: Any) -> list[float | None]:
+    def reward(prompts: list[object], completions: list[object], **given: Any) -> list[float | None]:
         columns = {name: values for name, values in given.items() if name not in GIVEN}
         answer_column = find_answer_column(config, columns)
         if answer_column is not None and (function.is_rule or "answer" not in columns):
@@ -227,7 +238,7 @@ def as_trl(
 
 
 def _ignored(name: str, value: float) -> None:
-    """TRL gives no log_metric."""
+    """In place of a log_metric that TRL doesn't give."""
 
 
 def _overlong_reward(config: PolicyGradientConfig) -> Callable[..., list[float | None]]:
@@ -238,13 +249,16 @@ def _overlong_reward(config: PolicyGradientConfig) -> Callable[..., list[float |
     return reward
 
 
-def _recording(recorder: Recorder, *, updates_per_step: int) -> Any:
-    """TRL's logs as lines of our run."""
+def _recording(recorder: Recorder, *, updates_per_step: int) -> TrainerCallback:
+    """Records TRL's logs as steps of our run."""
     from transformers import TrainerCallback
 
     class Recording(TrainerCallback):
-        def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
-            if logs and "reward" in logs:   # the last log of a training has totals alone
+        def on_log(
+            self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
+            logs: dict[str, float] | None = None, **_: object,
+        ) -> None:
+            if logs and "reward" in logs:  # the last log of a training has only totals
                 ours = {METRICS.get(name, f"trl/{name}"): float(value) for name, value in logs.items()}
                 recorder.step(state.global_step // updates_per_step - 1, ours)
 

@@ -1,15 +1,15 @@
-"""Preference pairs through TRL's DPOTrainer, on the tokens that our own run would have.
+"""Trains on preference pairs with TRL's DPOTrainer, on the tokens that our own run would have.
 
-Takes:  a Config that `check_trl` gave, the pairs, a place to write to.
+Takes:  a Config that `check_trl` gave, the pairs, a recorder.
 Gives:  `make_pair_trainer`: TRL's trainer, ready to train.
-Knows:  which of its objectives ours are, and what it calls its metrics.
+Knows:  TRL's names of our objectives and metrics.
 Never:  lets TRL encode the texts again: tokens may merge where a prompt ends.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flux_ray.backends.trl_settings import PAIR_LOSSES, opening, optimizer_arguments
 from flux_ray.config import PairsConfig
@@ -17,7 +17,12 @@ from flux_ray.data import PairSource
 from flux_ray.model import load_tokenizer
 from flux_ray.run.recorder import Recorder
 
-#: TRL's metric ► ours; what isn't here goes by trl/NAME.
+if TYPE_CHECKING:
+    import trl
+    from datasets import Dataset
+    from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+#: TRL's metric ► ours. Any other is trl/NAME.
 METRICS = {
     "loss": "train/loss", "rewards/chosen": "pairs/chosen_reward", "rewards/rejected": "pairs/rejected_reward",
     "rewards/margins": "pairs/margin", "rewards/accuracies": "pairs/accuracy", "grad_norm": "train/grad_norm",
@@ -25,13 +30,15 @@ METRICS = {
 }
 
 
-def make_pair_trainer(config: PairsConfig, pairs: PairSource, *, recorder: Recorder, model: Any, device: str) -> Any:
-    """`model`: a path, or what another library opened."""
+def make_pair_trainer(
+    config: PairsConfig, pairs: PairSource, *, recorder: Recorder, model: str | PreTrainedModel, device: str,
+) -> trl.DPOTrainer:
+    """`model`: a path, or a model that another library opened."""
     import trl
     from datasets import Dataset
 
     class OnOurTokens(trl.DPOTrainer):
-        def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:
+        def _prepare_dataset(self, dataset: Dataset, *_: object, **__: object) -> Dataset:
             return dataset
 
     settings = pair_arguments(config, longest=pairs.longest, device=device)
@@ -48,7 +55,7 @@ def make_pair_trainer(config: PairsConfig, pairs: PairSource, *, recorder: Recor
 
 
 def rows(pairs: PairSource) -> list[dict[str, list[int]]]:
-    """Each pair as TRL's collator takes it."""
+    """Each pair in the form that TRL's collator takes."""
     return [
         {
             "prompt_ids": pair.chosen_ids[: pair.prompt_length].tolist(),
@@ -77,8 +84,8 @@ def pair_arguments(config: PairsConfig, *, longest: int, device: str) -> dict[st
     }
 
 
-def _reference(path: str | None, arguments: dict[str, Any]) -> Any | None:
-    """The reference where it isn't the policy's own start, which TRL opens by itself."""
+def _reference(path: str | None, arguments: dict[str, str]) -> PreTrainedModel | None:
+    """The reference, if another model than the policy's own start, which TRL opens by itself."""
     if path is None:
         return None
     from transformers import AutoModelForCausalLM
@@ -86,13 +93,16 @@ def _reference(path: str | None, arguments: dict[str, Any]) -> Any | None:
     return AutoModelForCausalLM.from_pretrained(path, trust_remote_code=False, **arguments)
 
 
-def _recording(recorder: Recorder) -> Any:
-    """TRL's logs as lines of our run."""
+def _recording(recorder: Recorder) -> TrainerCallback:
+    """Records TRL's logs as steps of our run."""
     from transformers import TrainerCallback
 
     class Recording(TrainerCallback):
-        def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
-            if logs and "rewards/margins" in logs:  # the last log of a training has totals alone
+        def on_log(
+            self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
+            logs: dict[str, float] | None = None, **_: object,
+        ) -> None:
+            if logs and "rewards/margins" in logs:  # the last log of a training has only totals
                 ours = {METRICS.get(name, f"trl/{name}"): float(value) for name, value in logs.items()}
                 recorder.step(state.global_step - 1, ours)
 

@@ -1,9 +1,9 @@
-"""A Config in TRL's words, or one line why TRL can't run it.
+"""Translates a Config for TRL, or says in one line why TRL can't run it.
 
 Takes:  a Config; the longest prompt, for the size of a micro-batch.
-Gives:  `check_trl`: the Config that TRL can run, with warnings; `check_unsloth`; `opening`, of the policy;
-        `trainer_arguments`, of GRPOConfig or RLOOConfig.
-Knows:  which of our options TRL 1.16 has, what it calls them, and where its defaults would mean another objective.
+Gives:  `check_trl`: the Config that TRL can run, with warnings; `check_unsloth`; arguments: `opening` for the policy,
+        `trainer_arguments` for GRPOConfig or RLOOConfig.
+Knows:  which of our options TRL 1.16 has and by what name, and where its defaults would mean another objective.
 Never:  imports trl.
 """
 
@@ -30,8 +30,8 @@ from flux_ray.model import resolve_dtype
 from flux_ray.model.varlen import TORCH_VARLEN
 from flux_ray.names import reward_model_path
 
-#: algorithm ► what makes it one in GRPOConfig; rloo has a trainer of its own
-ALGORITHMS: dict[str, dict[str, Any]] = {
+#: algorithm ► its arguments of GRPOConfig; rloo has a trainer of its own
+ALGORITHMS: dict[str, dict[str, str]] = {
     "grpo": {}, "grpo_vectorized": {}, "dr_grpo": {}, "dapo": {},
     "gspo": {"importance_sampling_level": "sequence"},
     "cispo": {"loss_type": "cispo"},
@@ -39,13 +39,13 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
 }
 #: objective on pairs ► loss_type of DPOConfig
 PAIR_LOSSES = {"dpo": "sigmoid", "ipo": "ipo"}
-#: those of both that run on a model which Unsloth opened
+#: algorithms that run on a model that Unsloth opened
 ON_UNSLOTH = ("dpo", "grpo", "grpo_vectorized", "dr_grpo", "dapo")
 LOSS_TYPES = {"sequence_mean": "grpo", "sequence": "grpo", "token_mean": "dapo", "constant_length": "dr_grpo"}
 SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
 
 #: option ► the only value that TRL can run, and why
-ONLY: dict[str, tuple[Any, str]] = {
+ONLY: dict[str, tuple[object, str]] = {
     "algo.estimator": (None, "it has its algorithms' own"),
     "algo.policy_loss": (None, "it has its algorithms' own"),
     "algo.old_logprobs": ("trainer", "its ratio is over the trainer's old policy"),
@@ -75,7 +75,7 @@ ONLY: dict[str, tuple[Any, str]] = {
 
 
 def check_trl(config: Config) -> tuple[Config, list[str]]:
-    """The config as TRL runs it, and what differs by its nature. UserError for a setting that it hasn't."""
+    """The config as TRL runs it, and warnings of what TRL does otherwise. UserError for a setting that it hasn't."""
     for problem in _problems(config):
         raise UserError(f"backend=trl: {problem}")
     if not isinstance(config, PolicyGradientConfig):
@@ -89,7 +89,7 @@ def check_trl(config: Config) -> tuple[Config, list[str]]:
 
 
 def check_unsloth(config: Config) -> None:
-    """UserError for an algorithm that Unsloth hasn't, beside what `check_trl` refuses."""
+    """UserError for an algorithm that Unsloth hasn't. `check_trl` refuses the rest."""
     if config.algo.name not in ON_UNSLOTH:
         raise UserError(f"backend=unsloth has no {config.algo.name} (it has {', '.join(ON_UNSLOTH)})")
 
@@ -155,7 +155,7 @@ def trainer_arguments(config: PolicyGradientConfig, *, longest_prompt: int, devi
     size = micro_batch_size(config, longest_prompt=longest_prompt)
     update = config.batch.prompts_per_step * rollout.group_size // algorithm.mini_batches
     high = algorithm.clip_range if algorithm.clip_range_high is None else algorithm.clip_range_high
-    common = {
+    common: dict[str, Any] = {
         **optimizer_arguments(config, device=device),
         "per_device_train_batch_size": size,
         "gradient_accumulation_steps": update // size,
@@ -177,27 +177,27 @@ def trainer_arguments(config: PolicyGradientConfig, *, longest_prompt: int, devi
     return {
         **common,
         "beta": algorithm.beta,
-        "use_bias_correction_kl": False,   # its default multiplies the KL by the ratio
+        "use_bias_correction_kl": False,   # TRL's default multiplies the KL by the ratio
         "delta": algorithm.dual_clip,
         "entropy_coef": algorithm.entropy_coef,
         "scale_rewards": "group" if algorithm.normalize_by_std and resolved.estimator != "dr_grpo" else "none",
         "loss_type": LOSS_TYPES[resolved.aggregation],
         **ALGORITHMS[algorithm.name],
-        **({"epsilon_high": 1 + high} if algorithm.name == "cispo" else {}),   # there it is the bound itself
+        **({"epsilon_high": 1 + high} if algorithm.name == "cispo" else {}),   # there TRL's option is the bound itself
     }
 
 
-def opening(config: Config) -> dict[str, Any]:
-    """Keyword arguments with which TRL opens the policy: its weights in fp32, whatever it computes in.
+def opening(config: Config) -> dict[str, str]:
+    """Keyword arguments for TRL to open the policy: weights in fp32, whatever type it computes in.
 
-    In bf16 an update at a usual learning rate is less than the last bit of most weights, which would never move.
+    In bf16 an update at a usual learning rate is less than the last bit of most weights: they would never move.
     """
     attention = "sdpa" if config.model.attention == "auto" else config.model.attention
     return {"dtype": "float32", "attn_implementation": attention}
 
 
 def optimizer_arguments(config: Config, *, device: str) -> dict[str, Any]:
-    """Keyword arguments that all of TRL's trainers have."""
+    """Keyword arguments that all of TRL's trainers take."""
     train = config.train
     return {
         "learning_rate": train.learning_rate, "warmup_steps": train.warmup_steps,

@@ -2,14 +2,14 @@
 
 Takes:  a Config, callbacks.
 Gives:  what the TRL backend gives.
-Knows:  that Unsloth must be imported before TRL, whose trainers it patches; that its patches know no sequence ratio.
+Knows:  Unsloth must be imported before TRL, whose trainers it patches; its patches know no ratio of sequences.
 Never:  starts without a GPU.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 from flux_ray.backends import trl
 from flux_ray.backends.trl_settings import check_unsloth
@@ -19,9 +19,12 @@ from flux_ray.model import context_length
 from flux_ray.observability.callbacks import Callback
 from flux_ray.run import TrainingResult
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 def train(config: Config, *, callbacks: Sequence[Callback] = ()) -> TrainingResult:
-    """Train as the config says. UserError: no GPU, no unsloth, or an algorithm that it hasn't."""
+    """Train as the config says. UserError: no GPU, no unsloth, or an algorithm that unsloth doesn't have."""
     import torch
 
     check_unsloth(config)
@@ -33,7 +36,7 @@ def train(config: Config, *, callbacks: Sequence[Callback] = ()) -> TrainingResu
     return trl.train(config, callbacks=callbacks, load_model=_load)
 
 
-def _load(config: Config, device: str) -> Any:
+def _load(config: Config, device: str) -> PreTrainedModel:
     from unsloth import FastLanguageModel
 
     longest = config.rollout.max_model_len or context_length(str(config.model.path))

@@ -1,6 +1,6 @@
-"""From the config to what is placed: pure code.
+"""Plans which actors are placed where: pure code.
 
-Takes:  Config, and how many GPUs the cluster has.
+Takes:  Config, and the number of GPUs of the cluster.
 Gives:  a Plan: device, weights backend, and a Role (count, CPUs, GPUs of an actor) for every kind of actor.
 Knows:  three shapes: CPU only; GPUs of their own for each actor; GPUs shared by engine, trainer and the others.
 Never:  asks Ray anything; a config that no cluster could place is refused here.
@@ -11,15 +11,22 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from flux_ray.config import Config, PolicyGradientConfig, PPOConfig, ReferencedConfig
+from flux_ray.config import (
+    Config,
+    PolicyGradientConfig,
+    PPOConfig,
+    ReferencedConfig,
+    RewardConfig,
+    RolloutConfig,
+)
 from flux_ray.errors import UserError
 from flux_ray.names import reward_model_path
 
 ENGINE, ROLLOUT, REWARD, REFERENCE = "engine", "rollout", "reward", "reference"
 TRAINER, CRITIC, REWARD_MODEL = "trainer", "critic", "reward_model"
-ENGINES_PER_WORKER = 8  # of a rollout worker, unless rollout.num_workers says otherwise
-#: Shares of one GPU where actors share it, lessened alike where there are more of them than it has room for. Ray counts
-#: them; memory is bounded by vLLM's gpu_memory_utilization.
+ENGINES_PER_WORKER = 8  # for each rollout worker, unless rollout.num_workers says otherwise
+#: Shares of one GPU where actors share it. Where their sum would pass 1, all are lessened alike. Ray counts them;
+#: vLLM's gpu_memory_utilization bounds memory.
 SHARED_GPU = {ENGINE: 0.4, TRAINER: 0.4, CRITIC: 0.4, REFERENCE: 0.2, REWARD_MODEL: 0.2}
 STAGING = {"gloo": "host", "nccl": "device"}  # weights.staging that each backend offers beside auto and none
 GPU_DIGITS = 10_000  # Ray counts shares of a GPU in ten-thousandths
@@ -91,11 +98,12 @@ class Plan:
 def make_plan(
     config: Config, *, cluster_gpus: int, needs_reference: bool, trains: bool = True,
 ) -> Plan:
-    """The plan for a cluster with that many GPUs, with reference actors where the frozen policy is asked for, ppo's
-    critic as large as the training group, and actors for each reward model that reward.functions names.
+    """The plan for a cluster with that many GPUs.
 
-    Where nothing is trained (an evaluation), engines and reward workers alone; without rollouts (sft, pairs, given
-    groups) training ranks and reference, which evaluate as well. What can't be placed anywhere: UserError.
+    It has reference actors where the frozen policy is needed, a critic as large as the training group for ppo, and
+    actors for each reward model that reward.functions names. Where nothing is trained (an evaluation) it has engines,
+    rollout and reward workers alone; without rollouts (sft, pairs, given groups) training ranks and reference, which
+    evaluate as well. UserError for a config that no cluster could place.
     """
     device = config.cluster.device
     if device == "auto":
@@ -106,7 +114,7 @@ def make_plan(
     counts = _training(config, needs_reference) if trains or not rollouts else {}
     gpus_each = dict.fromkeys(SHARED_GPU, 1)
     if isinstance(config, PolicyGradientConfig):
-        counts |= _sampling(config)
+        counts |= _sampling(config.rollout, config.reward)
         gpus_each[ENGINE] = config.rollout.tensor_parallel_size
     host = ENGINE if rollouts else TRAINER  # whose placement groups the others live in where GPUs are shared
     wanted = sum(counts.get(name, 0) * gpus for name, gpus in gpus_each.items()) if device == "cuda" else 0
@@ -144,9 +152,8 @@ def _training(config: Config, needs_reference: bool) -> dict[str, int]:
     return counts
 
 
-def _sampling(config: PolicyGradientConfig) -> dict[str, int]:
+def _sampling(rollout: RolloutConfig, reward: RewardConfig) -> dict[str, int]:
     """Actors that sample and score."""
-    rollout, reward = config.rollout, config.reward
     counts = {ENGINE: rollout.num_engines, REWARD: reward.num_workers,
               ROLLOUT: rollout.num_workers or math.ceil(rollout.num_engines / ENGINES_PER_WORKER)}
     num_models = len(list(filter(reward_model_path, reward.functions)))
@@ -154,13 +161,13 @@ def _sampling(config: PolicyGradientConfig) -> dict[str, int]:
 
 
 def _hosts_of_workers(num_workers: int, num_engines: int) -> tuple[int, ...]:
-    """Worker i lives beside engine 8i; where there are more workers than that, beside any."""
+    """Worker i lives beside engine 8i; a worker beyond the last such engine, beside any engine."""
     return tuple(ENGINES_PER_WORKER * i if ENGINES_PER_WORKER * i < num_engines else i % num_engines
                  for i in range(num_workers))
 
 
 def _shares(counts: dict[str, int], host: str) -> dict[str, float]:
-    """GPU of one actor of each role, where those on one GPU are one of the host's and its guests."""
+    """The share of a GPU of one actor of each role. On each GPU are one actor of the host's role and its guests."""
     on_one = {name: math.ceil(counts[name] / counts[host]) for name in SHARED_GPU if name in counts}
     whole = max(1.0, sum(SHARED_GPU[name] * number for name, number in on_one.items()))
     return {name: math.floor(SHARED_GPU[name] / whole * GPU_DIGITS + 1e-6) / GPU_DIGITS for name in on_one}
@@ -186,7 +193,7 @@ def _check_shared(config: Config, counts: dict[str, int], host: str) -> None:
 
 
 def _weights_backend(config: Config, device: str, shared: bool) -> str | None:
-    """What the weights travel by; None where there is no engine."""
+    """The backend that weights travel by; None where there is no engine."""
     if not isinstance(config, PolicyGradientConfig):
         return None
     right = "gloo" if device == "cpu" else "ipc" if shared else "nccl"
@@ -203,7 +210,7 @@ def _weights_backend(config: Config, device: str, shared: bool) -> str | None:
 
 
 def describe(resources: dict[str, float]) -> str:
-    """`4 CPU, 1 GPU`: only what placement looks at.
+    """`4 CPU, 1 GPU`: only the resources that placement looks at.
 
     >>> describe({"CPU": 4.0, "memory": 1e9})
     '4 CPU'

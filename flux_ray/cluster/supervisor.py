@@ -93,7 +93,7 @@ class Supervisor:
         async with asyncio.timeout(deadline_s), self._changed:
             await self._changed.wait_for(lambda: self._told.of(role)[index].incarnation != incarnation)
 
-    async def _watch(self, group: Group[Any], index: int) -> None:
+    async def _watch(self, group: Group[object], index: int) -> None:
         """Watch one place in a group, through all its incarnations."""
         try:
             while True:
@@ -114,7 +114,7 @@ class Supervisor:
         except Exception as error:
             self.fail(error)
 
-    async def _replace(self, group: Group[Any], index: int) -> None:
+    async def _replace(self, group: Group[object], index: int) -> None:
         lost, replaced = self._listeners.get(group.role, (_ignored, _ignored))
         lost(index)
         while True:

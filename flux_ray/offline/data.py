@@ -1,15 +1,14 @@
-"""The data of a training without rollouts: completions, preference pairs, groups that were rolled out before.
+"""Reads the data of a training without rollouts: completions, preference pairs, groups rolled out before.
 
 Takes:  the Config, a tokenizer, the model's context.
-Gives:  `read`: the sources to train and to evaluate on, and the Config with what the data settle.
-Knows:  that the objective says what the data must be, and that groups show by their columns.
-Never:  starts anything; rolls out.
+Gives:  `read`: the sources to train and to evaluate on; `read_groups`: those of groups, and the config that they need.
+Knows:  the objective says what the data must be; columns show that data are groups.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 from flux_ray.algo.check import check_groups
 from flux_ray.config import Config, GroupsConfig, OnPairs, PolicyGradientConfig, SFTConfig, as_groups
@@ -17,20 +16,23 @@ from flux_ray.data import GroupSource, PairSource, SftSource
 from flux_ray.data.sets import LoadedSet
 from flux_ray.errors import UserError
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 Source = SftSource | PairSource | GroupSource
 
 
 @dataclass(frozen=True)
 class OfflineData:
-    """What there is to learn from, and to evaluate on (None: nothing)."""
+    """The sources to learn from, and to evaluate on (None: nothing)."""
 
     train: Source
     evaluation: SftSource | PairSource | None
     warnings: tuple[str, ...]
 
 
-def read(config: Config, tokenizer: Any, *, context_length: int) -> OfflineData:
-    """The data of an objective on completions or pairs. UserError for what they can't be."""
+def read(config: Config, tokenizer: PreTrainedTokenizerBase, *, context_length: int) -> OfflineData:
+    """The data of an objective on completions or pairs. UserError for data that it can't learn from."""
     if isinstance(config, SFTConfig):
         return _examples(config, tokenizer, context_length)
     assert isinstance(config, OnPairs), config.algo.name
@@ -41,13 +43,13 @@ def _evaluates(config: SFTConfig | OnPairs) -> bool:
     return bool(config.eval.data or config.eval.share)
 
 
-def _examples(config: SFTConfig, tokenizer: Any, context_length: int) -> OfflineData:
+def _examples(config: SFTConfig, tokenizer: PreTrainedTokenizerBase, context_length: int) -> OfflineData:
     train = SftSource.from_config(config, tokenizer, context_length=context_length)
     evaluation = SftSource.for_eval(config, tokenizer, context_length=context_length) if _evaluates(config) else None
     return OfflineData(train, evaluation, (*train.warnings(), *(evaluation.warnings() if evaluation else [])))
 
 
-def _pairs(config: OnPairs, tokenizer: Any, context_length: int) -> OfflineData:
+def _pairs(config: OnPairs, tokenizer: PreTrainedTokenizerBase, context_length: int) -> OfflineData:
     train = PairSource.from_config(config, tokenizer, context_length=context_length)
     evaluation = PairSource.for_eval(config, tokenizer, context_length=context_length) if _evaluates(config) else None
     warnings = [*train.warnings(), *(evaluation.warnings() if evaluation else [])]
@@ -57,9 +59,9 @@ def _pairs(config: OnPairs, tokenizer: Any, context_length: int) -> OfflineData:
 
 
 def read_groups(
-    sets: list[LoadedSet], config: PolicyGradientConfig, tokenizer: Any, *, context_length: int,
+    sets: list[LoadedSet], config: PolicyGradientConfig, tokenizer: PreTrainedTokenizerBase, *, context_length: int,
 ) -> tuple[GroupsConfig, OfflineData]:
-    """Groups with their rewards, and the config of learning from them. UserError for what can't be learned from."""
+    """Groups with their rewards, and the config to learn from them. UserError for groups that can't be learned from."""
     if len(sets) > 1:
         raise UserError(f"data.train: groups with given rewards are of one set, but it names {len(sets)}")
     source = GroupSource(sets[0], tokenizer, context_length=context_length)

@@ -1,9 +1,9 @@
-"""The reference's log-probs of preference pairs: asked once, kept for every later epoch and for a resume.
+"""Keeps the reference's log-probs of preference pairs, which are asked once, for later epochs and for a resume.
 
-Takes:  pairs; whoever can be asked for what isn't known yet.
+Takes:  pairs; a function that asks the reference for those not known yet.
 Gives:  `KeptReference.of(pairs)`: (chosen, rejected) sums of each.
-Keeps:  two numbers a pair, in this process and in reference.jsonl in the run's folder.
-Knows:  a pair by a hash of its tokens and of the reference's path: another reference is another pair.
+Keeps:  two numbers for each pair, in this process and in reference.jsonl in the run's folder.
+Knows:  a pair by a hash of its tokens and of the reference's path, so that another reference is asked anew.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from flux_ray.observability.run_folder import REFERENCE, RunFolder, read_lines
 from flux_ray.protocols import LogprobSums
 from flux_ray.records import PreferencePair
 
-ASKED_AT_ONCE = 256  # pairs, of a large evaluation
+ASKED_AT_ONCE = 256  # pairs
 DIGEST_BYTES = 16  # two pairs of one hash among 10^12: less likely than 10^-14
 
 
@@ -38,7 +38,7 @@ class KeptReference:
         digests = [_digest(self._path, pair) for pair in pairs]
         missing = {digest: pair for digest, pair in zip(digests, pairs, strict=True) if digest not in self._known}
         asked = list(missing)
-        for start in range(0, len(asked), ASKED_AT_ONCE):  # what has come is kept, however the rest ends
+        for start in range(0, len(asked), ASKED_AT_ONCE):  # so that what has come is kept if a later part fails
             some = asked[start : start + ASKED_AT_ONCE]
             for digest, sums in zip(some, await self._ask([missing[digest] for digest in some]), strict=True):
                 self._known[digest] = sums

@@ -1,8 +1,8 @@
-"""The short loop: completions, pairs or given groups in, a trained model out.
+"""The loop without rollouts: completions, pairs or given groups in, a trained model out.
 
 Takes:  the data, the training ranks and the reference's actors.
 Gives:  trained weights, the metrics of each step and of each evaluation.
-Knows:  for each kind of data, what one step and one evaluation are.
+Knows:  what a step and an evaluation are for each kind of data.
 Never:  needs an engine.
 """
 
@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
-from typing import Any, Protocol
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Protocol, TypeVar
 
 from flux_ray import run_dir
 from flux_ray.accounts import Account
-from flux_ray.config import Config, PairsConfig
+from flux_ray.config import BatchConfig, Config, PairsConfig
 from flux_ray.data import GroupSource, PairSource, SftSource
 from flux_ray.observability.reward_metrics import length_metrics, reward_metrics
 from flux_ray.observability.run_folder import RunFolder
@@ -25,8 +25,10 @@ from flux_ray.offline.stages import OfflineStages
 from flux_ray.protocols import LogprobSums
 from flux_ray.records import LoopState, PreferencePair, Prompt, ScoredGroup, StepReport
 
+T = TypeVar("T")
+
 #: Metrics; no answers to show.
-Evaluated = tuple[dict[str, float], list[dict[str, Any]]]
+Evaluated = tuple[dict[str, float], list[dict[str, object]]]
 
 #: A training metric ► the evaluation's; pairs/NAME is eval/NAME.
 EVALUATED = {"train/loss": "eval/loss", "train/num_tokens": "eval/num_tokens"}
@@ -39,32 +41,35 @@ class Learner(Protocol):
         """Train step `step` (from 0)."""
 
     async def evaluate(self) -> dict[str, float] | None:
-        """eval/* of the evaluation's data, measured as a step's are; None where there are none."""
+        """eval/* of the evaluation's data, measured as in a step; None where there are no data."""
 
 
 class Examples:
     """Completions: next token."""
 
-    def __init__(self, config: Config, stages: OfflineStages, train: SftSource, evaluation: SftSource | None) -> None:
+    def __init__(
+        self, config: BatchConfig, stages: OfflineStages, train: SftSource, evaluation: SftSource | None,
+    ) -> None:
         self._size, self._stages, self._train, self._evaluation = (
-            config.batch.prompts_per_step, stages, train, evaluation)
+            config.prompts_per_step, stages, train, evaluation)
 
     async def step(self, step: int) -> StepReport:
         return await self._stages.sft_step(self._train.batch(step, self._size))
 
     async def evaluate(self) -> dict[str, float] | None:
-        return await _of_each(self._evaluation, self._stages.sft_metrics) if self._evaluation else None
+        source = self._evaluation
+        return await _of_each(source.all(), source.sizes, self._stages.sft_metrics) if source else None
 
 
 class Pairs:
     """Preference pairs: their reference log-probs are asked once, where the objective has any."""
 
     def __init__(
-        self, config: Config, stages: OfflineStages, train: PairSource, evaluation: PairSource | None,
+        self, config: BatchConfig, stages: OfflineStages, train: PairSource, evaluation: PairSource | None,
         reference: KeptReference | None,
     ) -> None:
         self._size, self._stages, self._train, self._evaluation = (
-            config.batch.prompts_per_step, stages, train, evaluation)
+            config.prompts_per_step, stages, train, evaluation)
         self._reference = reference
 
     async def step(self, step: int) -> StepReport:
@@ -72,9 +77,8 @@ class Pairs:
         return await self._stages.pair_step(pairs, await self._sums(pairs))
 
     async def evaluate(self) -> dict[str, float] | None:
-        if self._evaluation is None:
-            return None
-        return await _of_each(self._evaluation, self._measured)
+        source = self._evaluation
+        return await _of_each(source.all(), source.sizes, self._measured) if source else None
 
     async def _measured(self, pairs: list[PreferencePair]) -> dict[str, float]:
         return await self._stages.pair_metrics(pairs, await self._sums(pairs))
@@ -86,8 +90,8 @@ class Pairs:
 class Groups:
     """Groups with given rewards: the policy's own step, without a rollout before it."""
 
-    def __init__(self, config: Config, stages: OfflineStages, train: GroupSource) -> None:
-        self._size, self._stages, self._train = config.batch.prompts_per_step, stages, train
+    def __init__(self, config: BatchConfig, stages: OfflineStages, train: GroupSource) -> None:
+        self._size, self._stages, self._train = config.prompts_per_step, stages, train
 
     async def step(self, step: int) -> StepReport:
         groups = self._train.batch(step, self._size)
@@ -100,11 +104,12 @@ class Groups:
         return None
 
 
-async def _of_each(source: Any, measure: Callable[[list[Any]], Awaitable[dict[str, float]]]) -> dict[str, float]:
-    """eval/NAME of all of the evaluation's data; eval/SET/NAME of each set too, where they have names."""
-    everything = source.all()
+async def _of_each(
+    everything: list[T], sizes: Mapping[str, int], measure: Callable[[list[T]], Awaitable[dict[str, float]]],
+) -> dict[str, float]:
+    """eval/NAME of all of the evaluation's data; eval/SET/NAME of each set too, where sets have names."""
     metrics, start = {_evaluated(name): value for name, value in (await measure(everything)).items()}, 0
-    for set_name, size in source.sizes.items():
+    for set_name, size in sizes.items():
         if set_name:
             of_set = await measure(everything[start : start + size])
             metrics |= {_evaluated(name).replace("/", f"/{set_name}/", 1): value for name, value in of_set.items()}
@@ -113,15 +118,15 @@ async def _of_each(source: Any, measure: Callable[[list[Any]], Awaitable[dict[st
 
 
 def _evaluated(name: str) -> str:
-    """What a metric of a training step is called in an evaluation."""
+    """The name in an evaluation of a training step's metric."""
     return EVALUATED.get(name, name.replace("pairs/", "eval/", 1))
 
 
 def make_learner(config: Config, *, data: OfflineData, stages: OfflineStages, folder: RunFolder) -> Learner:
-    """What goes with the data. `folder`: where the reference's log-probs are kept."""
+    """The learner that goes with the data. `folder`: where the reference's log-probs are kept."""
     train, evaluation = data.train, data.evaluation
     if isinstance(train, GroupSource):
-        return Groups(config, stages, train)
+        return Groups(config.batch, stages, train)
     if isinstance(train, PairSource):
         assert evaluation is None or isinstance(evaluation, PairSource)
         reference = None
@@ -129,9 +134,9 @@ def make_learner(config: Config, *, data: OfflineData, stages: OfflineStages, fo
             earlier = run_dir.run_of(config.resume) if config.resume else None
             path = str(config.reference.path or config.model.path)
             reference = KeptReference(folder, path=path, ask=stages.pair_reference, earlier=earlier)
-        return Pairs(config, stages, train, evaluation, reference)
+        return Pairs(config.batch, stages, train, evaluation, reference)
     assert evaluation is None or isinstance(evaluation, SftSource)
-    return Examples(config, stages, train, evaluation)
+    return Examples(config.batch, stages, train, evaluation)
 
 
 class OfflineLoop:
@@ -154,7 +159,7 @@ class OfflineLoop:
         return report.metrics | {"driver/step_s": time.monotonic() - start_s, "driver/version": float(report.step)}
 
     async def evaluate(self) -> Evaluated | None:
-        """As every other evaluation; None where there are no data for it."""
+        """Metrics, and no answers; None where there are no data to evaluate on."""
         start_s = time.monotonic()
         measured = await self._learner.evaluate()
         if measured is None:

@@ -1,40 +1,41 @@
-"""The stages of a training without rollouts, as its loop sees them: training ranks, and a reference where one is asked.
+"""The stages of a training without rollouts, as its loop sees them: calls to training ranks, and to a reference.
 
 Takes:  samples, pairs or groups with their tokens (they are in the driver already).
-Gives:  a step or a measurement on all ranks, each with its share; the reference's log-probs.
-Knows:  who the reference is: actors of its own, or the ranks themselves without their adapter.
+Gives:  a step or an evaluation on all ranks, each with its share; the reference's log-probs.
+Knows:  where the reference is: in actors of its own, or in the ranks, without their adapter.
 Never:  decides anything.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from typing import TypeVar
 
 import numpy as np
 
 from flux_ray.batch import balance
 from flux_ray.cluster.group import Group, Router, all_within, first_failure
-from flux_ray.config import Config, ReferenceConfig, ReferencedConfig
+from flux_ray.config import ReferenceConfig, TrainConfig
 from flux_ray.data import OfflineGroup
 from flux_ray.protocols import LogprobSums, ReferenceScorer, TrainingRank
 from flux_ray.records import PreferencePair, Sample, StepReport
 
 CHUNKS_AT_ONCE = 2  # of an actor: one that it works on, one that waits there
 
+Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
 class OfflineStages:
     """Training ranks and reference actors (or none)."""
 
-    def __init__(self, config: Config, *, trainer: Group[TrainingRank], reference: Group[ReferenceScorer] | None
-                 ) -> None:
-        self._config, self.trainer, self._reference = config, trainer, reference
-        self._settings = config.reference if isinstance(config, ReferencedConfig) else ReferenceConfig()
+    def __init__(self, config: TrainConfig, settings: ReferenceConfig, *, trainer: Group[TrainingRank],
+                 reference: Group[ReferenceScorer] | None) -> None:
+        """`settings`: of the reference."""
+        self._config, self.trainer, self._reference, self._settings = config, trainer, reference, settings
         self._router: Router[ReferenceScorer] = Router()
-        # A deadline counts from when a chunk is sent: it is sent once an actor is about to be free for it.
+        # A deadline counts from the sending of a chunk: it waits here until an actor will soon be free for it.
         self._turns = asyncio.Semaphore(CHUNKS_AT_ONCE * (len(reference) if reference is not None else 1))
 
     async def sft_step(self, samples: list[Sample]) -> StepReport:
@@ -49,18 +50,18 @@ class OfflineStages:
     async def pair_metrics(self, pairs: list[PreferencePair], reference: list[LogprobSums] | None) -> dict[str, float]:
         return (await self._each(TrainingRank.pair_metrics, self._pairs(pairs, reference)))[0]
 
-    async def _each(self, method: Callable[..., Result], calls: list[dict[str, Any]]) -> list[Result]:
-        """The same method on every rank, each with its own share. What rank 0 gives is reduced over ranks already."""
+    async def _each(self, method: Callable[..., Result], calls: Sequence[Mapping[str, object]]) -> list[Result]:
+        """The same method on every rank, each with its own share. Rank 0's answer is reduced over ranks already."""
         return await all_within([rank.call(method, **call) for rank, call in zip(self.trainer, calls, strict=True)],
-                                self._config.train.deadline_s)
+                                self._config.deadline_s)
 
     def _shares(self, sizes: list[int]) -> list[list[int]]:
         return balance(sizes, len(self.trainer))
 
-    def _samples(self, samples: list[Sample]) -> list[dict[str, Any]]:
+    def _samples(self, samples: list[Sample]) -> list[dict[str, list[Sample]]]:
         return [{"samples": [samples[i] for i in share]} for share in self._shares([s.num_tokens for s in samples])]
 
-    def _pairs(self, pairs: list[PreferencePair], reference: list[LogprobSums] | None) -> list[dict[str, Any]]:
+    def _pairs(self, pairs: list[PreferencePair], reference: list[LogprobSums] | None) -> list[dict[str, object]]:
         return [
             {
                 "pairs": [pairs[i] for i in share],
@@ -84,8 +85,10 @@ class OfflineStages:
                 for i, of_pair in zip(share, part, strict=True)}
         return [sums[i] for i in range(len(pairs))]
 
-    async def _ask(self, method: Callable[..., Coroutine[Any, Any, list[Result]]], items: Sequence[Any], num_tokens: int
-                   ) -> list[Result]:
+    async def _ask(
+        self, method: Callable[[ReferenceScorer, Sequence[Item]], Coroutine[object, object, list[Result]]],
+        items: Sequence[Item], num_tokens: int,
+    ) -> list[Result]:
         assert self._reference is not None
         async with self._turns:
             actor = self._router.choose(list(self._reference), num_tokens)
@@ -104,7 +107,7 @@ class OfflineStages:
                 self._ask(ReferenceScorer.group_logprobs, [groups[i].group for i in chunk],
                           sum(sizes[i] for i in chunk)) for chunk in chunks])
             reference = [of_group for of_chunk in given for of_group in of_chunk]
-        calls = [
+        calls: list[dict[str, object]] = [
             {
                 "groups": [groups[i].group for i in share],
                 "scores": [groups[i].scored for i in share],
@@ -117,7 +120,7 @@ class OfflineStages:
 
 
 def _chunks(sizes: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Consecutive ones of at most so many tokens together; a longer one is alone."""
+    """Places of consecutive items of at most so many tokens together; a longer item is alone."""
     chunks: list[list[int]] = []
     tokens = 0
     for i, size in enumerate(sizes):

@@ -22,6 +22,7 @@ from flux_ray.config import PolicyGradientConfig, RolloutConfig
 from flux_ray.lifetime import PLUGIN
 from flux_ray.records import FINISH_LENGTH, FINISH_STOP, Completion, Sampled, SamplingRequest
 from flux_ray.rollout.check import ENTRY_POINT, check_engine_args, check_installed
+from flux_ray.rollout.core_watch import end_if_still
 from flux_ray.rollout.cpu_startup.forking import fork_engine_core
 from flux_ray.rollout.known_models import engine_args_of
 
@@ -111,6 +112,7 @@ class RolloutEngine:
         check_installed()
         self._engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**self._engine_args()))
         await self._vllm.update_weight_version(str(self._version))
+        self._watch = asyncio.ensure_future(end_if_still(lambda: bool(self._running) and self._serving.is_set()))
         self._stop_ids = stop_token_ids(self._config.model.path, self._vllm.get_tokenizer())
 
     def _engine_args(self) -> dict[str, object]:
@@ -314,6 +316,7 @@ class RolloutEngine:
         if self._engine is not None:
             # A single process on CPU has nothing to give back, and would take seconds to end by itself.
             alone = self._device == "cpu" and self._config.rollout.tensor_parallel_size == 1
+            self._watch.cancel()
             self._vllm.shutdown(timeout=0.0 if alone else None)
             self._engine = None
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from flux_ray import algo
-from flux_ray.cluster.group import Actor, all_within
+from flux_ray.cluster.group import Actor, Group, all_within
 from flux_ray.cluster.groups import Cluster, RayGroup
 from flux_ray.cluster.plan import CRITIC, ENGINE, REFERENCE, REWARD, REWARD_MODEL, ROLLOUT, TRAINER, Plan, Role
 from flux_ray.cluster.supervisor import OnDeath, Supervisor
@@ -22,6 +22,7 @@ from flux_ray.config import (
     PolicyGradientConfig,
     PolicyModelConfig,
     PPOConfig,
+    ReferenceConfig,
     ReferencedConfig,
     SampledConfig,
     changed,
@@ -44,7 +45,7 @@ from flux_ray.names import reward_model_path
 from flux_ray.offline.data import OfflineData
 from flux_ray.offline.loop import OfflineLoop, make_learner
 from flux_ray.offline.stages import OfflineStages
-from flux_ray.protocols import Engine
+from flux_ray.protocols import Engine, Trains
 from flux_ray.protocols import TrainingRank as Rank
 from flux_ray.reward import RewardWorker, Surroundings
 from flux_ray.reward.model import RewardModel
@@ -158,9 +159,12 @@ class Build:
             if REFERENCE in self._groups:
                 tasks.create_task(self._build_reference())
         await self.supervisor.begin()
-        stages = OfflineStages(self._config, trainer=self._groups[TRAINER], reference=self._groups.get(REFERENCE))
-        learner = make_learner(self._config, data=task, stages=stages, folder=recorder.folder)
-        return OfflineLoop(learner, size=self._config.batch.prompts_per_step, start=self._prepared.start)
+        config = self._config
+        settings = config.reference if isinstance(config, ReferencedConfig) else ReferenceConfig()
+        stages = OfflineStages(config.train, settings, trainer=self._groups[TRAINER],
+                               reference=self._groups.get(REFERENCE))
+        learner = make_learner(config, data=task, stages=stages, folder=recorder.folder)
+        return OfflineLoop(learner, size=config.batch.prompts_per_step, start=self._prepared.start)
 
     @property
     def _sampling(self) -> PolicyGradientConfig:
@@ -169,7 +173,7 @@ class Build:
         return self._config
 
     @property
-    def trained(self) -> list[RayGroup[Any]]:
+    def trained(self) -> list[Group[Trains]]:
         """The groups that train a model, the policy's first."""
         return [self._groups[role] for role in (TRAINER, CRITIC) if role in self._groups]
 

@@ -208,7 +208,7 @@ def _check_rewards(draft: Draft) -> None:
     config, task = draft.config, draft.task
     if not isinstance(task, Rollouts) or not isinstance(config, PolicyGradientConfig):
         return
-    functions = list(config.reward.functions) or [_default_reward(task.train)]
+    functions = list(config.reward.functions) or [_default_reward(config, task.train)]
     config = draft.config = changed(config, {"reward.functions": functions})
     draft.warnings += _reward_models(config, draft.tokenizer, task.train)
     if isinstance(config, PPOConfig) and config.critic.path:
@@ -293,8 +293,8 @@ def _opening(opening: str | None, tokenizer: PreTrainedTokenizerBase, prompts: P
     return end[start:]
 
 
-def _default_reward(prompts: PromptSource) -> str:
-    """The function to use where none is named; UserError where the data don't call for one."""
+def _default_reward(config: PolicyGradientConfig, prompts: PromptSource) -> str:
+    """The one function that stands in where none is named; UserError where the data don't call for one."""
     functions = [resolve_functions(one.config, one.columns, {}) for one in prompts.sets]
     return functions[0][0].name
 

@@ -79,7 +79,7 @@ class Rank:
         return False
 
     def save_model(self, folder: str | Path) -> None:
-        """Write the model in Hugging Face layout with its adapter merged; beside it the adapter alone, as peft has it.
+        """Write the model in Hugging Face layout, its adapter merged, and beside it the adapter alone, as peft has it.
 
         Rank 0 writes.
         """

@@ -2,7 +2,7 @@
 
 Takes:  Config and a place in the group; whole groups with scores and reference log-probs, supervised samples, pairs.
 Gives:  a StepReport per step; log-probs; what every Rank gives.
-Knows:  what belongs to a step; how, is the modules' beside it.
+Knows:  what belongs to a step; the modules beside it know how it is done.
 Never:  knows of actors, engines or the driver: it runs in process, alone or beside other ranks.
 """
 

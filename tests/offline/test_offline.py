@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from flux_ray.config import Config, from_dict
+from flux_ray.config import Config, ReferenceConfig, ReferencedConfig, from_dict
 from flux_ray.data import GroupSource, PairSource, SftSource
 from flux_ray.data.sets import TRAIN, read_sets
 from flux_ray.observability.run_folder import EVAL, METRICS, RunFolder, read_lines
@@ -90,7 +90,9 @@ def run(config: Config, data: OfflineData, folder: Path, *, ranks: list[Noting],
         run_folder = RunFolder(folder)
         run_folder.create(config, resume_step=None)
         recorder = Recorder(config, folder=run_folder, terminal=Terminal(io.StringIO(), enabled=False))
-        stages = OfflineStages(config, trainer=LocalGroup("trainer", lambda index: ranks[index], len(ranks)),
+        settings = config.reference if isinstance(config, ReferencedConfig) else ReferenceConfig()
+        stages = OfflineStages(config.train, settings,
+                               trainer=LocalGroup("trainer", lambda index: ranks[index], len(ranks)),
                                reference=LocalGroup("reference", lambda index: reference, 1) if reference else None)
         loop = OfflineLoop(make_learner(config, data=data, stages=stages, folder=run_folder),
                            size=config.batch.prompts_per_step, start=LoopState(0))
