@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import string
 from collections.abc import Mapping, Sequence
-from typing import Any
 
-from flux_ray.config import DataConfig, PolicyGradientConfig
+from flux_ray.config import DataConfig, PromptDataConfig, SampledConfig
 from flux_ray.data.chat import checked_messages, with_system
 from flux_ray.data.forms import as_chat
 from flux_ray.data.rows import BadCell, Row, inside
@@ -38,7 +37,7 @@ def prompt_text(row: Row, data: DataConfig) -> Text:
     return text
 
 
-def checked_text(value: Any) -> str:
+def checked_text(value: object) -> str:
     """The text of a cell. BadCell says why it is none."""
     if value is None:
         raise BadCell("missing")
@@ -56,7 +55,7 @@ def checked_text(value: Any) -> str:
 class _Cells(string.Formatter):
     """Fields are columns, by dots too; a row's text is never a format itself."""
 
-    def get_field(self, field_name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    def get_field(self, field_name: str, args: Sequence[object], kwargs: Mapping[str, object]) -> object:
         row = dict(kwargs)
         if field_name in row:
             return row[field_name], field_name
@@ -79,9 +78,9 @@ def fill_template(template: str, row: Row, prompt: str) -> str:
         raise UserError(f"data.prompt_template {template!r}: {error} (write a brace that is meant twice)") from error
 
 
-def prompt_limit(config: PolicyGradientConfig, context_length: int) -> tuple[int, str]:
+def prompt_limit(data: PromptDataConfig, rollout: SampledConfig, context_length: int) -> tuple[int, str]:
     """Tokens that the longest prompt may have, and why no more. UserError where the response leaves no room."""
-    max_tokens, given = config.rollout.max_tokens, config.data.max_prompt_tokens
+    max_tokens, given = rollout.max_tokens, data.max_prompt_tokens
     room = context_length - max_tokens
     if room < 1:
         raise UserError(

@@ -20,7 +20,7 @@ from typing import Any
 from weakref import WeakSet
 
 from flux_ray.cluster.functions import pack
-from flux_ray.config import PolicyGradientConfig
+from flux_ray.config import PolicyGradientConfig, RewardConfig
 from flux_ray.errors import UserError
 from flux_ray.plugins import HANDED_OVER, load_function
 from flux_ray.reward.registry import Signature, unknown_here
@@ -44,14 +44,14 @@ class Surroundings:
     functions: dict[str, bytes] = field(default_factory=dict, repr=False)  # those that no process can import, packed
 
     @classmethod
-    def here(cls, config: PolicyGradientConfig) -> Surroundings:
+    def here(cls, reward: RewardConfig) -> Surroundings:
         """This process's. UserError where a variable that reward.env names isn't set."""
-        for name in config.reward.env:
+        for name in reward.env:
             if name not in os.environ:
                 raise UserError(f"reward.env: the environment has no variable {name!r}; set it, or leave it out")
         functions = {name: pack(load_function(name, option="reward.functions"), name=name)
-                     for name in config.reward.functions if name.startswith(HANDED_OVER)}
-        return cls(str(Path.cwd()), {name: os.environ[name] for name in config.reward.env}, functions)
+                     for name in reward.functions if name.startswith(HANDED_OVER)}
+        return cls(str(Path.cwd()), {name: os.environ[name] for name in reward.env}, functions)
 
 
 class SandboxedRewards:
@@ -59,7 +59,7 @@ class SandboxedRewards:
 
     def __init__(self, config: PolicyGradientConfig, surroundings: Surroundings) -> None:
         self._deadline_s, self._start_deadline_s = config.reward.deadline_s, config.cluster.start_deadline_s
-        self._references = unknown_here(config)
+        self._references = unknown_here(config.reward)
         self._entry = Entry("flux_ray.reward.child:make", {
             "references": self._references, "plugins": list(config.plugins), "folder": surroundings.folder,
             "env": surroundings.env, "functions": surroundings.functions})
@@ -163,11 +163,11 @@ def _signature(*, parameters: list[list[Any]], is_async: bool, is_shaping: bool)
 
 def ask_signatures(config: PolicyGradientConfig) -> dict[str, Signature]:
     """`SandboxedRewards.signatures`, of a child that ends at once. For a process that has no event loop of its own."""
-    if not unknown_here(config):
+    if not unknown_here(config.reward):
         return {}
 
     async def ask() -> dict[str, Signature]:
-        children = SandboxedRewards(config, Surroundings.here(config))
+        children = SandboxedRewards(config, Surroundings.here(config.reward))
         try:
             return await children.signatures()
         finally:
