@@ -1,7 +1,6 @@
 """What a tokenizer of Hugging Face's is asked.
 
 Gives:  Tokenizer, a Protocol for all parts.
-Knows:  `chat_template` may be missing: it is asked for by getattr.
 Never:  imports transformers, which takes seconds.
 """
 
@@ -24,6 +23,7 @@ class Tokenizer(Protocol):
     unk_token_id: int | None
     all_special_ids: list[int]
     pad_token: str | None
+    chat_template: object  # none: None
 
     def __len__(self) -> int: ...
     @overload
@@ -33,11 +33,12 @@ class Tokenizer(Protocol):
         self, text: list[str], *, add_special_tokens: bool = ..., return_attention_mask: bool = ...,
         verbose: bool = ...,
     ) -> Mapping[str, list[list[int]]]: ...
+    def get_vocab(self) -> Mapping[str, int]: ...
     def convert_ids_to_tokens(self, ids: int) -> str: ...
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str: ...
     def batch_decode(self, sequences: Sequence[Sequence[int]], *, skip_special_tokens: bool) -> list[str]: ...
     def apply_chat_template(
-        self, conversation: list[Message], *, tokenize: bool, add_generation_prompt: bool,
-        continue_final_message: bool, **kwargs: object,
+        self, conversation: list[Message], *, tokenize: bool, add_generation_prompt: bool = ...,
+        continue_final_message: bool = ..., **kwargs: object,
     ) -> str: ...
     def save_pretrained(self, save_directory: Path) -> object: ...

@@ -99,7 +99,7 @@ def canonical(key: str, *, options: Collection[str]) -> str:
     raise unknown_option(key, options=options)
 
 
-def flatten(values: Mapping[str, Any], *, options: Collection[str]) -> dict[str, Any]:
+def flatten(values: Mapping[str, object], *, options: Collection[str]) -> dict[str, Any]:
     """Nested, dotted and short names, in any mixture, as option ► value.
 
     >>> flatten({"algorithm": "grpo", "algorithm_config": {"epsilon": .3}}, options=["algo.name", "algo.clip_range"])
@@ -128,7 +128,7 @@ def refuse_ambiguous(algorithm: str | None, written: Collection[str]) -> None:
                         "give algo.clip_range_high, which the bound is 1 above")
 
 
-def _leaves(values: Mapping[str, Any], *, prefix: str, options: Collection[str]) -> Iterator[tuple[str, Any]]:
+def _leaves(values: Mapping[str, object], *, prefix: str, options: Collection[str]) -> Iterator[tuple[str, Any]]:
     sections = {section for option in options for section in sections_of(option)} | set(SECTION_ALIASES)
     for name, value in values.items():
         key = f"{prefix}{name}"

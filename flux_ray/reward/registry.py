@@ -52,7 +52,7 @@ class RewardFunction:
     call: Function | None    # None: it isn't imported here
     signature: Signature
     weight: float
-    options: dict[str, Any]  # keyword arguments from reward.options.NAME
+    options: dict[str, object]  # keyword arguments from reward.options.NAME
     is_rule: bool            # its `answer` is the configured answer column, whatever that is called
     in_child: bool = True    # called in a child process, for it isn't ours
     is_model: bool = False   # scored by the actors of a reward model, which the worker asks in place of `call`
@@ -137,7 +137,7 @@ def load_functions(
     return tuple(functions)
 
 
-def _load(reference: str, known: Signature | None, weight: float, options: dict[str, Any]) -> RewardFunction:
+def _load(reference: str, known: Signature | None, weight: float, options: dict[str, object]) -> RewardFunction:
     if reward_model_path(reference) is not None:
         name = reward_name(reference)
         return RewardFunction(name, reference, None, Signature({}, is_async=True), weight, options, False, False, True)
@@ -199,7 +199,7 @@ def _check_options(function: RewardFunction) -> None:
             raise UserError(f"reward.options.{function.name}: {unknown('option', option, known)}")
     if function.is_rule:
         assert function.call is not None
-        no_samples: dict[str, Any] = {name: [] for name in set(parameters) - own - {"columns"}}
+        no_samples: dict[str, object] = {name: [] for name in set(parameters) - own - {"columns"}}
         try:
             function.call(**no_samples, **function.options)
         except Exception as error:
@@ -219,7 +219,7 @@ def find_answer_column(data: PromptDataConfig, columns: Collection[str]) -> str 
     return next((name for name in others if name in columns), None)
 
 
-def answer_in(columns: Mapping[str, Any], column: str) -> Any:
+def answer_in(columns: Mapping[str, object], column: str) -> object:
     """A row's answer. None where its cell has none."""
     if column in columns:
         return columns[column]
@@ -230,7 +230,7 @@ def answer_in(columns: Mapping[str, Any], column: str) -> Any:
     return cell
 
 
-def answers_in(column: str, cells_of: Callable[[str], Sequence[Any]], columns: Collection[str]) -> list[Any]:
+def answers_in(column: str, cells_of: Callable[[str], Sequence[object]], columns: Collection[str]) -> list[object]:
     """Every row's answer. UserError where that is no answer but an object that holds one, or no row has one.
 
     `cells_of`: the cells of a column of the data.
@@ -253,7 +253,7 @@ def answers_in(column: str, cells_of: Callable[[str], Sequence[Any]], columns: C
     return answers
 
 
-def count_silent(function: RewardFunction, answers: Sequence[Any]) -> int:
+def count_silent(function: RewardFunction, answers: Sequence[object]) -> int:
     """Of how many of these answers a rule that compares with them can say nothing (numeric: they hold no number)."""
     if not function.is_rule or "answer" not in function.parameters:
         return 0

@@ -23,6 +23,7 @@ from flux_ray.cluster.functions import pack
 from flux_ray.config import PolicyGradientConfig, RewardConfig
 from flux_ray.errors import UserError
 from flux_ray.plugins import HANDED_OVER, load_function
+from flux_ray.reward.child import Call, Told
 from flux_ray.reward.registry import Signature, unknown_here
 from flux_ray.sandbox import Child, ChildEnded, Entry, warm_up
 
@@ -87,7 +88,7 @@ class SandboxedRewards:
             self._children[True] = self._children.pop(False)
         return signatures
 
-    async def call(self, payload: dict[str, Any], *, is_async: bool) -> dict[str, Any]:
+    async def call(self, payload: Call, *, is_async: bool) -> Told:
         """What the child tells. Raises Late; CallFailed or UserError for what the function raises; ChildEnded."""
         while True:
             child, began = await self._shared(is_async), asyncio.Event()
@@ -106,7 +107,7 @@ class SandboxedRewards:
             finally:
                 child.kill("its call has ended")
 
-    async def _kept(self, child: Child, payload: dict[str, Any], began: asyncio.Event) -> dict[str, Any]:
+    async def _kept(self, child: Child, payload: Call, began: asyncio.Event) -> Told:
         """A call that has begun is watched to its end though nobody waits for it: it may hold up the others."""
         calling = asyncio.ensure_future(self._within_deadline(child, payload, began))
         try:
@@ -119,7 +120,7 @@ class SandboxedRewards:
                 calling.cancel()
             raise
 
-    async def _within_deadline(self, child: Child, payload: dict[str, Any], began: asyncio.Event) -> dict[str, Any]:
+    async def _within_deadline(self, child: Child, payload: Call, began: asyncio.Event) -> Told:
         loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(None) as limit:
@@ -154,7 +155,7 @@ class SandboxedRewards:
             child.kill("the run has ended")
 
 
-def _signature(*, parameters: list[list[Any]], is_async: bool, is_shaping: bool) -> Signature:
+def _signature(*, parameters: list[tuple[str, int, bool]], is_async: bool, is_shaping: bool) -> Signature:
     """A default that may be a value of any kind stays in the child."""
     made = [inspect.Parameter(name, KINDS[kind], default=None if has_default else inspect.Parameter.empty)
             for name, kind, has_default in parameters]

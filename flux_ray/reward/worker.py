@@ -14,7 +14,6 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 
@@ -25,6 +24,7 @@ from flux_ray.records import OVERLONG, Responses, Scores
 from flux_ray.reward.calls import Arguments, Caller
 from flux_ray.reward.registry import GIVEN, RewardFunction, answer_in, find_answer_column, load_functions
 from flux_ray.reward.sandboxed import SandboxedRewards, Surroundings
+from flux_ray.reward.values import Value
 
 REWARD_MODEL_ROLE = "reward_model"
 MODEL_DEADLINE_S = 3600.0  # of one call: reward.deadline_s comes first, as long as the model answers nobody
@@ -128,11 +128,11 @@ class RewardWorker:
         """
         prompt, opening = responses.prompt, self._config.reward.opening or ""
         texts = [opening + text for text in responses.texts]
-        completions: list[Any] = list(texts)
+        completions: list[object] = list(texts)
         if not isinstance(prompt.text, str):
             completions = [[{"role": "assistant", "content": text}] for text in texts]
         columns = {name: value for name, value in prompt.columns.items() if name not in GIVEN}
-        each = {"completions": completions, "completion_ids": responses.response_ids}
+        each: dict[str, Sequence[object]] = {"completions": completions, "completion_ids": responses.response_ids}
         state = {"global_step": responses.step, "max_steps": self._config.driver.num_steps}
         return Arguments(len(texts), {**columns, "prompts": prompt.text}, each, state)
 
@@ -178,11 +178,11 @@ def weighted_sum(functions: Sequence[RewardFunction], parts: dict[str, np.ndarra
     return np.where(np.isnan(values_FG).all(axis=0), np.nan, total)
 
 
-def _number(value: Any) -> float:
+def _number(value: float | None) -> float:
     return math.nan if value is None else float(value)
 
 
-def value_of(value: Any) -> float:
+def value_of(value: Value) -> float:
     """A sample's value: itself, or the sum of its parts (those that are None left out; nan where all are)."""
     if not isinstance(value, dict):
         return _number(value)

@@ -8,7 +8,6 @@ Knows:  buckets arrive on streams of their own, beside the forward passes; the r
 from __future__ import annotations
 
 from concurrent.futures import Future
-from typing import Any
 
 import torch
 from vllm.distributed.weight_transfer.nccl_engine import (
@@ -45,7 +44,7 @@ class StagedNCCLWeightTransferEngine(NCCLWeightTransferEngine):
                                f"model, {free / GIB:.1f} GiB are free: lower "
                                "rollout.engine_args.gpu_memory_utilization, or use weights.staging=none")
 
-    def update_weights(self, update_info: dict[str, Any]) -> None:
+    def update_weights(self, update_info: dict[str, object]) -> None:
         """Return at once. vLLM's own waits here for all that the GPU was given, the broadcasts among it."""
         self.receive_weights(self.parse_update_info(update_info))
 

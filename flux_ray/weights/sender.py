@@ -36,7 +36,7 @@ class GlooSender:
         self._client, self._source = client, source
         self._world_size, self._bucket_bytes, self._timeout_s = world_size, bucket_bytes, timeout_s
         self._staged = staged
-        self._store: Any = None
+        self._store: dist.Store | None = None
         self._channel: BucketChannel | None = None
 
     def connect(self, address: str) -> None:
@@ -109,7 +109,7 @@ class GlooSender:
         assert self._channel is not None
         self._channel.rewind()
         tensors = iter(source)
-        sending: deque[tuple[Any, torch.Tensor]] = deque()
+        sending: deque[tuple[dist.Work, torch.Tensor]] = deque()
         for run in buckets(params, self._bucket_bytes):
             place = self._channel.place(size_of(run))
             for (_, there), param in zip(unpack(place, run), run, strict=True):
@@ -127,7 +127,7 @@ class GlooSender:
         self._channel = self._store = None
 
 
-def _taken(work: Any, received: Future[None]) -> None:
+def _taken(work: dist.Work, received: Future[None]) -> None:
     """Waits until a bucket is with all workers; no longer where an engine has said that it can't take it."""
     while not work.is_completed():
         wait([received], timeout=LOOK_EVERY_S)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from types import MethodType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ class TiedHead(NamedTuple):
     packed from and leaves the packed copy old, which no checksum of parameters can see: tie again and pack again.
     """
 
-    head: Any
+    head: nn.Module
     embedding: nn.Module
 
     def renew(self) -> None:
