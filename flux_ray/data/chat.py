@@ -23,7 +23,7 @@ from flux_ray.records import Message
 
 ASSISTANT = "assistant"
 TOOLS, OWN_KWARGS = "tools", "chat_template_kwargs"  # columns that a template gets
-OF_USERS = (TOOLS, "documents")  # arguments of apply_chat_template that aren't ours to give
+OF_USERS = (TOOLS, "documents")  # arguments of apply_chat_template that users alone give
 
 
 def checked_messages(value: list[object]) -> list[Message]:
@@ -68,7 +68,7 @@ def require_template(tokenizer: Tokenizer, why: str) -> None:
 
 
 def check_template_kwargs(tokenizer: Tokenizer, kwargs: Mapping[str, object]) -> None:
-    """UserError for an argument that the template doesn't know, and so would not heed, or that is ours to give."""
+    """UserError for an argument that the template doesn't read, or that we set ourselves."""
     if not kwargs:
         return
     ours = set(inspect.signature(tokenizer.apply_chat_template).parameters) - set(OF_USERS)
@@ -113,5 +113,6 @@ def render(tokenizer: Tokenizer, messages: list[Message], kwargs: Mapping[str, o
             continue_final_message=going_on,
             **kwargs,
         )
-    except (TemplateError, TypeError, ValueError) as error:  # the latter two: an expression in it, a turn it drops
+    # TypeError: of an expression in the template. ValueError: of a turn that it drops.
+    except (TemplateError, TypeError, ValueError) as error:
         raise BadCell(f"the chat template refuses it: {first_line(error)}") from error

@@ -53,7 +53,7 @@ def checked_text(value: object) -> str:
 
 
 class _Cells(string.Formatter):
-    """Fields are columns, by dots too; a row's text is never a format itself."""
+    """Fields are columns, nested ones by dots. The text of a cell is never read as a format."""
 
     def get_field(self, field_name: str, args: Sequence[object], kwargs: Mapping[str, object]) -> object:
         row = dict(kwargs)
@@ -66,7 +66,7 @@ class _Cells(string.Formatter):
 def fill_template(template: str, row: Row, prompt: str) -> str:
     """The template with {prompt} and {COLUMN} filled in.
 
-    UserError names a column that isn't there. BadCell: the row's value has not what the template takes of it.
+    UserError names a column that isn't there. BadCell: a value of the row lacks what the template asks of it.
     """
     try:
         return _Cells().vformat(template, (), {**row, "prompt": prompt})
@@ -75,7 +75,7 @@ def fill_template(template: str, row: Row, prompt: str) -> str:
     except TypeError as error:
         raise BadCell(f"data.prompt_template {template!r}: {error}") from error
     except (ValueError, IndexError, AttributeError) as error:
-        raise UserError(f"data.prompt_template {template!r}: {error} (write a brace that is meant twice)") from error
+        raise UserError(f"data.prompt_template {template!r}: {error} (write a brace twice to keep it)") from error
 
 
 def prompt_limit(data: PromptDataConfig, rollout: SampledConfig, context_length: int) -> tuple[int, str]:

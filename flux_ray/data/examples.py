@@ -63,7 +63,7 @@ def check_examples(tokenizer: Tokenizer, data: DataConfig) -> None:
 
 
 def as_example(prompt: Text, completion: str, tokenizer: Tokenizer, kwargs: dict[str, object]) -> Example:
-    """The texts before and under the loss; a chat as its template writes it. BadCell: the template refuses it."""
+    """The prompt, which is read, and the completion, which is learned. BadCell: the chat template refuses them."""
     if isinstance(prompt, str):
         return Example(((prompt, False), (completion, True)))
     reply = {"role": ASSISTANT, "content": completion}
@@ -74,8 +74,8 @@ def as_example(prompt: Text, completion: str, tokenizer: Tokenizer, kwargs: dict
 def turns(messages: list[Message], tokenizer: Tokenizer, kwargs: dict[str, object], *, every: bool) -> list[Example]:
     """What a chat teaches: its last turn, the assistant's, or every one of the assistant's.
 
-    All are of one example where the template writes a turn alike whatever follows it; else each has one of its own,
-    with the turns before it as the policy would be given them. BadCell: there is no such turn.
+    One example holds them all where the template writes a turn in the same way whatever follows it. Else each has an
+    example of its own, after the earlier turns as the policy would be given them. BadCell: there is no such turn.
     """
     learned = [i for i, message in enumerate(messages) if message["role"] == ASSISTANT and i]
     if not every:

@@ -38,7 +38,7 @@ def known_formats() -> str:
 
 
 def read_file(path: Path, column: str) -> Iterator[Row | Broken | None]:
-    """The file's rows; a line of a .txt file lies under `column`. UserError for a file that can't be read on."""
+    """The file's rows; a line of a .txt file lies under `column`. UserError: it can't be read to its end."""
     ending = format_of(path)
     if ending is None:
         raise UserError(f"{path}: unknown kind of file; data files end in {known_formats()}")

@@ -85,7 +85,7 @@ def parsed(value: object) -> object:
 def as_chat(value: object) -> object:
     """A cell with ShareGPT's messages as a chat's; a message alone as a list of it; anything else as it is.
 
-    Content in parts of text is one text; what a message has empty (as tables fill in), it hasn't.
+    Content in parts becomes one text. Fields that are None, as tables fill them in, are left out.
 
     >>> as_chat([{"from": "human", "value": "hi"}, {"from": "gpt", "value": "Hello", "tool_calls": None}])
     [{'role': 'user', 'content': 'hi'}, {'role': 'assistant', 'content': 'Hello'}]

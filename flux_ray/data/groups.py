@@ -2,7 +2,7 @@
 
 Takes:  a data file with `responses` and `rewards` (lists of one length) beside the prompt; a tokenizer.
 Gives:  GroupSource: `batch(step, size)`, a pure function of seed and step, in the records of a rollout.
-Knows:  what nobody recorded: the sampler's log-probs are nan, so whoever would use them shows.
+Knows:  nobody recorded the sampler's log-probs: they are nan, so that any use of them shows.
 Keeps:  the tokens of every group.
 """
 

@@ -18,9 +18,9 @@ from flux_ray.data.files import format_of
 from flux_ray.data.rows import Row
 from flux_ray.errors import UserError
 
-#: What a table has, and no column: of Arrow and the datasets library, of polars, of pandas.
+#: Attributes that tables have and columns don't: of Arrow and the datasets library, of polars, of pandas.
 OF_TABLES = ("column_names", "to_dicts", "iterrows")
-#: What gives a column's cells as a list: of numpy and pandas, of Arrow, of polars.
+#: Methods that give a column's cells as a list: of numpy and pandas, of Arrow, of polars.
 TO_LIST = ("tolist", "to_pylist", "to_list")
 
 

@@ -2,7 +2,7 @@
 
 Takes:  a data file with chosen and rejected (replies to a prompt, chats, or whole transcripts), maybe a margin.
 Gives:  PairSource: `batch(step, size)`, a pure function of seed and step; `all()`; how many rows were left out, why.
-Knows:  what is no pair: an empty or a twice equal reply says nothing (left out and counted); one without a common
+Knows:  an empty reply, or two equal ones, are no preference: the row is left out and counted. One without a common
         prompt, or longer than the context, is a bad row.
 Keeps:  the tokens of every pair.
 """

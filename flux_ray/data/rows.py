@@ -3,7 +3,7 @@
 Takes:  the rows of a reader (files.py), one at a time.
 Gives:  Rows: the source's name, its columns, and a Table of plain dicts that all have every column (None where a row
         had none); BadCell and BadRows, for whoever reads a row's cells.
-Knows:  a column's name may be a way into a nested one, by dots.
+Knows:  a column's name may be a path into a nested column: `reward_model.ground_truth`.
 Never:  looks into a column: what a prompt or a completion must be is said by prompts.py and sft.py.
 """
 
@@ -144,7 +144,7 @@ class Rows:
         return replace(self, rows=self.rows.part(chosen.tolist()), numbers=self.numbers[chosen])
 
     def reaching(self, column: str) -> Rows:
-        """With a column of that name where it is a way into a nested one that some row has: `reward_model.truth`.
+        """With a column of that name where it is a path (`reward_model.truth`) that leads to a value in some row.
 
         A column that has dots in its own name stays what it is.
         """
@@ -155,14 +155,14 @@ class Rows:
         return self.having(**{column: lambda row: inside(row, column)})
 
 
-def inside(row: Row, way: str) -> object:
-    """What lies at the end of a way through nested mappings and lists; None where it leads nowhere.
+def inside(row: Row, path: str) -> object:
+    """The value at a path through nested mappings and lists; None where there is none.
 
     >>> inside({"reward_model": {"truth": ["4", "four"]}}, "reward_model.truth.1")
     'four'
     """
     value: object = row
-    for name in way.split("."):
+    for name in path.split("."):
         if isinstance(value, dict):
             value = value.get(name)
         elif isinstance(value, list) and name.isdecimal():
@@ -173,7 +173,7 @@ def inside(row: Row, way: str) -> object:
 
 
 def nested_names(row: Row, prefix: str = "") -> list[str]:
-    """The ways to everything in a row's nested mappings.
+    """The paths to all that a row's nested mappings hold.
 
     >>> nested_names({"a": 1, "b": {"c": {"d": 2}}})
     ['b.c', 'b.c.d']
@@ -186,7 +186,7 @@ def nested_names(row: Row, prefix: str = "") -> list[str]:
 
 
 class BadCell(Exception):
-    """What is wrong with one cell (of `column`, where it isn't the one being read); `BadRows` knows file and row."""
+    """One cell is bad. `column`: where it isn't the one being read. `BadRows` adds the file and the row."""
 
     def __init__(self, why: str, column: str | None = None) -> None:
         super().__init__(why)

@@ -60,7 +60,7 @@ def train_sets(config: C, source: object = None) -> list[DataSet[C]]:
 
 
 def eval_sets(config: C, source: object = None) -> list[DataSet[C]]:
-    """The sets of `eval.data`, of `source`, or (eval.share) those of data.train, for what is held out of them."""
+    """The sets of `source`, else of `eval.data`, else (eval.share) of data.train, which holds a share of them out."""
     if source is None and config.eval.data is None and config.eval.share:
         return train_sets(config)
     of_eval: Row = {"split": config.eval.split, "max_rows": config.eval.max_rows}

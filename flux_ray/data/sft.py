@@ -35,9 +35,9 @@ ALL = "all"  # data.learn_turns: every turn of the assistant's
 class SftSource:
     """Samples by step: `source.batch(0, 128)`, `source.batch(1, 128)` … without end, epoch after epoch.
 
-    What is learned is told by the columns, in this order: the completion column (after the prompt column); `messages`
-    (the last one, which must be the assistant's, after the others; data.learn_turns=all: every one of its); `text`
-    (all of it).
+    The first of these columns that is there is learned: the completion column (after the prompt column); `messages`
+    (its last message, which must be the assistant's, after the others; data.learn_turns=all: each of the assistant's);
+    `text` (all of it).
     num_rows: samples; num_skipped: bad rows left out; source: as for PromptSource.
     """
 
@@ -129,7 +129,7 @@ class _Samples:
 
 
 def _counted(numbers: list[int]) -> Iterable[int]:
-    """What the list has at 0, 1, 2 … by the time that it is asked for: it grows meanwhile."""
+    """The items of a list that grows while it is read."""
     place = 0
     while True:
         yield numbers[place]

@@ -48,7 +48,7 @@ class Arguments:
 
     @property
     def named(self) -> dict[str, object]:
-        """What is neither."""
+        """TRL's own arguments."""
         return own_arguments(self.state, self.logged)
 
 

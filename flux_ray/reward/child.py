@@ -2,7 +2,7 @@
 
 Takes:  the functions' references, plugins, folder and environment; then a call of one function for a group.
 Gives:  `make`, the entry point of the sandbox: signatures, or one value a sample and what was logged.
-Knows:  values are checked here, for whatever a function gives can't travel.
+Knows:  values are checked here, before they travel: a function may give anything.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
 Takes:  the config, where and with which variables users' code runs; a call with its arguments.
 Gives:  SandboxedRewards: signatures, calls with a deadline; `ask_signatures`, before anything of a run has started.
 Knows:  plain functions share one child, in which they take turns, and async ones another, side by side on one loop.
-        A call's time counts from its own turn. Whoever is late costs its child; others of it start again in the next.
-Never:  takes one for guilty that was not alone in a child which ended.
+        A call's time counts from its own turn. A late call ends its child; the others in it start again in a new one.
+Never:  blames a call for the end of a child that it shared with others.
 """
 
 from __future__ import annotations

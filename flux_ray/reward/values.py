@@ -1,8 +1,8 @@
 """What a reward function may give.
 
 Takes:  what it gave for so many samples.
-Gives:  `own_arguments`, that it is given; `checked`: floats, None, or dicts of these; RewardError, which says which
-        sample's value is none.
+Gives:  `checked`: floats, None, or dicts of these; RewardError, which names the sample whose value is wrong;
+        `own_arguments`: what a function is given beside the data.
 Knows:  nan is None, as TRL takes it.
 """
 
@@ -34,8 +34,8 @@ class RewardError(RuntimeError):
 
 
 def own_arguments(state: Mapping[str, object], logged: dict[str, float]) -> dict[str, object]:
-    """What TRL's GRPOTrainer gives a function of its own. `state`: trainer_state's fields; log_metric adds to `logged`.
-    """
+    """The arguments that TRL's GRPOTrainer adds to the data's. `state`: trainer_state's fields; log_metric fills
+    `logged`."""
     return {
         "trainer_state": SimpleNamespace(**state),
         "log_extra": lambda column, values: None,
