@@ -1,4 +1,4 @@
-"""What values may be beside one another, as far as they alone tell.
+"""Which values of a config go together, as far as the values alone tell.
 
 Gives:  `validate`: the config itself, or a UserError that names key and value; `check_values`, for what starts nothing;
         `check_data`, for a data set.

@@ -93,7 +93,7 @@ def causal_blocks(
 
 
 AttentionInterface.register(CAUSAL_BLOCKS, causal_blocks)
-AttentionMaskInterface.register(CAUSAL_BLOCKS, sdpa_mask)  # as for torch's: none where causality alone is meant
+AttentionMaskInterface.register(CAUSAL_BLOCKS, sdpa_mask)  # no mask where it is causal alone
 
 
 def _blocks(query_BNTD: Tensor) -> Iterator[tuple[slice, list[slice]]]:

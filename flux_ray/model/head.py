@@ -135,8 +135,8 @@ Passes = tuple[Callable[..., tuple[Tensor, Tensor, Tensor]], Callable[..., Tenso
 
 
 def _passes(chunk: Tensor) -> Passes:
-    """(measure, differentiate) for a chunk's rows. A single one isn't compiled: the compiler would make it a program of
-    its own, as it does for the first size and then for all others."""
+    """(measure, differentiate) for a chunk. One row alone isn't compiled for: the compiler would make a program for
+    that size, beside the one for the first size and the one for all others."""
     return _compiled() if chunk.is_cuda and len(chunk) > 1 else (measure, differentiate)
 
 

@@ -1,4 +1,4 @@
-"""Low-rank adapters (LoRA, arXiv 2106.09685): W stays as it was loaded, W + (alpha/rank)·B·A is what computes.
+"""Low-rank adapters (LoRA, arXiv 2106.09685): W stays as loaded, a layer computes with W + (alpha/rank)·B·A.
 
 Takes:  a PolicyModel or a ScoreModel as it was loaded, train.lora.
 Gives:  `adapt` (the factors beside each target; they alone are trained), and its Adapter: what a weight is with them,

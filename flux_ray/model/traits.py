@@ -2,8 +2,8 @@
 
 Takes:  a transformers model on the meta device: modules without memory.
 Gives:  Traits: what it asks of its attention, how its head makes logits, under which names its checkpoint keeps it.
-Knows:  how: one forward of the skeleton, with an attention that notes what it is asked, and every operation on the
-        head's output noted. A field of a config counts where the model's own code acts on it, whatever it is called.
+Knows:  one forward of the skeleton tells it: an attention notes what it is asked, and every operation on the head's
+        output is noted. A field of a config counts where the model's own code acts on it, whatever it is called.
 Never:  reads a weight.
 """
 

@@ -21,7 +21,7 @@ from flux_ray.model.traits import WORDS
 TORCH_VARLEN = "torch_varlen"
 LEAST_CAPABILITY = (8, 0)  # Ampere
 MOST_HEAD_DIM, HEAD_DIM_STEP = 256, 8
-CHUNKED = "attention_chunk_size"  # of a model's config: transformers says it in the mask alone, which is none here
+CHUNKED = "attention_chunk_size"  # of a model's config: transformers puts it into the mask alone, and here is no mask
 
 
 def why_not(dtype: torch.dtype) -> str | None:

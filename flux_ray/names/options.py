@@ -122,7 +122,7 @@ def flatten(values: Mapping[str, object], *, options: Collection[str]) -> dict[s
 
 
 def refuse_ambiguous(algorithm: str | None, written: Collection[str]) -> None:
-    """UserError where a name that was written means another number elsewhere, for this algorithm."""
+    """UserError for a written name by which other libraries mean another number, for this algorithm."""
     if algorithm == "cispo" and any(name.rpartition(".")[2] == "epsilon_high" for name in written):
         raise UserError("epsilon_high: for cispo some libraries mean the bound itself by it (5 is our 4): "
                         "give algo.clip_range_high, which the bound is 1 above")

@@ -23,7 +23,7 @@ Pairs = list[tuple[str, torch.Tensor]]
 
 
 def free_bytes(device: torch.device) -> int:
-    """What this process can still get on the GPU: of the system, and what its allocator holds unused."""
+    """Bytes that this process can still get on the GPU: the free ones, and those that its allocator holds unused."""
     free, _ = torch.cuda.mem_get_info(device)
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
@@ -45,7 +45,7 @@ class StagedNCCLWeightTransferEngine(NCCLWeightTransferEngine):
                                "rollout.engine_args.gpu_memory_utilization, or use weights.staging=none")
 
     def update_weights(self, update_info: dict[str, object]) -> None:
-        """Return at once. vLLM's own waits here for all that the GPU was given, the broadcasts among it."""
+        """Return at once. vLLM's own method waits here for all work of the GPU, the broadcasts included."""
         self.receive_weights(self.parse_update_info(update_info))
 
     def receive_weights(self, update_info: NCCLWeightTransferUpdateInfo) -> None:

@@ -86,7 +86,7 @@ class EngineClient:
         self.served = self._call(ServesWeights.finish_weight_update, [(self.version, self.step)] * len(self._workers))
 
     def finish_staged_update(self, num_rounds: int) -> None:
-        """finish_weight_update of what each engine makes ready first, in so many parts, beside its requests."""
+        """As finish_weight_update, once each engine has made the update ready in so many parts, beside its requests."""
         payload = (num_rounds, self.version, self.step)
         self.served = self._call(ServesWeights.finish_staged_update, [payload] * len(self._workers))
 
