@@ -80,7 +80,7 @@ def _data_problems(data: DataConfig) -> Iterator[str]:
     try:
         fields = [name for _, name, _, _ in string.Formatter().parse(template or "") if name is not None]
     except ValueError as error:
-        yield f"data.prompt_template {template!r}: {error} (write a brace that is meant twice)"
+        yield f"data.prompt_template {template!r}: {error} (write a brace twice to keep it)"
         return
     if template is not None and not fields:
         yield (f"data.prompt_template={template!r} has no {{prompt}}: every prompt would be this text (what goes "

@@ -131,7 +131,7 @@ class ShadowModel:
         self.forget()
 
     def forget(self) -> None:
-        """Drop what vLLM keeps of the shadow: it refers to it, so that neither they nor their weights would be freed."""
+        """Drop what vLLM keeps of the shadow. It holds the shadow, so that neither would be freed."""
         from vllm.model_executor.model_loader.reload.layerwise import LAYERWISE_INFO
 
         for shadow in self._shadows.values():
