@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict
-from typing import Any
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -27,9 +27,18 @@ CAUSE_WAIT_S = 2.0  # for what an engine says of a send that failed: Ray tells o
 LOOK_EVERY_S = 0.002  # whether a bucket has been taken, while no engine has said anything
 
 
+class Engines(Protocol):
+    """All engines, as a sender calls them."""
+
+    def init_weight_transfer_engine(self, init_info: dict[str, object]) -> None: ...
+    def begin_weight_update(self, update_info: dict[str, object]) -> None: ...
+    def finish_weight_update(self) -> None: ...
+    def finish_staged_update(self, num_rounds: int) -> None: ...
+
+
 class GlooSender:
     def __init__(
-        self, *, client: Any, source: TrainerSource, world_size: int, bucket_bytes: int, timeout_s: float,
+        self, *, client: Engines, source: TrainerSource, world_size: int, bucket_bytes: int, timeout_s: float,
         staged: bool | None = False,
     ) -> None:
         """`world_size`: with all engine workers; `staged` None: where shared memory holds the update anyway."""
