@@ -32,7 +32,7 @@ _imported: dict[Path, ModuleType] = {}
 
 #: Before the name of a function that was handed over as itself.
 HANDED_OVER = "given:"
-_handed_over: dict[str, Callable[..., Any]] = {}
+_handed_over: dict[str, Callable[..., object]] = {}
 
 
 def import_file(path: str, *, option: str) -> ModuleType:
@@ -134,7 +134,7 @@ def load_plugins(paths: Iterable[str]) -> None:
         import_file(path, option="plugins")
 
 
-def same_function(one: Callable[..., Any], other: Callable[..., Any]) -> bool:
+def same_function(one: Callable[..., object], other: Callable[..., object]) -> bool:
     """Whether both are one function of one file, by two imports: a script's, say, that is imported as a plugin too."""
     codes = [getattr(inspect.unwrap(function), "__code__", None) for function in (one, other)]
     if one.__module__ == other.__module__ or None in codes:
@@ -142,7 +142,7 @@ def same_function(one: Callable[..., Any], other: Callable[..., Any]) -> bool:
     return len({(str(Path(code.co_filename).resolve()), code.co_qualname) for code in codes if code}) == 1
 
 
-def hand_over(function: Callable[..., Any], *, name: str | None = None) -> str:
+def hand_over(function: Callable[..., object], *, name: str | None = None) -> str:
     """The name by which this process knows a function that none can import; `name`: what another process called it."""
     if name is None:
         own = "".join(filter(lambda c: c.isidentifier(), getattr(function, "__name__", type(function).__name__)))

@@ -41,7 +41,7 @@ class Prompt:
     row: int  # row of the data file it came from, from 0
     text: str | list[Message]  # as the user wrote it: plain text, or chat messages
     token_ids: np.ndarray  # (T,) int32, after the chat template
-    columns: dict[str, Any]  # the row's other columns; rewards get them by name
+    columns: dict[str, object]  # the row's other columns; rewards get them by name
     num_samples: int  # G
     seed: int  # sample i is drawn with seed + i, whatever engine draws it
     data_set: str = ""  # the name of the set that it came from, where there are several
@@ -129,7 +129,7 @@ class Sampled:
     completions: tuple[Completion, ...]  # n of them
     step: int  # updates that the newest policy among their tokens had
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[object, ...]:
         """See `_joined`."""
         rows = [(c.token_ids, c.logprobs, c.versions) for c in self.completions]
         return _sampled, (*_joined(rows), [c.finish_reason for c in self.completions], self.step)
@@ -202,7 +202,7 @@ class RolloutGroup:
     prompt: Prompt
     trajectories: tuple[Trajectory, ...]
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[object, ...]:
         """See `_joined`."""
         rows = [(t.token_ids, t.loss_mask, t.sampler_logprobs, t.versions) for t in self.trajectories]
         others = [(t.prompt_length, t.finish_reason) for t in self.trajectories]
@@ -273,7 +273,7 @@ class ScoredGroup:
     truncated: np.ndarray  # (G,) bool
     oldest_version: int  # of the group's oldest token
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[object, ...]:
         """As lists: see `_joined`."""
         values = [values.tolist() for values in (self.rewards, self.task_rewards, *self.parts.values())]
         counts = [counts.tolist() for counts in (self.num_tokens, self.num_loss_tokens, self.truncated)]

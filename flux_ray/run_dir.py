@@ -16,7 +16,6 @@ import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from omegaconf import OmegaConf
 
@@ -83,7 +82,7 @@ def run_of(resume: str) -> Path:
     return path.parent.parent if path.parent.name == "checkpoints" else path
 
 
-def saved_config(resume: str) -> dict[str, Any]:
+def saved_config(resume: str) -> dict[str, object]:
     """The options of the run to resume, as it saved them. UserError where there is no such run."""
     file = run_of(resume) / CONFIG
     if not file.is_file():

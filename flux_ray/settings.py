@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -21,7 +20,7 @@ from flux_ray.errors import UserError, unknown
 PREFIX = "FLUX_"
 
 
-def from_file(file: str | Path) -> dict[str, Any]:
+def from_file(file: str | Path) -> dict[str, object]:
     """Options by their dotted names. UserError, with the file, for what can't be read or is no option."""
     path = Path(file).expanduser()
     try:
@@ -42,11 +41,11 @@ def from_file(file: str | Path) -> dict[str, Any]:
         raise UserError(f"{path}: {error}") from error
 
 
-def from_environment() -> dict[str, Any]:
+def from_environment() -> dict[str, object]:
     """The options that FLUX_SECTION_OPTION variables set. UserError for one of our sections that names no option."""
     by_variable = {PREFIX + key.upper().replace(".", "_"): key for key, _ in options()}
     sections = tuple({f"{PREFIX}{key.partition('.')[0].upper()}_" for key, _ in options() if "." in key})
-    found: dict[str, Any] = {}
+    found: dict[str, object] = {}
     for variable, text in sorted(os.environ.items()):
         if variable in by_variable:
             key = by_variable[variable]

@@ -140,7 +140,7 @@ def make_trainer(
     settings = trainer_arguments(config, longest_prompt=prompts.longest_prompt, device=device)
     if load_model is None:
         settings["model_init_kwargs"] = opening(config)
-    functions = resolve_functions(config, prompts.columns, ask_signatures(config))
+    functions = resolve_functions(config.reward, config.data, prompts.columns, ask_signatures(config))
     _refuse_left_out(functions, prompts)
     weights = [function.weight for function in functions]
     tokenizer = load_tokenizer(config.model.tokenizer or str(config.model.path))
@@ -209,7 +209,7 @@ class Calling:
 
 
 async def _caller(config: PolicyGradientConfig) -> tuple[SandboxedRewards, Caller]:
-    children = SandboxedRewards(config, Surroundings.here(config))
+    children = SandboxedRewards(config, Surroundings.here(config.reward))
     return children, Caller(children, deadline_s=config.reward.deadline_s)
 
 
@@ -220,7 +220,7 @@ def as_trl(
 
     def reward(prompts: list[object], completions: list[object], **given: Any) -> list[float | None]:
         columns = {name: values for name, values in given.items() if name not in GIVEN}
-        answer_column = find_answer_column(config, columns)
+        answer_column = find_answer_column(config.data, columns)
         if answer_column is not None and (function.is_rule or "answer" not in columns):
             rows = [dict(zip(columns, cells, strict=True)) for cells in zip(*columns.values(), strict=True)]
             columns["answer"] = [answer_in(row, answer_column) for row in rows]
@@ -243,7 +243,8 @@ def _ignored(name: str, value: float) -> None:
 
 def _overlong_reward(config: PolicyGradientConfig) -> Callable[..., list[float | None]]:
     def reward(completion_ids: list[Any], **_: Any) -> list[float | None]:
-        return overlong(np.array([len(ids) for ids in completion_ids]), config).tolist()
+        lengths_G = np.array([len(ids) for ids in completion_ids])
+        return overlong(lengths_G, config.reward, longest=config.rollout.max_tokens).tolist()
 
     reward.__name__ = OVERLONG
     return reward

@@ -3,7 +3,7 @@
 Takes:  PreferencePairs.
 Gives:  `pair_samples`: chosen, rejected, chosen, rejected …, for `pack(..., unit=2)`.
 Knows:  a policy is asked for the log-probs of the responses, a reward model for one score at each one's end.
-Never:  weighs: a pair counts 1/N, which whoever knows N says.
+Never:  weighs a pair: it counts 1/N, and only the caller knows N.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 Takes:  a ScoredGroup, the config of the rewards.
 Gives:  `estimated`: the group with the rewards that advantages are made from.
-Knows:  summed first is what the group holds already; each normalised alone is made here, so that metrics, filters and
-        evaluations go on seeing the rewards as they were given.
+Knows:  the group holds the sum already (reward.combine=sum). Rewards that are normalised one by one (each) are made
+        here, so that metrics, filters and evaluations still see those that were given.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What values may be beside one another, as far as they alone tell.
+"""Which values of a config go together, as far as the values alone tell.
 
 Gives:  `validate`: the config itself, or a UserError that names key and value; `check_values`, for what starts nothing;
         `check_data`, for a data set.
@@ -80,7 +80,7 @@ def _data_problems(data: DataConfig) -> Iterator[str]:
     try:
         fields = [name for _, name, _, _ in string.Formatter().parse(template or "") if name is not None]
     except ValueError as error:
-        yield f"data.prompt_template {template!r}: {error} (write a brace that is meant twice)"
+        yield f"data.prompt_template {template!r}: {error} (write a brace twice to keep it)"
         return
     if template is not None and not fields:
         yield (f"data.prompt_template={template!r} has no {{prompt}}: every prompt would be this text (what goes "

@@ -16,7 +16,7 @@ from typing import Any
 from flux_ray.errors import UserError
 
 
-def knob(default: Any, meaning: str, *, choices: tuple[str, ...] = (), **bounds: float) -> Any:
+def knob(default: object, meaning: str, *, choices: tuple[str, ...] = (), **bounds: float) -> Any:
     """A section's field: default, meaning (units included), what may be chosen, bounds (least, above, most)."""
     metadata = {"help": meaning, "choices": choices, "bounds": bounds}
     if isinstance(default, (list, dict)):
@@ -29,7 +29,7 @@ def group(cls: type) -> Any:
     return field(default_factory=cls)
 
 
-def retuned(cls: type, name: str, default: Any) -> Any:
+def retuned(cls: type, name: str, default: object) -> Any:
     """The knob `name` of the section `cls` with another default."""
     (same,) = (f for f in dataclasses.fields(cls) if f.name == name)
     return field(default=default, metadata=same.metadata)
@@ -55,7 +55,7 @@ def options_of(cls: type, prefix: str = "") -> Iterator[tuple[str, dataclasses.F
             yield f"{prefix}{f.name}", f
 
 
-def value_of(config: Any, key: str) -> Any:
+def value_of(config: object, key: str) -> Any:
     """The value of an option by its dotted key."""
     for name in key.split("."):
         config = getattr(config, name)

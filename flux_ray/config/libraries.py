@@ -1,4 +1,4 @@
-"""Options of other libraries that are handed on as they are: which there are, by those libraries' source.
+"""The options of other libraries that are handed on as they are, read from those libraries' source.
 
 Gives:  `trees` of a package's files, `fields` of its classes; `refuse_unknown`, with the nearest right name.
 Never:  imports the library: that takes seconds, prints on the terminal and looks for a device.

@@ -79,7 +79,7 @@ def as_written(tree: Container) -> Any:
     return OmegaConf.to_container(tree, resolve=False)
 
 
-def changed(config: C, values: Mapping[str, Any]) -> C:
+def changed(config: C, values: Mapping[str, object]) -> C:
     """The config with other values of some of its options, by their dotted keys."""
     for key, value in values.items():
         config = _replaced(config, key.split("."), value)
@@ -99,7 +99,7 @@ def schema() -> DictConfig:
 
 def _union(classes: list[type]) -> type:
     """A class with the fields of all these, sections within it too. Mappings are empty, all other options missing."""
-    fields: dict[str, tuple[str, Any, Any]] = {}
+    fields: dict[str, tuple[str, type, object]] = {}
     of_sections: dict[str, list[type]] = {}
     for cls in classes:
         types = typing.get_type_hints(cls)
@@ -132,7 +132,7 @@ def given(tree: DictConfig) -> dict[str, Any]:
     return {key: value for key, value in flat.items() if value not in (MISSING, {})}
 
 
-def from_dict(values: Mapping[str, Any], *, before: Mapping[str, Any] | None = None) -> Config:
+def from_dict(values: Mapping[str, object], *, before: Mapping[str, object] | None = None) -> Config:
     """Config from plain values: nested, dotted or by the names people bring; what is absent keeps its default.
 
     >>> from_dict({"algorithm": "grpo", "algo": {"epsilon": 0.3}, "rollout.group_size": 8}).algo.clip_range
@@ -167,7 +167,7 @@ def _option(key: str, keys: list[str]) -> str:
     return key if key in keys else next(option for option in keys if key.startswith(f"{option}."))
 
 
-def _unread(key: str, value: Any, name: str) -> str:
+def _unread(key: str, value: object, name: str) -> str:
     """Why this algorithm doesn't take that option."""
     cls, who = objective_of(name), list(readers(_option(key, [key for key, _ in options()])))
     samples = cls.learns_from == PROMPTS or any(READERS[one].learns_from != PROMPTS for one in who)

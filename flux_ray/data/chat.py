@@ -11,7 +11,6 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Mapping
-from typing import Any
 
 from jinja2 import TemplateError
 
@@ -19,24 +18,27 @@ from flux_ray.config import DataConfig
 from flux_ray.data.forms import parsed
 from flux_ray.data.rows import BadCell, Row, first_line
 from flux_ray.errors import UserError
+from flux_ray.hugging_face import Tokenizer
 from flux_ray.records import Message
 
 ASSISTANT = "assistant"
 TOOLS, OWN_KWARGS = "tools", "chat_template_kwargs"  # columns that a template gets
-OF_USERS = (TOOLS, "documents")  # arguments of apply_chat_template that aren't ours to give
+OF_USERS = (TOOLS, "documents")  # arguments of apply_chat_template that users alone give
 
 
-def checked_messages(value: list[Any]) -> list[Message]:
+def checked_messages(value: list[object]) -> list[Message]:
     """The messages, each with a role and a text (or calls of tools). BadCell says which one isn't."""
     if not value:
         raise BadCell("an empty list of messages")
+    messages: list[Message] = []
     for number, message in enumerate(value, start=1):
         if not isinstance(message, dict):
             raise BadCell(f"message {number} is {type(message).__name__}, not an object with role and content")
         for key in ("role", "content"):
             if not isinstance(message.get(key), str) and not (key == "content" and message.get("tool_calls")):
                 raise BadCell(f"message {number}: {key!r} must be text, got {type(message.get(key)).__name__}")
-    return value
+        messages.append(message)
+    return messages
 
 
 def with_system(messages: list[Message], system_prompt: str | None) -> list[Message]:
@@ -56,7 +58,7 @@ def without_reply(messages: list[Message]) -> list[Message]:
     return messages[:number]
 
 
-def require_template(tokenizer: Any, why: str) -> None:
+def require_template(tokenizer: Tokenizer, why: str) -> None:
     """UserError where the tokenizer has no chat template."""
     if not getattr(tokenizer, "chat_template", None):
         raise UserError(
@@ -65,8 +67,8 @@ def require_template(tokenizer: Any, why: str) -> None:
         )
 
 
-def check_template_kwargs(tokenizer: Any, kwargs: Mapping[str, Any]) -> None:
-    """UserError for an argument that the template doesn't know, and so would not heed, or that is ours to give."""
+def check_template_kwargs(tokenizer: Tokenizer, kwargs: Mapping[str, object]) -> None:
+    """UserError for an argument that the template doesn't read, or that we set ourselves."""
     if not kwargs:
         return
     ours = set(inspect.signature(tokenizer.apply_chat_template).parameters) - set(OF_USERS)
@@ -78,7 +80,7 @@ def check_template_kwargs(tokenizer: Any, kwargs: Mapping[str, Any]) -> None:
                             "its chat template")
 
 
-def row_kwargs(row: Row, data: DataConfig) -> dict[str, Any]:
+def row_kwargs(row: Row, data: DataConfig) -> dict[str, object]:
     """What the template gets for a row: data.chat_template_kwargs, under the row's own, and its `tools`.
 
     BadCell: they are no mapping, or no list.
@@ -96,7 +98,7 @@ def row_kwargs(row: Row, data: DataConfig) -> dict[str, Any]:
     return kwargs
 
 
-def render(tokenizer: Any, messages: list[Message], kwargs: Mapping[str, Any], *, whole: bool = False) -> str:
+def render(tokenizer: Tokenizer, messages: list[Message], kwargs: Mapping[str, object], *, whole: bool = False) -> str:
     """The text of a chat: open for the assistant to go on, or `whole`, with the last turn closed.
 
     A chat whose last message is the assistant's own is gone on with, inside that message.
@@ -111,5 +113,6 @@ def render(tokenizer: Any, messages: list[Message], kwargs: Mapping[str, Any], *
             continue_final_message=going_on,
             **kwargs,
         )
-    except (TemplateError, TypeError, ValueError) as error:  # the latter two: an expression in it, a turn it drops
+    # TypeError: of an expression in the template. ValueError: of a turn that it drops.
+    except (TemplateError, TypeError, ValueError) as error:
         raise BadCell(f"the chat template refuses it: {first_line(error)}") from error

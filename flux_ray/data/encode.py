@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import string
 from collections.abc import Mapping, Sequence
-from typing import Any
 
-from flux_ray.config import DataConfig, PolicyGradientConfig
+from flux_ray.config import DataConfig, PromptDataConfig, SampledConfig
 from flux_ray.data.chat import checked_messages, with_system
 from flux_ray.data.forms import as_chat
 from flux_ray.data.rows import BadCell, Row, inside
@@ -38,7 +37,7 @@ def prompt_text(row: Row, data: DataConfig) -> Text:
     return text
 
 
-def checked_text(value: Any) -> str:
+def checked_text(value: object) -> str:
     """The text of a cell. BadCell says why it is none."""
     if value is None:
         raise BadCell("missing")
@@ -54,9 +53,9 @@ def checked_text(value: Any) -> str:
 
 
 class _Cells(string.Formatter):
-    """Fields are columns, by dots too; a row's text is never a format itself."""
+    """Fields are columns, nested ones by dots. The text of a cell is never read as a format."""
 
-    def get_field(self, field_name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    def get_field(self, field_name: str, args: Sequence[object], kwargs: Mapping[str, object]) -> object:
         row = dict(kwargs)
         if field_name in row:
             return row[field_name], field_name
@@ -67,7 +66,7 @@ class _Cells(string.Formatter):
 def fill_template(template: str, row: Row, prompt: str) -> str:
     """The template with {prompt} and {COLUMN} filled in.
 
-    UserError names a column that isn't there. BadCell: the row's value has not what the template takes of it.
+    UserError names a column that isn't there. BadCell: a value of the row lacks what the template asks of it.
     """
     try:
         return _Cells().vformat(template, (), {**row, "prompt": prompt})
@@ -76,12 +75,12 @@ def fill_template(template: str, row: Row, prompt: str) -> str:
     except TypeError as error:
         raise BadCell(f"data.prompt_template {template!r}: {error}") from error
     except (ValueError, IndexError, AttributeError) as error:
-        raise UserError(f"data.prompt_template {template!r}: {error} (write a brace that is meant twice)") from error
+        raise UserError(f"data.prompt_template {template!r}: {error} (write a brace twice to keep it)") from error
 
 
-def prompt_limit(config: PolicyGradientConfig, context_length: int) -> tuple[int, str]:
+def prompt_limit(data: PromptDataConfig, rollout: SampledConfig, context_length: int) -> tuple[int, str]:
     """Tokens that the longest prompt may have, and why no more. UserError where the response leaves no room."""
-    max_tokens, given = config.rollout.max_tokens, config.data.max_prompt_tokens
+    max_tokens, given = rollout.max_tokens, data.max_prompt_tokens
     room = context_length - max_tokens
     if room < 1:
         raise UserError(

@@ -10,16 +10,16 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
-from flux_ray.config import Config
+from flux_ray.config import DataConfig
 from flux_ray.data.chat import ASSISTANT, check_template_kwargs, render, require_template
 from flux_ray.data.encode import Text
 from flux_ray.data.rows import BadCell
 from flux_ray.data.tokens import CHUNK, encode_continuations, encode_starts, not_in_embedding
 from flux_ray.errors import UserError
+from flux_ray.hugging_face import Tokenizer
 from flux_ray.model.stops import stop_token_ids
 from flux_ray.records import Message, Sample
 
@@ -44,7 +44,7 @@ class Limits:
     context_length: int  # tokens
     vocab_size: int | None  # rows of the model's embedding; none: not known
 
-    def check(self, samples: Iterable[Sample], tokenizer: Any) -> None:
+    def check(self, samples: Iterable[Sample], tokenizer: Tokenizer) -> None:
         """BadCell for a sample that is too long, or has a token that the model hasn't."""
         for sample in samples:
             if sample.num_tokens > self.context_length:
@@ -54,16 +54,16 @@ class Limits:
                 raise not_in_embedding(tokenizer, largest, self.vocab_size)
 
 
-def check_examples(tokenizer: Any, config: Config) -> None:
+def check_examples(tokenizer: Tokenizer, data: DataConfig) -> None:
     """UserError for a tokenizer that has no end token, or a template that doesn't know what it is given."""
     if tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer {tokenizer.name_or_path!r} has no end token, with which a response ends: set "
                         "eos_token in its tokenizer_config.json, or name another (model.tokenizer)")
-    check_template_kwargs(tokenizer, config.data.chat_template_kwargs)
+    check_template_kwargs(tokenizer, data.chat_template_kwargs)
 
 
-def as_example(prompt: Text, completion: str, tokenizer: Any, kwargs: dict[str, Any]) -> Example:
-    """The texts before and under the loss; a chat as its template writes it. BadCell: the template refuses it."""
+def as_example(prompt: Text, completion: str, tokenizer: Tokenizer, kwargs: dict[str, object]) -> Example:
+    """The prompt, which is read, and the completion, which is learned. BadCell: the chat template refuses them."""
     if isinstance(prompt, str):
         return Example(((prompt, False), (completion, True)))
     reply = {"role": ASSISTANT, "content": completion}
@@ -71,11 +71,11 @@ def as_example(prompt: Text, completion: str, tokenizer: Any, kwargs: dict[str, 
     return Example(((before, False), (after[len(before):], True)), is_chat=True)
 
 
-def turns(messages: list[Message], tokenizer: Any, kwargs: dict[str, Any], *, every: bool) -> list[Example]:
+def turns(messages: list[Message], tokenizer: Tokenizer, kwargs: dict[str, object], *, every: bool) -> list[Example]:
     """What a chat teaches: its last turn, the assistant's, or every one of the assistant's.
 
-    All are of one example where the template writes a turn alike whatever follows it; else each has one of its own,
-    with the turns before it as the policy would be given them. BadCell: there is no such turn.
+    One example holds them all where the template writes a turn in the same way whatever follows it. Else each has an
+    example of its own, after the earlier turns as the policy would be given them. BadCell: there is no such turn.
     """
     learned = [i for i, message in enumerate(messages) if message["role"] == ASSISTANT and i]
     if not every:
@@ -95,7 +95,9 @@ def turns(messages: list[Message], tokenizer: Any, kwargs: dict[str, Any], *, ev
     return [Example(tuple(pieces), is_chat=True)]
 
 
-def _answered(prompt: list[Message], reply: Message, tokenizer: Any, kwargs: dict[str, Any]) -> tuple[str, str]:
+def _answered(
+    prompt: list[Message], reply: Message, tokenizer: Tokenizer, kwargs: dict[str, object]
+) -> tuple[str, str]:
     """A chat's text before the reply, and with it."""
     require_template(tokenizer, "the data are chats")
     check_template_kwargs(tokenizer, kwargs)
@@ -106,18 +108,20 @@ def _answered(prompt: list[Message], reply: Message, tokenizer: Any, kwargs: dic
     return before, after
 
 
-def encode_examples(tokenizer: Any, examples: Iterable[Example], *, model_path: str | None) -> Iterator[Sample]:
+def encode_examples(tokenizer: Tokenizer, examples: Iterable[Example], *, model_path: str | None) -> Iterator[Sample]:
     """Samples of the examples, in their order: each piece encoded by itself, as in a rollout, then the end token.
 
     A learned turn of a chat ends where a rollout of this model does: at the first token that ends a response.
     """
+    end = tokenizer.eos_token_id
+    assert end is not None, "as check_examples says"
     stops = np.array(stop_token_ids(model_path, tokenizer), np.int32)
     rest = iter(examples)
     while chunk := list(itertools.islice(rest, CHUNK)):
         starts = encode_starts(tokenizer, ((one.pieces[0][0], one.is_chat) for one in chunk))
         later = iter(encode_continuations(tokenizer, [text for one in chunk for text, _ in one.pieces[1:]]))
         for one, start in zip(chunk, starts, strict=True):
-            yield _sample(one, [start, *(next(later) for _ in one.pieces[1:])], stops, tokenizer.eos_token_id)
+            yield _sample(one, [start, *(next(later) for _ in one.pieces[1:])], stops, end)
 
 
 def _sample(example: Example, pieces: list[np.ndarray], stops: np.ndarray, end: int) -> Sample:

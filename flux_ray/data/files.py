@@ -12,10 +12,10 @@ import csv
 import gzip
 import io
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, cast
 
 from flux_ray.data.rows import Broken, Row, first_line
 from flux_ray.errors import UserError
@@ -38,7 +38,7 @@ def known_formats() -> str:
 
 
 def read_file(path: Path, column: str) -> Iterator[Row | Broken | None]:
-    """The file's rows; a line of a .txt file lies under `column`. UserError for a file that can't be read on."""
+    """The file's rows; a line of a .txt file lies under `column`. UserError: it can't be read to its end."""
     ending = format_of(path)
     if ending is None:
         raise UserError(f"{path}: unknown kind of file; data files end in {known_formats()}")
@@ -60,7 +60,7 @@ def _read_jsonl(path: Path, file: IO[bytes], _: str) -> Iterator[Row | Broken | 
     yield from _json_lines(path, _text(file))
 
 
-def _json_lines(path: Path, lines: Any) -> Iterator[Row | Broken | None]:
+def _json_lines(path: Path, lines: Iterable[str]) -> Iterator[Row | Broken | None]:
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             yield None
@@ -150,7 +150,7 @@ def _read_arrow(path: Path, file: IO[bytes], _: str) -> Iterator[Row]:
     data = pyarrow.BufferReader(file.read())
     try:
         try:
-            batches: Any = pyarrow.ipc.open_stream(data)
+            batches: Iterable[pyarrow.RecordBatch] = pyarrow.ipc.open_stream(data)
         except pyarrow.ArrowInvalid:
             data.seek(0)
             opened = pyarrow.ipc.open_file(data)

@@ -12,7 +12,6 @@ import ast
 import json
 import re
 from functools import partial
-from typing import Any
 
 from flux_ray.config import DataConfig, ExampleDataConfig
 from flux_ray.data.rows import Row, Rows
@@ -46,14 +45,14 @@ def shaped(rows: Rows, data: DataConfig) -> Rows:
     return rows
 
 
-def _instruction(row: Row) -> Any:
+def _instruction(row: Row) -> object:
     instruction, given = row[INSTRUCTION], row.get(INPUT)
     if isinstance(instruction, str) and isinstance(given, str) and given.strip():
         return f"{instruction}{BETWEEN}{given}"
     return instruction
 
 
-def _conversation(row: Row, column: str) -> Any:
+def _conversation(row: Row, column: str) -> object:
     """The messages of a conversation, under the system message that lies beside them."""
     messages, system = as_chat(row[column]), row.get(SYSTEM)
     if isinstance(messages, list) and isinstance(system, str) and system.strip() and _first_role(messages) != SYSTEM:
@@ -61,11 +60,11 @@ def _conversation(row: Row, column: str) -> Any:
     return messages
 
 
-def _first_role(messages: list[Any]) -> Any:
+def _first_role(messages: list[object]) -> object:
     return messages[0].get("role") if messages and isinstance(messages[0], dict) else None
 
 
-def parsed(value: Any) -> Any:
+def parsed(value: object) -> object:
     """A text that is a list of mappings, as tables of text hold one (JSON's or Python's), as that list.
 
     >>> parsed("[{'role': 'user', 'content': 'hi'}]"), parsed("[1] and [2]")
@@ -83,10 +82,10 @@ def parsed(value: Any) -> Any:
     return value
 
 
-def as_chat(value: Any) -> Any:
+def as_chat(value: object) -> object:
     """A cell with ShareGPT's messages as a chat's; a message alone as a list of it; anything else as it is.
 
-    Content in parts of text is one text; what a message has empty (as tables fill in), it hasn't.
+    Content in parts becomes one text. Fields that are None, as tables fill them in, are left out.
 
     >>> as_chat([{"from": "human", "value": "hi"}, {"from": "gpt", "value": "Hello", "tool_calls": None}])
     [{'role': 'user', 'content': 'hi'}, {'role': 'assistant', 'content': 'Hello'}]
@@ -98,7 +97,7 @@ def as_chat(value: Any) -> Any:
     return [_as_message(message) for message in messages] if isinstance(messages, list) else messages
 
 
-def _as_message(message: Any) -> Any:
+def _as_message(message: object) -> object:
     if not isinstance(message, dict):
         return message
     if _is_sharegpt(message):
@@ -111,13 +110,13 @@ def _as_message(message: Any) -> Any:
     return given
 
 
-def _is_text(part: Any) -> bool:
+def _is_text(part: object) -> bool:
     return isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
 
 
-def _is_sharegpt(message: dict[str, Any]) -> bool:
+def _is_sharegpt(message: dict[str, object]) -> bool:
     return {"from", "value"} <= message.keys() and message.get("role") is None
 
 
-def _is_message(value: Any) -> bool:
+def _is_message(value: object) -> bool:
     return isinstance(value, dict) and ({"role", "content"} <= value.keys() or _is_sharegpt(value))

@@ -2,7 +2,7 @@
 
 Takes:  a data file with `responses` and `rewards` (lists of one length) beside the prompt; a tokenizer.
 Gives:  GroupSource: `batch(step, size)`, a pure function of seed and step, in the records of a rollout.
-Knows:  what nobody recorded: the sampler's log-probs are nan, so whoever would use them shows.
+Knows:  nobody recorded the sampler's log-probs: they are nan, so that any use of them shows.
 Keeps:  the tokens of every group.
 """
 
@@ -25,6 +25,7 @@ from flux_ray.data.rows import BadCell, BadRows, Row, Rows
 from flux_ray.data.sets import LoadedSet
 from flux_ray.data.sft import completion_text
 from flux_ray.errors import UserError
+from flux_ray.hugging_face import Tokenizer
 from flux_ray.model.vocabulary import vocabulary_size
 from flux_ray.records import FINISH_STOP, Prompt, RolloutGroup, Sample, ScoredGroup, Trajectory
 
@@ -52,9 +53,9 @@ class GroupSource:
     filter.reward left out.
     """
 
-    def __init__(self, loaded: LoadedSet[PolicyGradientConfig], tokenizer: Any, *, context_length: int) -> None:
+    def __init__(self, loaded: LoadedSet[PolicyGradientConfig], tokenizer: Tokenizer, *, context_length: int) -> None:
         rows, config = loaded.rows, loaded.data_set.config
-        check_examples(tokenizer, config)
+        check_examples(tokenizer, config.data)
         rows.require(config.data.prompt_column, "data.prompt_column")
         self.source, self.dropped = rows.source, Counter[str]()
         bad = BadRows(rows, RESPONSES, config.data.on_bad_row)
@@ -103,12 +104,9 @@ class GroupSource:
         return OfflineGroup(replace(kept.group, prompt=prompt), replace(kept.scored, uid=position))
 
 
-def _read(row: Row, data: DataConfig, tokenizer: Any) -> tuple[list[Example], np.ndarray]:
+def _read(row: Row, data: DataConfig, tokenizer: Tokenizer) -> tuple[list[Example], np.ndarray]:
     """The responses of a row as text after its prompt, and their rewards (G,): nan where none is given."""
-    responses, rewards = row[RESPONSES], row[REWARDS]
-    for column, value in ((RESPONSES, responses), (REWARDS, rewards)):
-        if not isinstance(value, list) or not value:
-            raise BadCell(f"must be a list that isn't empty, got {value!r:.60}", column)
+    responses, rewards = _listed(row, RESPONSES), _listed(row, REWARDS)
     if len(responses) != len(rewards):
         raise BadCell(f"{len(rewards)} rewards for {len(responses)} responses", REWARDS)
     try:
@@ -120,12 +118,19 @@ def _read(row: Row, data: DataConfig, tokenizer: Any) -> tuple[list[Example], np
     return [as_example(prompt, text, tokenizer, row_kwargs(row, data)) for text in texts], scores
 
 
-def _text(response: Any) -> str:
+def _listed(row: Row, column: str) -> list[object]:
+    value = row[column]
+    if not isinstance(value, list) or not value:
+        raise BadCell(f"must be a list that isn't empty, got {value!r:.60}", column)
+    return value
+
+
+def _text(response: object) -> str:
     """A response may be empty: its end token alone is what was sampled then."""
     return response if isinstance(response, str) else completion_text(response)
 
 
-def _reward(value: Any) -> float:
+def _reward(value: object) -> float:
     if value is None:
         return math.nan
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):

@@ -10,20 +10,21 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from flux_ray.data.files import format_of
+from flux_ray.data.rows import Row
 from flux_ray.errors import UserError
 
-#: What a table has, and no column: of Arrow and the datasets library, of polars, of pandas.
+#: Attributes that tables have and columns don't: of Arrow and the datasets library, of polars, of pandas.
 OF_TABLES = ("column_names", "to_dicts", "iterrows")
-#: What gives a column's cells as a list: of numpy and pandas, of Arrow, of polars.
+#: Methods that give a column's cells as a list: of numpy and pandas, of Arrow, of polars.
 TO_LIST = ("tolist", "to_pylist", "to_list")
 
 
-def is_named(prompts: Any) -> bool:
+def is_named(prompts: object) -> bool:
     """Whether this names files or data sets, as `data.train` does, and holds no rows itself."""
     if isinstance(prompts, (str, Path)):
         return True
@@ -33,11 +34,11 @@ def is_named(prompts: Any) -> bool:
     return isinstance(prompts, (list, tuple)) and bool(prompts) and all(isinstance(item, Path) for item in prompts)
 
 
-def _names_a_set(value: Any) -> bool:
+def _names_a_set(value: object) -> bool:
     return isinstance(value, (str, Path)) or (isinstance(value, Mapping) and "path" in value)
 
 
-def as_named(prompts: Any) -> Any:
+def as_named(prompts: object) -> object:
     """What `is_named` has found, as the config has it: plain texts, lists and dicts."""
     if isinstance(prompts, Path):
         return str(prompts)
@@ -46,7 +47,7 @@ def as_named(prompts: Any) -> Any:
     return [as_named(item) for item in prompts] if isinstance(prompts, (list, tuple)) else prompts
 
 
-def write_rows(prompts: Any, file: Path, *, column: str, split: str) -> None:
+def write_rows(prompts: object, file: Path, *, column: str, split: str) -> None:
     """The rows as a .jsonl file; a text becomes a row with that text under `column`. UserError for what is none."""
     number = 0
     with file.open("w", encoding="utf-8") as out:
@@ -54,20 +55,20 @@ def write_rows(prompts: Any, file: Path, *, column: str, split: str) -> None:
             where = f"prompts, row {number - 1}"
             if not isinstance(item, (str, Mapping)):
                 raise UserError(f"{where}: must be a text or a dict, not {type(item).__name__}")
-            columns = {column: item} if isinstance(item, str) else {str(key): value for key, value in item.items()}
+            columns: Row = {column: item} if isinstance(item, str) else {str(key): item[key] for key in item}
             out.write(_line(columns, where))
     if not number:
         raise UserError("prompts: no rows in them")
 
 
-def _line(columns: dict[str, Any], where: str) -> str:
+def _line(columns: Row, where: str) -> str:
     try:
         return json.dumps(_plain(columns, where), ensure_ascii=False, allow_nan=False) + "\n"
     except (TypeError, ValueError) as error:
         raise UserError(f"{where}: {error}: rows hold texts, numbers, lists and dicts") from error
 
 
-def _plain(value: Any, where: str) -> Any:
+def _plain(value: object, where: str) -> object:
     """Numpy's numbers and arrays as Python's; nan, by which tables say that a cell is empty, as None."""
     if isinstance(value, Mapping):
         return {str(key): _plain(one, where) for key, one in value.items()}
@@ -80,7 +81,7 @@ def _plain(value: Any, where: str) -> Any:
     return None if type(value).__name__ in ("NAType", "NaTType") else value
 
 
-def _rows(prompts: Any, split: str) -> Iterable[Any]:
+def _rows(prompts: Any, split: str) -> Iterable[object]:
     """The rows of whatever table this is. UserError for what isn't one."""
     if isinstance(prompts, Mapping):
         return _of_mapping(prompts, split)
@@ -99,11 +100,11 @@ def _rows(prompts: Any, split: str) -> Iterable[Any]:
                         "or a file's name") from error
 
 
-def _is_file(item: Any) -> bool:
+def _is_file(item: object) -> bool:
     return isinstance(item, str) and "\n" not in item and format_of(Path(item)) is not None and Path(item).is_file()
 
 
-def _of_mapping(columns: Mapping[str, Any], split: str) -> Iterator[dict[str, Any]] | Iterable[Any]:
+def _of_mapping(columns: Mapping[str, object], split: str) -> Iterable[object]:
     """Rows of a dict of columns, or of the one split that is meant."""
     names = list(columns)
     if any(hasattr(type(value), name) for value in columns.values() for name in OF_TABLES):
@@ -118,7 +119,7 @@ def _of_mapping(columns: Mapping[str, Any], split: str) -> Iterator[dict[str, An
     return (dict(zip(names, row, strict=True)) for row in zip(*cells, strict=True))
 
 
-def _cells(name: str, column: Any) -> list[Any]:
+def _cells(name: str, column: object) -> list[object]:
     to_list = next((getattr(column, method) for method in TO_LIST if hasattr(column, method)), None)
     cells = to_list() if to_list is not None else column
     if not isinstance(cells, (list, tuple)):

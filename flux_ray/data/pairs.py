@@ -2,7 +2,7 @@
 
 Takes:  a data file with chosen and rejected (replies to a prompt, chats, or whole transcripts), maybe a margin.
 Gives:  PairSource: `batch(step, size)`, a pure function of seed and step; `all()`; how many rows were left out, why.
-Knows:  what is no pair: an empty or a twice equal reply says nothing (left out and counted); one without a common
+Knows:  an empty reply, or two equal ones, are no preference: the row is left out and counted. One without a common
         prompt, or longer than the context, is a bad row.
 Keeps:  the tokens of every pair.
 """
@@ -12,13 +12,14 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from contextlib import suppress
+from typing import SupportsFloat
 
 import numpy as np
 
 from flux_ray.config import DataConfig, OnPairs
 from flux_ray.data.chat import checked_messages, row_kwargs
-from flux_ray.data.encode import Text, checked_text, prompt_text
+from flux_ray.data.encode import checked_text, prompt_text
 from flux_ray.data.examples import Example, Limits, as_example, check_examples, encode_examples
 from flux_ray.data.forms import MESSAGES, as_chat
 from flux_ray.data.order import EpochOrder, MixedOrder
@@ -26,6 +27,7 @@ from flux_ray.data.preferences import CHOSEN, REJECTED, shared_prompt
 from flux_ray.data.rows import BadCell, BadRows, Row, Rows
 from flux_ray.data.sets import EVAL, TRAIN, LoadedSet, read_sets
 from flux_ray.errors import UserError
+from flux_ray.hugging_face import Tokenizer
 from flux_ray.model.vocabulary import vocabulary_size
 from flux_ray.records import PreferencePair, Sample
 
@@ -47,10 +49,10 @@ class PairSource:
     """
 
     def __init__(
-        self, sets: Sequence[LoadedSet[OnPairs]], config: OnPairs, tokenizer: Any, *, context_length: int,
+        self, sets: Sequence[LoadedSet[OnPairs]], config: OnPairs, tokenizer: Tokenizer, *, context_length: int,
         shuffle: bool,
     ) -> None:
-        check_examples(tokenizer, config)
+        check_examples(tokenizer, config.data)
         self.source, self.skipped = ", ".join(one.rows.source for one in sets), Counter[str]()
         self.has_margins = any(one.data_set.config.data.margin_column in one.rows.columns for one in sets)
         self._pairs: list[PreferencePair] = []
@@ -65,10 +67,10 @@ class PairSource:
         orders = [EpochOrder(size, seed=config.seed, shuffle=shuffle, name=name) for name, size in self.sizes.items()]
         self._order = MixedOrder(orders, [one.data_set.weight for one in sets], seed=config.seed, shuffle=shuffle)
 
-    def _load(self, loaded: LoadedSet[OnPairs], tokenizer: Any, context_length: int) -> list[PreferencePair]:
+    def _load(self, loaded: LoadedSet[OnPairs], tokenizer: Tokenizer, context_length: int) -> list[PreferencePair]:
         """The pairs of one set. UserError where none is left."""
         rows, config = loaded.rows, loaded.data_set.config
-        _require_pairs(rows, config)
+        _require_pairs(rows, config.algo.name)
         skipped = Counter({BAD: rows.num_broken})
         bad = BadRows(rows, CHOSEN, config.data.on_bad_row)
         texts: dict[int, tuple[Example, Example]] = {}
@@ -104,7 +106,7 @@ class PairSource:
 
     @classmethod
     def from_config(
-        cls, config: OnPairs, tokenizer: Any, *, context_length: int, rows: list[Row] | str | None = None
+        cls, config: OnPairs, tokenizer: Tokenizer, *, context_length: int, rows: list[Row] | str | None = None
     ) -> PairSource:
         """The pairs of `data.train`, or `rows` (a path or dicts). UserError says what is wrong, and where."""
         sets = read_sets(config, TRAIN, rows)
@@ -112,7 +114,7 @@ class PairSource:
 
     @classmethod
     def for_eval(
-        cls, config: OnPairs, tokenizer: Any, *, context_length: int, rows: list[Row] | str | None = None
+        cls, config: OnPairs, tokenizer: Tokenizer, *, context_length: int, rows: list[Row] | str | None = None
     ) -> PairSource:
         """The pairs of `eval.data`, or `rows`, in the file's order."""
         return cls(read_sets(config, EVAL, rows), config, tokenizer, context_length=context_length, shuffle=False)
@@ -134,16 +136,16 @@ def _counts(skipped: Counter[str]) -> str:
     return ", ".join(f"{count} {cause}" for cause, count in sorted(skipped.items()) if count)
 
 
-def _require_pairs(rows: Rows, config: OnPairs) -> None:
+def _require_pairs(rows: Rows, algorithm: str) -> None:
     missing = [column for column in (CHOSEN, REJECTED) if column not in rows.columns]
     if missing:
         raise UserError(
-            f"{rows.source}: algo.name={config.algo.name} learns from preference pairs: no column "
+            f"{rows.source}: algo.name={algorithm} learns from preference pairs: no column "
             f"{' and no column '.join(map(repr, missing))} (columns: {', '.join(rows.columns)})"
         )
 
 
-def _read(row: Row, data: DataConfig, tokenizer: Any) -> tuple[Example, Example]:
+def _read(row: Row, data: DataConfig, tokenizer: Tokenizer) -> tuple[Example, Example]:
     """The chosen and the rejected response after their prompt, as text."""
     if row[CHOSEN] is not None and row[CHOSEN] == row[REJECTED]:
         raise _NoPair(IDENTICAL)
@@ -155,7 +157,7 @@ def _read(row: Row, data: DataConfig, tokenizer: Any) -> tuple[Example, Example]
     return chosen, rejected
 
 
-def _parts(row: Row, data: DataConfig) -> tuple[Text, str, str]:
+def _parts(row: Row, data: DataConfig) -> tuple[object, str, str]:
     """Prompt, chosen and rejected reply. A chat that begins before its reply brings its own prompt."""
     chosen, rejected = as_chat(row[CHOSEN]), as_chat(row[REJECTED])
     whole_chats = all(isinstance(value, list) and len(value) > 1 for value in (chosen, rejected))
@@ -167,16 +169,18 @@ def _parts(row: Row, data: DataConfig) -> tuple[Text, str, str]:
         checked_messages(chosen)
     shared = shared_prompt({**row, CHOSEN: chosen, REJECTED: rejected})
     if isinstance(shared, str):
+        assert isinstance(chosen, str) and isinstance(rejected, str)
         return shared, chosen[len(shared) :], rejected[len(shared) :]
+    assert isinstance(chosen, list) and isinstance(rejected, list)
     return shared, _reply(chosen[len(shared) :], CHOSEN), _reply(rejected[len(shared) :], REJECTED)
 
 
-def _reply(value: Any, column: str) -> str:
+def _reply(value: object, column: str) -> str:
     """The text of a reply, maybe empty: a text, or a list of one message of the assistant's."""
     if isinstance(value, str):
         return value
     if not isinstance(value, list):
-        checked_text(value)
+        return checked_text(value)  # which says what it is
     try:
         messages = checked_messages(value)
     except BadCell as error:
@@ -186,13 +190,13 @@ def _reply(value: Any, column: str) -> str:
     return messages[0]["content"]
 
 
-def _margin(value: Any, column: str) -> float:
+def _margin(value: object, column: str) -> float:
     if value is None:
         return 0.0
-    try:
-        margin = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
-        margin = math.nan
+    margin = math.nan
+    if isinstance(value, (str, SupportsFloat)) and not isinstance(value, bool):
+        with suppress(TypeError, ValueError):
+            margin = float(value)
     if not math.isfinite(margin):
         raise BadCell(f"must be a finite number, got {value!r:.60}", column)
     return margin

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 from itertools import takewhile
-from typing import Any
 
 from flux_ray.data.rows import BadCell, Row
 from flux_ray.records import Message
@@ -34,7 +33,7 @@ def shared_prompt(row: Row) -> str | list[Message]:
         return start + mark
     if isinstance(chosen, list) and isinstance(rejected, list):
         same = takewhile(lambda pair: pair[0] == pair[1], zip(chosen[:-1], rejected[:-1], strict=False))
-        messages: list[Any] = [message for message, _ in same]
+        messages = [message for message, _ in same]
         if messages:
             return messages
     raise BadCell(f"{CHOSEN} and {REJECTED} must be two texts or two lists of messages with a start in common", CHOSEN)

@@ -11,7 +11,6 @@ Never:  draws at random: order and seeds are hashes of the run's seed.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import numpy as np
 
@@ -24,6 +23,7 @@ from flux_ray.data.rows import BadCell, BadRows, Row
 from flux_ray.data.sets import EVAL, TRAIN, LoadedSet, read_sets
 from flux_ray.data.tokens import encode_starts, not_in_embedding
 from flux_ray.errors import UserError
+from flux_ray.hugging_face import Tokenizer
 from flux_ray.model.vocabulary import vocabulary_size
 from flux_ray.records import Prompt
 
@@ -37,7 +37,7 @@ class PromptSet:
     get; longest_prompt: in tokens.
     """
 
-    def __init__(self, loaded: LoadedSet[PolicyGradientConfig], tokenizer: Any, *, context_length: int) -> None:
+    def __init__(self, loaded: LoadedSet[PolicyGradientConfig], tokenizer: Tokenizer, *, context_length: int) -> None:
         rows, self.data_set, self.config = loaded.rows, loaded.data_set, loaded.data_set.config
         self._column = column = self.config.data.prompt_column
         self._shared = column not in rows.columns and {CHOSEN, REJECTED} <= set(rows.columns)
@@ -48,7 +48,7 @@ class PromptSet:
         bad = BadRows(rows, column, self.config.data.on_bad_row)
         read: list[int] = []  # numbers of the rows that give a text
         tokens = encode_starts(tokenizer, self._written(tokenizer, bad, read))
-        limit, reason = prompt_limit(self.config, context_length)
+        limit, reason = prompt_limit(self.config.data, self.config.rollout, context_length)
         keep = (tokens.lengths > 0) & (tokens.lengths <= limit)
         for place in np.flatnonzero(~keep).tolist():
             length = int(tokens.lengths[place])
@@ -64,7 +64,7 @@ class PromptSet:
         self.num_rows = len(self._kept)
         self.longest_prompt = int(tokens.lengths[self._places].max())
 
-    def _written(self, tokenizer: Any, bad: BadRows, read: list[int]) -> Iterator[tuple[str, bool]]:
+    def _written(self, tokenizer: Tokenizer, bad: BadRows, read: list[int]) -> Iterator[tuple[str, bool]]:
         """What the tokenizer gets of each good row, and whether the template wrote it."""
         for number, row in enumerate(self._rows.rows):
             try:
@@ -93,11 +93,11 @@ class PromptSet:
             return text
         return without_reply(text)
 
-    def column(self, name: str) -> list[Any]:
+    def column(self, name: str) -> list[object]:
         """The cells of a column, of the rows in use."""
         return [self._rows.rows[number][name] for number in self._kept.tolist()]
 
-    def row(self, place: int) -> tuple[int, Text, np.ndarray, dict[str, Any]]:
+    def row(self, place: int) -> tuple[int, Text, np.ndarray, dict[str, object]]:
         """Row in the file (from 0), text, tokens and columns of row `place` of those in use."""
         number = int(self._kept[place])
         row = self._rows.rows[number]
@@ -135,7 +135,7 @@ class PromptSource:
     """
 
     def __init__(
-        self, sets: Sequence[LoadedSet[PolicyGradientConfig]], config: PolicyGradientConfig, tokenizer: Any, *,
+        self, sets: Sequence[LoadedSet[PolicyGradientConfig]], config: PolicyGradientConfig, tokenizer: Tokenizer, *,
         context_length: int, role: str,
     ) -> None:
         self.sets = [PromptSet(loaded, tokenizer, context_length=context_length) for loaded in sets]
@@ -147,18 +147,20 @@ class PromptSource:
         self._starts = np.cumsum([0, *(one.num_rows for one in self.sets)])
         self._role, self._seed = role, config.seed
         self._num_samples = config.eval.num_samples if role == EVAL else config.rollout.group_size
-        self._order = _order(self.sets, config) if role == TRAIN else None  # none: every set once, in its order
+        self._order = None  # every set once, in its order
+        if role == TRAIN:
+            self._order = _order(self.sets, seed=config.seed, shuffle=config.data.shuffle)
 
     @classmethod
     def from_config(
-        cls, config: PolicyGradientConfig, tokenizer: Any, *, context_length: int, prompts: Prompts | None = None
+        cls, config: PolicyGradientConfig, tokenizer: Tokenizer, *, context_length: int, prompts: Prompts | None = None
     ) -> PromptSource:
         """The prompts to train on: `data.train`, or `prompts` in its place. UserError says what is wrong, and where."""
         return cls(read_sets(config, TRAIN, prompts), config, tokenizer, context_length=context_length, role=TRAIN)
 
     @classmethod
     def for_eval(
-        cls, config: PolicyGradientConfig, tokenizer: Any, *, context_length: int, prompts: Prompts | None = None
+        cls, config: PolicyGradientConfig, tokenizer: Tokenizer, *, context_length: int, prompts: Prompts | None = None
     ) -> PromptSource:
         """The prompts to evaluate on: `eval.data`, or `prompts`; in the file's order, with the same seeds each time."""
         return cls(read_sets(config, EVAL, prompts), config, tokenizer, context_length=context_length, role=EVAL)
@@ -177,11 +179,11 @@ class PromptSource:
         return [line for one in self.sets for line in one.warnings()]
 
 
-def _order(sets: Sequence[PromptSet], config: PolicyGradientConfig) -> MixedOrder:
-    orders = [EpochOrder(one.num_rows, seed=config.seed, shuffle=config.data.shuffle, name=one.data_set.name,
+def _order(sets: Sequence[PromptSet], *, seed: int, shuffle: bool) -> MixedOrder:
+    orders = [EpochOrder(one.num_rows, seed=seed, shuffle=shuffle, name=one.data_set.name,
                          curriculum=_curriculum(one)) for one in sets]
     weights = [one.data_set.weight for one in sets]
-    return MixedOrder(orders, weights, seed=config.seed, shuffle=config.data.shuffle)
+    return MixedOrder(orders, weights, seed=seed, shuffle=shuffle)
 
 
 def _curriculum(one: PromptSet) -> tuple[str, np.ndarray] | None:

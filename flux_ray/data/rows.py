@@ -3,7 +3,7 @@
 Takes:  the rows of a reader (files.py), one at a time.
 Gives:  Rows: the source's name, its columns, and a Table of plain dicts that all have every column (None where a row
         had none); BadCell and BadRows, for whoever reads a row's cells.
-Knows:  a column's name may be a way into a nested one, by dots.
+Knows:  a column's name may be a path into a nested column: `reward_model.ground_truth`.
 Never:  looks into a column: what a prompt or a completion must be is said by prompts.py and sft.py.
 """
 
@@ -12,7 +12,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 
@@ -20,7 +19,7 @@ from flux_ray.errors import UserError, unknown
 
 log = logging.getLogger(__name__)
 
-Row = dict[str, Any]
+Row = dict[str, object]
 
 
 @dataclass(frozen=True)
@@ -37,24 +36,22 @@ class FileBegins:
     name: str
 
 
-class Table(Sequence[Row]):
+class Table:
     """Rows as tuples under one set of names: a dict for each would take several times the memory.
 
     derived: columns that are made from a row whenever it is asked for.
     """
 
-    def __init__(self, columns: tuple[str, ...], cells: list[tuple[Any, ...]],
-                 derived: dict[str, Callable[[Row], Any]] | None = None) -> None:
+    def __init__(self, columns: tuple[str, ...], cells: list[tuple[object, ...]],
+                 derived: dict[str, Callable[[Row], object]] | None = None) -> None:
         self._columns, self._cells, self._derived = columns, cells, derived or {}
 
     def __len__(self) -> int:
         return len(self._cells)
 
-    def __getitem__(self, number: Any) -> Any:
-        if isinstance(number, slice):
-            return [self[i] for i in range(*number.indices(len(self)))]
+    def __getitem__(self, number: int) -> Row:
         cells = self._cells[number]
-        row = dict(zip(self._columns, cells, strict=False))  # a row that came before a column lacks its cell
+        row: Row = dict(zip(self._columns, cells, strict=False))  # a row that came before a column lacks its cell
         for name in self._columns[len(cells):]:
             row[name] = None
         for name, make in self._derived.items():
@@ -64,7 +61,7 @@ class Table(Sequence[Row]):
     def __iter__(self) -> Iterator[Row]:
         return (self[number] for number in range(len(self)))
 
-    def having(self, derived: dict[str, Callable[[Row], Any]]) -> Table:
+    def having(self, derived: dict[str, Callable[[Row], object]]) -> Table:
         """The same rows with further columns."""
         return Table(self._columns, self._cells, {**self._derived, **derived})
 
@@ -99,7 +96,7 @@ class Rows:
         UserError where there is no row at all.
         """
         columns: dict[str, int] = {}
-        cells: list[tuple[Any, ...]] = []
+        cells: list[tuple[object, ...]] = []
         numbers: list[int] = []
         broken: list[Broken] = []
         files: list[tuple[int, str]] = []
@@ -137,7 +134,7 @@ class Rows:
             nested = nested_names(self.rows[0]) if "." in column else []
             raise UserError(f"{self.source}: {unknown('column', column, [*self.columns, *nested])} ({key} names it)")
 
-    def having(self, **derived: Callable[[Row], Any]) -> Rows:
+    def having(self, **derived: Callable[[Row], object]) -> Rows:
         """With further columns, each made from the row."""
         names = tuple(dict.fromkeys([*self.columns, *derived]))
         return replace(self, columns=names, rows=self.rows.having(derived))
@@ -147,7 +144,7 @@ class Rows:
         return replace(self, rows=self.rows.part(chosen.tolist()), numbers=self.numbers[chosen])
 
     def reaching(self, column: str) -> Rows:
-        """With a column of that name where it is a way into a nested one that some row has: `reward_model.truth`.
+        """With a column of that name where it is a path (`reward_model.truth`) that leads to a value in some row.
 
         A column that has dots in its own name stays what it is.
         """
@@ -158,14 +155,14 @@ class Rows:
         return self.having(**{column: lambda row: inside(row, column)})
 
 
-def inside(row: Row, way: str) -> Any:
-    """What lies at the end of a way through nested mappings and lists; None where it leads nowhere.
+def inside(row: Row, path: str) -> object:
+    """The value at a path through nested mappings and lists; None where there is none.
 
     >>> inside({"reward_model": {"truth": ["4", "four"]}}, "reward_model.truth.1")
     'four'
     """
-    value: Any = row
-    for name in way.split("."):
+    value: object = row
+    for name in path.split("."):
         if isinstance(value, dict):
             value = value.get(name)
         elif isinstance(value, list) and name.isdecimal():
@@ -176,7 +173,7 @@ def inside(row: Row, way: str) -> Any:
 
 
 def nested_names(row: Row, prefix: str = "") -> list[str]:
-    """The ways to everything in a row's nested mappings.
+    """The paths to all that a row's nested mappings hold.
 
     >>> nested_names({"a": 1, "b": {"c": {"d": 2}}})
     ['b.c', 'b.c.d']
@@ -189,7 +186,7 @@ def nested_names(row: Row, prefix: str = "") -> list[str]:
 
 
 class BadCell(Exception):
-    """What is wrong with one cell (of `column`, where it isn't the one being read); `BadRows` knows file and row."""
+    """One cell is bad. `column`: where it isn't the one being read. `BadRows` adds the file and the row."""
 
     def __init__(self, why: str, column: str | None = None) -> None:
         super().__init__(why)

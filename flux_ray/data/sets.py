@@ -54,20 +54,20 @@ class LoadedSet(Generic[C]):
     rows: Rows
 
 
-def train_sets(config: C, source: Any = None) -> list[DataSet[C]]:
+def train_sets(config: C, source: object = None) -> list[DataSet[C]]:
     """The sets of `data.train`, or `source` in their place. UserError names what is wrong with them."""
     return _sets(source, config.data.train, "data.train", config, {})
 
 
-def eval_sets(config: C, source: Any = None) -> list[DataSet[C]]:
-    """The sets of `eval.data`, of `source`, or (eval.share) those of data.train, for what is held out of them."""
+def eval_sets(config: C, source: object = None) -> list[DataSet[C]]:
+    """The sets of `source`, else of `eval.data`, else (eval.share) of data.train, which holds a share of them out."""
     if source is None and config.eval.data is None and config.eval.share:
         return train_sets(config)
-    of_eval = {"split": config.eval.split, "max_rows": config.eval.max_rows}
+    of_eval: Row = {"split": config.eval.split, "max_rows": config.eval.max_rows}
     return _sets(source, config.eval.data, "eval.data", config, of_eval)
 
 
-def read_sets(config: C, role: str, source: Any = None, *, column: str | None = None) -> list[LoadedSet[C]]:
+def read_sets(config: C, role: str, source: object = None, *, column: str | None = None) -> list[LoadedSet[C]]:
     """The sets with their rows. UserError says what is wrong, and where.
 
     column: where a text without columns lies (none: data.prompt_column).
@@ -94,7 +94,7 @@ def _with_answer(rows: Rows, data: DataConfig, of_the_run: DataConfig) -> Rows:
     return rows.having(**{of_the_run.answer_column: lambda row: row[own]})
 
 
-def map_paths(given: Any, change: Callable[[str], str | None]) -> Any:
+def map_paths(given: object, change: Callable[[str], str | None]) -> object:
     """What `data.train` or `eval.data` is with every path in it changed."""
     if isinstance(given, str):
         return change(given)
@@ -107,7 +107,7 @@ def map_paths(given: Any, change: Callable[[str], str | None]) -> Any:
     return {name: map_paths(one, change) for name, one in given.items()}
 
 
-def _sets(source: Any, configured: Any, key: str, config: C, base: dict[str, Any]) -> list[DataSet[C]]:
+def _sets(source: object, configured: object, key: str, config: C, base: Row) -> list[DataSet[C]]:
     """The sets of `source`, or (None) of what the config has under `key`. What is no name is rows in memory."""
     given = configured if source is None else source
     if source is not None and not isinstance(source, (str, Mapping)):
@@ -121,7 +121,7 @@ def _sets(source: Any, configured: Any, key: str, config: C, base: dict[str, Any
     return [_one(str(name), value, f"{key}.{name}", config, base) for name, value in given.items()]
 
 
-def _one(name: str, given: Any, key: str, config: C, base: dict[str, Any]) -> DataSet[C]:
+def _one(name: str, given: object, key: str, config: C, base: Row) -> DataSet[C]:
     if name and not NAME.fullmatch(name):
         raise UserError(f"{key}: the name of a set has letters, digits, '_', '-' and '.' alone")
     options = dict(given) if isinstance(given, Mapping) else {PATH: given}
@@ -133,12 +133,12 @@ def _one(name: str, given: Any, key: str, config: C, base: dict[str, Any]) -> Da
         raise UserError(f"{key}.{WEIGHT} must be a number > 0, got {weight!r}")
     if weight != 1.0 and key.startswith("eval.data"):
         raise UserError(f"{key}.{WEIGHT}={weight}: an evaluation takes every prompt once")
-    scored_by = _with_rewards(config, rewards, key)
+    scored_by = _scored_by(config, rewards, key)
     paths = [Path(one) for one in path] if isinstance(path, list) else path
-    return DataSet(name, paths, _configured(scored_by, {**base, **options}, key), float(weight), tuple(rewards))
+    return DataSet(name, paths, _configured(config, {**base, **options}, key), float(weight), scored_by)
 
 
-def _configured(config: C, options: dict[str, Any], key: str) -> C:
+def _configured(config: C, options: Row, key: str) -> C:
     """The config with these options of `data`. UserError for one that a set hasn't, or a wrong value."""
     known = {field.name for field in dataclasses.fields(config.data)} - set(OF_THE_RUN)
     for name in options:
@@ -153,25 +153,19 @@ def _configured(config: C, options: dict[str, Any], key: str) -> C:
         raise UserError(f"{key}: {error}") from error
 
 
-def _with_rewards(config: C, rewards: Any, key: str) -> C:
-    """The config with the functions of that set alone. UserError for one that isn't among the run's."""
+def _scored_by(config: EvaluatedConfig, rewards: object, key: str) -> tuple[str, ...]:
+    """The names of the set's own functions. UserError for one that isn't among the run's."""
     if not rewards:
-        return config
+        return ()
     if not isinstance(config, PolicyGradientConfig):
         raise UserError(f"{key}.{REWARDS}: algo.name={config.algo.name} scores nothing: leave it out")
-    reward = config.reward
-    names = [reward_name(function) for function in reward.functions]
+    names = [reward_name(function) for function in config.reward.functions]
     if not isinstance(rewards, list) or not all(isinstance(name, str) for name in rewards):
         raise UserError(f"{key}.{REWARDS} must be a list of functions' names, got {rewards!r}")
     for name in rewards:
         if name not in names:
             raise UserError(f"{key}.{REWARDS}: {unknown('reward', name, names)} (reward.functions names them all)")
-    weights = reward.weights or [1.0] * len(names)
-    kept = [i for i, name in enumerate(names) if name in rewards]
-    options = {name: value for name, value in reward.options.items() if name in rewards}
-    return configs.changed(config, {
-        "reward.functions": [reward.functions[i] for i in kept], "reward.weights": [weights[i] for i in kept],
-        "reward.options": options})
+    return tuple(rewards)
 
 
 def _part(rows: Rows, config: EvaluatedConfig, *, held_out: bool) -> Rows:

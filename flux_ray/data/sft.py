@@ -10,11 +10,10 @@ Never:  weighs the loss: the aggregation (`loss_weights`) belongs to the batch, 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
 
 import numpy as np
 
-from flux_ray.config import DataConfig, SFTConfig
+from flux_ray.config import DataConfig, ExampleDataConfig, SFTConfig
 from flux_ray.data.chat import checked_messages, row_kwargs, with_system
 from flux_ray.data.encode import Text, checked_text, prompt_text
 from flux_ray.data.examples import Example, Limits, as_example, check_examples, encode_examples, turns
@@ -25,6 +24,7 @@ from flux_ray.data.rows import BadCell, BadRows, Row, Rows
 from flux_ray.data.sets import EVAL, TRAIN, LoadedSet, read_sets
 from flux_ray.data.tokens import Tokens
 from flux_ray.errors import UserError
+from flux_ray.hugging_face import Tokenizer
 from flux_ray.model.vocabulary import vocabulary_size
 from flux_ray.records import Sample
 
@@ -35,17 +35,17 @@ ALL = "all"  # data.learn_turns: every turn of the assistant's
 class SftSource:
     """Samples by step: `source.batch(0, 128)`, `source.batch(1, 128)` … without end, epoch after epoch.
 
-    What is learned is told by the columns, in this order: the completion column (after the prompt column); `messages`
-    (the last one, which must be the assistant's, after the others; data.learn_turns=all: every one of its); `text`
-    (all of it).
+    The first of these columns that is there is learned: the completion column (after the prompt column); `messages`
+    (its last message, which must be the assistant's, after the others; data.learn_turns=all: each of the assistant's);
+    `text` (all of it).
     num_rows: samples; num_skipped: bad rows left out; source: as for PromptSource.
     """
 
     def __init__(
-        self, sets: Sequence[LoadedSet[SFTConfig]], config: SFTConfig, tokenizer: Any, *, context_length: int,
+        self, sets: Sequence[LoadedSet[SFTConfig]], config: SFTConfig, tokenizer: Tokenizer, *, context_length: int,
         shuffle: bool,
     ) -> None:
-        check_examples(tokenizer, config)
+        check_examples(tokenizer, config.data)
         read = [_Samples(loaded, tokenizer, context_length=context_length) for loaded in sets]
         self._tokens = Tokens.joined([one.tokens for one in read])
         self._learned = np.concatenate([one.learned for one in read])
@@ -60,7 +60,7 @@ class SftSource:
 
     @classmethod
     def from_config(
-        cls, config: SFTConfig, tokenizer: Any, *, context_length: int, rows: list[Row] | str | None = None
+        cls, config: SFTConfig, tokenizer: Tokenizer, *, context_length: int, rows: list[Row] | str | None = None
     ) -> SftSource:
         """The rows of `data.train`, or `rows` (a path or dicts). UserError says what is wrong, and where."""
         sets = read_sets(config, TRAIN, rows, column=TEXT_COLUMN)
@@ -68,7 +68,7 @@ class SftSource:
 
     @classmethod
     def for_eval(
-        cls, config: SFTConfig, tokenizer: Any, *, context_length: int, rows: list[Row] | str | None = None
+        cls, config: SFTConfig, tokenizer: Tokenizer, *, context_length: int, rows: list[Row] | str | None = None
     ) -> SftSource:
         """The rows of `eval.data`, or `rows`, in the file's order."""
         sets = read_sets(config, EVAL, rows, column=TEXT_COLUMN)
@@ -96,9 +96,9 @@ class SftSource:
 class _Samples:
     """The samples of one set: their tokens, and which of all these are learned."""
 
-    def __init__(self, loaded: LoadedSet[SFTConfig], tokenizer: Any, *, context_length: int) -> None:
+    def __init__(self, loaded: LoadedSet[SFTConfig], tokenizer: Tokenizer, *, context_length: int) -> None:
         self._rows, self.name, config = loaded.rows, loaded.data_set.name, loaded.data_set.config
-        column, self._read = _reader(self._rows, config, tokenizer)
+        column, self._read = _reader(self._rows, config.data, tokenizer)
         self._bad = BadRows(self._rows, column, config.data.on_bad_row)
         self._of_row: list[int] = []   # the row of each sample
         limits = Limits(context_length, vocabulary_size(config.model.path))
@@ -129,16 +129,15 @@ class _Samples:
 
 
 def _counted(numbers: list[int]) -> Iterable[int]:
-    """What the list has at 0, 1, 2 … by the time that it is asked for: it grows meanwhile."""
+    """The items of a list that grows while it is read."""
     place = 0
     while True:
         yield numbers[place]
         place += 1
 
 
-def _reader(rows: Rows, config: SFTConfig, tokenizer: Any) -> tuple[str, Callable[[Row], list[Example]]]:
+def _reader(rows: Rows, data: ExampleDataConfig, tokenizer: Tokenizer) -> tuple[str, Callable[[Row], list[Example]]]:
     """The column that errors name, and what makes the examples of a row."""
-    data = config.data
     if data.completion_column in rows.columns:
         rows.require(data.prompt_column, "data.prompt_column")
         return data.completion_column, lambda row: [
@@ -151,7 +150,7 @@ def _reader(rows: Rows, config: SFTConfig, tokenizer: Any) -> tuple[str, Callabl
         return TEXT_COLUMN, lambda row: [Example.of_text(checked_text(row[TEXT_COLUMN]))]
     if {CHOSEN, REJECTED} <= set(rows.columns):
         raise UserError(f"{rows.source}: preference pairs ({CHOSEN}, {REJECTED}) are for algo=dpo, ipo, cdpo or "
-                        f"reward_model: algo.name={config.algo.name} learns completions")
+                        "reward_model: algo.name=sft learns completions")
     raise UserError(
         f"{rows.source}: nothing to learn from: no column {data.completion_column!r} (data.completion_column), "
         f"{MESSAGES!r} or {TEXT_COLUMN!r} (columns: {', '.join(rows.columns)})"
@@ -165,7 +164,7 @@ def _prompt(row: Row, data: DataConfig) -> Text:
         raise BadCell(str(error), column=data.prompt_column) from error
 
 
-def completion_text(value: Any) -> str:
+def completion_text(value: object) -> str:
     """The completion's text; a message of the assistant's, alone or in a list, is its content."""
     value = as_chat(value)
     if not isinstance(value, list):
@@ -176,7 +175,7 @@ def completion_text(value: Any) -> str:
     return checked_text(messages[0]["content"])
 
 
-def _messages(value: Any, data: DataConfig) -> list[dict[str, Any]]:
+def _messages(value: object, data: DataConfig) -> list[dict[str, object]]:
     value = as_chat(value)
     if not isinstance(value, list):
         raise BadCell(f"must be a list of messages, got {type(value).__name__}")

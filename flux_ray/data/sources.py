@@ -14,7 +14,6 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 from flux_ray.data.files import MOST_SHOWN, format_of, known_formats, read_file
 from flux_ray.data.rows import Broken, FileBegins, Row, Rows, first_line
@@ -29,7 +28,7 @@ IN_MEMORY = "prompts in memory"
 
 
 def load_rows(
-    source: str | Path | Sequence[Any],
+    source: str | Path | Sequence[object],
     *,
     split: str,
     max_rows: int | None,
@@ -55,7 +54,7 @@ def load_rows(
     return Rows.from_dicts(name, _first(rows, max_rows), on_bad_row=on_bad_row)
 
 
-def _paths_of(source: Any) -> list[str] | None:
+def _paths_of(source: object) -> list[str] | None:
     """The paths that a source names; None for rows in memory."""
     if isinstance(source, (str, Path)):
         return [str(source)]
@@ -64,7 +63,7 @@ def _paths_of(source: Any) -> list[str] | None:
     return None
 
 
-def _in_memory(items: Iterable[Any], column: str) -> Iterator[Row]:
+def _in_memory(items: Iterable[object], column: str) -> Iterator[Row]:
     for number, item in enumerate(items, start=1):
         row = {column: item} if isinstance(item, str) else item
         if not isinstance(row, dict):

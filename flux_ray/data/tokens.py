@@ -10,20 +10,24 @@ Never:  cuts a text off.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TypeVar
 
 import numpy as np
 
 from flux_ray.data.rows import BadCell
 from flux_ray.errors import UserError
+from flux_ray.hugging_face import Tokenizer
 
 CHUNK = 8192  # texts that the tokenizer gets at once: many enough for its threads, few enough to hold
 PROBE = "4"  # a text whose ids show what a tokenizer adds to one
 ANCHORS = ("\n", ":", ".", "a")  # after which a text is encoded as one that goes on
 
 
-class Tokens(Sequence[np.ndarray]):
+T = TypeVar("T")
+
+
+class Tokens:
     """Token ids (T,) int32 of each text, one after another in one array: a list of arrays would take twice as much.
 
     >>> tokens = Tokens.of([[5, 6], [], [7]])
@@ -50,7 +54,10 @@ class Tokens(Sequence[np.ndarray]):
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def __getitem__(self, number: Any) -> Any:
+    def __iter__(self) -> Iterator[np.ndarray]:
+        return (self[number] for number in range(len(self)))
+
+    def __getitem__(self, number: int) -> np.ndarray:
         end = self._ends[number]
         return self.flat[end - self.lengths[number] : end]
 
@@ -63,7 +70,7 @@ class Tokens(Sequence[np.ndarray]):
         return list(zip(texts.tolist(), self.flat[places[firsts]].tolist(), strict=True))
 
 
-def encode_starts(tokenizer: Any, texts: Iterable[tuple[str, bool]]) -> Tokens:
+def encode_starts(tokenizer: Tokenizer, texts: Iterable[tuple[str, bool]]) -> Tokens:
     """Ids of what a sequence begins with: a text, and whether a template has written its special tokens already.
 
     The others begin with the tokenizer's own (its BOS), once, be it in the text or not; what it would add at a text's
@@ -80,7 +87,7 @@ def encode_starts(tokenizer: Any, texts: Iterable[tuple[str, bool]]) -> Tokens:
     return Tokens.joined(parts)
 
 
-def encode_continuations(tokenizer: Any, texts: Iterable[str]) -> Tokens:
+def encode_continuations(tokenizer: Tokenizer, texts: Iterable[str]) -> Tokens:
     """Ids of what follows in a sequence: together with those before, they decode to the two texts.
 
     Many tokenizers put a blank before a text; within a sequence it would be one too many.
@@ -100,7 +107,7 @@ def encode_continuations(tokenizer: Any, texts: Iterable[str]) -> Tokens:
     return Tokens.joined(parts)
 
 
-def special_prefix(tokenizer: Any) -> list[int]:
+def special_prefix(tokenizer: Tokenizer) -> list[int]:
     """The ids that a tokenizer puts before a text by itself.
 
     UserError where text and special tokens can't be told apart.
@@ -112,38 +119,38 @@ def special_prefix(tokenizer: Any) -> list[int]:
     raise UserError(f"the tokenizer {tokenizer.name_or_path!r} encodes a text in another way with its special tokens")
 
 
-def adds_blank(tokenizer: Any) -> bool:
+def adds_blank(tokenizer: Tokenizer) -> bool:
     """Whether it encodes a text that stands alone in another way than one that goes on."""
     return any(_holds(tokenizer, anchor) and _after(tokenizer, anchor, [PROBE]) != _encode(tokenizer, [PROBE])
                for anchor in ANCHORS[:2])
 
 
-def _holds(tokenizer: Any, anchor: str) -> bool:
+def _holds(tokenizer: Tokenizer, anchor: str) -> bool:
     """Whether the anchor leaves tokens of its own behind, before a text that goes on."""
     return bool(_encode(tokenizer, [anchor])[0]) and _after(tokenizer, anchor, [PROBE])[0] is not None
 
 
-def _after(tokenizer: Any, anchor: str, texts: list[str]) -> list[list[int] | None]:
+def _after(tokenizer: Tokenizer, anchor: str, texts: list[str]) -> list[list[int] | None]:
     """Ids of the texts after the anchor's; None where the two have merged."""
     (start,) = _encode(tokenizer, [anchor])
     whole = _encode(tokenizer, [anchor + text for text in texts])
     return [ids[len(start):] if ids[: len(start)] == start else None for ids in whole]
 
 
-def _encode(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+def _encode(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
     if not texts:
         return []
     encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
     return encoded["input_ids"]
 
 
-def _chunks(items: Iterable[Any]) -> Iterable[list[Any]]:
+def _chunks(items: Iterable[T]) -> Iterable[list[T]]:
     rest = iter(items)
     while chunk := list(itertools.islice(rest, CHUNK)):
         yield chunk
 
 
-def not_in_embedding(tokenizer: Any, token_id: int, vocab_size: int) -> BadCell:
+def not_in_embedding(tokenizer: Tokenizer, token_id: int, vocab_size: int) -> BadCell:
     """What is wrong with a text that has such a token."""
     token = tokenizer.convert_ids_to_tokens(token_id)
     return BadCell(f"token {token!r} has id {token_id}, but the model's embedding has {vocab_size} rows (the tokenizer "

@@ -8,9 +8,10 @@ Knows:  an engine that was replaced has the weights of the model's folder: it se
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable, Collection, Sequence
 
-from flux_ray.cluster.group import Actor, Group
+from flux_ray.cluster.group import Actor, ActorDied, ActorError, Group
 from flux_ray.cluster.plan import ENGINE
 from flux_ray.cluster.supervisor import Supervisor
 from flux_ray.protocols import Engine
@@ -84,6 +85,26 @@ class Engines:
         except TimeoutError:
             return False
         return True
+
+    async def abandon_update(self, deadline_s: float) -> None:
+        """A publish broke off: those that live go on with the weights of before, or are ended."""
+        await asyncio.gather(*(self._abandon(index, deadline_s) for index in self.living))
+
+    async def _abandon(self, index: int, deadline_s: float) -> None:
+        actor = self._group[index]
+        with contextlib.suppress(ActorDied):
+            try:
+                is_whole = await actor.call(Engine.abandon_update).within(deadline_s)
+            except (ActorError, TimeoutError):
+                is_whole = False
+            if not is_whole:
+                self.end(index, f"engine {index} had loaded a part of an update that broke off")
+                await self._until_lost(index, actor.incarnation)
+
+    async def _until_lost(self, index: int, incarnation: str) -> None:
+        while index in self.living and self._group[index].incarnation == incarnation:
+            self._changed.clear()
+            await self._changed.wait()
 
     def end(self, index: int, why: str) -> None:
         """It lives and doesn't do what it should: another one is to stand there."""

@@ -92,6 +92,7 @@ class Ranks:
             except Exception as error:
                 if not await self.engines.one_dies(DEATH_SHOWS_S):
                     raise
+                await self.engines.abandon_update(self._config.weights.deadline_s)
                 logging.getLogger(__name__).warning("version %d is published again: %s", version, error)
 
     async def _published(self, version: int, step: int, engines: Sequence[int]) -> bool:

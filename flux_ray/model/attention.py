@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -34,7 +35,7 @@ class _CausalBlocks(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, query_BNTD: Tensor, key_BKTD: Tensor, value_BKTD: Tensor, scale: float) -> Tensor:
+    def forward(ctx: FunctionCtx, query_BNTD: Tensor, key_BKTD: Tensor, value_BKTD: Tensor, scale: float) -> Tensor:
         output_BNTD = _like(query_BNTD)
         kept = []
         for rows, blocks in _blocks(query_BNTD):
@@ -52,7 +53,7 @@ class _CausalBlocks(torch.autograd.Function):
         return output_BNTD
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor | None, ...]:
         query_BNTD, key_BKTD, value_BKTD, output_BNTD, *kept = ctx.saved_tensors
         (dO_BNTD,) = grads
         dQ_BNTD, dK_BKTD, dV_BKTD = _like(query_BNTD), _like(key_BKTD), _like(value_BKTD)
@@ -92,7 +93,7 @@ def causal_blocks(
 
 
 AttentionInterface.register(CAUSAL_BLOCKS, causal_blocks)
-AttentionMaskInterface.register(CAUSAL_BLOCKS, sdpa_mask)  # as for torch's: none where causality alone is meant
+AttentionMaskInterface.register(CAUSAL_BLOCKS, sdpa_mask)  # no mask where it is causal alone
 
 
 def _blocks(query_BNTD: Tensor) -> Iterator[tuple[slice, list[slice]]]:

@@ -17,10 +17,10 @@ import sysconfig
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
 
 
 @dataclass(frozen=True)
@@ -130,14 +130,18 @@ def fused_differentiate(
     return (grad_CV * scale).to(logits_CV.dtype)
 
 
-def _passes(chunk: Tensor) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """(measure, differentiate) for a chunk's rows. A single one isn't compiled: the compiler would make it a program of
-    its own, as it does for the first size and then for all others."""
+#: (measure, differentiate), as they are or compiled.
+Passes = tuple[Callable[..., tuple[Tensor, Tensor, Tensor]], Callable[..., Tensor]]
+
+
+def _passes(chunk: Tensor) -> Passes:
+    """(measure, differentiate) for a chunk. One row alone isn't compiled for: the compiler would make a program for
+    that size, beside the one for the first size and the one for all others."""
     return _compiled() if chunk.is_cuda and len(chunk) > 1 else (measure, differentiate)
 
 
 @functools.cache
-def _compiled() -> tuple[Callable[..., Any], Callable[..., Any]]:
+def _compiled() -> Passes:
     """(measure, differentiate) in few passes over the logits, where there is what Triton builds its launchers with."""
     compilers = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
     headers = Path(sysconfig.get_paths()["include"], "Python.h")
@@ -155,8 +159,8 @@ class _ChunkedLogprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_RH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, rows_N: Tensor, targets_N: Tensor,
-        how: Chunking,
+        ctx: FunctionCtx, hidden_RH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, rows_N: Tensor,
+        targets_N: Tensor, how: Chunking,
     ) -> Tensor:
         result_2N = torch.zeros(2, len(rows_N), dtype=torch.float32, device=hidden_RH.device)
         normalizer_N = torch.empty_like(result_2N[0])
@@ -171,7 +175,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
         return result_2N
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad_logprobs_N, grad_entropy_N = grads[0]
         through_entropy = bool(grad_entropy_N.any())  # not where the entropy is only measured
         hidden_RH, weight_VH, bias_V, rows_N, targets_N, normalizer_N, entropy_N = ctx.saved_tensors

@@ -13,17 +13,19 @@ import json
 import os
 import platform
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict, TypeVar
 
 import torch
 import transformers
 from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as hf_logging
 
 from flux_ray.errors import UserError, unknown
+from flux_ray.hugging_face import Tokenizer
 from flux_ray.model import norm, varlen
 from flux_ray.model.attention import CAUSAL_BLOCKS
 from flux_ray.model.packed import LAYOUTS
@@ -31,10 +33,24 @@ from flux_ray.model.policy import PolicyModel
 from flux_ray.model.score import HEAD, ScoreModel
 from flux_ray.model.traits import EAGER, Traits, traits_of
 
+T = TypeVar("T")
+
 NUM_TRIAL_TOKENS = 8  # enough that a token which sees too much shows, too few to cost anything
 #: Attention that keeps the sequences of one row apart by their borders: torch's, or that of a package of its own.
 VARLEN_KERNELS = (varlen.TORCH_VARLEN, "flash_attention_2", "flash_attention_3")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class Loading(TypedDict):
+    """How `load_policy` and `load_score` open a model that is only read."""
+
+    dtype: torch.dtype
+    attention: NotRequired[str]
+    layout: NotRequired[str]
+
+
+class PolicyLoading(Loading):
+    chunk_tokens: int
 
 
 def resolve_dtype(name: str, device: str) -> torch.dtype:
@@ -146,7 +162,7 @@ def check_score_model(path: str | Path) -> None:
         raise UserError(f"model {str(path)!r} has {config.num_labels} labels: a score is one number")
 
 
-def _ready_to_train(hf: Any, traits: Traits, attention: str, gradient_checkpointing: bool) -> None:
+def _ready_to_train(hf: PreTrainedModel, traits: Traits, attention: str, gradient_checkpointing: bool) -> None:
     try:
         if not traits.own_attention:
             hf.set_attn_implementation(attention)
@@ -160,7 +176,9 @@ def _ready_to_train(hf: Any, traits: Traits, attention: str, gradient_checkpoint
         hf.enable_input_require_grads()
 
 
-def skeleton(path: str | Path, auto_class: Any = transformers.AutoModelForCausalLM, **config: Any) -> Any:
+def skeleton(
+    path: str | Path, auto_class: Any = transformers.AutoModelForCausalLM, **config: object
+) -> PreTrainedModel:
     """The modules of the causal language model at `path`, made from its config alone: no weight takes memory."""
     opened = _open("model", path, transformers.AutoConfig.from_pretrained, **config)
     opened.dtype = None  # some layers refuse to run in another type than a checkpoint's, even without numbers
@@ -179,8 +197,8 @@ def score_traits(path: str | Path, attention: str = "auto") -> Traits:
     """As `policy_traits`, of the model at `path` with a head that scores."""
     with _quiet():
         model = skeleton(path, transformers.AutoModelForSequenceClassification, num_labels=1)
-        head: Any = getattr(model, HEAD, None)
-        if type(head) is not nn.Linear or head.bias is not None:
+        head = getattr(model, HEAD, None)
+        if head is None or type(head) is not nn.Linear or head.bias is not None:
             raise UserError(f"model {str(path)!r} ({model.config.model_type}): its scores don't come from one linear "
                             f"layer {HEAD!r} without a bias over the hidden states: such models are not supported")
         return _heeded(traits_of(model, f"model {str(path)!r}"), path, attention)
@@ -209,7 +227,7 @@ def _heeded(traits: Traits, path: str | Path, attention: str) -> Traits:
     return traits
 
 
-def load_tokenizer(path: str | Path) -> Any:
+def load_tokenizer(path: str | Path) -> Tokenizer:
     """The tokenizer beside a model. UserError (one line) where there is none."""
     return _open("tokenizer", path, transformers.AutoTokenizer.from_pretrained)
 
@@ -218,7 +236,7 @@ def _looks_local(path: str) -> bool:
     return path.startswith((".", "/", "~")) or path.count("/") > 1 or (os.sep != "/" and os.sep in path)
 
 
-def _open(what: str, path: str | Path, opener: Any, **options: Any) -> Any:
+def _open(what: str, path: str | Path, opener: Callable[..., T], **options: object) -> T:
     """`opener(path)`, its many ways to fail turned into one line; a path never becomes a question to the hub."""
     name = os.path.expanduser(str(path))
     folder = Path(name)
@@ -246,14 +264,14 @@ def _adapter(folder: Path) -> str | None:
             "with peft, copy the tokenizer's files there, and name that FOLDER")
 
 
-def _turn_off_dropout(config: Any) -> None:
+def _turn_off_dropout(config: PretrainedConfig) -> None:
     for part in {id(c): c for c in (config, config.get_text_config())}.values():
         for name, value in part.to_dict().items():
             if "drop" in name and isinstance(value, float):
                 setattr(part, name, 0.0)
 
 
-def _check_causal(hf: Any, path: str | Path) -> None:
+def _check_causal(hf: PreTrainedModel, path: str | Path) -> None:
     """UserError for a model in which a token sees those after it."""
     ids = torch.arange(NUM_TRIAL_TOKENS)[None] % hf.config.get_text_config().vocab_size
     half = NUM_TRIAL_TOKENS // 2
@@ -266,7 +284,7 @@ def _check_causal(hf: Any, path: str | Path) -> None:
                         "models are supported")
 
 
-def _layout_for(hf: Any, traits: Traits, layout: str, attention: str) -> tuple[str, str]:
+def _layout_for(hf: PreTrainedModel, traits: Traits, layout: str, attention: str) -> tuple[str, str]:
     """As resolve_layout, with an attention that heeds all that the model asks; where sequences in one row would see one
     another, or the model asks for what the kernels can't do, auto is padded, and a choice a UserError.
     """
@@ -284,7 +302,7 @@ def _layout_for(hf: Any, traits: Traits, layout: str, attention: str) -> tuple[s
     return _layout_for(hf, traits, "padded", attention)
 
 
-def _why_not_in_one_row(hf: Any, traits: Traits, attention: str) -> str | None:
+def _why_not_in_one_row(hf: PreTrainedModel, traits: Traits, attention: str) -> str | None:
     """What the model has that keeps its sequences from being in one row; None where they stay apart there.
 
     Tried on a few tokens: a hybrid model's convolutions and recurrences carry their state over the border, whatever

@@ -1,4 +1,4 @@
-"""Low-rank adapters (LoRA, arXiv 2106.09685): W stays as it was loaded, W + (alpha/rank)·B·A is what computes.
+"""Low-rank adapters (LoRA, arXiv 2106.09685): W stays as loaded, a layer computes with W + (alpha/rank)·B·A.
 
 Takes:  a PolicyModel or a ScoreModel as it was loaded, train.lora.
 Gives:  `adapt` (the factors beside each target; they alone are trained), and its Adapter: what a weight is with them,
@@ -48,7 +48,7 @@ class Factors:
 class Adapter:
     """The factors of one model, by layer."""
 
-    def __init__(self, layers: dict[str, Any], lora: LoraConfig, *, targets: list[str]) -> None:
+    def __init__(self, layers: dict[str, nn.Module], lora: LoraConfig, *, targets: list[str]) -> None:
         self._layers, self._lora, self._targets = layers, lora, targets
 
     def factors(self) -> dict[str, Factors]:
@@ -166,7 +166,7 @@ def _matches(name: str, target: str) -> bool:
     return name == target or name.endswith(f".{target}")
 
 
-def _peft_config(lora: LoraConfig, targets: list[str], *, transposed: bool, **more: Any) -> Any:
+def _peft_config(lora: LoraConfig, targets: list[str], *, transposed: bool, **more: object) -> Any:
     import peft
 
     return peft.LoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets,

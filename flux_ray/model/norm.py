@@ -9,10 +9,9 @@ Never:  changes what a forward gives, not by a bit: it is tried on each norm, an
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
 
 BLOCK_NUMBERS = 1 << 17  # numbers alive at once: half a MiB in fp32, which stays in a core's second-level cache
 
@@ -24,7 +23,7 @@ class _BlockedRMSNorm(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight_H: Tensor, eps: float) -> Tensor:
+    def forward(ctx: FunctionCtx, hidden: Tensor, weight_H: Tensor, eps: float) -> Tensor:
         hidden_RH = hidden.reshape(-1, hidden.shape[-1])
         output_RH = torch.empty_like(hidden_RH)
         inverse_R1 = torch.empty(len(hidden_RH), 1)
@@ -36,7 +35,7 @@ class _BlockedRMSNorm(torch.autograd.Function):
         return output_RH.view(hidden.shape)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight_H, inverse_R1 = ctx.saved_tensors
         hidden_RH, grad_RH = (t.reshape(-1, hidden.shape[-1]) for t in (hidden, grads[0]))
         grad_hidden_RH, grad_weight_H = torch.empty_like(hidden_RH), torch.zeros(hidden.shape[-1])

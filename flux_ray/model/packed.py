@@ -8,10 +8,11 @@ Never:  makes a head's output: those who have a head do.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
 
 from flux_ray.model.lora import Adapter
 from flux_ray.model.varlen import borders_of
@@ -19,25 +20,40 @@ from flux_ray.model.varlen import borders_of
 LAYOUTS = ("padded", "block_diagonal", "varlen")
 
 
+class PackedTokens(Protocol):
+    """A micro-batch (flux_ray/batch), as far as models read it."""
+
+    @property
+    def token_ids_S(self) -> Tensor: ...
+    @property
+    def position_ids_S(self) -> Tensor: ...
+    @property
+    def loss_mask_S(self) -> Tensor: ...
+    @property
+    def lengths_B(self) -> Tensor: ...
+    @property
+    def sample_ids_B(self) -> Tensor: ...
+
+
 class PackedModel(nn.Module):
     """A causal transformers model under one layout. Parameters are named `hf.` + their own names."""
 
-    def __init__(self, hf: nn.Module, *, layout: str) -> None:
+    def __init__(self, hf: PreTrainedModel, *, layout: str) -> None:
         super().__init__()
         assert layout in LAYOUTS, layout
         self.hf = hf
         self.layout = layout
-        self.original_config: Any = hf.config  # what is saved beside the weights
+        self.original_config: PretrainedConfig = hf.config  # what is saved beside the weights
         self.checkpoint_names: dict[str, str] = {}  # of a parameter ► in the checkpoint, where they differ
         self.adapter: Adapter | None = None  # with train.lora, what `adapt` gave
 
-    def hidden_states(self, micro_batch: Any) -> tuple[Tensor, Tensor]:
+    def hidden_states(self, micro_batch: PackedTokens) -> tuple[Tensor, Tensor]:
         """Rows of hidden states (R, H), and the row (S,) of each token. A sequence's rows follow one another."""
         if self.layout == "padded":
             return self._hidden_padded(micro_batch.token_ids_S, micro_batch)
         return self._hidden_flat(micro_batch.token_ids_S, micro_batch)
 
-    def _hidden_padded(self, tokens_S: Tensor, micro_batch: Any) -> tuple[Tensor, Tensor]:
+    def _hidden_padded(self, tokens_S: Tensor, micro_batch: PackedTokens) -> tuple[Tensor, Tensor]:
         """Hidden states of rows padded at their right, and where each flat token lies among them.
 
         Causal attention alone keeps the padding out of every real token's sight, so no mask is given.
@@ -51,10 +67,10 @@ class PackedModel(nn.Module):
         hidden_BLH = self._run(ids_BL.view(num_rows, width))
         return hidden_BLH.flatten(0, 1), rows_S
 
-    def _hidden_flat(self, tokens_S: Tensor, micro_batch: Any) -> tuple[Tensor, Tensor]:
+    def _hidden_flat(self, tokens_S: Tensor, micro_batch: PackedTokens) -> tuple[Tensor, Tensor]:
         """Hidden states of all sequences in one row; attention stays within each of them."""
         lengths_B = micro_batch.lengths_B
-        extra: dict[str, Any] = {}
+        extra: dict[str, object] = {}
         if self.layout == "varlen":
             extra = borders_of(lengths_B, tokens_S.device)
         # Without a mask, transformers reads the borders from position ids that start again, sliding windows included.
@@ -62,5 +78,5 @@ class PackedModel(nn.Module):
         hidden_1SH = self._run(tokens_S[None], position_ids=positions_1S, **extra)
         return hidden_1SH[0], torch.arange(len(tokens_S), device=tokens_S.device)
 
-    def _run(self, ids_BL: Tensor, **extra: Any) -> Tensor:
+    def _run(self, ids_BL: Tensor, **extra: object) -> Tensor:
         return self.hf.base_model(input_ids=ids_BL, use_cache=False, **extra)[0]

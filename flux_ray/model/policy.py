@@ -7,18 +7,17 @@ Never:  makes logits of prompt tokens, or a tensor of all tokens x vocabulary.
 
 from __future__ import annotations
 
-from typing import Any
-
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from flux_ray.model.head import HeadForm, LogprobHead, put_in_place
-from flux_ray.model.packed import PackedModel
+from flux_ray.model.packed import PackedModel, PackedTokens
 
 
 class PolicyModel(PackedModel):
     """A transformers causal language model whose head gives log-probs."""
 
-    def __init__(self, hf: nn.Module, *, layout: str, chunk_tokens: int, head: HeadForm | None = None) -> None:
+    def __init__(self, hf: PreTrainedModel, *, layout: str, chunk_tokens: int, head: HeadForm | None = None) -> None:
         super().__init__(hf, layout=layout)
         put_in_place(hf.get_output_embeddings(), form=head or HeadForm(), chunk_tokens=chunk_tokens)
 
@@ -26,7 +25,9 @@ class PolicyModel(PackedModel):
     def head(self) -> LogprobHead:
         return self.hf.get_output_embeddings()
 
-    def forward(self, micro_batch: Any, *, temperature: float, with_entropy: bool) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, micro_batch: PackedTokens, *, temperature: float, with_entropy: bool
+    ) -> tuple[Tensor, Tensor | None]:
         """((S,) log-probs, (S,) entropy or None), float32, 0 where the micro-batch's loss_mask_S is False.
 
         The head runs even when no position is wanted: under ZeRO-3 every rank must call every module equally often.

@@ -15,10 +15,12 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import GenerationConfig, PretrainedConfig
+
+from flux_ray.hugging_face import Tokenizer
 
 MAX_SHARD_BYTES = 4 * 2**30  # of one weights file: what hubs and loaders are used to
 
@@ -59,8 +61,8 @@ def _fsync(path: Path) -> None:
 
 
 def save_model(
-    folder: str | Path, weights: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]], *, hf_config: Any,
-    tokenizer: Any, generation_config: Any,
+    folder: str | Path, weights: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]], *, hf_config: PretrainedConfig,
+    tokenizer: Tokenizer | None, generation_config: GenerationConfig | None,
 ) -> None:
     """Write the model. `weights` go by their checkpoint names; a tied head is left out by whoever gives them."""
     items = weights.items() if isinstance(weights, Mapping) else weights

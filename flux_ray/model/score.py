@@ -9,12 +9,12 @@ Never:  pools by itself: whoever asks masks the tokens that it wants a score at.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from flux_ray.model.packed import PackedModel
+from flux_ray.hugging_face import Tokenizer
+from flux_ray.model.packed import PackedModel, PackedTokens
 
 HEAD = "score"  # what transformers calls the head of a decoder's sequence classification
 PLACES = ("before", "last")
@@ -31,7 +31,7 @@ class ScoreHead(nn.Linear):
 class ScoreModel(PackedModel):
     """A transformers sequence classification model with one label."""
 
-    def __init__(self, hf: nn.Module, *, layout: str, has_new_head: bool = False) -> None:
+    def __init__(self, hf: PreTrainedModel, *, layout: str, has_new_head: bool = False) -> None:
         super().__init__(hf, layout=layout)
         self.has_new_head = has_new_head
         getattr(hf, HEAD).__class__ = ScoreHead
@@ -40,7 +40,7 @@ class ScoreModel(PackedModel):
     def head(self) -> ScoreHead:
         return getattr(self.hf, HEAD)
 
-    def forward(self, micro_batch: Any, *, at: str) -> Tensor:
+    def forward(self, micro_batch: PackedTokens, *, at: str) -> Tensor:
         """(S,) float32, 0 where the micro-batch's loss_mask_S is False.
 
         at="before": the value of the state in which token i was sampled, read at the token before it (a sequence's
@@ -52,7 +52,7 @@ class ScoreModel(PackedModel):
         scores_N = self.head(hidden_RH, rows_S[wanted_N] - int(at == "before"))
         return scores_N.new_zeros(len(rows_S)).index_copy(0, wanted_N, scores_N)
 
-    def pad_alike(self, tokenizer: Any) -> Any:
+    def pad_alike(self, tokenizer: Tokenizer) -> Tokenizer:
         """The tokenizer to save beside the weights, padding with what the saved config calls padding.
 
         That is the config's own where the model came with its head, else `padding_token`.
@@ -75,7 +75,7 @@ def last_token(token_ids_T: np.ndarray, pad_token_id: int | None) -> int:
     return int(real[-1]) if len(real) else 0
 
 
-def padding_token(tokenizer: Any) -> int | None:
+def padding_token(tokenizer: Tokenizer) -> int | None:
     """A token to pad with that doesn't end texts: the tokenizer's own unless that is the end token.
 
     Were they one, transformers would take the end of a text for padding and read its score one token too early. None

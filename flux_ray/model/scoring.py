@@ -8,11 +8,11 @@ Never:  runs a model.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from torch import Tensor
 
+from flux_ray.model.packed import PackedTokens
 from flux_ray.records import RolloutGroup, Sample
 
 
@@ -24,7 +24,7 @@ def scoring_samples(groups: Sequence[RolloutGroup]) -> list[Sample]:
     ]
 
 
-def per_sample(values: Sequence[Tensor], micro_batches: Sequence[Any], num_samples: int) -> list[np.ndarray]:
+def per_sample(values: Sequence[Tensor], micro_batches: Sequence[PackedTokens], num_samples: int) -> list[np.ndarray]:
     """(S,) values of each micro-batch ► (T,) float32 per sample, in the order the samples were packed from."""
     arrays: list[np.ndarray | None] = [None] * num_samples
     for values_S, micro_batch in zip(values, micro_batches, strict=True):

@@ -10,10 +10,11 @@ import json
 import os
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+
+from flux_ray.hugging_face import Tokenizer
 
 
-def stop_token_ids(model_path: str | None, tokenizer: Any) -> list[int]:
+def stop_token_ids(model_path: str | None, tokenizer: Tokenizer) -> list[int]:
     """Every token that ends a response: the tokenizer's, and those that the model's generation config names (a chat
     model's end of turn, say), or its config where there is no generation config, as transformers takes them. Where a
     policy ends is where its training data, and what a reward model reads, end too.

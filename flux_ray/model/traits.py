@@ -2,14 +2,14 @@
 
 Takes:  a transformers model on the meta device: modules without memory.
 Gives:  Traits: what it asks of its attention, how its head makes logits, under which names its checkpoint keeps it.
-Knows:  how: one forward of the skeleton, with an attention that notes what it is asked, and every operation on the
-        head's output noted. A field of a config counts where the model's own code acts on it, whatever it is called.
+Knows:  one forward of the skeleton tells it: an attention notes what it is asked, and every operation on the head's
+        output is noted. A field of a config counts where the model's own code acts on it, whatever it is called.
 Never:  reads a weight.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from flux_ray.errors import UserError
@@ -52,6 +52,9 @@ HARMLESS = frozenset({"contiguous", "float", "to", "type_as", "__getitem__", "__
 #: one (they do), whether a padding token is among the tokens (it isn't).
 ANSWERS = {"__bool__": True, "item": True, "__contains__": False}
 
+#: What is done to tensors, in its order: a function's name, and its arguments that are no tensors.
+Operations = list[tuple[str, list[object]]]
+
 
 @dataclass(frozen=True)
 class Traits:
@@ -69,7 +72,7 @@ class Traits:
         return sorted({WORDS.get(name, name) for name in self.asks - HEEDS.get(attention, self.asks)})
 
 
-def traits_of(skeleton: Any, name: str) -> Traits:
+def traits_of(skeleton: PreTrainedModel, name: str) -> Traits:
     """UserError, which says `name` and the reason, for a model that can't be trained or served as it computes."""
     kind = skeleton.config.model_type
     if any(_holds_experts(module) for module in skeleton.modules()):
@@ -95,7 +98,7 @@ def _holds_experts(module: nn.Module) -> bool:
     return not is_convolution and any(p.dim() == 3 for p in module.parameters(recurse=False))
 
 
-def checkpoint_names(skeleton: Any, name: str) -> dict[str, str]:
+def checkpoint_names(skeleton: PreTrainedModel, name: str) -> dict[str, str]:
     """Parameter ► its name in a checkpoint, where the two differ. UserError where a tensor itself does."""
     state = {key: tensor.to("meta") for key, tensor in skeleton.state_dict().items()}
     of_tensor = {id(tensor): key for key, tensor in state.items()}
@@ -110,12 +113,13 @@ def checkpoint_names(skeleton: Any, name: str) -> dict[str, str]:
     return names
 
 
-def _trace(skeleton: Any, head: nn.Module | None) -> tuple[frozenset[str], bool, list[tuple[str, list[Any]]]]:
+def _trace(skeleton: PreTrainedModel, head: nn.Module | None) -> tuple[frozenset[str], bool, Operations]:
     """(what attention is asked, whether none of ours is, operations on hidden states behind the body and on logits)."""
     noted: set[str] = set()
     called: list[str] = []
 
-    def note(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **more: Any) -> Any:
+    def note(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+             **more: object) -> tuple[Tensor, None]:
         noted.update(name for name, given in more.items() if given is not None and given is not False)
         if not (getattr(module, "is_causal", True) if more.get("is_causal") is None else more["is_causal"]):
             raise NotImplementedError("its tokens see those after them: only causal models are supported")
@@ -142,7 +146,7 @@ def _trace(skeleton: Any, head: nn.Module | None) -> tuple[frozenset[str], bool,
 
 
 @contextmanager
-def _attention(skeleton: Any, function: Callable[..., Any]) -> Iterator[None]:
+def _attention(skeleton: PreTrainedModel, function: Callable[..., tuple[Tensor, None]]) -> Iterator[None]:
     """While it lasts the skeleton's attention is `function`, and nobody makes a mask."""
     name, before = "noted", skeleton.config._attn_implementation
     AttentionInterface.register(name, function)
@@ -161,7 +165,7 @@ class _Operations(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.seen: list[tuple[str, list[Any]]] = []
+        self.seen: Operations = []
         self._on = False
 
     def begin(self) -> None:
@@ -176,7 +180,8 @@ class _Operations(TorchFunctionMode):
         self.seen.append(("linear", []))
         self._on = True
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(self, func: Callable[..., object], types: object, args: tuple[Any, ...] = (),
+                           kwargs: Mapping[str, object] | None = None) -> object:
         name = func.__name__
         if name in ANSWERS and args[0].device.type == "meta":
             return ANSWERS[name]
@@ -185,7 +190,7 @@ class _Operations(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _head_form(operations: list[tuple[str, list[Any]]], head: Any, name: str) -> HeadForm:
+def _head_form(operations: Operations, head: nn.Linear, name: str) -> HeadForm:
     """From the operations behind the model's body: the head's product, and products with numbers, or one cap."""
     scale, inner, capped, behind = 1.0, 1.0, False, False  # behind: the head's own product has been
     for operation, given in operations:

@@ -21,7 +21,7 @@ from flux_ray.model.traits import WORDS
 TORCH_VARLEN = "torch_varlen"
 LEAST_CAPABILITY = (8, 0)  # Ampere
 MOST_HEAD_DIM, HEAD_DIM_STEP = 256, 8
-CHUNKED = "attention_chunk_size"  # of a model's config: transformers says it in the mask alone, which is none here
+CHUNKED = "attention_chunk_size"  # of a model's config: transformers puts it into the mask alone, and here is no mask
 
 
 def why_not(dtype: torch.dtype) -> str | None:
@@ -33,7 +33,7 @@ def why_not(dtype: torch.dtype) -> str | None:
     return None if dtype in (torch.bfloat16, torch.float16) else f"{str(dtype).removeprefix('torch.')} weights"
 
 
-def borders_of(lengths_B: Tensor, device: torch.device) -> dict[str, Any]:
+def borders_of(lengths_B: Tensor, device: torch.device) -> dict[str, object]:
     """Where the sequences of one row begin and end, as arguments of a transformers model."""
     bounds = nn.functional.pad(lengths_B.cumsum(0), (1, 0)).to(device, torch.int32)
     longest = int(lengths_B.max())
@@ -86,7 +86,7 @@ def by_the_formula(
     return torch.cat(outputs).to(query_TND.dtype)
 
 
-def no_mask(*_: Any, **__: Any) -> None:
+def no_mask(*_: object, **__: object) -> None:
     """The borders say all that a mask would."""
 
 

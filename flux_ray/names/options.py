@@ -99,7 +99,7 @@ def canonical(key: str, *, options: Collection[str]) -> str:
     raise unknown_option(key, options=options)
 
 
-def flatten(values: Mapping[str, Any], *, options: Collection[str]) -> dict[str, Any]:
+def flatten(values: Mapping[str, object], *, options: Collection[str]) -> dict[str, Any]:
     """Nested, dotted and short names, in any mixture, as option ► value.
 
     >>> flatten({"algorithm": "grpo", "algorithm_config": {"epsilon": .3}}, options=["algo.name", "algo.clip_range"])
@@ -122,13 +122,13 @@ def flatten(values: Mapping[str, Any], *, options: Collection[str]) -> dict[str,
 
 
 def refuse_ambiguous(algorithm: str | None, written: Collection[str]) -> None:
-    """UserError where a name that was written means another number elsewhere, for this algorithm."""
+    """UserError for a written name by which other libraries mean another number, for this algorithm."""
     if algorithm == "cispo" and any(name.rpartition(".")[2] == "epsilon_high" for name in written):
         raise UserError("epsilon_high: for cispo some libraries mean the bound itself by it (5 is our 4): "
                         "give algo.clip_range_high, which the bound is 1 above")
 
 
-def _leaves(values: Mapping[str, Any], *, prefix: str, options: Collection[str]) -> Iterator[tuple[str, Any]]:
+def _leaves(values: Mapping[str, object], *, prefix: str, options: Collection[str]) -> Iterator[tuple[str, Any]]:
     sections = {section for option in options for section in sections_of(option)} | set(SECTION_ALIASES)
     for name, value in values.items():
         key = f"{prefix}{name}"

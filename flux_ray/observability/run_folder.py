@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,7 @@ class RunFolder:
                 with (self.path / name).open("rb") as file:
                     os.fsync(file.fileno())
 
-    def append(self, name: str, record: dict[str, Any]) -> None:
+    def append(self, name: str, record: Mapping[str, object]) -> None:
         """One JSON object as one line; what JSON has no number for (nan, inf) becomes null."""
         with (self.path / name).open("a", encoding="utf-8") as file:
             file.write(json.dumps(_plain(record)) + "\n")
@@ -121,13 +122,13 @@ def _keep_steps(file: Path, step: int, *, inclusive: bool) -> None:
     _rewrite(file, kept)
 
 
-def _rewrite(file: Path, records: list[dict[str, Any]]) -> None:
+def _rewrite(file: Path, records: Iterable[Mapping[str, object]]) -> None:
     temporary = file.with_suffix(".tmp")
     temporary.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
     os.replace(temporary, file)
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -21,7 +21,7 @@ from typing import TextIO
 
 log = logging.getLogger(__name__)
 
-EVERY_S = 1.0  # of lines of one kind that may come often, one in this time is shown
+EVERY_S = 1.0  # lines of a kind that comes often: one in this time is shown
 
 #: What a step's line shows: metric, label, format. Absent metrics are left out.
 STEP_COLUMNS = (
@@ -54,7 +54,7 @@ class Terminal:
         self._show(text)
 
     def say_of(self, kind: str, text: str, *, level: int = logging.INFO, in_any_case: bool = False) -> None:
-        """A line of which many may come: the log has them all, the terminal one of its kind a second."""
+        """A line of a kind that comes often: the log gets all of them, the terminal one a second."""
         log.log(level, text)
         now_s = time.monotonic()
         if in_any_case or now_s - self._shown_s.get(kind, -math.inf) >= EVERY_S:

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Unpack
 
 import numpy as np
 import torch
 
 from flux_ray.batch import Serving, pack
 from flux_ray.model import load_policy
+from flux_ray.model.load import PolicyLoading
 from flux_ray.model.scoring import per_sample
 from flux_ray.records import Sample
 
@@ -26,7 +27,8 @@ class Reference:
     """A policy that stays as it was. Calls are served in the order they came; a failed forward fails its callers."""
 
     def __init__(
-        self, path: str | Path, *, device: str, temperature: float, max_tokens_per_forward: int, **loading: Any,
+        self, path: str | Path, *, device: str, temperature: float, max_tokens_per_forward: int,
+        **loading: Unpack[PolicyLoading],
     ) -> None:
         """`loading`: dtype, chunk_tokens, attention, layout, as `load_policy` takes them."""
         self.policy = load_policy(path, **loading)

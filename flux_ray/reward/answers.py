@@ -15,7 +15,6 @@ import re
 import unicodedata
 from collections.abc import Callable
 from fractions import Fraction
-from typing import Any
 
 MAX_NUMBER_CHARS = 64  # a longer run of digits is babble, and Fraction would be slow on it
 MAX_POWER = 400  # of ten
@@ -92,7 +91,7 @@ FRACTION_SIGN = re.compile(r"\\frac(?![A-Za-z])\s*")
 SIMPLE = re.compile(r"\s*[-+]?\s*[\d.,]+\s*")
 
 
-def golds(cell: Any) -> list[str]:
+def golds(cell: object) -> list[str]:
     """The right answers of a cell: any of a list's is right. None, nan and an empty list say nothing.
 
     >>> golds(42), golds(["42", None, "forty-two"]), golds(None)

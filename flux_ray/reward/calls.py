@@ -15,19 +15,22 @@ import functools
 import inspect
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from flux_ray.cluster.group import CallFailed
+from flux_ray.reward.child import Call
 from flux_ray.reward.registry import RewardFunction
 from flux_ray.reward.sandboxed import Late, SandboxedRewards
-from flux_ray.reward.values import BAD_RESULT, RAISED, TIMED_OUT, RewardError, checked, own_arguments
+from flux_ray.reward.values import BAD_RESULT, RAISED, TIMED_OUT, RewardError, Value, checked, own_arguments
 
 #: Columns of the data that a function gets only where it names them: TRL leaves them out.
 LEFT_OUT = frozenset({"prompt", "completion"})
 
 Outcome = tuple[Any, BaseException | None]  # what a call gave, and None; or None, and what it raised
+
+Ask = Callable[[], Awaitable[object]]  # asks a reward model
 
 
 @dataclass(frozen=True)
@@ -35,17 +38,17 @@ class Arguments:
     """The keyword arguments of a call for `size` samples: what all have alike, lists of that length, TRL's own."""
 
     size: int
-    same: dict[str, Any]
-    each: dict[str, list[Any]]
-    state: dict[str, Any]  # trainer_state's fields
+    same: Mapping[str, object]
+    each: Mapping[str, Sequence[object]]
+    state: Mapping[str, object]  # trainer_state's fields
     logged: dict[str, float] = field(default_factory=dict)  # by log_metric
 
     def of_sample(self, sample: int) -> Arguments:
         return replace(self, size=1, each={name: values[sample : sample + 1] for name, values in self.each.items()})
 
     @property
-    def named(self) -> dict[str, Any]:
-        """What is neither."""
+    def named(self) -> dict[str, object]:
+        """TRL's own arguments."""
         return own_arguments(self.state, self.logged)
 
 
@@ -56,8 +59,8 @@ class Caller:
         self._answered: Counter[str] = Counter()  # calls of each reward model
 
     async def call(
-        self, function: RewardFunction, arguments: Arguments, *, where: str, model: Callable[[], Any] | None = None
-    ) -> list[Any]:
+        self, function: RewardFunction, arguments: Arguments, *, where: str, model: Ask | None = None
+    ) -> list[Value]:
         """The function's values, checked. RewardError says what went wrong; `where` names the prompt in it.
 
         `model`: asks the reward model that the function is. Where a function raises over the samples together, it is
@@ -93,7 +96,7 @@ class Caller:
 
     async def _in_child(self, function: RewardFunction, arguments: Arguments, who: str) -> Outcome:
         takes = functools.partial(_takes, function)
-        payload = {
+        payload: Call = {
             "reference": function.reference, "size": arguments.size, "who": who, "state": arguments.state,
             "same": {name: value for name, value in arguments.same.items() if takes(name)},
             "each": {name: values for name, values in arguments.each.items() if takes(name)},
@@ -108,7 +111,7 @@ class Caller:
         arguments.logged.update(told["logged"])
         return told["values"], None
 
-    async def _of_model(self, name: str, ask: Callable[[], Any]) -> Outcome:
+    async def _of_model(self, name: str, ask: Ask) -> Outcome:
         """It answers in the order in which it was asked: as long as it answers, a call waits its turn."""
         asking = asyncio.ensure_future(_outcome_of(ask))
         late = False
@@ -142,14 +145,14 @@ def _said(error: BaseException) -> str:
     return f"{error.name}: {error.text}" if isinstance(error, CallFailed) else f"{type(error).__name__}: {error}"
 
 
-async def _outcome_of(ask: Callable[[], Any]) -> Outcome:
+async def _outcome_of(ask: Ask) -> Outcome:
     try:
         return await ask(), None
     except Exception as error:
         return None, error
 
 
-def _in_thread(call: Callable[[], Any]) -> asyncio.Future[Outcome]:
+def _in_thread(call: Callable[[], object]) -> asyncio.Future[Outcome]:
     """A future of the call's outcome. The thread is a daemon: one that hangs must not keep the process from ending."""
     loop = asyncio.get_running_loop()
     future: asyncio.Future[Outcome] = loop.create_future()
@@ -170,7 +173,7 @@ def _in_thread(call: Callable[[], Any]) -> asyncio.Future[Outcome]:
     return future
 
 
-def accepted(function: RewardFunction, arguments: Arguments) -> dict[str, Any]:
+def accepted(function: RewardFunction, arguments: Arguments) -> dict[str, object]:
     """The arguments that the function's signature takes, its options among them."""
     same = {name: [value] * arguments.size for name, value in arguments.same.items()}
     given = {**arguments.named, **same, **arguments.each}

@@ -2,7 +2,7 @@
 
 Takes:  the functions' references, plugins, folder and environment; then a call of one function for a group.
 Gives:  `make`, the entry point of the sandbox: signatures, or one value a sample and what was logged.
-Knows:  values are checked here, for whatever a function gives can't travel.
+Knows:  values are checked here, before they travel: a function may give anything.
 """
 
 from __future__ import annotations
@@ -11,17 +11,42 @@ import functools
 import inspect
 import os
 import sys
-from collections.abc import Coroutine
+from collections.abc import Awaitable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from flux_ray.cluster.functions import unpack
 from flux_ray.plugins import hand_over, load_plugins
 from flux_ray.reward.registry import Function, function_of, signature_of
-from flux_ray.reward.values import RewardError, checked, own_arguments
+from flux_ray.reward.values import RewardError, Value, checked, own_arguments
 from flux_ray.sandbox.child import Ask, Handler
 
-Told = dict[str, Any]
+
+class Call(TypedDict):
+    """A call of one function for `size` samples."""
+
+    reference: str
+    size: int
+    who: str  # for messages
+    same: dict[str, object]  # arguments of which each sample gets a copy
+    each: dict[str, Sequence[object]]
+    state: Mapping[str, object]  # trainer_state's fields
+    named: list[str]  # what it takes of `own_arguments`
+    options: dict[str, object]
+
+
+class Told(TypedDict, total=False):
+    """What a call gave: values and what was logged, or what is wrong with the values."""
+
+    values: list[Value]
+    logged: dict[str, float]
+    wrong: str
+
+
+class ToldSignature(TypedDict):
+    parameters: list[tuple[str, int, bool]]  # name, kind, whether it has a default
+    is_async: bool
+    is_shaping: bool
 
 
 def make(
@@ -37,7 +62,7 @@ def make(
         hand_over(unpack(packed), name=name)
     function = functools.cache(function_of)  # a child imports what it calls
 
-    def handle(payload: dict[str, Any] | None, ask: Ask) -> Told | Coroutine[Any, Any, Told]:
+    def handle(payload: Call | None, ask: Ask) -> dict[str, ToldSignature] | Told | Awaitable[Told]:
         if payload is None:
             return {reference: _signature(function(reference), reference) for reference in references}
         return _call(function(payload["reference"]), payload)
@@ -45,16 +70,17 @@ def make(
     return handle
 
 
-def _signature(call: Function, reference: str) -> Told:
+def _signature(call: Function, reference: str) -> ToldSignature:
     signature = signature_of(call, reference)
-    parameters = [[p.name, int(p.kind), p.default is not p.empty] for p in signature.parameters.values()]
+    parameters = [(p.name, int(p.kind), p.default is not p.empty) for p in signature.parameters.values()]
     return {"parameters": parameters, "is_async": signature.is_async, "is_shaping": signature.is_shaping}
 
 
-def _call(call: Function, payload: dict[str, Any]) -> Told | Coroutine[Any, Any, Told]:
-    size: int = payload["size"]
+def _call(call: Function, payload: Call) -> Told | Awaitable[Told]:
+    size = payload["size"]
     logged: dict[str, float] = {}
-    given = {name: [value] * size for name, value in payload["same"].items()} | payload["each"]
+    given: dict[str, object] = {name: [value] * size for name, value in payload["same"].items()}
+    given |= payload["each"]
     named = own_arguments(payload["state"], logged)
     given |= {name: named[name] for name in payload["named"]} | payload["options"]
     result = call(**given)
@@ -63,11 +89,11 @@ def _call(call: Function, payload: dict[str, Any]) -> Told | Coroutine[Any, Any,
     return _told(result, payload, logged)
 
 
-async def _awaited(result: Any, payload: dict[str, Any], logged: dict[str, float]) -> Told:
+async def _awaited(result: Awaitable[object], payload: Call, logged: dict[str, float]) -> Told:
     return _told(await result, payload, logged)
 
 
-def _told(result: Any, payload: dict[str, Any], logged: dict[str, float]) -> Told:
+def _told(result: object, payload: Call, logged: dict[str, float]) -> Told:
     try:
         return {"values": checked(result, payload["size"], payload["who"]), "logged": logged}
     except RewardError as error:

@@ -9,7 +9,7 @@ Never:  trains; scores a text that doesn't fit the model's context.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Unpack
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ import torch
 from flux_ray.batch import Serving, pack
 from flux_ray.config import PolicyGradientConfig
 from flux_ray.errors import UserError
+from flux_ray.hugging_face import Tokenizer
 from flux_ray.model import (
     check_score_model,
     context_length,
@@ -25,6 +26,7 @@ from flux_ray.model import (
     load_tokenizer,
     score_traits,
 )
+from flux_ray.model.load import Loading
 from flux_ray.model.scoring import per_sample
 from flux_ray.names import reward_model_path, reward_name
 from flux_ray.records import FINISH_STOP, Responses, Sample
@@ -34,7 +36,7 @@ class RewardModel:
     """Calls are served in the order they came; a failed forward fails its callers."""
 
     def __init__(
-        self, path: str, *, tokenizer_path: str, device: str, max_tokens_per_forward: int, **loading: Any,
+        self, path: str, *, tokenizer_path: str, device: str, max_tokens_per_forward: int, **loading: Unpack[Loading],
     ) -> None:
         """`tokenizer_path`: the policy's. `loading`: dtype, attention, layout, as `load_score` takes them."""
         self.model = load_score(path, new_head=False, **loading)
@@ -66,9 +68,9 @@ class RewardModel:
         if not isinstance(prompt.text, str) and self._its.chat_template:
             messages = [*prompt.text, {"role": "assistant", "content": responses.texts[i]}]
             text = self._its.apply_chat_template(messages, tokenize=False)
-            return np.array(self._its(text, add_special_tokens=False).input_ids, np.int32)
+            return np.array(self._its(text, add_special_tokens=False)["input_ids"], np.int32)
         text = self._ours.decode(responses.token_ids[i].tolist(), skip_special_tokens=True)
-        ids = list(self._its(text).input_ids)
+        ids = list(self._its(text)["input_ids"])
         end = self._its.eos_token_id
         if responses.finish_reasons[i] == FINISH_STOP and end is not None and ids[-1:] != [end]:
             ids.append(end)
@@ -91,12 +93,12 @@ def _num_tokens(samples: Sequence[Sample]) -> int:
     return sum(sample.num_tokens for sample in samples)
 
 
-def have_same_tokens(one: Any, other: Any) -> bool:
+def have_same_tokens(one: Tokenizer, other: Tokenizer) -> bool:
     """Whether each id means the same text in both tokenizers, special tokens included."""
     return one.get_vocab() == other.get_vocab() and one.eos_token_id == other.eos_token_id
 
 
-def check_reward_models(config: PolicyGradientConfig, tokenizer: Any, *, longest_prompt: int) -> list[str]:
+def check_reward_models(config: PolicyGradientConfig, tokenizer: Tokenizer, *, longest_prompt: int) -> list[str]:
     """A warning for each reward model whose tokenizer isn't the policy's.
 
     UserError for what is no sequence classification model with one label, or has too short a context.

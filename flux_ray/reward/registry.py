@@ -11,11 +11,11 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
-from flux_ray.config import PolicyGradientConfig
+from flux_ray.config import PromptDataConfig, RewardConfig
 from flux_ray.errors import UserError, unknown
 from flux_ray.names import reward_model_path, reward_name
 from flux_ray.plugins import is_handed_over, load_function, same_function
@@ -52,7 +52,7 @@ class RewardFunction:
     call: Function | None    # None: it isn't imported here
     signature: Signature
     weight: float
-    options: dict[str, Any]  # keyword arguments from reward.options.NAME
+    options: dict[str, object]  # keyword arguments from reward.options.NAME
     is_rule: bool            # its `answer` is the configured answer column, whatever that is called
     in_child: bool = True    # called in a child process, for it isn't ours
     is_model: bool = False   # scored by the actors of a reward model, which the worker asks in place of `call`
@@ -99,34 +99,45 @@ def list_rewards() -> list[str]:
     return sorted({*RULES, *_registered})
 
 
+def of_set(reward: RewardConfig, names: Collection[str]) -> RewardConfig:
+    """The section for a data set that is scored by these functions alone (none: by all of them)."""
+    if not names:
+        return reward
+    own = [reward_name(function) for function in reward.functions]
+    kept = [i for i, name in enumerate(own) if name in names]
+    weights = reward.weights or [1.0] * len(own)
+    return replace(reward, functions=[reward.functions[i] for i in kept], weights=[weights[i] for i in kept],
+                   options={name: options for name, options in reward.options.items() if name in names})
+
+
 def load_functions(
-    config: PolicyGradientConfig, signatures: Mapping[str, Signature] = NONE_KNOWN
+    reward: RewardConfig, signatures: Mapping[str, Signature] = NONE_KNOWN
 ) -> tuple[RewardFunction, ...]:
     """The functions that the config names (none: the default). UserError: a name, weight or option is wrong.
 
     `signatures`: of the `unknown_here` ones, as the child that has imported them tells; others are imported here.
     """
-    references = config.reward.scored_by
+    references = reward.scored_by
     names = [reward_name(reference) for reference in references]
     repeated = {name for name in names if names.count(name) > 1}
     if repeated:
         raise UserError(f"reward.functions names {sorted(repeated)[0]!r} twice: their metrics would fall together")
-    weights = config.reward.weights or [1.0] * len(names)
+    weights = reward.weights or [1.0] * len(names)
     if len(weights) != len(names):
         raise UserError(f"reward.weights has {len(weights)} values for {len(names)} functions ({', '.join(names)})")
-    for name in config.reward.options:
+    for name in reward.options:
         if name not in names:
             raise UserError(f"reward.options: {unknown('function', name, names)}")
     functions = []
     for reference, weight in zip(references, weights, strict=True):
-        options = dict(config.reward.options.get(reward_name(reference)) or {})
+        options = dict(reward.options.get(reward_name(reference)) or {})
         function = _load(reference, signatures.get(reference), float(weight), options)
         _check_options(function)
         functions.append(function)
     return tuple(functions)
 
 
-def _load(reference: str, known: Signature | None, weight: float, options: dict[str, Any]) -> RewardFunction:
+def _load(reference: str, known: Signature | None, weight: float, options: dict[str, object]) -> RewardFunction:
     if reward_model_path(reference) is not None:
         name = reward_name(reference)
         return RewardFunction(name, reference, None, Signature({}, is_async=True), weight, options, False, False, True)
@@ -137,9 +148,9 @@ def _load(reference: str, known: Signature | None, weight: float, options: dict[
     return RewardFunction(reward_name(reference), reference, call, signature, weight, options, is_rule, in_child)
 
 
-def unknown_here(config: PolicyGradientConfig) -> list[str]:
+def unknown_here(reward: RewardConfig) -> list[str]:
     """The functions of users' files and packages: who wants to know them asks a child process that imports them."""
-    return [reference for reference in config.reward.functions
+    return [reference for reference in reward.functions
             if ":" in reference and reward_model_path(reference) is None
             and not reference.startswith("flux_ray.") and not is_handed_over(reference)]
 
@@ -188,27 +199,27 @@ def _check_options(function: RewardFunction) -> None:
             raise UserError(f"reward.options.{function.name}: {unknown('option', option, known)}")
     if function.is_rule:
         assert function.call is not None
-        no_samples: dict[str, Any] = {name: [] for name in set(parameters) - own - {"columns"}}
+        no_samples: dict[str, object] = {name: [] for name in set(parameters) - own - {"columns"}}
         try:
             function.call(**no_samples, **function.options)
         except Exception as error:
             raise UserError(f"reward.options.{function.name}: {type(error).__name__}: {error}") from error
 
 
-def find_answer_column(config: PolicyGradientConfig, columns: Collection[str]) -> str | None:
+def find_answer_column(data: PromptDataConfig, columns: Collection[str]) -> str | None:
     """The column that the rules compare with: data.answer_column, else one called answer, solution or label.
 
     data.answer_column may lead into a cell: reward_model.ground_truth. One that was named and isn't there is not
     replaced by another.
     """
-    named = config.data.answer_column
+    named = data.answer_column
     if named in columns or named.partition(".")[0] in columns:
         return named
     others = ANSWER_COLUMNS if named == ANSWER_COLUMNS[0] else ()
     return next((name for name in others if name in columns), None)
 
 
-def answer_in(columns: Mapping[str, Any], column: str) -> Any:
+def answer_in(columns: Mapping[str, object], column: str) -> object:
     """A row's answer. None where its cell has none."""
     if column in columns:
         return columns[column]
@@ -219,7 +230,7 @@ def answer_in(columns: Mapping[str, Any], column: str) -> Any:
     return cell
 
 
-def answers_in(column: str, cells_of: Callable[[str], Sequence[Any]], columns: Collection[str]) -> list[Any]:
+def answers_in(column: str, cells_of: Callable[[str], Sequence[object]], columns: Collection[str]) -> list[object]:
     """Every row's answer. UserError where that is no answer but an object that holds one, or no row has one.
 
     `cells_of`: the cells of a column of the data.
@@ -242,7 +253,7 @@ def answers_in(column: str, cells_of: Callable[[str], Sequence[Any]], columns: C
     return answers
 
 
-def count_silent(function: RewardFunction, answers: Sequence[Any]) -> int:
+def count_silent(function: RewardFunction, answers: Sequence[object]) -> int:
     """Of how many of these answers a rule that compares with them can say nothing (numeric: they hold no number)."""
     if not function.is_rule or "answer" not in function.parameters:
         return 0
@@ -252,13 +263,14 @@ def count_silent(function: RewardFunction, answers: Sequence[Any]) -> int:
 
 
 def resolve_functions(
-    config: PolicyGradientConfig, columns: Collection[str], signatures: Mapping[str, Signature] = NONE_KNOWN
+    reward: RewardConfig, data: PromptDataConfig, columns: Collection[str],
+    signatures: Mapping[str, Signature] = NONE_KNOWN,
 ) -> tuple[RewardFunction, ...]:
     """`load_functions`, with what they need looked for among the data's columns. UserError names what is missing."""
-    answer_column = find_answer_column(config, columns)
-    if answer_column is None and config.data.answer_column != ANSWER_COLUMNS[0]:
-        raise UserError(f"data.answer_column: {unknown('column', config.data.answer_column, columns)}")
-    if not config.reward.functions and answer_column is None:
+    answer_column = find_answer_column(data, columns)
+    if answer_column is None and data.answer_column != ANSWER_COLUMNS[0]:
+        raise UserError(f"data.answer_column: {unknown('column', data.answer_column, columns)}")
+    if not reward.functions and answer_column is None:
         raise UserError(
             "no reward: reward.functions is empty, and the data have no answer, solution or label column (columns "
             f"beside the prompt: {', '.join(sorted(columns)) or 'none'}). Name the column (data.answer_column=COLUMN), "
@@ -266,7 +278,7 @@ def resolve_functions(
             "(reward.functions=[path/to/file.py:my_reward], or @register_reward in a plugin), or a reward model "
             "(reward.functions=[model:PATH])"
         )
-    functions = load_functions(config, signatures)
+    functions = load_functions(reward, signatures)
     for function in functions:
         available = {*columns, *GIVEN, *function.options, *(["answer"] if answer_column else [])}
         for name, parameter in function.parameters.items():

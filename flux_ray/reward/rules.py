@@ -11,8 +11,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from fractions import Fraction
-from typing import Any
 
+from flux_ray.records import Message
 from flux_ray.reward.answers import answer_part, expression_in, golds, parse_number, same_answer, whole_number
 from flux_ray.reward.symbols import same_expression
 
@@ -20,11 +20,11 @@ from flux_ray.reward.symbols import same_expression
 MARKED_NUMBER_AT_END = r"####[ \t]*[-+]?[$€£]?[-+]?\d[\d,]*(?:\.\d+)?(?:/\d+)?[ \t]?%?\s*\Z"
 
 Reward = float | None
-Texts = Sequence[Any]  # G prompts or completions: texts, or lists of chat messages
-Column = Sequence[Any]  # G cells of a column of the data
+Texts = Sequence[str | list[Message]]  # G prompts or completions: texts, or lists of chat messages
+Column = Sequence[object]  # G cells of a column of the data
 
 
-def text_of(completion: str | list[dict[str, Any]]) -> str:
+def text_of(completion: str | list[Message]) -> str:
     """The text of a completion, which for a chat is a list of messages."""
     if isinstance(completion, str):
         return completion
@@ -32,7 +32,7 @@ def text_of(completion: str | list[dict[str, Any]]) -> str:
 
 
 def exact_match(
-    prompts: Texts, completions: Texts, answer: Column, *, ignore_case: bool = False, **columns: Any
+    prompts: Texts, completions: Texts, answer: Column, *, ignore_case: bool = False, **columns: object
 ) -> list[Reward]:
     """1 where the completion is the answer, blanks around both aside.
 
@@ -47,7 +47,7 @@ def exact_match(
 
 
 def numeric(
-    prompts: Texts, completions: Texts, answer: Column, *, tolerance: float = 1e-6, **columns: Any
+    prompts: Texts, completions: Texts, answer: Column, *, tolerance: float = 1e-6, **columns: object
 ) -> list[Reward]:
     """1 where the completion's number is the answer's, give or take `tolerance` (below 1: that share of it).
 
@@ -69,7 +69,7 @@ def numeric(
 
 
 def numeric_or_exact(
-    prompts: Texts, completions: Texts, answer: Column, *, tolerance: float = 1e-6, **columns: Any
+    prompts: Texts, completions: Texts, answer: Column, *, tolerance: float = 1e-6, **columns: object
 ) -> list[Reward]:
     r"""`numeric` where the answer, or what it marks by `####` or `\boxed{}`, is a number; else the texts must agree.
 
@@ -94,7 +94,8 @@ def numbers_or_texts_agree(text: str, gold: str, close: Callable[[Fraction, Frac
 
 
 def math(
-    prompts: Texts, completions: Texts, answer: Column, *, tolerance: float = 1e-6, seconds: float = 2.0, **columns: Any
+    prompts: Texts, completions: Texts, answer: Column, *, tolerance: float = 1e-6, seconds: float = 2.0,
+    **columns: object,
 ) -> list[Reward]:
     r"""`numeric_or_exact`, and where that says no and not both are plain numbers, math-verify (`same_expression`).
 
@@ -117,7 +118,9 @@ def math(
     return _graded(completions, answer, is_right)
 
 
-def regex(prompts: Texts, completions: Texts, *, pattern: str = MARKED_NUMBER_AT_END, **columns: Any) -> list[Reward]:
+def regex(
+    prompts: Texts, completions: Texts, *, pattern: str = MARKED_NUMBER_AT_END, **columns: object
+) -> list[Reward]:
     """1 where the pattern is found in the completion; by default `#### NUMBER` at its end.
 
     >>> regex(None, ["2+2=4\\n#### 4", "4"])
@@ -134,7 +137,7 @@ def length(
     *,
     target: int = 0,
     penalty: float = 0.001,
-    **columns: Any,
+    **columns: object,
 ) -> list[Reward]:
     """Minus `penalty` for each token beyond `target` tokens.
 
@@ -151,7 +154,7 @@ def repetition(
     *,
     ngram: int = 3,
     penalty: float = 1.0,
-    **columns: Any,
+    **columns: object,
 ) -> list[Reward]:
     """Minus `penalty` times the share of n-grams of tokens that were there before (2502.03373, appendix C.2).
 

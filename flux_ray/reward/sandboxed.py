@@ -3,8 +3,8 @@
 Takes:  the config, where and with which variables users' code runs; a call with its arguments.
 Gives:  SandboxedRewards: signatures, calls with a deadline; `ask_signatures`, before anything of a run has started.
 Knows:  plain functions share one child, in which they take turns, and async ones another, side by side on one loop.
-        A call's time counts from its own turn. Whoever is late costs its child; others of it start again in the next.
-Never:  takes one for guilty that was not alone in a child which ended.
+        A call's time counts from its own turn. A late call ends its child; the others in it start again in a new one.
+Never:  blames a call for the end of a child that it shared with others.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ from typing import Any
 from weakref import WeakSet
 
 from flux_ray.cluster.functions import pack
-from flux_ray.config import PolicyGradientConfig
+from flux_ray.config import PolicyGradientConfig, RewardConfig
 from flux_ray.errors import UserError
 from flux_ray.plugins import HANDED_OVER, load_function
+from flux_ray.reward.child import Call, Told
 from flux_ray.reward.registry import Signature, unknown_here
 from flux_ray.sandbox import Child, ChildEnded, Entry, warm_up
 
@@ -44,14 +45,14 @@ class Surroundings:
     functions: dict[str, bytes] = field(default_factory=dict, repr=False)  # those that no process can import, packed
 
     @classmethod
-    def here(cls, config: PolicyGradientConfig) -> Surroundings:
+    def here(cls, reward: RewardConfig) -> Surroundings:
         """This process's. UserError where a variable that reward.env names isn't set."""
-        for name in config.reward.env:
+        for name in reward.env:
             if name not in os.environ:
                 raise UserError(f"reward.env: the environment has no variable {name!r}; set it, or leave it out")
         functions = {name: pack(load_function(name, option="reward.functions"), name=name)
-                     for name in config.reward.functions if name.startswith(HANDED_OVER)}
-        return cls(str(Path.cwd()), {name: os.environ[name] for name in config.reward.env}, functions)
+                     for name in reward.functions if name.startswith(HANDED_OVER)}
+        return cls(str(Path.cwd()), {name: os.environ[name] for name in reward.env}, functions)
 
 
 class SandboxedRewards:
@@ -59,7 +60,7 @@ class SandboxedRewards:
 
     def __init__(self, config: PolicyGradientConfig, surroundings: Surroundings) -> None:
         self._deadline_s, self._start_deadline_s = config.reward.deadline_s, config.cluster.start_deadline_s
-        self._references = unknown_here(config)
+        self._references = unknown_here(config.reward)
         self._entry = Entry("flux_ray.reward.child:make", {
             "references": self._references, "plugins": list(config.plugins), "folder": surroundings.folder,
             "env": surroundings.env, "functions": surroundings.functions})
@@ -87,7 +88,7 @@ class SandboxedRewards:
             self._children[True] = self._children.pop(False)
         return signatures
 
-    async def call(self, payload: dict[str, Any], *, is_async: bool) -> dict[str, Any]:
+    async def call(self, payload: Call, *, is_async: bool) -> Told:
         """What the child tells. Raises Late; CallFailed or UserError for what the function raises; ChildEnded."""
         while True:
             child, began = await self._shared(is_async), asyncio.Event()
@@ -106,7 +107,7 @@ class SandboxedRewards:
             finally:
                 child.kill("its call has ended")
 
-    async def _kept(self, child: Child, payload: dict[str, Any], began: asyncio.Event) -> dict[str, Any]:
+    async def _kept(self, child: Child, payload: Call, began: asyncio.Event) -> Told:
         """A call that has begun is watched to its end though nobody waits for it: it may hold up the others."""
         calling = asyncio.ensure_future(self._within_deadline(child, payload, began))
         try:
@@ -119,7 +120,7 @@ class SandboxedRewards:
                 calling.cancel()
             raise
 
-    async def _within_deadline(self, child: Child, payload: dict[str, Any], began: asyncio.Event) -> dict[str, Any]:
+    async def _within_deadline(self, child: Child, payload: Call, began: asyncio.Event) -> Told:
         loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(None) as limit:
@@ -154,7 +155,7 @@ class SandboxedRewards:
             child.kill("the run has ended")
 
 
-def _signature(*, parameters: list[list[Any]], is_async: bool, is_shaping: bool) -> Signature:
+def _signature(*, parameters: list[tuple[str, int, bool]], is_async: bool, is_shaping: bool) -> Signature:
     """A default that may be a value of any kind stays in the child."""
     made = [inspect.Parameter(name, KINDS[kind], default=None if has_default else inspect.Parameter.empty)
             for name, kind, has_default in parameters]
@@ -163,11 +164,11 @@ def _signature(*, parameters: list[list[Any]], is_async: bool, is_shaping: bool)
 
 def ask_signatures(config: PolicyGradientConfig) -> dict[str, Signature]:
     """`SandboxedRewards.signatures`, of a child that ends at once. For a process that has no event loop of its own."""
-    if not unknown_here(config):
+    if not unknown_here(config.reward):
         return {}
 
     async def ask() -> dict[str, Signature]:
-        children = SandboxedRewards(config, Surroundings.here(config))
+        children = SandboxedRewards(config, Surroundings.here(config.reward))
         try:
             return await children.signatures()
         finally:

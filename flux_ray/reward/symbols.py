@@ -100,7 +100,7 @@ def is_missing() -> bool:
 
 
 @functools.cache
-def _library() -> tuple[Callable[[str], Any], Callable[[Any, Any], bool]]:
+def _library() -> tuple[Callable[[str], list[Any]], Callable[[list[Any], list[Any]], bool]]:
     """`parse` and `verify`: seconds to import. Without timers of their own, one of which would end ours."""
     from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
 

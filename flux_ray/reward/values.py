@@ -1,20 +1,25 @@
 """What a reward function may give.
 
 Takes:  what it gave for so many samples.
-Gives:  `own_arguments`, that it is given; `checked`: floats, None, or dicts of these; RewardError, which says which
-        sample's value is none.
+Gives:  `checked`: floats, None, or dicts of these; RewardError, which names the sample whose value is wrong;
+        `own_arguments`: what a function is given beside the data.
 Knows:  nan is None, as TRL takes it.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from types import SimpleNamespace
-from typing import Any
+from typing import SupportsFloat, SupportsIndex
 
 RAISED, TIMED_OUT, BAD_RESULT = "raised", "timed_out", "bad_result"
 
 MAX_SHOWN_CHARS = 60  # of a wrong value, in an error of one line
+
+#: Of a sample: a number, none, or parts.
+Value = float | None | dict[str, float | None]
 
 
 class RewardError(RuntimeError):
@@ -28,9 +33,9 @@ class RewardError(RuntimeError):
         return self.args[0]
 
 
-def own_arguments(state: dict[str, Any], logged: dict[str, float]) -> dict[str, Any]:
-    """What TRL's GRPOTrainer gives a function of its own. `state`: trainer_state's fields; log_metric adds to `logged`.
-    """
+def own_arguments(state: Mapping[str, object], logged: dict[str, float]) -> dict[str, object]:
+    """The arguments that TRL's GRPOTrainer adds to the data's. `state`: trainer_state's fields; log_metric fills
+    `logged`."""
     return {
         "trainer_state": SimpleNamespace(**state),
         "log_extra": lambda column, values: None,
@@ -38,34 +43,34 @@ def own_arguments(state: dict[str, Any], logged: dict[str, float]) -> dict[str, 
     }
 
 
-def checked(result: Any, size: int, who: str) -> list[Any]:
+def checked(result: object, size: int, who: str) -> list[Value]:
     """The values as floats, None, or dicts of these. RewardError (BAD_RESULT) names the sample with another value."""
-    if isinstance(result, (str, bytes, dict)) or not hasattr(result, "__iter__"):
+    if isinstance(result, (str, bytes, dict)) or not isinstance(result, Iterable):
         raise RewardError(f"{who}: gave {_shown(result)}, not a list of {size} values", BAD_RESULT)
-    values = list(result)
+    values: list[object] = list(result)
     if len(values) != size:
         raise RewardError(f"{who}: gave {len(values)} values for {size} samples", BAD_RESULT)
     return [_checked_value(value, f"{who}, sample {place} of {size}") for place, value in enumerate(values, start=1)]
 
 
-def _checked_value(value: Any, who: str) -> Any:
+def _checked_value(value: object, who: str) -> Value:
     if isinstance(value, dict):
         return {str(name): _checked_number(part, f"{who}, part {name!r}") for name, part in value.items()}
     return _checked_number(value, who)
 
 
-def _checked_number(value: Any, who: str) -> float | None:
+def _checked_number(value: object, who: str) -> float | None:
     if value is None:
         return None
-    try:
-        number = math.inf if isinstance(value, (str, bytes)) else float(value)
-    except (TypeError, ValueError):
-        number = math.inf
+    number = math.inf
+    if isinstance(value, (SupportsFloat, SupportsIndex)):
+        with suppress(TypeError, ValueError):
+            number = float(value)
     if math.isinf(number):
         raise RewardError(f"{who}: gave {_shown(value)}, not a finite number or None", BAD_RESULT)
     return None if math.isnan(number) else number
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     text = repr(value)
     return f"{type(value).__name__} {text if len(text) <= MAX_SHOWN_CHARS else text[:MAX_SHOWN_CHARS] + '…'}"

@@ -14,17 +14,17 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 
 from flux_ray.cluster.group import Actor, Members, Router
-from flux_ray.config import PolicyGradientConfig
+from flux_ray.config import PolicyGradientConfig, RewardConfig
 from flux_ray.protocols import RewardModelScorer
 from flux_ray.records import OVERLONG, Responses, Scores
 from flux_ray.reward.calls import Arguments, Caller
 from flux_ray.reward.registry import GIVEN, RewardFunction, answer_in, find_answer_column, load_functions
 from flux_ray.reward.sandboxed import SandboxedRewards, Surroundings
+from flux_ray.reward.values import Value
 
 REWARD_MODEL_ROLE = "reward_model"
 MODEL_DEADLINE_S = 3600.0  # of one call: reward.deadline_s comes first, as long as the model answers nobody
@@ -37,7 +37,7 @@ class RewardWorker:
     def __init__(self, config: PolicyGradientConfig, surroundings: Surroundings | None = None) -> None:
         """`surroundings`: of users' functions; none: this process's."""
         self._config = config
-        self._children = SandboxedRewards(config, surroundings or Surroundings.here(config))
+        self._children = SandboxedRewards(config, surroundings or Surroundings.here(config.reward))
         self._functions: tuple[RewardFunction, ...] = ()
         self._loading = asyncio.Lock()
         self._models: dict[str, Sequence[Actor[RewardModelScorer]]] = {}  # by the function's name
@@ -59,7 +59,7 @@ class RewardWorker:
     async def _loaded(self) -> tuple[RewardFunction, ...]:
         async with self._loading:
             if not self._functions:
-                self._functions = load_functions(self._config, await self._children.signatures())
+                self._functions = load_functions(self._config.reward, await self._children.signatures())
         return self._functions
 
     def close(self) -> None:
@@ -113,7 +113,8 @@ class RewardWorker:
         task = [function for function in functions if not function.is_shaping]
         rewards, task_rewards = weighted_sum(functions, parts, size), weighted_sum(task, parts, size)
         if self._config.reward.overlong_penalty:
-            parts[OVERLONG] = overlong(responses.num_loss_tokens, self._config)
+            parts[OVERLONG] = overlong(responses.num_loss_tokens, self._config.reward,
+                                       longest=self._config.rollout.max_tokens)
             rewards = rewards + parts[OVERLONG]
         parts |= {name: np.full(size, value) for name, value in arguments.logged.items() if name not in parts}
         return Scores(rewards, task_rewards, parts)
@@ -127,11 +128,11 @@ class RewardWorker:
         """
         prompt, opening = responses.prompt, self._config.reward.opening or ""
         texts = [opening + text for text in responses.texts]
-        completions: list[Any] = list(texts)
+        completions: list[object] = list(texts)
         if not isinstance(prompt.text, str):
             completions = [[{"role": "assistant", "content": text}] for text in texts]
         columns = {name: value for name, value in prompt.columns.items() if name not in GIVEN}
-        each = {"completions": completions, "completion_ids": responses.response_ids}
+        each: dict[str, Sequence[object]] = {"completions": completions, "completion_ids": responses.response_ids}
         state = {"global_step": responses.step, "max_steps": self._config.driver.num_steps}
         return Arguments(len(texts), {**columns, "prompts": prompt.text}, each, state)
 
@@ -139,7 +140,7 @@ class RewardWorker:
         self, function: RewardFunction, responses: Responses, arguments: Arguments
     ) -> dict[str, np.ndarray]:
         """The function's values (G,) by part: under its own name, and under NAME/PART where it gave dicts."""
-        answer_column = find_answer_column(self._config, responses.prompt.columns)
+        answer_column = find_answer_column(self._config.data, responses.prompt.columns)
         if answer_column is not None and (function.is_rule or "answer" not in arguments.same):
             answer = answer_in(responses.prompt.columns, answer_column)
             arguments = replace(arguments, same={**arguments.same, "answer": answer})
@@ -160,12 +161,11 @@ class RewardWorker:
             self._router.done(actor, 1)
 
 
-def overlong(lengths_G: np.ndarray, config: PolicyGradientConfig) -> np.ndarray:
+def overlong(lengths_G: np.ndarray, reward: RewardConfig, *, longest: int) -> np.ndarray:
     """(G,) float64: the soft penalty, 0 up to L_max - L_cache sampled tokens, then falling in a straight line to
-    -reward.overlong_penalty at L_max = rollout.max_tokens (2503.14476, eq. 13)."""
-    longest = config.rollout.max_tokens
-    cache = config.reward.overlong_span(longest)
-    return -config.reward.overlong_penalty * np.clip((lengths_G - (longest - cache)) / cache, 0.0, 1.0)
+    -reward.overlong_penalty at L_max = `longest`, rollout.max_tokens (2503.14476, eq. 13)."""
+    cache = reward.overlong_span(longest)
+    return -reward.overlong_penalty * np.clip((lengths_G - (longest - cache)) / cache, 0.0, 1.0)
 
 
 def weighted_sum(functions: Sequence[RewardFunction], parts: dict[str, np.ndarray], size: int) -> np.ndarray:
@@ -178,11 +178,11 @@ def weighted_sum(functions: Sequence[RewardFunction], parts: dict[str, np.ndarra
     return np.where(np.isnan(values_FG).all(axis=0), np.nan, total)
 
 
-def _number(value: Any) -> float:
+def _number(value: float | None) -> float:
     return math.nan if value is None else float(value)
 
 
-def value_of(value: Any) -> float:
+def value_of(value: Value) -> float:
     """A sample's value: itself, or the sum of its parts (those that are None left out; nan where all are)."""
     if not isinstance(value, dict):
         return _number(value)

@@ -10,6 +10,7 @@ Never:  answers while an update is half loaded: requests wait until it is whole.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 from collections.abc import Awaitable, Iterator, Mapping
 from contextlib import contextmanager
@@ -282,6 +283,20 @@ class RolloutEngine:
         for _ in range(num_rounds if self._device == "cpu" else 0):  # a GPU loads in no time
             await self.update_weights({})
         return await self.finish_weight_update(version, step)
+
+    async def abandon_update(self) -> bool:
+        """Forget an update that broke off, and go on with the weights of before.
+
+        False where the model may be loaded in part: this engine must not serve any more. An engine that is asked in
+        vain, because no update was under way, is as good as before.
+        """
+        if not self._staged:
+            return self._serving.is_set()  # else it was paused, and loads as buckets come
+        with contextlib.suppress(Exception):  # vLLM ends an update at the first call that fails, and this one does
+            await self._answered(self._receive({"abandoned": True}))
+        await self._answered(self._vllm.resume_generation())
+        self._serving.set()
+        return True
 
     async def _receive(self, update_info: object) -> None:
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest

@@ -218,7 +218,7 @@ class Build:
         config, rewards, device = self._sampling, self._groups[REWARD], _device(self._plan)
         deadline_s = config.cluster.start_deadline_s
         async with asyncio.TaskGroup() as tasks:
-            each = {"config": config, "surroundings": Surroundings.here(config)}
+            each = {"config": config, "surroundings": Surroundings.here(config.reward)}
             tasks.create_task(rewards.build(RewardWorker, [each] * len(rewards), deadline_s=deadline_s))
             if REWARD_MODEL in self._groups:
                 common = {

@@ -25,6 +25,7 @@ from flux_ray.config import (
     PolicyGradientConfig,
     PPOConfig,
     ReferencedConfig,
+    RewardConfig,
     changed,
     options_of,
     validate,
@@ -58,7 +59,7 @@ from flux_ray.reward import (
     resolve_functions,
 )
 from flux_ray.reward.model import check_reward_models, have_same_tokens
-from flux_ray.reward.registry import Signature, load_functions
+from flux_ray.reward.registry import Signature, load_functions, of_set
 from flux_ray.rollout.check import check_engine_args
 from flux_ray.rollout.functions import get_rollout
 from flux_ray.run import checkpoint as saved
@@ -253,7 +254,7 @@ def _pairs(config: PolicyGradientConfig, prompts: PromptSource) -> list[str]:
     learners = ", ".join(name for name, cls in READERS.items() if cls.learns_from == PAIRS)
     what = (f"{prompts.source} holds preference pairs ({CHOSEN}, {REJECTED}), of which algo.name={config.algo.name} "
             f"reads the prompts alone ({learners} learn from pairs)")
-    if not config.reward.functions and find_answer_column(config, prompts.columns) is None:
+    if not config.reward.functions and find_answer_column(config.data, prompts.columns) is None:
         raise UserError(f"no reward: {what}, and reward.functions names nothing that scores what it samples")
     return [what]
 
@@ -295,7 +296,7 @@ def _opening(opening: str | None, tokenizer: PreTrainedTokenizerBase, prompts: P
 
 def _default_reward(config: PolicyGradientConfig, prompts: PromptSource) -> str:
     """The one function that stands in where none is named; UserError where the data don't call for one."""
-    functions = [resolve_functions(one.config, one.columns, {}) for one in prompts.sets]
+    functions = [resolve_functions(config.reward, one.config.data, one.columns) for one in prompts.sets]
     return functions[0][0].name
 
 
@@ -306,15 +307,15 @@ def _rewards(
 
     UserError where a function lacks a column of a set, or has no reward for any prompt: nothing would be learned.
     """
-    warnings = [line for one in prompts.sets for line in _silent(config, one, signatures)]
-    return load_functions(config, signatures), warnings
+    warnings = [line for one in prompts.sets for line in _silent(config.reward, one, signatures)]
+    return load_functions(config.reward, signatures), warnings
 
 
-def _silent(config: PolicyGradientConfig, prompts: PromptSet, signatures: Mapping[str, Signature]) -> list[str]:
+def _silent(reward: RewardConfig, prompts: PromptSet, signatures: Mapping[str, Signature]) -> list[str]:
     """The warnings about one set, which may have functions of its own among the run's."""
-    config = changed(prompts.config, {} if prompts.data_set.rewards else {"reward": config.reward})
-    functions, warnings = resolve_functions(config, prompts.columns, signatures), []
-    column = find_answer_column(config, prompts.columns)
+    of_it, data = of_set(reward, prompts.data_set.rewards), prompts.config.data
+    functions, warnings = resolve_functions(of_it, data, prompts.columns, signatures), []
+    column = find_answer_column(data, prompts.columns)
     answers = []
     if column is not None and any(function.is_rule and "answer" in function.parameters for function in functions):
         answers = answers_in(column, prompts.column, prompts.columns)

@@ -22,7 +22,7 @@ import struct
 import sys
 import threading
 import traceback
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
 from typing import Any
 
@@ -33,7 +33,7 @@ PR_SET_PDEATHSIG = 1  # of prctl(2)
 LENGTH = struct.Struct(">Q")  # before each message
 
 #: Asks the parent something within a call; gives its answer.
-Ask = Callable[[Any], Awaitable[Any]]
+Ask = Callable[[object], Awaitable[Any]]
 #: handler(payload, ask) ► the call's value, or a coroutine of it.
 Handler = Callable[[Any, Ask], Any]
 
@@ -75,13 +75,13 @@ class _Server:
         self._connection = connection
         self._sending = threading.Lock()
         self._main_loop = asyncio.new_event_loop()
-        self._in_main: asyncio.Queue[tuple[int, Any] | None] = asyncio.Queue()  # of the loop
+        self._in_main: asyncio.Queue[tuple[int, object] | None] = asyncio.Queue()  # of the loop
         self._queued: set[int] = set()  # calls that wait for the main thread, and are waited for
-        self._running: dict[int, tuple[asyncio.AbstractEventLoop, asyncio.Task[Any]]] = {}  # calls in threads
-        self._asked: dict[int, Future[Any]] = {}
+        self._running: dict[int, tuple[asyncio.AbstractEventLoop, asyncio.Task[object]]] = {}  # calls in threads
+        self._asked: dict[int, Future[object]] = {}
         self._number = 0
 
-    def send(self, *message: Any) -> None:
+    def send(self, *message: object) -> None:
         data = encode(message)
         with self._sending:
             self._connection.sendall(LENGTH.pack(len(data)) + data)
@@ -94,7 +94,7 @@ class _Server:
                 getattr(self, f"_on_{kind}")(number, *rest)
         self._main_loop.call_soon_threadsafe(self._in_main.put_nowait, None)
 
-    def _on_call(self, number: int, payload: Any, in_main_thread: bool) -> None:
+    def _on_call(self, number: int, payload: object, in_main_thread: bool) -> None:
         if in_main_thread:
             self._queued.add(number)
             self._main_loop.call_soon_threadsafe(self._in_main.put_nowait, (number, payload))
@@ -108,7 +108,7 @@ class _Server:
                 loop.call_soon_threadsafe(task.cancel)
         self._queued.discard(number)
 
-    def _on_answer(self, number: int, value: Any) -> None:
+    def _on_answer(self, number: int, value: object) -> None:
         if number in self._asked:
             self._asked.pop(number).set_result(value)
 
@@ -135,7 +135,7 @@ class _Server:
             except BaseException as error:
                 self.send("raised", number, *_told(error))
 
-    async def _beside(self, number: int, coroutine: Coroutine[Any, Any, Any]) -> None:
+    async def _beside(self, number: int, coroutine: Awaitable[object]) -> None:
         task = asyncio.current_task()
         assert task is not None
         self._running[number] = self._main_loop, task
@@ -147,13 +147,13 @@ class _Server:
         finally:
             del self._running[number]
 
-    def _in_thread(self, number: int, payload: Any) -> None:
+    def _in_thread(self, number: int, payload: object) -> None:
         try:
             self.send("result", number, asyncio.run(self._one(number, payload)))
         except BaseException as error:
             self.send("raised", number, *_told(error))
 
-    async def _one(self, number: int, payload: Any) -> Any:
+    async def _one(self, number: int, payload: object) -> object:
         task = asyncio.current_task()
         assert task is not None
         self._running[number] = asyncio.get_running_loop(), task
@@ -163,8 +163,8 @@ class _Server:
             del self._running[number]
 
     def _asker(self, call: int) -> Ask:
-        async def ask(payload: Any) -> Any:
-            answer: Future[Any] = Future()
+        async def ask(payload: object) -> object:
+            answer: Future[object] = Future()
             with self._sending:
                 self._number += 1
                 number = self._number

@@ -27,7 +27,7 @@ AS_TEXT: dict[type, tuple[int, Callable[[Any], str], Callable[[str], Any]]] = {
 FROM_TEXT = {number: read for number, _, read in AS_TEXT.values()}
 
 
-def encode(value: Any) -> bytes:
+def encode(value: object) -> bytes:
     """Raises TypeError, naming the type, for what can't travel."""
     return msgpack.packb(value, default=_special, strict_types=False)
 
@@ -36,7 +36,7 @@ def decode(data: bytes) -> Any:
     return msgpack.unpackb(data, ext_hook=_from_special, strict_map_key=False)
 
 
-def _special(value: Any) -> Any:
+def _special(value: object) -> object:
     if isinstance(value, np.ndarray):
         if value.dtype.hasobject:
             return value.tolist()
@@ -50,7 +50,7 @@ def _special(value: Any) -> Any:
     raise TypeError(f"a value of type {type(value).__name__} can't be given to another process")
 
 
-def _from_special(number: int, data: bytes) -> Any:
+def _from_special(number: int, data: bytes) -> object:
     if number == ARRAY:
         dtype, shape, raw = msgpack.unpackb(data)
         return np.frombuffer(raw, np.dtype(dtype)).reshape(shape).copy()  # a copy can be written to

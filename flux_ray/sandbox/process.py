@@ -19,6 +19,7 @@ import sys
 import types
 from collections.abc import Awaitable, Callable, Sequence
 from multiprocessing import forkserver
+from multiprocessing.process import BaseProcess
 from typing import Any, NamedTuple
 
 import psutil
@@ -32,10 +33,10 @@ from flux_ray.sandbox.codec import decode, encode
 SENTINEL_LOOK_S = 1.0  # for the exit code of a child whose socket has closed
 
 #: Answers what a call asks.
-Answer = Callable[[Any], Awaitable[Any]]
+Answer = Callable[[Any], Awaitable[object]]
 
 
-async def no_answer(payload: Any) -> Any:
+async def no_answer(payload: object) -> object:
     """The Answer to a call that asks nothing."""
     raise RuntimeError("nobody answers here")
 
@@ -48,7 +49,7 @@ class Entry(NamedTuple):
     """What makes the handler in the child: `module:function`, called with these arguments."""
 
     function: str
-    arguments: dict[str, Any]
+    arguments: dict[str, object]
 
 
 def warm_up(modules: Sequence[str]) -> None:
@@ -60,10 +61,10 @@ def warm_up(modules: Sequence[str]) -> None:
 class Child:
     """Use `Child.start`. Calls may run side by side."""
 
-    def __init__(self, process: Any, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    def __init__(self, process: BaseProcess, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._process, self._reader, self._writer = process, reader, writer
         self._numbers = itertools.count()
-        self._calls: dict[int, asyncio.Future[Any]] = {}
+        self._calls: dict[int, asyncio.Future[object]] = {}
         self._answers: dict[int, Answer] = {}  # who answers what a call asks
         self._asking: dict[int, set[asyncio.Task[None]]] = {}  # of a call
         self._began: dict[int, Callable[[], None]] = {}  # to be told that a call has begun
@@ -98,7 +99,7 @@ class Child:
         return bool(self.why_ended)
 
     async def call(
-        self, payload: Any, *, answer: Answer = no_answer, in_main_thread: bool = False,
+        self, payload: object, *, answer: Answer = no_answer, in_main_thread: bool = False,
         began: Callable[[], None] = lambda: None,
     ) -> Any:
         """The handler's value. `in_main_thread`: one call at a time, as in a script, else in a thread of its own.
@@ -110,7 +111,7 @@ class Child:
         if self.ended:
             raise ChildEnded(self.why_ended)
         number = next(self._numbers)
-        result: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        result: asyncio.Future[object] = asyncio.get_running_loop().create_future()
         self._calls[number], self._answers[number], self._asking[number] = result, answer, set()
         self._began[number] = began
         try:
@@ -130,6 +131,7 @@ class Child:
         if self.ended:
             return
         self.why_ended = why
+        assert self._process.pid is not None
         _kill_tree(self._process.pid)
         self._writer.close()
         if self._reading is not None:
@@ -138,7 +140,7 @@ class Child:
             if not result.done():
                 result.set_exception(ChildEnded(why))
 
-    def _send(self, *message: Any) -> None:
+    def _send(self, *message: object) -> None:
         data = encode(message)
         self._writer.write(LENGTH.pack(len(data)) + data)  # buffered: the child may read it when it likes
 
@@ -183,7 +185,7 @@ class Child:
         if number in self._began:
             self._began[number]()
 
-    def _on_result(self, number: int, value: Any) -> None:
+    def _on_result(self, number: int, value: object) -> None:
         if number in self._calls and not self._calls[number].done():
             self._calls[number].set_result(value)
 
@@ -191,13 +193,13 @@ class Child:
         if number in self._calls and not self._calls[number].done():
             self._calls[number].set_exception(_raised(*told))
 
-    def _on_ask(self, number: int, question: int, payload: Any) -> None:
+    def _on_ask(self, number: int, question: int, payload: object) -> None:
         if number in self._calls:
             self._asking[number].add(asyncio.create_task(self._answer(number, question, payload)))
         else:  # it was cancelled before its thread had begun
             self._send("refusal", question, "nobody waits for this call any more")
 
-    async def _answer(self, number: int, question: int, payload: Any) -> None:
+    async def _answer(self, number: int, question: int, payload: object) -> None:
         try:
             value = await self._answers[number](payload)
             if not self.ended:
@@ -209,7 +211,7 @@ class Child:
                 self._calls[number].set_exception(error)
 
 
-def _start(process: Any) -> None:
+def _start(process: BaseProcess) -> None:
     """Start it without this process's script, which multiprocessing would run again in the child.
 
     What it defines is imported there by its file, as from any other process.

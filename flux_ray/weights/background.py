@@ -1,7 +1,7 @@
-"""What comes in beside the forward passes.
+"""Work in a thread, beside an engine's forward passes.
 
 Takes:  work that waits for the weight channel.
-Gives:  `in_background`: its result, to come.
+Gives:  `in_background`: a Future of its result.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 
 def in_background(work: Callable[[], T]) -> Future[T]:
-    """Done by a thread of its own, which keeps no process from ending; its error is raised by the result."""
+    """Do the work in a thread, which doesn't keep the process from ending. The Future raises what it raised."""
     done: Future[T] = Future()
 
     def run() -> None:

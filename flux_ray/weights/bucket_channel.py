@@ -13,7 +13,6 @@ import datetime
 import os
 import secrets
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,7 +22,9 @@ SHARED_FOLDER = Path("/dev/shm")
 ALIGNMENT = 64  # bytes, of a bucket's place: any type may lie there
 
 
-def join_group(address: str, port: int, *, rank: int, world_size: int, timeout_s: float, store: Any = None) -> Any:
+def join_group(
+    address: str, port: int, *, rank: int, world_size: int, timeout_s: float, store: dist.Store | None = None,
+) -> dist.ProcessGroup:
     """A gloo group of its own (no default group is touched).
 
     Waits until all `world_size` members have come, at most `timeout_s`; the same bound holds for each broadcast.
@@ -36,7 +37,7 @@ def join_group(address: str, port: int, *, rank: int, world_size: int, timeout_s
 class BucketChannel:
     """One member's end. All members ask for the same places in the same order, after a `rewind` each update."""
 
-    def __init__(self, group: Any, memory: torch.Tensor | None) -> None:
+    def __init__(self, group: dist.ProcessGroup, memory: torch.Tensor | None) -> None:
         """`memory`: of one machine; used where every member of the group has it."""
         self._group = group
         have = torch.tensor([int(memory is not None)], dtype=torch.int32)
@@ -61,7 +62,7 @@ class BucketChannel:
         start, self._at = self._at, self._at + padded(num_bytes)
         return self._memory[start : start + num_bytes]
 
-    def broadcast(self, place: torch.Tensor) -> Any:
+    def broadcast(self, place: torch.Tensor) -> dist.Work:
         """Work to wait for: then the bucket is there, with every worker."""
         options = dist.BroadcastOptions()
         options.rootRank = SENDER_RANK

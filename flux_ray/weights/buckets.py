@@ -14,7 +14,7 @@ import torch
 
 from flux_ray.weights.bucket_channel import padded
 
-BUCKETS_A_ROUND = 2  # that are made ready at a time: so long running requests wait
+BUCKETS_A_ROUND = 2  # made ready at a time: running requests wait for them
 MOST_ROUNDS = 8  # of a staged update: each waits for a forward pass, whatever the model's size
 
 
@@ -51,7 +51,7 @@ def buckets(params: Sequence[Param], bucket_bytes: int) -> Iterator[list[Param]]
 
 
 def num_rounds(num_buckets: int) -> int:
-    """In how many parts so many buckets are made ready.
+    """The number of parts in which so many buckets are made ready.
 
     >>> num_rounds(1), num_rounds(4), num_rounds(240)
     (1, 2, 8)

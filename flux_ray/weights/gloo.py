@@ -67,8 +67,8 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
     _tied: Sequence[TiedHead] = ()
     _has_shadow = False  # the model can be loaded beside itself
     _shadow: ShadowModel | None = None
-    _left: Sequence[Bucket] = ()  # for it to load
-    _each_round = 0  # so many of them
+    _left: Sequence[Bucket] = ()  # of the update, not loaded yet
+    _each_round = 0  # buckets that a round loads
 
     def init_transfer_engine(self, init_info: GlooInitInfo) -> None:
         self._info = init_info

@@ -18,12 +18,12 @@ STORAGES = {cls.__name__: cls for cls in (torch.storage.TypedStorage, torch.stor
 PLAIN = (int, bool, bytes, type(None))
 
 
-def plain(handles: dict[str, tuple[Any, ...]]) -> dict[str, list[Any]]:
+def plain(handles: dict[str, tuple[object, ...]]) -> dict[str, list[object]]:
     """Handles by GPU (its UUID), of a packed buffer, as text, numbers and bytes."""
     return {gpu: _plain(arguments) for gpu, arguments in handles.items()}
 
 
-def _plain(arguments: tuple[Any, ...]) -> list[Any]:
+def _plain(arguments: tuple[Any, ...]) -> list[object]:
     values = list(arguments)
     assert values[TENSOR] is torch.Tensor, values[TENSOR]
     values[TENSOR] = None
@@ -36,7 +36,7 @@ def _plain(arguments: tuple[Any, ...]) -> list[Any]:
     return values
 
 
-def rebuilt(values: list[Any]) -> tuple[Any, ...]:
+def rebuilt(values: list[Any]) -> tuple[object, ...]:
     """What torch's rebuild_cuda_tensor takes."""
     arguments = list(values)
     arguments[TENSOR] = torch.Tensor
@@ -51,7 +51,7 @@ class PlainIPCUpdateInfo(IPCWeightTransferUpdateInfo):
     """As vLLM's, from plain handles."""
 
     def __post_init__(self) -> None:
-        handles: Any = vars(self)["ipc_handles"]
+        handles = vars(self)["ipc_handles"]
         assert isinstance(handles, dict), "a packed buffer has one handle for each GPU"
         self.ipc_handles = {gpu: rebuilt(values) for gpu, values in handles.items()}
         super().__post_init__()

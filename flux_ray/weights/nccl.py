@@ -8,7 +8,6 @@ Knows:  buckets arrive on streams of their own, beside the forward passes; the r
 from __future__ import annotations
 
 from concurrent.futures import Future
-from typing import Any
 
 import torch
 from vllm.distributed.weight_transfer.nccl_engine import (
@@ -24,7 +23,7 @@ Pairs = list[tuple[str, torch.Tensor]]
 
 
 def free_bytes(device: torch.device) -> int:
-    """What this process can still get on the GPU: of the system, and what its allocator holds unused."""
+    """Bytes that this process can still get on the GPU: the free ones, and those that its allocator holds unused."""
     free, _ = torch.cuda.mem_get_info(device)
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
@@ -45,8 +44,8 @@ class StagedNCCLWeightTransferEngine(NCCLWeightTransferEngine):
                                f"model, {free / GIB:.1f} GiB are free: lower "
                                "rollout.engine_args.gpu_memory_utilization, or use weights.staging=none")
 
-    def update_weights(self, update_info: dict[str, Any]) -> None:
-        """Return at once. vLLM's own waits here for all that the GPU was given, the broadcasts among it."""
+    def update_weights(self, update_info: dict[str, object]) -> None:
+        """Return at once. vLLM's own method waits here for all work of the GPU, the broadcasts included."""
         self.receive_weights(self.parse_update_info(update_info))
 
     def receive_weights(self, update_info: NCCLWeightTransferUpdateInfo) -> None:

@@ -21,15 +21,23 @@ from flux_ray.weights.source import TrainerSource
 
 #: Calls a method of ServesWeights on every engine, with one tuple of arguments for each, under a deadline; gives their
 #: results.
-CallEngines = Callable[[Callable[..., Any], list[tuple[Any, ...]]], list[Any]]
+CallEngines = Callable[[Callable[..., object], list[tuple[object, ...]]], list[Any]]
 
 
 class Weights(Protocol):
     """What a training rank offers: names, types and full shapes, and the tensors in the same order (a collective)."""
 
-    def weight_metadata(self) -> list[tuple[str, Any, tuple[int, ...]]]: ...
+    def weight_metadata(self) -> list[tuple[str, torch.dtype, tuple[int, ...]]]: ...
 
-    def iter_weights(self, bucket_bytes: int) -> Iterator[tuple[str, Any]]: ...
+    def iter_weights(self, bucket_bytes: int) -> Iterator[tuple[str, torch.Tensor]]: ...
+
+
+class Sender(Protocol):
+    """The open weight channel of rank 0: ours, or vLLM's."""
+
+    def send_weights(self) -> None: ...
+
+    def shutdown(self) -> None: ...
 
 
 class EngineClient:
@@ -46,7 +54,7 @@ class EngineClient:
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         """Each engine gets the rank of its first worker: vLLM itself only counts within one engine."""
-        payloads: list[tuple[Any, ...]] = []
+        payloads: list[tuple[object, ...]] = []
         offset = init_info.get("rank_offset", 0)
         for workers in self._workers:
             info = dict(init_info)
@@ -62,14 +70,14 @@ class EngineClient:
     def start_weight_update(self) -> None:
         self._call(ServesWeights.start_weight_update, [()] * len(self._workers))
 
-    def update_weights(self, update_info: Any) -> None:
+    def update_weights(self, update_info: dict[str, Any]) -> None:
         if "ipc_handles" in update_info:
             from flux_ray.weights.ipc import plain
 
             update_info = {**update_info, "ipc_handles": plain(update_info["ipc_handles"])}
         self._call(ServesWeights.update_weights, [(update_info,)] * len(self._workers))
 
-    def begin_weight_update(self, update_info: dict[str, Any]) -> None:
+    def begin_weight_update(self, update_info: dict[str, object]) -> None:
         """start_weight_update and update_weights, for which an engine that computes is interrupted once."""
         self._call(ServesWeights.begin_weight_update, [(update_info,)] * len(self._workers))
 
@@ -78,7 +86,7 @@ class EngineClient:
         self.served = self._call(ServesWeights.finish_weight_update, [(self.version, self.step)] * len(self._workers))
 
     def finish_staged_update(self, num_rounds: int) -> None:
-        """finish_weight_update of what each engine makes ready first, in so many parts, beside its requests."""
+        """As finish_weight_update, once each engine has made the update ready in so many parts, beside its requests."""
         payload = (num_rounds, self.version, self.step)
         self.served = self._call(ServesWeights.finish_staged_update, [payload] * len(self._workers))
 
@@ -98,7 +106,7 @@ class Publisher:
         self._backend = backend
         self._bucket_bytes = bucket_bytes
         self._deadline_s = deadline_s
-        self._engine: Any = None
+        self._sender: Sender | None = None
         self._client: EngineClient | None = None
 
     @property
@@ -120,8 +128,8 @@ class Publisher:
         """
         if not self._joins:
             return
-        if self._engine is not None:
-            self._engine.shutdown()
+        if self._sender is not None:
+            self._sender.shutdown()
         source = TrainerSource(self._weights, bucket_bytes=self._bucket_bytes, dtype=getattr(torch, send_dtype))
         held = ports.taken(port)
         if held is not None:
@@ -129,18 +137,19 @@ class Publisher:
         self._client = EngineClient(call, workers_per_engine)
         world_size = 1 + sum(workers_per_engine)
         if self._backend == "gloo":
-            self._engine = GlooSender(
+            sender = GlooSender(
                 client=self._client, source=source, world_size=world_size, bucket_bytes=self._bucket_bytes,
                 timeout_s=self._deadline_s, staged=self._staged)
-            self._engine.connect(address)
-            self._client.set_staged(self._engine.staged)
+            sender.connect(address)
+            self._client.set_staged(sender.staged)
+            self._sender = sender
         else:
             from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
 
             info = self._init_info(address, port, world_size=world_size)
-            self._engine = WeightTransferTrainerFactory.trainer_init(info, client=self._client, source=source)
+            self._sender = WeightTransferTrainerFactory.trainer_init(info, client=self._client, source=source)
 
-    def _init_info(self, address: str, port: int, *, world_size: int) -> Any:
+    def _init_info(self, address: str, port: int, *, world_size: int) -> object:
         """What vLLM's own sender is told."""
         if self._backend == "nccl":
             from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
@@ -162,10 +171,10 @@ class Publisher:
 
         Gives what each engine says that it serves, where this is rank 0; nothing elsewhere.
         """
-        if self._engine is None or self._client is None:
+        if self._sender is None or self._client is None:
             for _ in self._weights.iter_weights(self._bucket_bytes):
                 pass  # joins the gathers of a model that is sharded over ranks
             return []
         self._client.version, self._client.step = version, step
-        self._engine.send_weights()
+        self._sender.send_weights()
         return self._client.served

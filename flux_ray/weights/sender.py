@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict
-from typing import Any
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -27,16 +27,25 @@ CAUSE_WAIT_S = 2.0  # for what an engine says of a send that failed: Ray tells o
 LOOK_EVERY_S = 0.002  # whether a bucket has been taken, while no engine has said anything
 
 
+class Engines(Protocol):
+    """All engines, as a sender calls them."""
+
+    def init_weight_transfer_engine(self, init_info: dict[str, object]) -> None: ...
+    def begin_weight_update(self, update_info: dict[str, object]) -> None: ...
+    def finish_weight_update(self) -> None: ...
+    def finish_staged_update(self, num_rounds: int) -> None: ...
+
+
 class GlooSender:
     def __init__(
-        self, *, client: Any, source: TrainerSource, world_size: int, bucket_bytes: int, timeout_s: float,
+        self, *, client: Engines, source: TrainerSource, world_size: int, bucket_bytes: int, timeout_s: float,
         staged: bool | None = False,
     ) -> None:
         """`world_size`: with all engine workers; `staged` None: where shared memory holds the update anyway."""
         self._client, self._source = client, source
         self._world_size, self._bucket_bytes, self._timeout_s = world_size, bucket_bytes, timeout_s
         self._staged = staged
-        self._store: Any = None
+        self._store: dist.Store | None = None
         self._channel: BucketChannel | None = None
 
     def connect(self, address: str) -> None:
@@ -109,7 +118,7 @@ class GlooSender:
         assert self._channel is not None
         self._channel.rewind()
         tensors = iter(source)
-        sending: deque[tuple[Any, torch.Tensor]] = deque()
+        sending: deque[tuple[dist.Work, torch.Tensor]] = deque()
         for run in buckets(params, self._bucket_bytes):
             place = self._channel.place(size_of(run))
             for (_, there), param in zip(unpack(place, run), run, strict=True):
@@ -127,7 +136,7 @@ class GlooSender:
         self._channel = self._store = None
 
 
-def _taken(work: Any, received: Future[None]) -> None:
+def _taken(work: dist.Work, received: Future[None]) -> None:
     """Waits until a bucket is with all workers; no longer where an engine has said that it can't take it."""
     while not work.is_completed():
         wait([received], timeout=LOOK_EVERY_S)

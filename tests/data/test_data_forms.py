@@ -156,7 +156,7 @@ def test_what_the_template_gets(chat_tokenizer):
     ("data.prompt_template", "None", "is the word None: nothing is written null"),
     ("data.system_prompt", "None", "is the word None"),
     ("data.prompt_template", "{} {prompt}", r"name what goes into \{\}"),
-    ("data.prompt_template", "{prompt", "write a brace that is meant twice"),
+    ("data.prompt_template", "{prompt", "write a brace twice to keep it"),
 ])
 def test_a_template_that_would_make_all_prompts_one_is_refused(key, value, why):
     config = from_dict({"model.path": "m", "data.train": "d.jsonl", key: value})

@@ -20,6 +20,7 @@ LEVELS = {
     "flux_ray.errors": 0,
     "flux_ray.formula": 0,
     "flux_ray.lifetime": 0,
+    "flux_ray.hugging_face": 0,
     "flux_ray.plugins": 0,
     "flux_ray.ports": 0,
     "flux_ray.run_dir": 0,

@@ -27,24 +27,28 @@ def rewards(**knobs):
     return PolicyGradientConfig(reward=RewardConfig(**knobs))
 
 
+def resolved(config, columns):
+    return resolve_functions(config.reward, config.data, columns)
+
+
 def test_an_answer_column_alone_means_numeric_or_exact():
     for column in ("answer", "solution", "label"):
-        (function,) = resolve_functions(PolicyGradientConfig(), {column, "other"})
+        (function,) = resolved(PolicyGradientConfig(), {column, "other"})
         assert function.name == "numeric_or_exact"
-    (function,) = resolve_functions(PolicyGradientConfig(data=PromptDataConfig(answer_column="gold")), {"gold"})
+    (function,) = resolved(PolicyGradientConfig(data=PromptDataConfig(answer_column="gold")), {"gold"})
     assert function.name == "numeric_or_exact"
 
 
 def test_nothing_to_reward_with_is_refused_naming_the_ways():
     with pytest.raises(UserError) as error:
-        resolve_functions(PolicyGradientConfig(), {"topic"})
+        resolved(PolicyGradientConfig(), {"topic"})
     for way in ("topic", "data.answer_column", "reward.functions", "exact_match", "file.py:my_", "register_reward"):
         assert way in str(error.value)
 
 
 def test_weights_and_options_go_with_their_functions():
     config = rewards(functions=["exact_match", "length"], weights=[2, 0.5], options={"length": {"target": 4}})
-    exact, length = resolve_functions(config, {"answer"})
+    exact, length = resolved(config, {"answer"})
     assert (exact.weight, exact.options, exact.is_shaping) == (2.0, {}, False)
     assert (length.weight, length.options, length.is_shaping) == (0.5, {"target": 4}, True)
 
@@ -68,13 +72,13 @@ def test_weights_and_options_go_with_their_functions():
 )
 def test_what_cannot_be_is_refused_by_name_at_start(knobs, message):
     with pytest.raises(UserError, match=re.escape(message)) as error:
-        resolve_functions(rewards(**knobs), {"answer"})
+        resolved(rewards(**knobs), {"answer"})
     assert "\n" not in str(error.value)
 
 
 def test_a_rule_without_its_answer_column_is_refused():
     with pytest.raises(UserError, match=r"exact_match needs unknown column 'answer'.*known: gold"):
-        resolve_functions(rewards(functions=["exact_match"]), {"gold"})
+        resolved(rewards(functions=["exact_match"]), {"gold"})
 
 
 def test_a_function_of_ones_own_from_a_file(tmp_path):
@@ -107,12 +111,12 @@ def test_a_file_that_cannot_be_used_says_what_failed_in_one_line(tmp_path, code,
 def test_a_function_needs_columns_that_are_there(tmp_path):
     path = tmp_path / "mine.py"
     path.write_text("def f(completions, topic, scale=1): ...\ndef g(completions, *, level): ...\n")
-    resolve_functions(rewards(functions=[f"{path}:f"]), {"topic"})
+    resolved(rewards(functions=[f"{path}:f"]), {"topic"})
     with pytest.raises(UserError, match=r"reward f needs unknown column 'topic': did you mean 'topics'"):
-        resolve_functions(rewards(functions=[f"{path}:f"]), {"topics"})
-    resolve_functions(rewards(functions=[f"{path}:g"], options={"g": {"level": 2}}), {"topic"})
+        resolved(rewards(functions=[f"{path}:f"]), {"topics"})
+    resolved(rewards(functions=[f"{path}:g"], options={"g": {"level": 2}}), {"topic"})
     with pytest.raises(UserError, match=r"options\.f: unknown option 'scal': did you mean 'scale'"):
-        resolve_functions(rewards(functions=[f"{path}:f"], options={"f": {"scal": 2}}), {"topic"})
+        resolved(rewards(functions=[f"{path}:f"], options={"f": {"scal": 2}}), {"topic"})
 
 
 def test_a_plugin_may_also_be_named_as_a_file(registered, tmp_path):
@@ -122,7 +126,7 @@ def test_a_plugin_may_also_be_named_as_a_file(registered, tmp_path):
         "@register_reward('mine')\ndef by_length(completions):\n    return [0.0 for c in completions]\n"
     )
     load_plugins([str(path)])
-    functions = resolve_functions(rewards(functions=["mine", f"{path}:by_length"]), set())
+    functions = resolved(rewards(functions=["mine", f"{path}:by_length"]), set())
     assert functions[0].call is functions[1].call
 
 
@@ -136,7 +140,7 @@ def test_registered_rewards(registered):
         return [0.0 for _ in completions]
 
     assert get_reward("mine") is mine and {"mine", "exact_match"} <= set(list_rewards())
-    shaping = [function.is_shaping for function in resolve_functions(rewards(functions=["mine", "brief"]), set())]
+    shaping = [function.is_shaping for function in resolved(rewards(functions=["mine", "brief"]), set())]
     assert shaping == [False, True]
     for taken in ("mine", "exact_match"):
         with pytest.raises(ValueError, match="registered already"):
@@ -157,7 +161,7 @@ def test_registered_rewards(registered):
 )
 def test_an_answer_is_found_in_its_cell_or_refused_by_name(column, cells, answers):
     columns = {column.partition(".")[0]}
-    assert find_answer_column(from_dict({"data.answer_column": column}), columns) == column
+    assert find_answer_column(PromptDataConfig(answer_column=column), columns) == column
     if isinstance(answers, list):
         assert answers_in(column, {next(iter(columns)): cells}.__getitem__, columns) == answers
         return
@@ -167,4 +171,4 @@ def test_an_answer_is_found_in_its_cell_or_refused_by_name(column, cells, answer
 
 def test_a_column_that_was_named_and_is_not_there_is_not_replaced_by_another():
     with pytest.raises(UserError, match=r"data\.answer_column: unknown column 'gold'"):
-        resolve_functions(from_dict({"data.answer_column": "gold"}), {"answer", "solution"})
+        resolved(from_dict({"data.answer_column": "gold"}), {"answer", "solution"})

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from flux_ray.config import Config, from_dict
+from flux_ray.config import Config, RewardConfig, from_dict
 from flux_ray.errors import UserError
 from flux_ray.plugins import hand_over
 from flux_ray.reward import RewardWorker, Surroundings, ask_signatures, resolve_functions
@@ -36,7 +36,7 @@ def rewards_of(reference: str, texts=("42", "41"), columns=None, surroundings=No
     """Of a group of these texts, as a run asks: the functions are looked at first, then a worker scores."""
     config = from_dict({"reward.functions": [reference], **options})
     group = make_group(list(texts), columns=columns)
-    resolve_functions(config, set(group.prompt.columns), ask_signatures(config))
+    resolve_functions(config.reward, config.data, set(group.prompt.columns), ask_signatures(config))
 
     async def score() -> list[float]:
         worker = RewardWorker(config, surroundings)
@@ -264,10 +264,10 @@ def test_rewards_see_the_folder_and_the_variables_they_are_given(tmp_path, monke
     (tmp_path / "right.txt").write_text("42")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r"reward\.env: the environment has no variable 'JUDGE_KEY'"):
-        Surroundings.here(from_dict({"reward.env": ["JUDGE_KEY"]}))
+        Surroundings.here(RewardConfig(env=["JUDGE_KEY"]))
     monkeypatch.setenv("JUDGE_KEY", "secret")
     config = from_dict({"reward.env": ["JUDGE_KEY"]})
-    surroundings = Surroundings.here(config)
+    surroundings = Surroundings.here(config.reward)
     assert "secret" not in repr(surroundings) and surroundings.folder == str(tmp_path)
     assert rewards_of(f"{file}:graded", surroundings=surroundings, **{"reward.env": ["JUDGE_KEY"]}) == [1.0, 0.0]
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from types import MethodType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ class TiedHead(NamedTuple):
     packed from and leaves the packed copy old, which no checksum of parameters can see: tie again and pack again.
     """
 
-    head: Any
+    head: nn.Module
     embedding: nn.Module
 
     def renew(self) -> None:
@@ -54,7 +54,7 @@ def can_have_shadow(model: nn.Module) -> bool:
 
 
 class ShadowModel:
-    """One update: `load` all tensors, `finish`, both beside the running model; then `put_in_place`, where it stands."""
+    """One update: `load` and `finish` beside the running model, then `put_in_place` between two forward passes."""
 
     def __init__(self, model: nn.Module, tied: Iterable[TiedHead]) -> None:
         from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
@@ -76,7 +76,7 @@ class ShadowModel:
                     shadow._buffers[name] = buffer.clone()
         initialize_layerwise_reload(self._model)
         for shadow in self._shadows.values():
-            get_layerwise_info(shadow).kernel_tensors = None  # the running model's: they are not to be written into
+            get_layerwise_info(shadow).kernel_tensors = None  # they are the running model's: nothing may write to them
 
     def _shadow_of(self, module: nn.Module) -> nn.Module:
         """A module of the same class and settings. One that stands in two places stands there in the shadow too."""
@@ -97,7 +97,7 @@ class ShadowModel:
 
     @torch.no_grad()
     def finish(self) -> None:
-        """What waits for tensors that no checkpoint has (padding), and heads that have their embedding's weight."""
+        """Make ready the layers that wait for tensors which no checkpoint has (padding), and the tied heads."""
         from vllm.model_executor.model_loader.reload.layerwise import _layerwise_process, get_layerwise_info
 
         ready = set()
@@ -113,7 +113,7 @@ class ShadowModel:
 
     @torch.no_grad()
     def put_in_place(self, dtype: torch.dtype) -> None:
-        """The running model must not run. `dtype`: its own."""
+        """Give the model the new weights. No forward pass may run meanwhile. `dtype`: the model's."""
         from vllm.model_executor.layers.attention import is_deferred_attention_layer
 
         seen: set[int] = set()
@@ -126,12 +126,12 @@ class ShadowModel:
             layer.__dict__.update({name: value for name, value in shadow.__dict__.items()
                                    if name not in OWN and value is not layer.__dict__.get(name)})
         for layer in self._shadows:
-            if is_deferred_attention_layer(layer):  # some derive from their projections what they compute with
+            if is_deferred_attention_layer(layer):  # some compute with what they derive from their projections
                 layer.process_weights_after_loading(dtype)  # type: ignore[operator]
         self.forget()
 
     def forget(self) -> None:
-        """What vLLM knows of a shadow knows the shadow: neither would ever go, nor the weights of the update before."""
+        """Drop what vLLM keeps of the shadow. It holds the shadow, so that neither would be freed."""
         from vllm.model_executor.model_loader.reload.layerwise import LAYERWISE_INFO
 
         for shadow in self._shadows.values():
