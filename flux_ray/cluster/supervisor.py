@@ -29,8 +29,9 @@ class OnDeath(enum.Enum):
 class Supervisor:
     """Of one run; it lives in the driver's process."""
 
-    def __init__(self, *, start_deadline_s: float) -> None:
-        self._start_deadline_s = start_deadline_s
+    def __init__(self, *, start_deadline_s: float, heartbeat: bool = True) -> None:
+        """`heartbeat`: whether those that answer nothing are ended."""
+        self._start_deadline_s, self._heartbeat = start_deadline_s, heartbeat
         self._groups: dict[str, Group[Any]] = {}
         self._policies: dict[str, OnDeath] = {}
         self._informed: set[str] = set()
@@ -71,7 +72,8 @@ class Supervisor:
         self._begun = True
         heartbeat = Heartbeat(lambda: [actor for group in self._groups.values() for actor in group
                                        if (group.role, actor.index) not in self._replacing], self._ended_silent)
-        self._watches.append(asyncio.ensure_future(heartbeat.run()))
+        if self._heartbeat:
+            self._watches.append(asyncio.ensure_future(heartbeat.run()))
 
     def _ended_silent(self, actor: Actor[Any], silent_s: float) -> None:
         why = f"{actor.role} {actor.index}: the process did not answer for {silent_s:.0f} s and was ended"

@@ -20,6 +20,7 @@ from flux_ray.config import PolicyGradientConfig
 from flux_ray.data import PromptSource
 from flux_ray.driver.agreement import Agreement
 from flux_ray.driver.drop_stats import DropStats
+from flux_ray.driver.engines import Engines
 from flux_ray.driver.evaluation import Evaluation
 from flux_ray.driver.ledger import Ledger
 from flux_ray.driver.loop import Loop
@@ -125,7 +126,7 @@ class Parts:
     def publish(self, version: int, step: int) -> list[str]:
         self.version, self.step = version, step
         self.published.append((version, step))
-        return [str(version)]
+        return [str(version)] * len(self.holder.members.of("engine"))
 
     def compare_held(self, *, engines: Sequence[int]) -> list[ComparedTokens]:
         """The gap that the test asks for, of one token a group, at the end of its prompt."""
@@ -208,9 +209,11 @@ def make_loop(config: PolicyGradientConfig, groups: dict[str, Any], supervisor: 
     ledger = Ledger(bound, DropStats(config, total=start.prompts_dropped), num_steps=config.driver.num_steps,
                     num_parts=min(config.rollout.split_groups, config.rollout.group_size), next_uid=start.next_uid,
                     unfinished=start.unfinished)
-    stages = Stages(config, ledger, workers=groups["rollout"], supervisor=supervisor, warn=recorder.warn_of,
-                    step=start.step)
-    loop = Loop(config, stages=stages, ranks=Ranks(config, trainer=groups["trainer"], critic=None), prompts=prompts,
+    engines = Engines(groups["engine"], supervisor, None)
+    stages = Stages(config, ledger, workers=groups["rollout"], engines=engines, supervisor=supervisor,
+                    warn=recorder.warn_of, step=start.step)
+    ranks = Ranks(config, trainer=groups["trainer"], critic=None, engines=engines)
+    loop = Loop(config, stages=stages, ranks=ranks, prompts=prompts,
                 versions=Versions(max_staleness=config.driver.max_staleness, highest=start.version),
                 agreement=Agreement(config.rollout, model="model", dtype="float32", context=200))
     if config.eval.every:

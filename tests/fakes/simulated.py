@@ -446,7 +446,7 @@ def simulate(config: PolicyGradientConfig, world: World, *, clock: SimulatedTime
 
 async def _run(config: PolicyGradientConfig, world: World, start: LoopState, part_tokens: float) -> Loop:
     engines = [Engine(world, max_num_seqs=config.rollout.max_num_seqs) for _ in range(config.rollout.num_engines)]
-    supervisor = Supervisor(start_deadline_s=NEVER_S)
+    supervisor = Supervisor(start_deadline_s=NEVER_S, heartbeat=False)
     makers: dict[str, tuple[Callable[[int], Any], int, OnDeath]] = {
         "engine": (lambda i: engines[i], config.rollout.num_engines, OnDeath.END_RUN),
         "rollout": (lambda i: CountedWorker(config, i, world), config.rollout.num_workers or 1, OnDeath.REPLACE),

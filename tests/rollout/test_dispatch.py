@@ -15,6 +15,7 @@ import pytest
 from flux_ray.cluster.supervisor import OnDeath, Supervisor
 from flux_ray.config import Config, from_dict
 from flux_ray.driver.drop_stats import DropStats
+from flux_ray.driver.engines import Engines
 from flux_ray.driver.entry import Entry
 from flux_ray.driver.ledger import Ledger
 from flux_ray.driver.stages import Stages
@@ -157,7 +158,9 @@ async def staged(config: Config) -> AsyncIterator[Staged]:
     supervisor.add(workers, OnDeath.REPLACE, informed=True)
     await supervisor.begin()
     ledger = Ledger(Bound(100, 0), DropStats(config, total=0), num_parts=config.rollout.split_groups)
-    stages = Stages(config, ledger, workers=workers, supervisor=supervisor, warn=lambda kind, text: None)
+    engines = Engines(LocalGroup("engine", lambda index: None, config.rollout.num_engines), supervisor, None)
+    stages = Stages(config, ledger, workers=workers, engines=engines, supervisor=supervisor,
+                    warn=lambda kind, text: None)
     async with asyncio.TaskGroup() as tasks:
         stages.begin(tasks)
         yield Staged(stages, workers[0].object, Lengths(config.rollout.max_tokens))
