@@ -52,6 +52,7 @@ from flux_ray.config.read import (
 )
 from flux_ray.config.sections import (
     BatchConfig,
+    CheckpointConfig,
     ClusterConfig,
     CriticConfig,
     DataConfig,
@@ -89,7 +90,7 @@ __all__ = [
 
     "CDPOAlgoConfig",
     "CDPOConfig",
-    "ClusterConfig",
+    "CheckpointConfig", "ClusterConfig",
     "Config",
     "CriticConfig",
     "DataConfig",
