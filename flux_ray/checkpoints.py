@@ -95,7 +95,7 @@ def verify(path: str | Path) -> list[Checkpoint]:
     if not _is_checkpoint(folder):
         return list_checkpoints(folder, read_all=True)
     marked = saved.best(folder.parent)
-    return [_looked_at(folder, read_all=True, is_best=marked is not None and folder.name.endswith(f"{marked.step:06d}"))]
+    return [_looked_at(folder, read_all=True, is_best=marked is not None and saved.step_of(folder) == marked.step)]
 
 
 def export(checkpoint: str | Path, folder: str | Path) -> Path:
@@ -196,7 +196,7 @@ def _model(config: Config, folder: Path) -> PackedModel:
     parameters = dict(full_weights.parameters(model))
     for file in sorted(folder.glob("model*.safetensors")):
         with safe_open(file, framework="pt") as stored:
-            for key in [key for key in stored.keys() if key.startswith("master.")]:
+            for key in filter(lambda key: key.startswith("master."), list(stored.keys())):
                 _put(parameters, key.removeprefix("master."), stored.get_tensor(key))
     if parameters:
         raise UserError(f"{folder} lacks {next(iter(parameters))}: it is of another model than {config.model.path}")

@@ -115,7 +115,7 @@ def _problem_of_state(folder: Path, *, by_manifest: bool) -> str | None:
 
 def newest_whole(checkpoints: Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint that can be trusted, and a line on each newer one that can't, and on its own doubt."""
-    lines = []
+    lines: list[str] = []
     for path in reversed(all_of(checkpoints)):
         found = verify(path)
         if found.problem is None:

@@ -36,7 +36,8 @@ def write(folder: Path) -> None:
 def problem(folder: Path, *, read_all: bool = True) -> str | None:
     """Why the files under `folder` can't be trusted, of the first that can't; None where nothing is wrong.
 
-    Without a manifest (none is there, and none is claimed) each file must at least be readable. Reads every byte, or (read_all=False) none but the manifest.
+    Without a manifest (none is there, and none is claimed) each file must at least be readable. Reads every byte, or
+    (read_all=False) none but the manifest.
     """
     try:
         expected = _expected(folder) if (folder / MANIFEST).is_file() else {}
