@@ -120,8 +120,8 @@ def saved_config(resume: str) -> dict[str, object]:
         loaded = OmegaConf.load(file)
     except (OSError, UnicodeDecodeError, YAMLError, OmegaConfBaseException) as error:
         raise UserError(f"resume={resume}: {file} can't be read: {' '.join(str(error).split())}") from None
-    if not isinstance(loaded, DictConfig) or not loaded:
-        raise UserError(f"resume={resume}: {file} holds no options: it was cut, or another file has its place")
+    if not isinstance(loaded, DictConfig) or "algo" not in loaded:   # each run's has it
+        raise UserError(f"resume={resume}: {file} holds no run's options: it was cut, or another file has its place")
     values = OmegaConf.to_container(loaded)
     return {**values, "run_dir": str(run_of(resume))}  # type: ignore[dict-item]  # where it lies now
 
