@@ -52,7 +52,6 @@ from flux_ray.config.read import (
 )
 from flux_ray.config.sections import (
     BatchConfig,
-    CheckpointConfig,
     ClusterConfig,
     CriticConfig,
     DataConfig,
@@ -90,7 +89,7 @@ __all__ = [
 
     "CDPOAlgoConfig",
     "CDPOConfig",
-    "CheckpointConfig", "ClusterConfig",
+    "ClusterConfig",
     "Config",
     "CriticConfig",
     "DataConfig",

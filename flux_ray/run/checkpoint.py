@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from flux_ray.config import CheckpointConfig
+from flux_ray.config import Config
 from flux_ray.errors import UserError
 from flux_ray.model.save import write_synced
 from flux_ray.records import LoopState
@@ -195,8 +195,8 @@ def forget_newer(checkpoints: Path, step: int) -> None:
 class Due:
     """Whether a checkpoint is due at a step's end: by steps, or by the time since the last one was begun."""
 
-    def __init__(self, config: CheckpointConfig, now_s: float) -> None:
-        self._every, self._every_s, self._last_s = config.every, config.every_s, now_s
+    def __init__(self, config: Config, now_s: float) -> None:
+        self._every, self._every_s, self._last_s = config.checkpoint.every, config.checkpoint.every_s, now_s
 
     def is_due(self, step: int, now_s: float) -> bool:
         by_step = bool(self._every) and step % self._every == 0

@@ -43,7 +43,7 @@ class Saver:
         """`checkpoints`: the folder of them all; `warn` tells of one that isn't kept."""
         self._config, self._options, self._trained = config, config.checkpoint, trained
         self._checkpoints, self._warn = checkpoints, warn
-        self._due = Due(config.checkpoint, time.monotonic())
+        self._due = Due(config, time.monotonic())
         self._step = -1                                  # of the last that was begun
         self._writing: asyncio.Task[None] | None = None  # what comes after the ranks: it ends when all is on disk
         self._tasks: asyncio.TaskGroup | None = None

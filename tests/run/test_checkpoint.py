@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from flux_ray.config import CheckpointConfig
+from flux_ray.config import from_dict
 from flux_ray.errors import UserError
 from flux_ray.records import LoopState
 from flux_ray.run import manifest
@@ -209,7 +209,7 @@ def test_the_best_outlives_the_newest(tmp_path):
     (3, 15.0, [False, True, True, False]),
 ])
 def test_a_checkpoint_is_due_by_steps_or_by_seconds(every, every_s, expected):
-    due, found = Due(CheckpointConfig(every=every, every_s=every_s), 100.0), []
+    due, found = Due(from_dict({"checkpoint.every": every, "checkpoint.every_s": every_s}), 100.0), []
     for step in range(1, 5):
         now_s = 100.0 + 10.0 * step
         found.append(due.is_due(step, now_s))
