@@ -162,9 +162,9 @@ def test_what_is_no_metric_of_evaluations_is_refused():
     from flux_ray.config import check_values
 
     assert check_values(config(**{"checkpoint.best": "-eval/loss"}))
-    with pytest.raises(UserError, match="checkpoint.best=reward/mean must be a metric of evaluations"):
+    with pytest.raises(UserError, match=r"checkpoint\.best=reward/mean must be a metric of evaluations"):
         check_values(config(**{"checkpoint.best": "reward/mean"}))
-    with pytest.raises(UserError, match="checkpoint.best=eval/loss needs evaluations"):
+    with pytest.raises(UserError, match=r"checkpoint\.best=eval/loss needs evaluations"):
         check_values(changed(config(**{"checkpoint.best": "eval/loss"}), {"eval.data": None}))
 
 
