@@ -102,7 +102,8 @@ def _other_shape(folder: Path, config: Config) -> str | None:
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     for file in sorted(folder.glob("model*.safetensors")):
         with safe_open(file, framework="pt") as stored:
-            found = {key.removeprefix("master."): tuple(stored.get_slice(key).get_shape()) for key in list(stored.keys())}
+            keys = list(stored.keys())
+            found = {key.removeprefix("master."): tuple(stored.get_slice(key).get_shape()) for key in keys}
         for name in found.keys() & shapes.keys():
             if found[name] != shapes[name]:
                 return f"{name} has shape {found[name]} in {folder}, {shapes[name]} there"

@@ -1,4 +1,4 @@
-"""Where a run goes on: resume=auto, what differs from before, what can't; and folders that are cut or can't be written."""
+"""Where a run goes on: resume=auto, what differs, what can't; and folders that are cut or can't be written."""
 
 from __future__ import annotations
 

@@ -50,7 +50,8 @@ def test_auto_goes_on_from_what_is_whole_and_the_best_is_kept(toys, tmp_path):
     assert marked == {"metric": f"-{LOSS}", "step": min(scores, key=lambda step: scores[step]),
                       "value": min(scores.values())}
     found = {one.step: one for one in checkpoints.verify(run)}
-    assert found.keys() == {marked["step"], NUM_STEPS - 1, NUM_STEPS} and all(one.state == "whole" for one in found.values())
+    assert found.keys() == {marked["step"], NUM_STEPS - 1, NUM_STEPS}
+    assert all(one.state == "whole" for one in found.values())
     assert found[marked["step"]].is_best
 
     whole_run = trained("another")   # which nothing disturbs
