@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if verb not in VERBS:
             raise unknown("verb", verb, VERBS)
-        VERBS[verb](rest)
+        return VERBS[verb](rest) or 0
     except UserError as error:
         print(f"flux-ray: {error}", file=sys.stderr)
         return USER_ERROR
@@ -168,8 +168,16 @@ def audit(arguments: list[str]) -> None:
         raise CheckFailed(f"{arguments[0]}: the accounts are not clean")
 
 
-VERBS: dict[str, Callable[[list[str]], None]] = {
-    "train": train, "explain": explain, "translate": translate, "info": info, "audit": audit}
+def checkpoint(arguments: list[str]) -> int:
+    from flux_ray.checkpoints import command
+
+    return command(arguments)
+
+
+#: What gives an exit code, or None for 0.
+VERBS: dict[str, Callable[[list[str]], int | None]] = {
+    "train": train, "explain": explain, "translate": translate, "info": info, "audit": audit,
+    "checkpoint": checkpoint}
 
 
 def compose(overrides: list[str], *, then: Callable[[Config], None]) -> None:
@@ -208,7 +216,9 @@ def compose(overrides: list[str], *, then: Callable[[Config], None]) -> None:
             raise _one_line(error) from error
     for given, words in composed:
         names.refuse_ambiguous(given.get("algo.name"), written)
-        then(_resumed(given, words) if given.get("resume") else configs.from_dict(given))
+        resumed = run_dir.resumed_run(given.get("resume"), given.get("run_dir"))
+        goes_on = resumed and resumed != run_dir.AUTO
+        then(_resumed({**given, "resume": resumed}, words) if goes_on else configs.from_dict(given))
 
 
 def _with_given(overrides: list[str]) -> list[str]:

@@ -81,7 +81,12 @@ FluxConfig.from_yaml, FluxConfig.to_yaml = from_yaml, to_yaml   # type: ignore[a
 def _config(flat: dict[str, Any]) -> Config:
     """The config of options by their dotted names, which come over the algorithm's preset and a resumed run's."""
     keys = [key for key, _ in configs.options()]
-    before = names.flatten(run_dir.saved_config(flat["resume"]), options=keys) if flat.get("resume") else {}
+    resumed = run_dir.resumed_run(flat.get("resume"), flat.get("run_dir"))
+    if resumed == run_dir.AUTO:
+        resumed = None
+    elif resumed:
+        flat = {**flat, "resume": resumed}
+    before = names.flatten(run_dir.saved_config(resumed), options=keys) if resumed else {}
     algorithm = flat.get("algo.name", before.get("algo.name", configs.DEFAULT_ALGORITHM))
     if algorithm == before.get("algo.name"):
         return configs.from_dict(flat, before=before)

@@ -28,6 +28,7 @@ flux-ray trains language models by reinforcement learning, with vLLM, DeepSpeed 
   flux-ray explain OPTION=VALUE ...   prints the objective of these options as formulas; starts nothing
   flux-ray train --help               lists every option with its default and its meaning
   flux-ray translate FILE             turns a configuration of verl, OpenRLHF or TRL into options
+  flux-ray checkpoint list RUN        shows a run's checkpoints; verify, export and prune do what they say
   flux-ray info                       shows versions, devices, and what is missing for what
   flux-ray audit RUN                  proves that no prompt of a run was lost, none trained on twice
   flux-ray --version
@@ -49,6 +50,7 @@ flux-ray train OPTION=VALUE ...
 
   resume=RUN         goes on with that run and its options. Options beside it win. With a
                      GROUP=CHOICE beside it that run's options don't count: name them all anew
+  resume=auto        goes on with what lies in run_dir, or begins there
   GROUP=CHOICE       takes a file of options, such as algo=dapo
   --config-dir DIR   adds your own files of options: experiment=mine is DIR/experiment/mine.yaml
   --multirun         runs once for each value of a list

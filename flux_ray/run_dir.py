@@ -2,7 +2,7 @@
 
 Takes:  a Config, with or without run_dir.
 Gives:  the Config with an absolute run_dir that exists, a default one belonging to this run alone; `held`, its lock;
-        `check_seen`.
+        `check_seen`; `resumed_run`, what resume=auto means; `saved_config`, of a run that is resumed.
 """
 
 from __future__ import annotations
@@ -16,13 +16,17 @@ import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from flux_ray.config import Config
 from flux_ray.errors import UserError
 
 CONFIG = "config.yaml"  # the first file of a run, which the driver writes
+AUTO = "auto"  # as `resume`: go on with what lies in run_dir
 LOCK = ".lock"  # held by the process of a run as long as it lives
 
 
@@ -49,7 +53,7 @@ def held(run_dir: str) -> Iterator[None]:
 
     Raises UserError, with who holds it, where another run writes to it.
     """
-    with Path(run_dir, LOCK).open("a+", encoding="utf-8") as file:
+    with _opened_lock(run_dir) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -76,6 +80,31 @@ def is_held(run_dir: str | Path) -> bool:
     return False
 
 
+def _opened_lock(run_dir: str) -> TextIO:
+    try:
+        return Path(run_dir, LOCK).open("a+", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"run_dir={run_dir}: can't be written to: {error.strerror}") from error
+
+
+def resumed_run(resume: str | None, run_dir: str | None) -> str | None:
+    """The run that `resume` names. `auto` is the one in run_dir, or stays where that has no checkpoint yet.
+
+    UserError for auto without run_dir.
+    """
+    if resume != AUTO:
+        return resume
+    if not run_dir:
+        raise UserError("resume=auto goes on with what lies in run_dir: name the folder (run_dir=...)")
+    folder = Path(run_dir).expanduser().absolute()
+    return str(folder) if any((folder / "checkpoints").glob("step-*")) else AUTO
+
+
+def is_begun(run_dir: str) -> bool:
+    """Whether a run has written to the folder."""
+    return (Path(run_dir).expanduser() / CONFIG).is_file()
+
+
 def run_of(resume: str) -> Path:
     """The run folder that `resume` names: itself, or the one that its checkpoint lies in."""
     path = Path(resume).expanduser().absolute()
@@ -87,7 +116,13 @@ def saved_config(resume: str) -> dict[str, object]:
     file = run_of(resume) / CONFIG
     if not file.is_file():
         raise UserError(f"resume={resume}: there is no {file}, so no run to go on with")
-    values = OmegaConf.to_container(OmegaConf.load(file))
+    try:
+        loaded = OmegaConf.load(file)
+    except (OSError, UnicodeDecodeError, YAMLError, OmegaConfBaseException) as error:
+        raise UserError(f"resume={resume}: {file} can't be read: {' '.join(str(error).split())}") from None
+    if not isinstance(loaded, DictConfig) or "algo" not in loaded:   # each run's has it
+        raise UserError(f"resume={resume}: {file} holds no run's options: it was cut, or another file has its place")
+    values = OmegaConf.to_container(loaded)
     return {**values, "run_dir": str(run_of(resume))}  # type: ignore[dict-item]  # where it lies now
 
 

@@ -62,6 +62,7 @@ ONLY: dict[str, tuple[object, str]] = {
     "driver.streaming": ("auto", "it trains on whole batches"),
     "eval.data": (None, "evaluate the model it gives: FluxTrainer.evaluate"),
     "checkpoint.every": (0, "it writes the model at the end"),
+    "checkpoint.best": (None, "it writes the model at the end"),
     "resume": (None, "it starts anew"),
     "model.layout": ("auto", "it pads"),
     "train.deepspeed": ({}, "it runs in one process"),

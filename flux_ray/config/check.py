@@ -73,6 +73,7 @@ def _problems(config: Config) -> Iterator[str]:
     yield from _data_problems(config.data)
     if isinstance(config, EvaluatedConfig):
         yield from _evaluation_problems(config.eval)
+    yield from _best_problems(config)
 
 
 def _data_problems(data: DataConfig) -> Iterator[str]:
@@ -94,6 +95,16 @@ def _evaluation_problems(evaluation: EvalConfig) -> Iterator[str]:
         yield f"eval.every={evaluation.every} needs eval.data: the prompts to evaluate on (or eval.share)"
     if evaluation.data and evaluation.share:
         yield f"eval.share={evaluation.share:g} beside eval.data={evaluation.data}: give one of them"
+
+
+def _best_problems(config: Config) -> Iterator[str]:
+    best = config.checkpoint.best
+    if best is None:
+        return
+    if not best.removeprefix("-").startswith("eval/"):
+        yield f"checkpoint.best={best} must be a metric of evaluations: eval/..., or -eval/... where the least is best"
+    if not isinstance(config, EvaluatedConfig) or not (config.eval.data or config.eval.share):
+        yield f"checkpoint.best={best} needs evaluations: eval.data and eval.every"
 
 
 def _batch_problems(config: Config) -> Iterator[str]:

@@ -130,7 +130,8 @@ class Config:
 
     seed: int = knob(0, "one seed for everything", least=0)
     run_dir: str | None = knob(None, "folder of the run; none: runs/DATE_TIME under the folder it was started in")
-    resume: str | None = knob(None, "a run folder, or one of its checkpoints, to go on from")
+    resume: str | None = knob(None, "a run folder, or one of its checkpoints, to go on from; auto: what lies in "
+                                    "run_dir")
     plugins: list[str] = knob([], "Python files imported in every process: they register algorithms, rewards, rollouts")
     data: sections.DataConfig = group(sections.DataConfig)
     model: sections.ModelConfig = group(sections.ModelConfig)

@@ -323,8 +323,14 @@ class RolloutEvalConfig(EvalConfig):
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    every: int = knob(0, "steps between checkpoints; 0: none but the model at the end", least=0)
+    every: int = knob(0, "steps between checkpoints; 0: every_s alone makes them", least=0)
+    every_s: float = knob(600.0, "a step that ends so many seconds after the last checkpoint makes one too; 0: none",
+                          least=0)
     keep: int = knob(2, "checkpoints kept, the newest", least=1)
+    best: str | None = knob(None, "a metric of evaluations, as eval/task_mean: the checkpoint where it is highest is "
+                                  "kept as well; -eval/loss: where it is lowest")
+    background: str = knob("auto", "write beside the next step, from a copy in memory; auto: where it takes no more "
+                                   "than half of what is free", choices=("auto", "always", "never"))
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """A model in Hugging Face layout, whole or not at all.
 
 Takes:  weights one by one (never all at once in memory beside a shard), config, tokenizer, generation config.
-Gives:  a folder that transformers and vLLM load as it is; `atomic_folder` for anything that must appear whole.
+Gives:  a folder that transformers and vLLM load as it is; `atomic_folder` and `write_synced` for anything that must
+        appear whole; `why_unwritten`, one line of an error.
 Knows:  the sharded layout: model-00001-of-00003.safetensors and its index.
 Never:  leaves a half-written folder under the final name, or pickles.
 """
@@ -16,6 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import GenerationConfig, PretrainedConfig
@@ -23,6 +25,8 @@ from transformers import GenerationConfig, PretrainedConfig
 from flux_ray.hugging_face import Tokenizer
 
 MAX_SHARD_BYTES = 4 * 2**30  # of one weights file: what hubs and loaders are used to
+#: What writing raises where the disk is full, read-only or gone.
+UNWRITTEN = (OSError, SafetensorError)
 
 
 @contextmanager
@@ -36,19 +40,19 @@ def atomic_folder(folder: str | Path) -> Iterator[Path]:
     try:
         yield temporary
         for file in temporary.rglob("*"):
-            _fsync(file)
-        _fsync(temporary)
+            sync(file)
+        sync(temporary)
         replaced = final.with_name(f".{final.name}.replaced-{os.getpid()}")
         if final.exists():
             final.rename(replaced)
         temporary.rename(final)
-        _fsync(final.parent)
+        sync(final.parent)
         shutil.rmtree(replaced, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _fsync(path: Path) -> None:
+def sync(path: Path) -> None:
     """On disk when this returns. Some network file systems sync files but no folders: they answer EINVAL."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -58,6 +62,23 @@ def _fsync(path: Path) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+def write_synced(file: Path, text: str) -> None:
+    """The file has this text, on disk, when this returns. Whatever happens meanwhile, it is whole or as it was."""
+    temporary = file.with_name(f".{file.name}.writing-{os.getpid()}")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        sync(temporary)
+        os.replace(temporary, file)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync(file.parent)
+
+
+def why_unwritten(error: BaseException) -> str:
+    """One of `UNWRITTEN` as a person reads it."""
+    return (error.strerror if isinstance(error, OSError) else None) or " ".join(str(error).split())
 
 
 def save_model(

@@ -53,8 +53,11 @@ class RunFolder:
             raise UserError(
                 f"run_dir={self.path} holds a run already: choose another folder, or go on with resume={self.path}"
             )
-        self.logs.mkdir(parents=True, exist_ok=True)
-        (self.path / CONFIG).write_text(to_yaml(config), encoding="utf-8")
+        try:
+            self.logs.mkdir(parents=True, exist_ok=True)
+            _replace(self.path / CONFIG, to_yaml(config))
+        except OSError as error:
+            raise UserError(f"run_dir={self.path}: can't be written to: {error.strerror}") from error
         if resume_step is not None:
             self.cut(resume_step)
         if (self.path / REFERENCE).exists():
@@ -64,7 +67,7 @@ class RunFolder:
         """Keep what was known when `step` steps were done: the later ones are done again."""
         for name in (METRICS, SAMPLES, LEDGER, EVAL):
             if (self.path / name).exists():
-                _keep_steps(self.path / name, step, inclusive=name == EVAL)
+                _keep_steps(self.path / name, step, inclusive=name == EVAL and step > 0)
 
     def open_ledger(self, step: int, account: Account) -> None:
         """The line that the accounts begin with, where the file has none yet: `step` steps are done."""
@@ -123,8 +126,13 @@ def _keep_steps(file: Path, step: int, *, inclusive: bool) -> None:
 
 
 def _rewrite(file: Path, records: Iterable[Mapping[str, object]]) -> None:
+    _replace(file, "".join(json.dumps(record) + "\n" for record in records))
+
+
+def _replace(file: Path, text: str) -> None:
+    """The file has this text, or is as it was: whoever is killed meanwhile leaves no half."""
     temporary = file.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, file)
 
 

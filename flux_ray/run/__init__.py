@@ -105,7 +105,7 @@ def _recorded(prepared: Prepared, body: RunBody, callbacks: Sequence[Callback], 
     config = prepared.config
     folder = RunFolder(str(config.run_dir))
     prepared = _above_all_versions(prepared)
-    folder.create(config, resume_step=prepared.start.step if prepared.checkpoint else None)
+    folder.create(config, resume_step=prepared.start.step if config.resume else None)
     checkpoints = (folder.path / "checkpoints").resolve()
     if body is _train and prepared.checkpoint and prepared.checkpoint.parent == checkpoints:
         forget_newer(checkpoints, prepared.start.step)
@@ -116,6 +116,8 @@ def _recorded(prepared: Prepared, body: RunBody, callbacks: Sequence[Callback], 
         terminal.say(f"run folder {folder.path}")
         if body is _train:
             folder.open_ledger(prepared.start.step, Account(prepared.start.next_uid, prepared.start.unfinished))
+        for note in prepared.notes:
+            terminal.say(note)
         for warning in prepared.warnings:
             recorder.warn(warning)
         try:
@@ -221,13 +223,13 @@ async def _watch(cluster: Cluster, supervisor: Supervisor) -> None:
 
 async def _train(prepared: Prepared, build: Build, recorder: Recorder) -> None:
     """Build what goes with the data, run its loop, save the model."""
-    from flux_ray.run import checkpoint
+    from flux_ray.run.saving import save_models
     from flux_ray.run.training import Training
 
     loop = await build.loop(prepared.task, recorder)
     recorder.ready()
     await Training(prepared.config, loop, recorder, trained=build.trained, progress=build.supervisor.progress).run()
-    await checkpoint.save_models(recorder.folder.model, build.trained, deadline_s=prepared.config.train.deadline_s)
+    await save_models(recorder.folder.model, build.trained, deadline_s=prepared.config.train.deadline_s)
 
 
 async def _evaluate(prepared: Prepared, build: Build, recorder: Recorder) -> None:

@@ -62,7 +62,7 @@ from flux_ray.reward.model import check_reward_models, have_same_tokens
 from flux_ray.reward.registry import Signature, load_functions, of_set
 from flux_ray.rollout.check import check_engine_args
 from flux_ray.rollout.functions import get_rollout
-from flux_ray.run import checkpoint as saved
+from flux_ray.run import resume
 from flux_ray.train import check_deepspeed_options
 
 if TYPE_CHECKING:
@@ -94,6 +94,7 @@ class Prepared:
     start: LoopState
     checkpoint: Path | None  # to load before the first step; None: the run starts anew
     warnings: tuple[str, ...]
+    notes: tuple[str, ...] = ()  # to be said, and no reason to worry
 
     @property
     def needs_reference(self) -> bool:
@@ -130,7 +131,8 @@ def prepare(config: Config) -> Prepared:
     for check in CHECKS:
         check(draft)
     assert draft.task is not None
-    return Prepared(draft.config, draft.task, draft.start, draft.checkpoint, tuple(draft.warnings))
+    return Prepared(draft.config, draft.task, draft.start, draft.checkpoint, tuple(draft.warnings),
+                    tuple(resume.changes(draft.config)))
 
 
 def _check_values(draft: Draft) -> None:
@@ -162,14 +164,9 @@ def _check_model(draft: Draft) -> None:
 
 def _check_checkpoint(draft: Draft) -> None:
     """Where a run that is resumed goes on."""
-    config = draft.config
-    if not config.resume:
-        return
-    draft.checkpoint = saved.find(config.resume)
-    draft.start = saved.load(draft.checkpoint)
-    if draft.start.step > config.driver.num_steps:
-        raise UserError(f"driver.num_steps={config.driver.num_steps} is less than the {draft.start.step} steps done in "
-                        f"{draft.checkpoint}")
+    start = resume.start(draft.config)
+    draft.config, draft.checkpoint, draft.start = start.config, start.checkpoint, start.state
+    draft.warnings += start.warnings
 
 
 def _check_reference(draft: Draft) -> None:

@@ -19,8 +19,8 @@ from flux_ray.cluster.group import Group
 from flux_ray.config import Config, EvaluatedConfig, PolicyGradientConfig
 from flux_ray.protocols import Trains
 from flux_ray.records import LoopState, Prompt, ScoredGroup
-from flux_ray.run.checkpoint import save_whole
 from flux_ray.run.recorder import Recorder
+from flux_ray.run.saving import Saver
 
 
 class Loop(Protocol):
@@ -57,7 +57,8 @@ class Training:
                  progress: Callable[[], None]) -> None:
         """`progress` is called after each step."""
         self._config, self._loop, self._recorder = config, loop, recorder
-        self._trained, self._progress = trained, progress
+        self._saver = Saver(config, lambda: recorder.folder.checkpoints, trained, warn=lambda line: recorder.warn(line))
+        self._progress = progress
         self._last_step = config.driver.num_steps  # less once an evaluation has reached eval.stop_at
         self._eval_every = config.eval.every if isinstance(config, EvaluatedConfig) else 0
         self._stop_at, self._samples_per_step = None, 0
@@ -71,6 +72,7 @@ class Training:
         gc.freeze()
         try:
             async with asyncio.TaskGroup() as tasks:
+                self._saver.begin(tasks)
                 await self._loop.begin(tasks)
                 await self._evaluate_first()
                 self._loop.go_on()
@@ -97,9 +99,8 @@ class Training:
         return bool(every) and self._loop.step % every == 0
 
     async def _save_if_due(self) -> None:
-        if self._is_due(self._config.checkpoint.every):
-            await save_whole(self._recorder.folder.checkpoints, self._loop.state, self._trained,
-                             keep=self._config.checkpoint.keep, deadline_s=self._config.train.deadline_s)
+        if self._saver.is_due(self._loop.step):
+            await self._saver.save(self._loop.state)
 
     async def _evaluate_if_due(self) -> None:
         """At the start, every eval.every steps and at the end, which comes where eval.stop_at is reached."""
@@ -108,6 +109,7 @@ class Training:
             evaluated = await self._loop.evaluate()
             if evaluated is not None:
                 self._recorder.evaluation(step, *evaluated)
+                await self._saver.evaluated(self._loop.state, evaluated[0])
                 self._stop_if_reached(evaluated[0])
 
     async def _evaluate_first(self) -> None:

@@ -3,54 +3,108 @@
 Takes:  an engine, a folder.
 Gives:  per trained parameter its fp32 master and AdamW's two moments, whole (safetensors); random states; a JSON.
 Knows:  where each ZeRO stage keeps them; that moments don't exist before the first update.
-Never:  pickles; leaves a half-written folder; holds more than one gathered parameter beside a shard.
+Never:  pickles; leaves a half-written folder; holds more than one gathered parameter beside a shard, unless memory
+        allows a snapshot that is written beside the next step.
 """
 
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from flux_ray.errors import UserError
-from flux_ray.model.save import atomic_folder, write_shards
+from flux_ray.model.save import UNWRITTEN, atomic_folder, write_shards
 from flux_ray.train import full_weights
 from flux_ray.train.engine import Engine
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 STATE, RANDOM = "state.json", "random.safetensors"
 FORMAT = 2  # of the folder; a later one may read this
+BYTES_OF_PARAMETER = 4 * (1 + len(MOMENTS))
+#: Where the kernel says what a container may have, and what it has taken (cgroup 2).
+CGROUP = Path("/sys/fs/cgroup")
 
 
-def save(engine: Engine, folder: str | Path, *, step: int, kl_coef: float) -> None:
-    """Rank 0 writes; all ranks call. The folder appears whole or not at all."""
-    random_states = _gathered_random_states(engine)
-    if engine.rank == 0:
-        with atomic_folder(folder) as temporary:
-            write_shards(temporary, _tensors(engine))
-            save_file(random_states, temporary / RANDOM)
-            state = {"format": FORMAT, "version": step, "num_updates": engine.num_updates, "kl_coef": kl_coef,
-                     "lora_alpha": _lora_alpha(engine)}
-            (temporary / STATE).write_text(json.dumps(state), encoding="utf-8")
+def save(engine: Engine, folder: str | Path, *, step: int, kl_coef: float, background: str = "never") -> Future[None]:
+    """Rank 0 writes; all ranks call. The folder appears whole or not at all.
+
+    Gives what is done once it is there, at once on the other ranks. It ends in one of UNWRITTEN where the folder can't
+    be written: the ranks have then gathered everything all the same, and are still in step. `background`: auto |
+    always | never, whether rank 0 writes a snapshot in a thread; the engine may go on as soon as this returns.
+    """
+    random_states, tensors = _gathered_random_states(engine), _tensors(engine)
+    state = {"format": FORMAT, "version": step, "num_updates": engine.num_updates, "kl_coef": kl_coef,
+             "lora_alpha": _lora_alpha(engine), "dtype": _dtype(engine)}
+    done: Future[None] = Future()
+    if engine.rank > 0:
+        done.set_result(None)
+    elif background == "always" or (background == "auto" and _has_room(engine)):
+        snapshot = [(name, tensor.to("cpu", copy=True)) for name, tensor in tensors]
+        threading.Thread(target=_write, args=(done, Path(folder), snapshot, random_states, state)).start()
     else:
-        for _ in _tensors(engine):
-            pass
+        _write(done, Path(folder), tensors, random_states, state)
+    for _ in tensors:   # gathering is collective: where rank 0 broke off, the others still wait for it
+        pass
     dist.barrier()
+    return done
+
+
+def _write(
+    done: Future[None], folder: Path, tensors: Iterable[tuple[str, Tensor]], random_states: dict[str, Tensor],
+    state: dict[str, Any],
+) -> None:
+    try:
+        with atomic_folder(folder) as temporary:
+            write_shards(temporary, tensors)
+            save_file(random_states, temporary / RANDOM)
+            (temporary / STATE).write_text(json.dumps(state), encoding="utf-8")
+    except BaseException as error:
+        done.set_exception(error)
+        if not isinstance(error, UNWRITTEN):
+            raise
+    else:
+        done.set_result(None)
+
+
+def _has_room(engine: Engine) -> bool:
+    """Whether a snapshot takes no more than half of the memory that is free."""
+    num_parameters = sum(full_weights.whole_shape(p).numel() for _, p in full_weights.parameters(engine.model))
+    return _free_bytes() >= 2 * BYTES_OF_PARAMETER * num_parameters
+
+
+def _free_bytes() -> int:
+    """Of this machine, or of the container that this process is in."""
+    free = psutil.virtual_memory().available
+    try:
+        most, taken = ((CGROUP / name).read_text(encoding="utf-8").strip() for name in ("memory.max", "memory.current"))
+    except OSError:
+        return free
+    return free if most == "max" else min(free, int(most) - int(taken))
 
 
 def load(engine: Engine, folder: str | Path) -> tuple[int, float]:
     """Put the engine back where `save` found it; (step, kl_coef). Every rank reads the folder.
 
-    Raises UserError where there is no checkpoint, or one of another model.
+    Raises UserError where there is no checkpoint, one of another model, or one that can't be read.
     """
-    folder = Path(folder)
+    try:
+        return _load(engine, Path(folder))
+    except (SafetensorError, OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"checkpoint {str(folder)!r} can't be read: {' '.join(str(error).split())}") from error
+
+
+def _load(engine: Engine, folder: Path) -> tuple[int, float]:
     if not (folder / STATE).is_file():
         raise UserError(f"checkpoint {str(folder)!r}: no {STATE} in it")
     state = json.loads((folder / STATE).read_text(encoding="utf-8"))
@@ -95,6 +149,11 @@ def _refuse_unknown(stored: Iterable[str], engine: Engine, folder: Path) -> None
 def _lora_alpha(engine: Engine) -> float | None:
     """What the factors' product is scaled by, beside their rank, which their shapes tell; None without LoRA."""
     return engine.config.lora.alpha if engine.model.adapter else None
+
+
+def _dtype(engine: Engine) -> str:
+    """What the model computes in, beside its fp32 masters: a model that is exported is of this type."""
+    return str(engine.model.original_config.dtype).removeprefix("torch.")
 
 
 def _tensors(engine: Engine) -> Iterator[tuple[str, Tensor]]:

@@ -7,7 +7,9 @@ Knows:  what every kind of training shares; the classes that inherit know the ob
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Unpack
 
@@ -28,6 +30,7 @@ from flux_ray.model import (
     resolve_dtype,
     save_model,
 )
+from flux_ray.model.save import UNWRITTEN, why_unwritten
 from flux_ray.train import checkpoint, full_weights, setup
 from flux_ray.train.engine import Engine
 
@@ -36,7 +39,8 @@ Load = Callable[[Config, torch.dtype], PackedModel]
 
 
 class Rank:
-    """All methods but `weight_metadata` are collective: every rank calls them, in the same order."""
+    """All methods but `weight_metadata` and `finish_checkpoint` are collective: every rank calls them, in the same
+    order."""
 
     def __init__(self, config: Config, *, load: Load, **place: Unpack[setup.Place]) -> None:
         if config.model.path is None:
@@ -55,6 +59,7 @@ class Rank:
             self.model.adapter = adapt(self.model.hf, config.train.lora, seed=config.seed,
                                        train_head=isinstance(self.model, ScoreModel))
         self.engine = Engine(self.model, config.train, deepspeed=deepspeed, dtype=dtype, device=device)
+        self._writing: Future[None] | None = None  # of the last checkpoint
 
     def weight_metadata(self) -> list[tuple[str, torch.dtype, torch.Size]]:
         """(name, type, shape) of every weight that `iter_weights` gives, in its order."""
@@ -64,9 +69,22 @@ class Rank:
         """Whole weights by checkpoint name, bucket by bucket; a tensor is valid until the next is asked for."""
         return full_weights.iter_weights(self.model, bucket_bytes)
 
-    def save_checkpoint(self, folder: str | Path) -> None:
-        """All that the next step depends on, in one folder, whole or not at all."""
-        checkpoint.save(self.engine, folder, step=self.step, kl_coef=self.kl_coef)
+    def save_checkpoint(self, folder: str | Path, background: str = "never") -> None:
+        """All that the next step depends on, in one folder, whole or not at all: once `finish_checkpoint` says so.
+
+        The next step may begin before. `background`: as `checkpoint.save` takes it.
+        """
+        self._writing = checkpoint.save(self.engine, folder, step=self.step, kl_coef=self.kl_coef,
+                                        background=background)
+
+    async def finish_checkpoint(self) -> str | None:
+        """Waits until the checkpoint that was begun is on disk; why it can't be, where the disk is full, say."""
+        assert self._writing is not None, "save_checkpoint comes first"
+        try:
+            await asyncio.shield(asyncio.wrap_future(self._writing))
+        except UNWRITTEN as error:
+            return why_unwritten(error)
+        return None
 
     def load_checkpoint(self, folder: str | Path) -> None:
         """Go on where the checkpoint was written, with any number of ranks and any ZeRO stage."""
@@ -85,11 +103,7 @@ class Rank:
         """
         weights = self.iter_weights(SAVED_AT_ONCE_BYTES)
         if self.engine.rank == 0:
-            tokenizer = load_tokenizer(self.config.model.tokenizer or str(self.config.model.path))
-            if isinstance(self.model, ScoreModel):
-                tokenizer = self.model.pad_alike(tokenizer)
-            save_model(folder, weights, hf_config=self.model.original_config, tokenizer=tokenizer,
-                       generation_config=getattr(self.model.hf, "generation_config", None))
+            write_model(self.model, self.config, folder, weights)
         else:
             for _ in weights:
                 pass
@@ -113,6 +127,19 @@ class Rank:
         """Leave the group."""
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def write_model(model: PackedModel, config: Config, folder: str | Path, weights: Iterator[tuple[str, Tensor]]) -> None:
+    """A model and its tokenizer. UserError where it can't be written: a run ends by it, with the ranks that wait."""
+    tokenizer = load_tokenizer(config.model.tokenizer or str(config.model.path))
+    if isinstance(model, ScoreModel):
+        tokenizer = model.pad_alike(tokenizer)
+    try:
+        save_model(folder, weights, hf_config=model.original_config, tokenizer=tokenizer,
+                   generation_config=getattr(model.hf, "generation_config", None))
+    except UNWRITTEN as error:
+        raise UserError(f"the model can't be written to {folder}: {why_unwritten(error)} (flux-ray checkpoint export "
+                        "makes one from a checkpoint)") from error
 
 
 def trained_policy(config: Config, dtype: torch.dtype) -> PackedModel:

@@ -288,7 +288,8 @@ def test_a_checkpoint_says_where_the_loop_stands(tmp_path, max_staleness):
         "filter.reward": "task", "driver.num_steps": 4, "driver.max_staleness": max_staleness, "checkpoint.every": 1,
         "checkpoint.keep": 9})
     folders = whole(RunFolder(tmp_path).checkpoints)
-    assert parts.saved == [str(folder / "trainer") for folder in folders] and len(folders) == 3
+    assert parts.saved == [str(folder.with_name(f".{folder.name}.writing") / "trainer") for folder in folders]
+    assert len(folders) == 3
     drawn = []
     for folder, step in zip(folders, (2, 3, 4), strict=True):
         state, trained = load(folder), {uid for batch in parts.trained[: step - 1] for uid in batch}

@@ -141,8 +141,11 @@ class Parts:
                                            np.float32([-1.0 + gap])))
         return compared
 
-    def save_checkpoint(self, folder: str) -> None:
+    def save_checkpoint(self, folder: str, background: str) -> None:
         self.saved.append(folder)
+
+    async def finish_checkpoint(self) -> str | None:
+        return None
 
 
 def _noted(uid: int) -> int:

@@ -97,7 +97,8 @@ def test_options_named_in_the_text_exist():
         for name in NAMED.findall(page.read_text(encoding="utf-8")):
             section = name.partition(".")[0]
             known = name in options or name in sections or any(name.startswith(f"{key}.") for key in open_ones)
-            if section in sections and not known and name.rpartition(".")[2] not in ("py", "md", "jsonl", "yaml"):
+            is_file = name.rpartition(".")[2] in ("py", "md", "json", "jsonl", "yaml")
+            if section in sections and not known and not is_file:
                 wrong.append(f"{page.name}: {name}")
     assert wrong == []
 

@@ -1,28 +1,36 @@
-"""Which checkpoints count, and which go; what their driver.json says."""
+"""Which checkpoints count and can be trusted, and which go; what their driver.json says; when one is due."""
 
 from __future__ import annotations
 
 import json
-from pathlib import Path
+import shutil
 
+import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
-from flux_ray.cluster.group import ActorError
+from flux_ray.config import from_dict
 from flux_ray.errors import UserError
 from flux_ray.records import LoopState
+from flux_ray.run import manifest
 from flux_ray.run.checkpoint import (
+    BEST,
     STATE,
+    Best,
+    Due,
+    best,
     checkpoint_folder,
     find,
     forget_newer,
     load,
+    mark_best,
+    newest_whole,
     prune,
     save,
-    save_models,
-    save_whole,
+    verify,
     whole,
 )
-from tests.fakes.actors import LocalGroup
 
 pytestmark = pytest.mark.unit
 
@@ -35,14 +43,15 @@ def checkpoints(tmp_path):
         (folder / "trainer").mkdir(parents=True)
         if step < 8:
             save(folder, LoopState(step=step, next_uid=0))
+            manifest.write(folder)
     return tmp_path / "checkpoints"
 
 
 def test_resuming_from_an_older_checkpoint_forgets_the_newer(checkpoints):
-    assert find(str(checkpoints.parent)).name == "step-000006"
+    assert find(str(checkpoints.parent))[0].name == "step-000006"
     forget_newer(checkpoints, 2)
     assert [path.name for path in checkpoints.iterdir()] == ["step-000002"]
-    assert find(str(checkpoints.parent)).name == "step-000002"
+    assert find(str(checkpoints.parent))[0].name == "step-000002"
     new = checkpoint_folder(checkpoints, 3)
     new.mkdir()
     save(new, LoopState(step=3, next_uid=0))
@@ -82,40 +91,128 @@ def test_a_checkpoint_of_another_kind_is_refused_in_one_line(tmp_path, change):
     assert next(iter(change)) in text and "\n" not in text
 
 
-class Saves:
-    """A rank that writes a file, or fails to."""
-
-    def __init__(self, index: int, *, fails: bool = False) -> None:
-        self._name, self._fails = f"{index}.bin", fails
-
-    def save_checkpoint(self, folder: str) -> None:
-        if self._fails:
-            raise OSError("the disk is full")
-        self.save_model(folder)
-
-    def save_model(self, folder: str) -> None:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        (Path(folder) / self._name).touch()
+NAMES = ("trainer/model.safetensors", "trainer/random.safetensors", "trainer/state.json", STATE, manifest.MANIFEST)
 
 
-async def test_a_checkpoint_has_all_that_is_trained_and_older_ones_go(checkpoints):
-    trained = [LocalGroup("trainer", Saves, 2), LocalGroup("critic", Saves, 1)]
-    await save_whole(checkpoints, LoopState(step=9, next_uid=3), trained, keep=2, deadline_s=5)
-    assert [path.name for path in whole(checkpoints)] == ["step-000006", "step-000009"]
-    folder = find(str(checkpoints.parent))
-    assert sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()) == [
-        "critic/0.bin", "driver.json", "trainer/0.bin", "trainer/1.bin"]
+def written(checkpoints, step: int, value: float | None = None):
+    """A checkpoint with real tensors, all of them as large as its step."""
+    folder = checkpoint_folder(checkpoints, step)
+    (folder / "trainer").mkdir(parents=True)
+    values = torch.full((7, 9), float(step) if value is None else value)
+    save_file({"master.a": values, "exp_avg.a": values + 1, "exp_avg_sq.a": values + 2}, folder / NAMES[0])
+    save_file({"cpu.0": torch.arange(200, dtype=torch.uint8)}, folder / NAMES[1])
+    (folder / NAMES[2]).write_text(json.dumps({"format": 2, "version": step, "num_updates": step, "kl_coef": 0.0}))
+    save(folder, LoopState(step=step, next_uid=8 * step))
+    manifest.write(folder)
+    return folder
 
 
-async def test_a_checkpoint_that_a_rank_could_not_write_does_not_count(checkpoints):
-    trained = [LocalGroup("trainer", lambda index: Saves(index, fails=index == 1), 2)]
-    with pytest.raises(ActorError, match="trainer 1, save_checkpoint: OSError: the disk is full"):
-        await save_whole(checkpoints, LoopState(step=9, next_uid=3), trained, keep=1, deadline_s=5)
-    assert [path.name for path in whole(checkpoints)] == ["step-000002", "step-000004", "step-000006"]
+def test_of_a_checkpoint_that_is_damaged_anywhere_nothing_is_taken(tmp_path):
+    """200 times: a file cut, a bit turned, a stretch of zeros, or a file missing, wherever it falls."""
+    older, newer = written(tmp_path, 3), written(tmp_path, 5)
+    assert newest_whole(tmp_path) == (newer, [])
+    whole_one, draw, kinds = tmp_path / "kept", np.random.default_rng(0), set()
+    shutil.copytree(newer, whole_one)
+    for _ in range(200):
+        name, kind = draw.choice(NAMES), draw.choice(["cut", "bit", "zeros", "missing"])
+        file = newer / name
+        content = bytearray(file.read_bytes())
+        at = int(draw.integers(len(content)))
+        if kind == "missing":
+            file.unlink()
+        else:
+            if kind == "cut":
+                content = content[:at]
+            elif kind == "bit":
+                content[at] ^= 1 << int(draw.integers(8))
+            else:
+                content[at:at + 16] = bytes(len(content[at:at + 16]))
+            if content == file.read_bytes():   # zeros where zeros were
+                continue
+            file.write_bytes(content)
+        found, lines = newest_whole(tmp_path)
+        harmless = name == manifest.MANIFEST and found == newer and kind in ("bit", "cut")
+        assert found == older or harmless, (name, kind, at)
+        if found == older:
+            (line,) = lines
+            assert line.startswith(f"{newer} is passed over: ") and "\n" not in line
+            kinds.add((name, kind))
+        assert float(load_file(found / NAMES[0])["master.a"][0, 0]) == load(found).step
+        shutil.rmtree(newer)
+        shutil.copytree(whole_one, newer)
+    assert len(kinds) >= 18, "of five files and four ways nearly all have come"
 
 
-async def test_each_model_that_was_trained_is_in_its_folder(tmp_path):
-    trained = [LocalGroup("trainer", Saves, 2), LocalGroup("critic", Saves, 1)]
-    await save_models(tmp_path / "model", trained, deadline_s=5)
-    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.bin")) == [
-        "critic/0.bin", "model/0.bin", "model/1.bin"]
+def test_each_damage_is_named(tmp_path):
+    folder = written(tmp_path / "checkpoints", 5)
+    content = (folder / NAMES[0]).read_bytes()
+    size = len(content)
+    for damage, text in [
+        (lambda file: file.write_bytes(content[:-9]), f"trainer/model.safetensors has {size - 9} bytes, manifest.json "
+                                                      f"says {size}"),
+        (lambda file: file.write_bytes(content[:-9] + bytes(9)), "trainer/model.safetensors isn't what was written"),
+        (lambda file: file.unlink(), "trainer/model.safetensors is missing"),
+    ]:
+        damage(folder / NAMES[0])
+        assert str(verify(folder).problem).startswith(text)
+        with pytest.raises(UserError, match=f"^resume={folder}: the checkpoint is broken: trainer/model"):
+            find(str(folder))
+        with pytest.raises(UserError, match=f"^resume={tmp_path}: no whole checkpoint in .*: .* is passed over: trai"):
+            find(str(tmp_path))
+        (folder / NAMES[0]).write_bytes(content)
+    assert find(str(folder)) == (folder, [])
+    (folder / manifest.MANIFEST).unlink()
+    assert verify(folder).problem == "manifest.json is missing"
+    (folder / STATE).write_text('{"step": 5, "next')
+    assert str(verify(folder).problem).startswith("driver.json can't be read: Unterminated string")
+    (folder / STATE).unlink()
+    assert str(verify(folder).problem).startswith("driver.json is missing")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_numbers_that_are_not_finite_are_passed_over(tmp_path, value):
+    older, newer = written(tmp_path, 3), written(tmp_path, 5, value)
+    found, (line,) = newest_whole(tmp_path)
+    assert found == older
+    assert line.startswith(f"{newer} is passed over: trainer/model.safetensors: ") and line.endswith("isn't finite")
+
+
+def test_a_checkpoint_of_an_earlier_version_is_read_and_said_to_be_unverified(tmp_path):
+    folder = written(tmp_path / "checkpoints", 5)
+    (folder / manifest.MANIFEST).unlink()
+    (folder / STATE).write_text(json.dumps({"step": 5, "next_uid": 40, "unfinished": [], "prompts_dropped": 0}))
+    found, (line,) = find(str(tmp_path))
+    assert found == folder and line.startswith(f"{folder} is unverified") and load(found).next_uid == 40
+    (folder / NAMES[0]).write_bytes((folder / NAMES[0]).read_bytes()[:-9])
+    assert "trainer/model.safetensors can't be read" in str(verify(folder).problem)
+
+
+def test_the_best_outlives_the_newest(tmp_path):
+    for step in range(1, 7):
+        written(tmp_path, step)
+    mark_best(tmp_path, Best("eval/task_mean", 2, 0.5))
+    (tmp_path / ".step-000007.writing").mkdir()
+    gone = prune(tmp_path, 2)
+    assert [path.name for path in whole(tmp_path)] == ["step-000002", "step-000005", "step-000006"]
+    assert [path.name for path in gone] == ["step-000001", "step-000003", "step-000004", ".step-000007.writing"]
+    forget_newer(tmp_path, 5)
+    assert best(tmp_path) == Best("eval/task_mean", 2, 0.5)
+    forget_newer(tmp_path, 1)
+    assert best(tmp_path) is None and not (tmp_path / BEST).exists()
+    assert Best("-eval/loss", 1, 2.0).score < Best("-eval/loss", 1, 1.0).score
+    (tmp_path / BEST).write_text('{"metric": "eval/ta')
+    assert best(tmp_path) is None
+
+
+@pytest.mark.parametrize(("every", "every_s", "expected"), [
+    (2, 0, [False, True, False, True]), (0, 0, [False] * 4), (0, 25.0, [False, False, True, False]),
+    (3, 15.0, [False, True, True, False]),
+])
+def test_a_checkpoint_is_due_by_steps_or_by_seconds(every, every_s, expected):
+    due, found = Due(from_dict({"checkpoint.every": every, "checkpoint.every_s": every_s}), 100.0), []
+    for step in range(1, 5):
+        now_s = 100.0 + 10.0 * step
+        found.append(due.is_due(step, now_s))
+        if found[-1]:
+            due.saved(now_s)
+    assert found == expected

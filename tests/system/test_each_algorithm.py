@@ -93,7 +93,7 @@ def test_ppo_on_a_reward_model_beside_a_rule(run, toys, tmp_path):
 
     folder = tmp_path / "run"
     checkpoint = folder / "checkpoints" / "step-000003"
-    assert {path.name for path in checkpoint.iterdir()} == {"trainer", "critic", "driver.json"}
+    assert {path.name for path in checkpoint.iterdir()} == {"trainer", "critic", "driver.json", "manifest.json"}
     assert AutoModelForSequenceClassification.from_pretrained(folder / "critic").config.num_labels == 1
     again = run("ppo", **options, resume=str(checkpoint), run_dir=str(tmp_path / "resumed"))
     watched = (*NUMBERS, "critic/loss", "critic/explained_variance", "actor/kl_coef", "reward/judge")

@@ -6,6 +6,7 @@ Gives:  a scenario's result; safetensors in the folder, from rank 0; what they s
 
 from __future__ import annotations
 
+import asyncio
 import copy
 from collections.abc import Callable
 from pathlib import Path
@@ -206,13 +207,20 @@ def published_again(rank: Rank) -> list[dict[str, float]]:
 
 
 def resume(rank: Rank, name: str, **overrides: Any) -> dict[str, Any]:
-    """A step, a checkpoint, a second step; and the second step again from the checkpoint."""
+    """A step, checkpoints, a second step; and the second step again from the checkpoint.
+
+    One can't be written, one is written beside the second step.
+    """
     trainer = rank.trainer(train__max_grad_norm=1.0, **overrides)
     rank.step(trainer)
+    trainer.save_checkpoint("/dev/full/checkpoint")
+    unwritten = asyncio.run(trainer.finish_checkpoint())
     trainer.save_checkpoint(rank.folder / f"checkpoint_{name}")
+    trainer.save_checkpoint(rank.folder / f"beside_{name}", "always")
     went_on = rank.step(trainer, SECOND)
+    assert asyncio.run(trainer.finish_checkpoint()) is None
     rank.write(f"went_on_{name}", weights(trainer))
-    return {"went_on": went_on.metrics, "resumed": resumed(rank, name, name, **overrides)}
+    return {"went_on": went_on.metrics, "unwritten": unwritten, "resumed": resumed(rank, name, name, **overrides)}
 
 
 def resumed(rank: Rank, name: str, saved: str, **overrides: Any) -> dict[str, Any]:

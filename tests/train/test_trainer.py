@@ -112,6 +112,14 @@ def tensors_of(folder: Path, name: str) -> dict[str, torch.Tensor]:
     return load_torch(folder / f"{name}.safetensors")
 
 
+@pytest.mark.parametrize("name", STAGES)
+def test_a_checkpoint_written_beside_a_step_is_the_same_to_the_byte(folder: Path, measured: dict, name: str) -> None:
+    """The step after it moves every weight meanwhile. Of one that can't be written the ranks say why, and go on."""
+    before = {path.name: path.read_bytes() for path in (folder / f"checkpoint_{name}").iterdir()}
+    assert before == {path.name: path.read_bytes() for path in (folder / f"beside_{name}").iterdir()}
+    assert measured["resume"][name]["unwritten"] == "File exists"
+
+
 def test_resume_with_another_world_size_and_stage(folder: Path, two: dict, one: dict) -> None:
     assert relative_gap(tensors(folder, "resumed_elsewhere"), tensors(folder, "went_on_3")) <= 1e-6
     went_on = two["resume"]["3"]["went_on"]
