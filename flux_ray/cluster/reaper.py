@@ -15,13 +15,12 @@ GRACE_S = 4.0  # for those that end by themselves
 def sessions() -> dict[int, int]:
     """Process ► its session."""
     found = {}
-    for name in os.listdir("/proc"):
-        if name.isdecimal():
-            try:
-                with open(f"/proc/{name}/stat", encoding="utf-8", errors="replace") as file:
-                    found[int(name)] = int(file.read().rpartition(")")[2].split()[3])
-            except (OSError, ValueError, IndexError):  # it has just ended
-                continue
+    for name in filter(str.isdecimal, os.listdir("/proc")):
+        try:
+            with open(f"/proc/{name}/stat", encoding="utf-8", errors="replace") as file:
+                found[int(name)] = int(file.read().rpartition(")")[2].split()[3])
+        except (OSError, ValueError, IndexError):  # it has just ended
+            continue
     return found
 
 

@@ -23,7 +23,7 @@ Connect = Callable[[Sequence[Actor[Engine]]], Awaitable[None]]
 class Engines:
     def __init__(self, group: Group[Engine], supervisor: Supervisor, connect: Connect | None) -> None:
         """`connect` None: nothing is trained, so that an engine serves as soon as it stands."""
-        self._group, self._supervisor, self._connect = group, supervisor, connect
+        self._group, self.supervisor, self._connect = group, supervisor, connect
         self._dead: set[int] = set()  # no other one stands there yet
         self._serving = {actor.incarnation for actor in group}
         self._connected: tuple[str, ...] = ()
@@ -69,7 +69,7 @@ class Engines:
             return  # another one stands there by now
         self._serving.discard(incarnation)
         if silent:
-            self._supervisor.end_silent(ENGINE, index, incarnation, why)
+            self.supervisor.end_silent(ENGINE, index, incarnation, why)
         self.on_change()
 
     async def one_dies(self, within_s: float) -> bool:

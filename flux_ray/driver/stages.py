@@ -13,7 +13,6 @@ from flux_ray.algo.filters import REWARD_FAILED
 from flux_ray.clock import now_s
 from flux_ray.cluster.group import Group
 from flux_ray.cluster.plan import ROLLOUT
-from flux_ray.cluster.supervisor import Supervisor
 from flux_ray.config import PolicyGradientConfig
 from flux_ray.driver.assigning import Assigning
 from flux_ray.driver.engines import Engines
@@ -28,10 +27,11 @@ from flux_ray.records import Prompt
 
 class Stages:
     def __init__(self, config: PolicyGradientConfig, ledger: Ledger, *, workers: Group[RolloutWorker],
-                 engines: Engines, supervisor: Supervisor, warn: Callable[[str, str], None], step: int = 0) -> None:
+                 engines: Engines, warn: Callable[[str, str], None], step: int = 0) -> None:
         """`warn` takes the kind of a warning, and its text. `step`: how many are done."""
         self.log_dir: Path | None = None  # where the actors' own output lies: an error names it
         self._config, self.ledger, self.warn, self.step = config, ledger, warn, step
+        supervisor = engines.supervisor
         self.workers = Workers(workers, supervisor)
         self._assigning = Assigning(config.rollout, ledger, self.workers, max_staleness=config.driver.max_staleness)
         self.generate = self._assigning.ask

@@ -32,9 +32,13 @@ async def end_if_still(is_awaited: Callable[[], bool]) -> None:
         elif now_s() - since_s > STILL_S:
             logging.getLogger(__name__).error(
                 "vLLM's processes stand still since %.0f s, while requests wait: they are ended", now_s() - since_s)
-            for process in processes:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    process.kill()
+            _kill(processes)
+
+
+def _kill(processes: list[psutil.Process]) -> None:
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 def _used_s(processes: list[psutil.Process]) -> float:

@@ -147,8 +147,8 @@ class Build:
         ledger = Ledger(bound, DropStats(config, total=start.prompts_dropped), num_parts=num_parts,
                         num_steps=config.driver.num_steps, next_uid=start.next_uid, unfinished=start.unfinished)
         engines = Engines(self._groups[ENGINE], self.supervisor, connect)
-        stages = Stages(config, ledger, workers=self._groups[ROLLOUT], engines=engines, supervisor=self.supervisor,
-                        warn=recorder.warn_of, step=start.step)
+        stages = Stages(config, ledger, workers=self._groups[ROLLOUT], engines=engines, warn=recorder.warn_of,
+                        step=start.step)
         stages.log_dir = recorder.folder.logs
         return stages
 

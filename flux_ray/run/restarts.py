@@ -53,11 +53,13 @@ class Restarts:
     def _from_last_checkpoint(self) -> Prepared:
         """Of this process or of those before it; without one, from where this process began."""
         first, folder = self._first, self._recorder.folder
-        found = saved.whole(folder.checkpoints)
+        found, passed_over = saved.newest_whole(folder.checkpoints)
+        for line in passed_over:
+            self._recorder.warn(line)
         published = [int(line.get("driver/version", -1)) for line in read_lines(folder.path / METRICS)]
         start, checkpoint = first.start, first.checkpoint
-        if found:
-            start, checkpoint = saved.load(found[-1]), found[-1]
+        if found is not None:
+            start, checkpoint = saved.load(found), found
         # One more may have been published since the last line.
         version = max([start.version, *(version + 1 for version in published)])
         return replace(first, start=replace(start, version=version), checkpoint=checkpoint)

@@ -213,8 +213,8 @@ def make_loop(config: PolicyGradientConfig, groups: dict[str, Any], supervisor: 
                     num_parts=min(config.rollout.split_groups, config.rollout.group_size), next_uid=start.next_uid,
                     unfinished=start.unfinished)
     engines = Engines(groups["engine"], supervisor, None)
-    stages = Stages(config, ledger, workers=groups["rollout"], engines=engines, supervisor=supervisor,
-                    warn=recorder.warn_of, step=start.step)
+    stages = Stages(config, ledger, workers=groups["rollout"], engines=engines, warn=recorder.warn_of,
+                    step=start.step)
     ranks = Ranks(config, trainer=groups["trainer"], critic=None, engines=engines)
     loop = Loop(config, stages=stages, ranks=ranks, prompts=prompts,
                 versions=Versions(max_staleness=config.driver.max_staleness, highest=start.version),

@@ -464,8 +464,8 @@ async def _run(config: PolicyGradientConfig, world: World, start: LoopState, par
                     num_steps=config.driver.num_steps)
     noted: Any = Noted(world)
     serving = Engines(groups["engine"], supervisor, None)
-    stages = Stages(config, ledger, workers=groups["rollout"], engines=serving, supervisor=supervisor,
-                    warn=noted.warn_of, step=start.step)
+    stages = Stages(config, ledger, workers=groups["rollout"], engines=serving, warn=noted.warn_of,
+                    step=start.step)
     prompts: Any = Prompts(config, world)
     ranks = Ranks(config, trainer=groups["trainer"], critic=None, engines=serving)
     loop = Loop(config, stages=stages, ranks=ranks, prompts=prompts,

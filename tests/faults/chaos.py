@@ -116,7 +116,7 @@ def run(folder: Path, toys: SimpleNamespace, row: Row, faults: list[Fault]) -> O
             if fault.target == DRIVER:
                 program.process.wait(30)
                 program.end_all()
-                program = _start(folder, {**values, "resume": folder / "run"})
+                program = _start(folder, {**values, "resume": "auto"})
             _wait_for_steps(program, folder / "run", done, since_s=struck_s)
             delays_s.append(time.monotonic() - struck_s)
         code = program.end(deadline_s=DEADLINE_S)

@@ -159,8 +159,7 @@ async def staged(config: Config) -> AsyncIterator[Staged]:
     await supervisor.begin()
     ledger = Ledger(Bound(100, 0), DropStats(config, total=0), num_parts=config.rollout.split_groups)
     engines = Engines(LocalGroup("engine", lambda index: None, config.rollout.num_engines), supervisor, None)
-    stages = Stages(config, ledger, workers=workers, engines=engines, supervisor=supervisor,
-                    warn=lambda kind, text: None)
+    stages = Stages(config, ledger, workers=workers, engines=engines, warn=lambda kind, text: None)
     async with asyncio.TaskGroup() as tasks:
         stages.begin(tasks)
         yield Staged(stages, workers[0].object, Lengths(config.rollout.max_tokens))

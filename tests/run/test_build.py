@@ -52,8 +52,12 @@ def test_backward_begins_before_the_batch_is_whole_where_that_may_gain_something
     assert part_tokens(config, Plan(device, "gloo" if device == "cpu" else "nccl", ())) == (math.inf if waits else 1000)
 
 
-@pytest.mark.parametrize(("on_failure", "replaced"), [("stop", {ROLLOUT}), ("drop", {ROLLOUT, REWARD})])
-def test_a_run_outlives_its_rollout_workers_and_where_it_drops_failed_rewards_its_reward_workers(on_failure, replaced):
-    policies = on_death(from_dict({"reward.on_failure": on_failure}))
+@pytest.mark.parametrize(("values", "replaced"), [
+    ({}, {ENGINE, REFERENCE, ROLLOUT}),
+    ({"reward.on_failure": "drop"}, {ENGINE, REFERENCE, ROLLOUT, REWARD}),
+    ({"cluster.max_restarts": 0}, {ROLLOUT}),
+    ({"algo": "sft"}, {ROLLOUT})])
+def test_a_run_outlives_its_engines_and_workers_and_where_it_drops_failed_rewards_its_reward_workers(values, replaced):
+    policies = on_death(from_dict(values))
     assert policies.keys() == set(ROLES)
     assert {role for role, policy in policies.items() if policy is OnDeath.REPLACE} == replaced
