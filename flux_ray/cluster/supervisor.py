@@ -44,6 +44,8 @@ class Supervisor:
         self._begun = False
         self._replacing: set[tuple[str, int]] = set()
         self.warn: Callable[[str], None] = lambda text: None
+        #: What is done, in a thread, before an actor that answers nobody is ended: its stack is written down.
+        self.look_at: Callable[[Actor[Any]], None] | None = None
         self.members = Members()
         self._told = Members()  # the newest that every informed actor has
         #: The error that ends the run.
@@ -88,7 +90,12 @@ class Supervisor:
         actor = self._groups[role][index]
         if actor.incarnation == incarnation and incarnation not in self._silent:
             self._silent[incarnation] = why
-            actor.kill()
+            self._watches.append(asyncio.ensure_future(self._end(actor)))
+
+    async def _end(self, actor: Actor[Any]) -> None:
+        if self.look_at is not None:
+            await asyncio.to_thread(self.look_at, actor)
+        actor.kill()
 
     async def replaced(self, role: str, index: int, incarnation: str, deadline_s: float) -> None:
         """Waits until another actor has its place, and the informed ones know. TimeoutError after the deadline."""

@@ -14,6 +14,7 @@ from collections.abc import Collection, Sequence
 from flux_ray.batch import balance
 from flux_ray.clock import now_s
 from flux_ray.cluster.group import Group, all_within, first_failure
+from flux_ray.cluster.usual import Usual
 from flux_ray.config import PolicyGradientConfig
 from flux_ray.driver.engines import Engines
 from flux_ray.driver.entry import Entry
@@ -32,6 +33,7 @@ class Ranks:
     def __init__(self, config: PolicyGradientConfig, *, trainer: Group[TrainingRank], critic: Group[CriticRank] | None,
                  engines: Engines) -> None:
         self._config, self.trainer, self.critic, self.engines = config, trainer, critic, engines
+        self._usual = Usual()
         self._mistaken: int | None = None  # the version that an engine attested another one for
 
     async def hold(self, part: Sequence[Entry]) -> list[GroupAt]:
@@ -49,17 +51,19 @@ class Ranks:
 
     async def accumulate(self, step: int, versions: tuple[int, ...]) -> None:
         """Backward of the part that is held. The step's last part goes to `train`."""
-        await all_within([rank.call(TrainingRank.accumulate_held, step=step, versions=versions)
-                          for rank in self.trainer], self._config.train.deadline_s)
+        await self._usual.all_within("accumulate", [
+            rank.call(TrainingRank.accumulate_held, step=step, versions=versions) for rank in self.trainer],
+            self._config.train.deadline_s)
 
     async def train(self, step: int, versions: tuple[int, ...]) -> StepReport:
         """The step on the part that is held, and on the parts that were accumulated."""
         deadline_s = self._config.train.deadline_s
         if self.critic is not None:
-            await all_within([rank.call(CriticRank.value_held) for rank in self.critic], deadline_s)
+            valued = [rank.call(CriticRank.value_held) for rank in self.critic]
+            await self._usual.all_within("value", valued, deadline_s)
             await all_within([rank.call(TrainingRank.take_values) for rank in self.trainer], deadline_s)
-        reports = await all_within([rank.call(TrainingRank.train_held, step=step, versions=versions)
-                                    for rank in self.trainer], deadline_s)
+        reports = await self._usual.all_within("train", [
+            rank.call(TrainingRank.train_held, step=step, versions=versions) for rank in self.trainer], deadline_s)
         return reports[0]  # all alike: the ranks have reduced it
 
     async def learn(self, step: int) -> dict[str, float]:
@@ -71,7 +75,8 @@ class Ranks:
             return {}
         start_s, deadline_s = now_s(), self._config.train.deadline_s
         await all_within([rank.call(CriticRank.take_returns) for rank in self.critic], deadline_s)
-        reports = await all_within([rank.call(CriticRank.train_held, step=step) for rank in self.critic], deadline_s)
+        reports = await self._usual.all_within(
+            "learn", [rank.call(CriticRank.train_held, step=step) for rank in self.critic], deadline_s)
         return reports[0].metrics | {"critic/step_s": now_s() - start_s}
 
     async def publish(self, version: int, step: int, *, only: Collection[int] | None = None) -> float:
@@ -99,8 +104,8 @@ class Ranks:
         """Whether all of them attest the version. One that doesn't takes it again, and is ended the second time."""
         # Rank 0 watches the deadline of each phase, and knows which engine passed it.
         deadline_s = (1 + PUBLISH_PHASES) * self._config.weights.deadline_s
-        served, *_ = await all_within(
-            [rank.call(TrainingRank.publish, version, step) for rank in self.trainer], deadline_s)
+        served, *_ = await self._usual.all_within(
+            "publish", [rank.call(TrainingRank.publish, version, step) for rank in self.trainer], deadline_s)
         wrong = {engine: label for engine, label in zip(engines, served, strict=True) if label != str(version)}
         for engine, label in wrong.items():
             why = f"engine {engine} serves version {label} after version {version} was published"

@@ -15,7 +15,8 @@ from typing import TypeVar
 import numpy as np
 
 from flux_ray.batch import balance
-from flux_ray.cluster.group import Group, Router, all_within, first_failure
+from flux_ray.cluster.group import Group, Router, first_failure
+from flux_ray.cluster.usual import Usual
 from flux_ray.config import ReferenceConfig, TrainConfig
 from flux_ray.data import OfflineGroup
 from flux_ray.protocols import LogprobSums, ReferenceScorer, TrainingRank
@@ -34,6 +35,7 @@ class OfflineStages:
                  reference: Group[ReferenceScorer] | None) -> None:
         """`settings`: of the reference."""
         self._config, self.trainer, self._reference, self._settings = config, trainer, reference, settings
+        self._usual = Usual()
         self._router: Router[ReferenceScorer] = Router()
         # A deadline counts from the sending of a chunk: it waits here until an actor will soon be free for it.
         self._turns = asyncio.Semaphore(CHUNKS_AT_ONCE * (len(reference) if reference is not None else 1))
@@ -52,8 +54,9 @@ class OfflineStages:
 
     async def _each(self, method: Callable[..., Result], calls: Sequence[Mapping[str, object]]) -> list[Result]:
         """The same method on every rank, each with its own share. Rank 0's answer is reduced over ranks already."""
-        return await all_within([rank.call(method, **call) for rank, call in zip(self.trainer, calls, strict=True)],
-                                self._config.deadline_s)
+        return await self._usual.all_within(
+            method.__name__, [rank.call(method, **call) for rank, call in zip(self.trainer, calls, strict=True)],
+            self._config.deadline_s)
 
     def _shares(self, sizes: list[int]) -> list[list[int]]:
         return balance(sizes, len(self.trainer))

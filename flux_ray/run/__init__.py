@@ -187,15 +187,18 @@ def _plan(prepared: Prepared, *, gpus: int, trains: bool) -> Plan:
 async def _live(prepared: Prepared, recorder: Recorder, body: RunBody, own_cpus: float) -> None:
     """Connect, place, do the work; then, whatever happened, end every process of the run."""
     from flux_ray.cluster.groups import Cluster
+    from flux_ray.cluster.stacks import write_stacks
     from flux_ray.cluster.supervisor import Supervisor
     from flux_ray.model import slow_dtype
     from flux_ray.run.build import Build
+    from flux_ray.run.restarts import first_cause
 
     config, say = prepared.config, recorder.terminal.say
     _interruptible()
     cluster = Cluster(log_dir=recorder.folder.logs, plugins=list(config.plugins))
     supervisor = Supervisor(start_deadline_s=config.cluster.start_deadline_s)
     supervisor.warn = recorder.warn
+    supervisor.look_at = lambda actor: write_stacks([recorder.folder.logs / f"{actor.role}-{actor.index}.log"])
     watching = None
     _end_on_sigterm()
     try:
@@ -210,6 +213,10 @@ async def _live(prepared: Prepared, recorder: Recorder, body: RunBody, own_cpus:
             recorder.warn(slow)
         build = Build(prepared, cluster, plan, supervisor)
         await _unless_one_dies(supervisor, body(prepared, build, recorder))
+    except Exception as error:
+        if isinstance(first_cause(error), TimeoutError):  # somebody is stuck: where?
+            await asyncio.to_thread(write_stacks, list(recorder.folder.logs.glob("*.log")))
+        raise
     finally:
         if watching is not None:
             watching.cancel()
