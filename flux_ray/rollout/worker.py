@@ -46,14 +46,30 @@ class RolloutWorker(Owned):
         self._scoring = Scoring(config, most_groups=most_groups)
         self._members = Members()
         self._met = asyncio.Condition()  # others are alive than before
+        self._started: asyncio.Future[None] | None = None
 
     async def meet(self, members: Members) -> None:
-        before, self._members = self._members, max(self._members, members, key=lambda members: members.epoch)
+        self._members = max(self._members, members, key=lambda members: members.epoch)
         self._incarnation = self._members.of(ROLLOUT)[self._index].incarnation
         async with self._met:
             self._met.notify_all()
-        if not before.epoch:
-            await self._sampling.start(members)
+        self._started = self._started or asyncio.ensure_future(self._start())
+        await asyncio.shield(self._started)
+
+    async def _start(self) -> None:
+        """Once one of the engines lives."""
+        while True:
+            members = self._members
+            try:
+                return await self._sampling.start(members)
+            except ActorDied:
+                await self._others_than(members)
+
+    async def _others_than(self, members: Members) -> None:
+        """Until others are alive than these."""
+        async with asyncio.timeout(2 * self._config.cluster.start_deadline_s), self._met:
+            while self._members.epoch == members.epoch:
+                await self._met.wait()
 
     async def order(self, orders: Orders) -> None:
         for key in orders.forgotten:
@@ -113,9 +129,7 @@ class RolloutWorker(Owned):
             except ActorDied as error:
                 if error.role != REFERENCE:
                     raise
-            async with asyncio.timeout(2 * self._config.cluster.start_deadline_s), self._met:
-                while self._members.epoch == members.epoch:
-                    await self._met.wait()
+            await self._others_than(members)
 
     def _drop(self, key: tuple[int, int], cause: str, why: str = "") -> None:
         del self.carried[key]

@@ -63,8 +63,9 @@ class RandomSchedule:
         self.lost_arrays = chance.choice([0.0, 0.0, 0.1, 0.3])
         self.costs = dataclasses.replace(self.costs, worker_s=some() / 10, replace_s=some())
         spacing_s = 10 * self.costs.token_s * most  # about as long as a few groups take
-        self.kills = [(chance.random() * spacing_s * 4**i, chance.randrange(num_workers))
-                      for i in range(chance.choice([0, 0, 1, 3, 6]))]
+        counts = {"rollout": num_workers, "engine": self.config.rollout.num_engines}
+        self.kills = [(chance.random() * spacing_s * 4**i, role, chance.randrange(counts[role]))
+                      for role in counts for i in range(chance.choice([0, 0, 1, 3, 6]))]
 
     @staticmethod
     def plain(**values: Any) -> PolicyGradientConfig:

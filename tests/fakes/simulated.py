@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from flux_ray.accounts import Account, as_line
+from flux_ray.cluster.group import ActorDied
 from flux_ray.cluster.supervisor import OnDeath, Supervisor
 from flux_ray.config import PolicyGradientConfig
 from flux_ray.driver.agreement import Agreement
@@ -129,7 +130,7 @@ class World:
     fate_of: Callable[[int], str] = lambda uid: "kept"  # or "same" (rewards alike), "failed", "deadly" (to its worker)
     prompt_tokens: int = 10
     num_rows: int = 1000
-    kills: list[tuple[float, int]] = field(default_factory=list)  # (second, rollout worker)
+    kills: list[tuple[float, str, int]] = field(default_factory=list)  # (second, role, index)
     lost_arrays: float = 0.0  # share of the groups whose arrays a rank does not get
     seed: int = 0
     group_size: int = 1
@@ -160,7 +161,7 @@ class Engine:
         self._tokens = 0.0  # that each running sequence has made since the engine started
         self._held_s = 0.0  # of prefill that is still to be done
         self._at_s = 0.0
-        self._paused = False
+        self._paused, self.lives = False, True
         self._version = self._step = 0
         self._step_of: dict[int, int] = {}
         self._timer: asyncio.TimerHandle | None = None
@@ -169,6 +170,17 @@ class Engine:
 
     async def context_length(self) -> int:
         return 10**9
+
+    async def abandon_update(self) -> bool:
+        """Every other version leaves a model that is loaded in part."""
+        if self._paused and self._version % 2:
+            return False
+        if self._paused:
+            self.resume(self._version, self._step)
+        return True
+
+    def die(self) -> None:
+        self.lives = False
 
     async def generate(self, request: SamplingRequest) -> Sampled:
         size = self._world.group_size
@@ -353,8 +365,9 @@ class Rewards:
 class Rank:
     """A training rank; the first one has the engines that are published to. Now and then arrays don't arrive."""
 
-    def __init__(self, world: World, engines: list[Engine], index: int) -> None:
-        self._world, self._engines, self._holder = world, engines, Holder()
+    def __init__(self, world: World, index: int) -> None:
+        self._world, self._holder = world, Holder()
+        self.engines: list[Engine] = []  # that the weight channel is open to
         self._chance = random.Random(f"{world.seed} {index}")
         self._begun: list[int] = []  # uids of the step that are accumulated
 
@@ -384,14 +397,15 @@ class Rank:
         return StepReport(step + 1)
 
     async def publish(self, version: int, step: int) -> list[str]:
-        if not self._engines:
+        if not self.engines:
             return []
-        assert version not in self._world.step_of, "a version is published once"
-        for engine in self._engines:
+        assert self._world.step_of.setdefault(version, step) == step, "a version is of one step"
+        for engine in self.engines:
             engine.pause()
         await asyncio.sleep(self._world.costs.publish_s)
-        self._world.step_of[version] = step
-        return [engine.resume(version, step) for engine in self._engines]
+        if not all(engine.lives for engine in self.engines):
+            raise ActorDied("an engine died during publish", role="engine", index=0)
+        return [engine.resume(version, step) for engine in self.engines]
 
     async def compare_held(self, *, engines: Sequence[int]) -> list[ComparedTokens]:
         return []
@@ -445,13 +459,13 @@ def simulate(config: PolicyGradientConfig, world: World, *, clock: SimulatedTime
 
 
 async def _run(config: PolicyGradientConfig, world: World, start: LoopState, part_tokens: float) -> Loop:
-    engines = [Engine(world, max_num_seqs=config.rollout.max_num_seqs) for _ in range(config.rollout.num_engines)]
     supervisor = Supervisor(start_deadline_s=NEVER_S, heartbeat=False)
     makers: dict[str, tuple[Callable[[int], Any], int, OnDeath]] = {
-        "engine": (lambda i: engines[i], config.rollout.num_engines, OnDeath.END_RUN),
+        "engine": (lambda i: Engine(world, max_num_seqs=config.rollout.max_num_seqs), config.rollout.num_engines,
+                   OnDeath.REPLACE),
         "rollout": (lambda i: CountedWorker(config, i, world), config.rollout.num_workers or 1, OnDeath.REPLACE),
         "reward": (lambda i: Rewards(world, i), config.reward.num_workers, OnDeath.REPLACE),
-        "trainer": (lambda i: Rank(world, engines if i == 0 else [], i), config.train.num_ranks, OnDeath.END_RUN)}
+        "trainer": (lambda i: Rank(world, i), config.train.num_ranks, OnDeath.END_RUN)}
     groups: dict[str, Any] = {}
     for role, (make, count, on_death) in makers.items():
         groups[role] = LocalGroup(role, make, count, has_deadlines=False, replace_s=world.costs.replace_s)
@@ -463,7 +477,10 @@ async def _run(config: PolicyGradientConfig, world: World, start: LoopState, par
                     num_parts=min(config.rollout.split_groups, config.rollout.group_size),
                     num_steps=config.driver.num_steps)
     noted: Any = Noted(world)
-    serving = Engines(groups["engine"], supervisor, None)
+    async def connect(actors: Sequence[Any]) -> None:
+        groups["trainer"][0].object.engines = [actor.object for actor in actors]
+
+    serving = Engines(groups["engine"], supervisor, connect)
     stages = Stages(config, ledger, workers=groups["rollout"], engines=serving, warn=noted.warn_of,
                     step=start.step)
     prompts: Any = Prompts(config, world)
@@ -473,8 +490,8 @@ async def _run(config: PolicyGradientConfig, world: World, start: LoopState, par
                 agreement=Agreement(config.rollout, model="model", dtype="float32",
                                     context=2 * world.prompt_tokens))
     loop.part_tokens = part_tokens
-    for at_s, worker in world.kills:
-        asyncio.get_running_loop().call_later(at_s, lambda i=worker: groups["rollout"][i].kill())
+    for at_s, role, index in world.kills:
+        asyncio.get_running_loop().call_later(at_s, lambda of=groups[role], i=index: of[i].kill())
     training = asyncio.ensure_future(Training(config, loop, noted, trained=[], progress=supervisor.progress).run())
     await asyncio.wait({training, supervisor.failure}, return_when=asyncio.FIRST_COMPLETED)
     supervisor.close()
