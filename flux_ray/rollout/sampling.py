@@ -68,7 +68,7 @@ class Sampling:
         prompt, config = assignment.prompt, self._config.rollout
         temperature = config.temperature if assignment.temperature is None else assignment.temperature
         engine = members.of(ENGINE)[assignment.engine].together()
-        generate = PromptGenerate(prompt, engine, self._limits, temperature, self._tokenizer, owner)
+        generate = PromptGenerate(prompt, engine, self._limits.of(prompt), temperature, self._tokenizer, owner)
         try:
             if self._sandbox is None:
                 trajectories = await self._within_deadline(prompt, generate, assignment.engine)

@@ -14,7 +14,6 @@ import os
 import signal
 import threading
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,6 +22,7 @@ from flux_ray.config import Config
 from flux_ray.errors import RunFailed, UserError
 from flux_ray.home import ensure_home
 from flux_ray.observability.callbacks import Callback
+from flux_ray.run.result import TrainingResult
 
 if TYPE_CHECKING:
     from flux_ray.cluster.groups import Cluster
@@ -38,28 +38,6 @@ RunBody = Callable[["Prepared", "Build", "Recorder"], Awaitable[None]]
 _running: dict[int, Callable[[], object]] = {}  # thread ► what cancels the run in it
 
 DEATH_SHOWS_S = 3.0  # Ray tells of an actor's death 1 to 2 s later; calls to the actor may fail at once
-
-
-@dataclass(frozen=True)
-class TrainingResult:
-    """What a run gave.
-
-    Attributes:
-        run_dir: The run's folder.
-        num_steps: The steps done: as many as asked for, or fewer where `eval.stop_at` was reached.
-        metrics: The metrics of the last step.
-        history: The metrics of each step that this process did, the oldest first.
-    """
-
-    run_dir: Path
-    num_steps: int
-    metrics: dict[str, float] = field(default_factory=dict)
-    history: tuple[dict[str, float], ...] = ()
-
-    @property
-    def model_path(self) -> Path:
-        """Where the trained model lies, in Hugging Face layout."""
-        return self.run_dir / "model"
 
 
 def run(config: Config, *, callbacks: Sequence[Callback] = ()) -> TrainingResult:

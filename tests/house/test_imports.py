@@ -56,6 +56,7 @@ LEVELS = {
     "flux_ray.help": 1,
     "flux_ray.outside_loop": 6,
     "flux_ray.__main__": 7,
+    "flux_ray.further": 8,
 }
 
 #: Library ► the only parts, or modules, that import it.
