@@ -232,11 +232,14 @@ class FluxTrainer(FurtherMethods):
 
         `changes` are options by their dotted names; None changes nothing.
         """
+        from flux_ray import handed_over  # torch is behind it
+
         refuse_while_importing()
         sources = {"data.train": _source(prompts), "eval.data": _source(eval_prompts)}
         given = {key: value for part in (changes, sources) for key, value in part.items() if value is not None}
         resumed = {"resume": None} if self._result else {}   # by the first `fit`: a further one goes on from its model
         config = configs.validate(configs.from_dict({**_flat(self.config), **resumed, **given}))
+        config = handed_over.as_given(config, name_of=name_of)
         config = configs.changed(config, {"plugins": [*config.plugins, *_files_of_registered(config)]})
         if all(source != IN_MEMORY for source in sources.values()):
             return config

@@ -34,14 +34,15 @@ if TYPE_CHECKING:
 class Sampling:
     def __init__(
         self, config: PolicyGradientConfig, *, tokenizer_path: str, tokenizer: PreTrainedTokenizerBase | None = None,
-        end_ids: Collection[int] = (),
+        end_ids: Collection[int] = (), function: bytes | None = None,
     ) -> None:
-        """`tokenizer`: the one at the path, where it is read already. `end_ids`: tokens that end a response."""
+        """`tokenizer`: the one at the path, where it is read already. `end_ids`: tokens that end a response.
+        `function`: the rollout itself, where no process can import it."""
         self._config, self._tokenizer = config, tokenizer or _load_tokenizer(tokenizer_path)
         self._end_ids = end_ids
         self._sandbox: SandboxedRollout | None = None
         if config.rollout.function != "single_turn":
-            self._sandbox = SandboxedRollout(config, tokenizer_path=tokenizer_path)
+            self._sandbox = SandboxedRollout(config, tokenizer_path=tokenizer_path, packed=function)
         self._function: Rollout = single_turn  # what runs in this process
         self._limits: Limits | None = None
 

@@ -37,12 +37,14 @@ class RolloutWorker(Owned):
 
     def __init__(
         self, config: PolicyGradientConfig, *, index: int, tokenizer_path: str, most_groups: int,
-        tokenizer: PreTrainedTokenizerBase | None = None, end_ids: Collection[int] = (),
+        tokenizer: PreTrainedTokenizerBase | None = None, end_ids: Collection[int] = (), function: bytes | None = None,
     ) -> None:
-        """`most_groups`: how many may wait in one reward worker at once. `tokenizer`, `end_ids`: see Sampling."""
+        """`most_groups`: how many may wait in one reward worker at once. `tokenizer`, `end_ids`, `function`: see
+        Sampling."""
         super().__init__()
         self._config, self._index = config, index
-        self._sampling = Sampling(config, tokenizer_path=tokenizer_path, tokenizer=tokenizer, end_ids=end_ids)
+        self._sampling = Sampling(
+            config, tokenizer_path=tokenizer_path, tokenizer=tokenizer, end_ids=end_ids, function=function)
         self._scoring = Scoring(config, most_groups=most_groups)
         self._members = Members()
         self._met = asyncio.Condition()  # others are alive than before

@@ -54,7 +54,7 @@ LEVELS = {
     "flux_ray.info": 1,
     "flux_ray.home": 0,
     "flux_ray.help": 1,
-    "flux_ray.outside_loop": 6,
+    "flux_ray.outside_loop": 6, "flux_ray.handed_over": 6,
     "flux_ray.__main__": 7,
     "flux_ray.further": 8,
 }

@@ -25,11 +25,12 @@ PRELOADED = ("flux_ray.rollout.environments.child", "transformers.models.auto.to
 class SandboxedRollout:
     """Call it as the function itself. `start` beforehand; `close` at the end."""
 
-    def __init__(self, config: PolicyGradientConfig, *, tokenizer_path: str) -> None:
+    def __init__(self, config: PolicyGradientConfig, *, tokenizer_path: str, packed: bytes | None = None) -> None:
         self._function, self._deadline_s = config.rollout.function, config.rollout.deadline_s
         self._start_deadline_s = config.cluster.start_deadline_s
         self._entry = Entry("flux_ray.rollout.environments.child:make", {
-            "function": self._function, "plugins": list(config.plugins), "tokenizer_path": tokenizer_path})
+            "function": self._function, "packed": packed, "plugins": list(config.plugins),
+            "tokenizer_path": tokenizer_path})
         self._child: Child | None = None
         self._starting = asyncio.Lock()
         self._second_tries = asyncio.Semaphore(SECOND_TRIES_AT_ONCE)
