@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import os
 import signal
 import threading
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from flux_ray import machine
 from flux_ray.cluster.group import ActorDied, ActorError
 from flux_ray.config import Config
 from flux_ray.errors import RunFailed, UserError
@@ -57,14 +57,13 @@ def evaluate(config: Config, *, callbacks: Sequence[Callback] = ()) -> dict[str,
 
 def _whole_life(config: Config, body: RunBody, callbacks: Sequence[Callback]) -> Recorder:
     """Check, take the folder, do the work on live actors. Gives what was recorded."""
-    if not Path("/dev/nvidiactl").exists():
-        # Said beforehand, or DeepSpeed (which transformers may import) warns on the terminal that it found no GPU.
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     ensure_home()
+    machine.adapt()
     from flux_ray import run_dir
     from flux_ray.run.prepare import prepare
 
     prepared = prepare(config)
+    prepared = dataclasses.replace(prepared, warnings=(*prepared.warnings, *_of_the_machine(config)))
     own_cpus = _own_cpus(prepared, trains=body is _train)
     config = run_dir.claim(prepared.config)
     assert config.run_dir is not None
@@ -136,6 +135,17 @@ def _above_all_versions(prepared: Prepared) -> Prepared:
     published = [int(line.get("driver/version", -1)) for line in read_lines(before.path / METRICS)]
     version = max([prepared.start.version, *published])
     return dataclasses.replace(prepared, start=dataclasses.replace(prepared.start, version=version))
+
+
+def _of_the_machine(config: Config) -> list[str]:
+    """What is to be said of it before a Ray of the run's own starts. UserError where it couldn't."""
+    from flux_ray.cluster.groups import Cluster
+
+    if Cluster.wanted_address(config.cluster.address):
+        return []
+    machine.refuse_own_ray()
+    small = machine.shared_memory_warning()
+    return [small] if small else []
 
 
 def _own_cpus(prepared: Prepared, *, trains: bool) -> float:
