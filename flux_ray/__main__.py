@@ -289,14 +289,16 @@ def _quoted(override: str, *, several: bool) -> str:
     """
     match = OVERRIDE.fullmatch(override)
     value = (match["value"] or "")[1:] if match else ""
-    if not match or match["key"] not in _texts() or not value or value[0] in "'\"" or "${" in value:
+    if not match or match["key"] not in _texts() or not value or "${" in value:
         return override
-    if _is_one_value(override, several=several):
+    if _arrives(override, value, several=several):
         return override
     return f"{match['sign']}{match['key']}={hydra_value(value)}"
 
 
-def _is_one_value(override: str, *, several: bool) -> bool:
+def _arrives(override: str, text: str, *, several: bool) -> bool:
+    """Whether Hydra takes it for that text, for a text in quotes, for null, or for several values where there may be.
+    """
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
@@ -306,7 +308,8 @@ def _is_one_value(override: str, *, several: bool) -> bool:
         return False
     if parsed.is_sweep_override():
         return several
-    return isinstance(parsed.value(), (str, int, float, bool, type(None)))
+    value, in_quotes = parsed.value(), text.strip()[:1] in ("'", '"')
+    return value is None or in_quotes or value == text   # 007 and 1e5 are folders' names too
 
 
 def _texts() -> set[str]:

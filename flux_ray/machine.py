@@ -67,8 +67,8 @@ def _open_more_files() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
         soft = most
     if soft != resource.RLIM_INFINITY and soft < LEAST_OPEN_FILES:
-        raise UserError(f"a process may open {soft} files here, a run needs {LEAST_OPEN_FILES}: raise the limit (ulimit "
-                        f"-n {MOST_OPEN_FILES}; docker run --ulimit nofile={MOST_OPEN_FILES})")
+        raise UserError(f"a process may open {soft} files here, a run needs {LEAST_OPEN_FILES}: raise the limit "
+                        f"(ulimit -n {MOST_OPEN_FILES}; docker run --ulimit nofile={MOST_OPEN_FILES})")
 
 
 def refuse_own_ray() -> None:
