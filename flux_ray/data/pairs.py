@@ -13,7 +13,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import SupportsFloat
+from typing import Any, SupportsFloat
 
 import numpy as np
 
