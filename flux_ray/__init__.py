@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from flux_ray.api import FluxConfig, FluxTrainer, create_rl_trainer
     from flux_ray.config import Config
     from flux_ray.errors import UserError
+    from flux_ray.further import create_sft_trainer
     from flux_ray.observability.callbacks import Callback
     from flux_ray.reward import register_reward
     from flux_ray.rollout.functions import register_rollout
@@ -28,6 +29,7 @@ _HOMES = {
     "TrainingResult": "flux_ray.run",
     "UserError": "flux_ray.errors",
     "create_rl_trainer": "flux_ray.api",
+    "create_sft_trainer": "flux_ray.further",
     "register_adv_estimator": "flux_ray.algo",
     "register_policy_loss": "flux_ray.algo",
     "register_reward": "flux_ray.reward",
@@ -43,6 +45,7 @@ __all__ = [
     "TrainingResult",
     "UserError",
     "create_rl_trainer",
+    "create_sft_trainer",
     "register_adv_estimator",
     "register_policy_loss",
     "register_reward",
@@ -57,4 +60,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*(name for name in globals() if name.startswith("__")), *__all__})   # the rest is our own

@@ -33,6 +33,11 @@ INTERRUPTED = 130     # exit code of a program ended by Ctrl-C, as shells have i
 #: [+, ++ or ~] key [= value]
 OVERRIDE = re.compile(r"(?P<sign>\+\+|\+|~|)(?P<key>[^=@~+]+)(?P<value>=.*)?", re.DOTALL)
 
+#: Hydra's flags that take a value.
+HYDRA_FLAGS = ("--config-dir", "-cd", "--config-path", "-cp", "--config-name", "-cn", "--package", "-p")
+#: An experiment's options lie over the whole config, whatever its first line says (conf/config.yaml).
+EXPERIMENT, OVER_ALL = re.compile(r"\A(\+\+|\+|~|)experiment(?=\Z|=)"), "@_global_"
+
 
 def main(argv: list[str] | None = None) -> int:
     """Run a verb; returns the exit code."""
@@ -194,7 +199,7 @@ def compose(overrides: list[str], *, then: Callable[[Config], None]) -> None:
 
     composed: list[tuple[dict[str, Any], list[str]]] = []
 
-    overrides = _with_given(overrides)
+    overrides = _with_given(_joined(overrides))
     written = [match["key"] for match in map(OVERRIDE.fullmatch, overrides) if match]
 
     def task(tree: Any) -> None:
@@ -203,7 +208,8 @@ def compose(overrides: list[str], *, then: Callable[[Config], None]) -> None:
             names.refuse_ambiguous(given.get("algo.name"), written)
             then(configs.from_dict({"run_dir": settings.runtime.output_dir, **given}))
         else:
-            composed.append((given, configs.as_written(settings.overrides.task)))
+            words = configs.as_written(settings.overrides.task)
+            composed.append((given, [word.replace(OVER_ALL, "", 1) for word in words]))
 
     ConfigStore.instance().store(name="defaults_in_config_py", node=configs.schema())
     application = hydra.main(version_base="1.3", config_path=str(configs.CONF.resolve()), config_name="config")(task)
@@ -219,6 +225,12 @@ def compose(overrides: list[str], *, then: Callable[[Config], None]) -> None:
         resumed = run_dir.resumed_run(given.get("resume"), given.get("run_dir"))
         goes_on = resumed and resumed != run_dir.AUTO
         then(_resumed({**given, "resume": resumed}, words) if goes_on else configs.from_dict(given))
+
+
+def _joined(arguments: list[str]) -> list[str]:
+    """Each of Hydra's own flags in one word with its value: `--config-dir .` has no override in it."""
+    words = iter(arguments)
+    return [f"{word}={next(words, '')}" if word in HYDRA_FLAGS else word for word in words]
 
 
 def _with_given(overrides: list[str]) -> list[str]:
@@ -271,6 +283,7 @@ def _by_our_names(overrides: list[str]) -> list[str]:
     group is chosen as well."""
     several = bool({"-m", "--multirun"} & set(overrides))
     named = [_quoted(_by_our_name(override), several=several) for override in overrides]
+    named = [EXPERIMENT.sub(rf"\1experiment{OVER_ALL}", override) for override in named]
     if any(override.startswith("algo=") for override in named):
         return named
     prefix, presets = "algo.name=", set(helps.groups()["algo"])
@@ -286,14 +299,16 @@ def _quoted(override: str, *, several: bool) -> str:
     """
     match = OVERRIDE.fullmatch(override)
     value = (match["value"] or "")[1:] if match else ""
-    if not match or match["key"] not in _texts() or not value or value[0] in "'\"" or "${" in value:
+    if not match or match["key"] not in _texts() or not value or "${" in value:
         return override
-    if _is_one_value(override, several=several):
+    if _arrives(override, value, several=several):
         return override
     return f"{match['sign']}{match['key']}={hydra_value(value)}"
 
 
-def _is_one_value(override: str, *, several: bool) -> bool:
+def _arrives(override: str, text: str, *, several: bool) -> bool:
+    """Whether Hydra takes it for that text, for a text in quotes, for null, or for several values where there may be.
+    """
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
@@ -303,7 +318,8 @@ def _is_one_value(override: str, *, several: bool) -> bool:
         return False
     if parsed.is_sweep_override():
         return several
-    return isinstance(parsed.value(), (str, int, float, bool, type(None)))
+    value, in_quotes = parsed.value(), text.strip()[:1] in ("'", '"')
+    return value is None or in_quotes or value == text   # 007 and 1e5 are folders' names too
 
 
 def _texts() -> set[str]:

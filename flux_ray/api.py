@@ -19,6 +19,7 @@ from flux_ray import backends, names, run_dir, settings
 from flux_ray import config as configs
 from flux_ray.config import Config
 from flux_ray.errors import UserError
+from flux_ray.names.methods import FurtherMethods
 from flux_ray.observability.callbacks import Callback, Metrics, as_callback
 from flux_ray.outside_loop import outside_loop
 from flux_ray.plugins import hand_over, refuse_while_importing
@@ -94,7 +95,7 @@ def _config(flat: dict[str, Any]) -> Config:
     return configs.from_dict({**names.flatten(configs.preset(algorithm), options=keys), **flat}, before=before)
 
 
-class FluxTrainer:
+class FluxTrainer(FurtherMethods):
     """Train from Python, as `flux-ray train` does.
 
     Every process that a call starts has ended when the call returns. In a `with` statement the trainer refuses further
@@ -104,7 +105,7 @@ class FluxTrainer:
         config: What `FluxConfig` gives.
         rewards: One reward or several: a rule's name, a registered name, "path/to/file.py:function", or a function.
             A function travels by its file, or as it is where it has none. None keeps `reward.functions`.
-        backend: ray (ours), trl (TRL's trainers), or unsloth (TRL's, on a model that Unsloth opened).
+        backend: ray (ours, also auto), trl (TRL's trainers), or unsloth (TRL's, on a model that Unsloth opened).
     """
 
     def __init__(
@@ -112,7 +113,7 @@ class FluxTrainer:
     ) -> None:
         if not isinstance(config, Config):
             raise UserError(f"FluxTrainer takes what FluxConfig(...) gives, not {type(config).__name__}")
-        backends.refuse(backend, config)
+        backend = backends.chosen(backend, config)
         if rewards is not None:
             several = [rewards] if isinstance(rewards, str) or callable(rewards) else list(rewards)
             functions = [reward if isinstance(reward, str) else reference_of(reward) for reward in several]
@@ -236,11 +237,14 @@ class FluxTrainer:
 
         `changes` are options by their dotted names; None changes nothing.
         """
+        from flux_ray import handed_over  # torch is behind it
+
         refuse_while_importing()
         sources = {"data.train": _source(prompts), "eval.data": _source(eval_prompts)}
         given = {key: value for part in (changes, sources) for key, value in part.items() if value is not None}
         resumed = {"resume": None} if self._result else {}   # by the first `fit`: a further one goes on from its model
         config = configs.validate(configs.from_dict({**_flat(self.config), **resumed, **given}))
+        config = handed_over.as_given(config, name_of=name_of)
         config = configs.changed(config, {"plugins": [*config.plugins, *_files_of_registered(config)]})
         if all(source != IN_MEMORY for source in sources.values()):
             return config
@@ -288,7 +292,7 @@ def create_rl_trainer(
     if reward_model_name is not None:
         rewards = _with_model(config, rewards, reward_model_name)
     trainer = FluxTrainer(config, rewards=rewards, backend=backend)
-    if reward_model_name is not None and backend != "ray":
+    if reward_model_name is not None and trainer.backend != "ray":
         raise UserError(f"backend={backend} has no reward models; use backend=ray (ours, the default)")
     return trainer
 

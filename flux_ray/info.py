@@ -16,6 +16,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import flux_ray
+from flux_ray.machine import LEAST_SHM_GIB
 
 PACKAGES = ("torch", "vllm", "deepspeed", "ray", "transformers", "hydra-core", "omegaconf", "pyarrow")
 
@@ -31,7 +32,6 @@ OPTIONAL = {
 FEATURES = {"avx512f": "AVX-512", "avx512_bf16": "bf16", "amx_tile": "AMX"}
 
 GIB = 2**30
-LEAST_SHM_GIB = 1.0  # Ray's object store of a run of its own, and buckets of weights
 
 
 def info() -> Iterator[tuple[str, str]]:

@@ -135,10 +135,16 @@ def load_plugins(paths: Iterable[str]) -> None:
 
 
 def same_function(one: Callable[..., object], other: Callable[..., object]) -> bool:
-    """Whether both are one function of one file, by two imports: a script's, say, that is imported as a plugin too."""
+    """Whether both are one function of one file, by two imports: a script's, say, that is imported as a plugin too.
+
+    A notebook's cell has no file: the function of that name is then the same one, and the newer counts.
+    """
     codes = [getattr(inspect.unwrap(function), "__code__", None) for function in (one, other)]
-    if one.__module__ == other.__module__ or None in codes:
+    if None in codes:
         return False
+    if one.__module__ == other.__module__:
+        typed = all(code and not Path(code.co_filename).is_file() for code in codes)
+        return typed and len({code.co_qualname for code in codes if code} - {"<lambda>"}) == 1
     return len({(str(Path(code.co_filename).resolve()), code.co_qualname) for code in codes if code}) == 1
 
 

@@ -46,6 +46,7 @@ class Prompt:
     seed: int  # sample i is drawn with seed + i, whatever engine draws it
     data_set: str = ""  # the name of the set that it came from, where there are several
     rewards: tuple[str, ...] = ()  # the functions that score it; none: all of the run's
+    max_tokens: int | None = None  # of a response; none: rollout.max_tokens
 
     @property
     def where(self) -> str:

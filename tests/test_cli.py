@@ -141,6 +141,17 @@ def test_a_folder_of_the_users_own(elsewhere):
     assert config.seed == 6 and config.algo.clip_range_high == 0.28
 
 
+def test_hydra_s_folder_may_be_the_present_one_and_its_file_without_a_first_line(elsewhere):
+    """Without `# @package _global_` Hydra would put the file's options under `experiment`."""
+    (elsewhere / "experiment").mkdir()
+    (elsewhere / "experiment" / "plain.yaml").write_text("model: {path: m}\ndata: {train: d.jsonl}\nseed: 5\n")
+    for where in (["--config-dir", "."], ["--config-dir=."], ["-cd", "."]):
+        (config,) = composed(*where, "experiment=plain", "algo=dapo")
+        assert (config.seed, config.model.path, config.algo.clip_range_high) == (5, "m", 0.28)
+    first, second = composed("--multirun", "--config-dir", ".", "experiment=plain,addition", *READY)
+    assert (first.seed, first.rollout.group_size, second.reward.functions) == (5, 4, ["exact_match"])
+
+
 def test_an_unknown_key_in_the_users_own_file(elsewhere, capsys):
     (elsewhere / "mine" / "experiment").mkdir(parents=True)
     (elsewhere / "mine" / "experiment" / "first.yaml").write_text("# @package _global_\nrollout: {grop_size: 3}\n")
@@ -288,6 +299,11 @@ def test_a_locale_without_utf8():
     done = subprocess.run([sys.executable, "-m", "flux_ray", "explain", "data.system_prompt=é"], env=environment,
                           capture_output=True, timeout=120, check=False)
     assert done.returncode == 0 and "π trained" in done.stdout.decode("utf-8")
+
+
+def test_the_package_has_its_public_names_alone():
+    shown = [name for name in dir(flux_ray) if not name.startswith("_")]
+    assert sorted(shown) == sorted(flux_ray.__all__) and "__version__" in dir(flux_ray)
 
 
 def test_version_and_info(capsys):

@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from flux_ray import Callback, FluxConfig, FluxTrainer, UserError, create_rl_trainer
+from flux_ray import (
+    Callback,
+    FluxConfig,
+    FluxTrainer,
+    TrainingResult,
+    UserError,
+    create_rl_trainer,
+    create_sft_trainer,
+)
 from flux_ray.observability.callbacks import as_callback
 
 pytestmark = pytest.mark.unit
@@ -88,3 +98,49 @@ def test_after_its_block_a_trainer_is_done():
     for call in (trainer.fit, trainer.evaluate):
         with pytest.raises(UserError, match="block has ended"):
             call()
+
+
+def test_an_sft_trainer_and_a_backend_that_is_chosen_for_one():
+    trainer = create_sft_trainer(model_name="m", dataset_name="d.jsonl", backend="auto", learning_rate=1e-5)
+    assert (trainer.config.algo.name, trainer.config.train.learning_rate, trainer.backend) == ("sft", 1e-5, "ray")
+    assert make(algorithm="ppo", backend="auto", reward_model_name="r").backend == "ray"
+    with pytest.raises(UserError, match=r"FluxConfig\.from_yaml"):
+        make(config="mine.yaml")
+
+
+STEPS = ({"reward/mean": 0.25, "actor/loss": 3.0, "rollout/tokens": 10.0, "driver/step_s": 1.5},
+         {"reward/mean": 0.5, "actor/loss": 2.0, "rollout/tokens": 12.0, "driver/step_s": 0.5})
+
+
+def test_a_result_by_the_names_that_other_projects_have(tmp_path):
+    result = TrainingResult(tmp_path, 7, STEPS[-1], STEPS)
+    assert (result.final_reward, result.reward_history) == (0.5, [0.25, 0.5])
+    assert (result.final_loss, result.loss_history) == (2.0, [3.0, 2.0])
+    assert (result.total_steps, result.total_tokens, result.total_time_seconds) == (7, 22, 2.0)
+    assert result.checkpoint_path is None
+    for step in (9, 10):
+        (tmp_path / f"checkpoints/step-{step:06d}").mkdir(parents=True)
+    (tmp_path / "checkpoints/step-000009/driver.json").write_text("{}")   # the tenth isn't whole
+    assert result.checkpoint_path == (tmp_path / "checkpoints/step-000009").resolve()
+    pairs = TrainingResult(tmp_path, 1, {"train/loss": 0.7}, ({"train/loss": 0.7},))
+    assert pairs.final_loss == 0.7 and not hasattr(pairs, "final_reward")
+    with pytest.raises(AttributeError, match=r"batch\.prompts_per_step x rollout\.group_size samples"):
+        _ = result.total_samples
+
+
+def test_a_trainer_says_what_there_is_instead_of_a_method(tmp_path):
+    trainer = make()
+    with pytest.raises(AttributeError, match="FluxTrainer has no predict: vLLM or transformers generates"):
+        trainer.predict("a")
+    with pytest.raises(AttributeError, match="push_to_hub: nothing is uploaded: `hf upload"):
+        trainer.push_to_hub("a/b")
+    assert not hasattr(trainer, "no_such_thing")
+    with pytest.raises(UserError, match="nothing was trained yet"):
+        trainer.save_model(tmp_path)
+    (tmp_path / "run/model").mkdir(parents=True)
+    (tmp_path / "run/model/config.json").write_text("{}")
+    trainer._result = TrainingResult(tmp_path / "run", 1)
+    assert trainer.save_model(tmp_path / "copy") == Path(tmp_path / "copy")
+    assert [file.name for file in (tmp_path / "copy").iterdir()] == ["config.json"]
+    with pytest.raises(UserError, match="copy isn't empty"):
+        trainer.save_model(tmp_path / "copy")

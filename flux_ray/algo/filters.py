@@ -19,6 +19,7 @@ from flux_ray.records import ScoredGroup
 SAME_REWARD, UNSCORED = "same_reward", "unscored"
 CAUSES = (SAME_REWARD, UNSCORED)  # why the filter refuses
 REWARD_FAILED = "reward_failed"  # another cause of a drop: a function raised or timed out, and reward.on_failure=drop
+ROLLOUT_FAILED = "rollout_failed"  # another: a user's rollout function ended its process, or hung, twice
 TASK = "task"  # the value of filter.reward for the task reward: all functions but shaping
 
 

@@ -14,12 +14,13 @@ if TYPE_CHECKING:
 BACKENDS = ("ray", "trl", "unsloth")
 
 
-def refuse(backend: str, config: Config) -> None:
-    """UserError for an unknown backend, and for a config that TRL or Unsloth can't run."""
+def chosen(backend: str, config: Config) -> str:
+    """The backend; `auto` is ours. UserError for an unknown one, and for a config that TRL or Unsloth can't run."""
+    backend = "ray" if backend == "auto" else backend
     if backend not in BACKENDS:
         raise unknown("backend", backend, BACKENDS)
     if backend == "ray":
-        return
+        return backend
     from flux_ray.backends.trl_settings import check_trl, check_unsloth
 
     if isinstance(config, PPOConfig):
@@ -28,6 +29,7 @@ def refuse(backend: str, config: Config) -> None:
     check_trl(config)
     if backend == "unsloth":
         check_unsloth(config)
+    return backend
 
 
 def runner(backend: str) -> Callable[..., TrainingResult]:

@@ -134,6 +134,8 @@ def make_trainer(
 
     if any(one.data_set.rewards for one in prompts.sets):
         raise UserError("backend=trl has no rewards of a set's own: leave them out of data.train, or use backend=ray")
+    if any(one.data_set.max_tokens for one in prompts.sets):
+        raise UserError("backend=trl has no max_tokens of a set's own: leave it out of data.train, or use backend=ray")
     device = _device(config.cluster)
     kind, arguments = ((trl.RLOOTrainer, trl.RLOOConfig) if config.algo.name == "rloo"
                        else (trl.GRPOTrainer, trl.GRPOConfig))

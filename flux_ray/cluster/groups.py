@@ -134,14 +134,17 @@ class Cluster:
     @staticmethod
     def wanted_address(address: str | None) -> str | None:
         """The cluster to join: the config's, else RAY_ADDRESS (set inside a Ray job); None: start one."""
-        if address and "://" in address:
+        said, wanted = "cluster.address", address
+        if not wanted:
+            said, wanted = "RAY_ADDRESS", os.environ.get("RAY_ADDRESS", "").strip()
+            # `ray job submit` reads a dashboard's http address from the same variable: that one is not to be joined.
+            wanted = "" if wanted.startswith(("http://", "https://")) else wanted
+        if "://" in wanted:
             raise UserError(
-                f"cluster.address={address}: a run joins a cluster from one of its machines (auto, or HOST:PORT); "
+                f"{said}={wanted}: a run joins a cluster from one of its machines (auto, or HOST:PORT); "
                 "launch/submit.sh sends it to a dashboard's http address"
             )
-        from_environment = os.environ.get("RAY_ADDRESS", "")
-        # `ray job submit` reads a dashboard's http address from the same variable: that one is not to be joined.
-        return address or (from_environment if "://" not in from_environment else "") or None
+        return None if wanted in ("", "local") else wanted   # local: Ray's word for one of the run's own
 
     def connect(
         self, address: str | None, *, cpus: float, gpus: int = 0, object_store_bytes: int = LOCAL_OBJECT_STORE_BYTES,

@@ -13,7 +13,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import SupportsFloat
+from typing import Any, SupportsFloat
 
 import numpy as np
 
@@ -26,6 +26,7 @@ from flux_ray.data.order import EpochOrder, MixedOrder
 from flux_ray.data.preferences import CHOSEN, REJECTED, shared_prompt
 from flux_ray.data.rows import BadCell, BadRows, Row, Rows
 from flux_ray.data.sets import EVAL, TRAIN, LoadedSet, read_sets
+from flux_ray.data.tokens import Tokens
 from flux_ray.errors import UserError
 from flux_ray.hugging_face import Tokenizer
 from flux_ray.model.vocabulary import vocabulary_size
@@ -39,6 +40,44 @@ class _NoPair(Exception):
 
     def __init__(self, cause: str) -> None:
         self.cause = cause
+
+
+class StoredPairs(Sequence[PreferencePair]):
+    """Pairs in four arrays: a record of a million pairs each would take twice as much as their tokens.
+
+    >>> pairs = StoredPairs.of([PreferencePair(4, 1, np.array([5, 6], np.int32), np.array([5, 7, 2], np.int32), 0.5)])
+    >>> pairs[0].rejected_ids.tolist(), pairs[0].margin, len(pairs), pairs.longest
+    ([5, 7, 2], 0.5, 1, 3)
+    """
+
+    def __init__(self, tokens: Tokens, rows: np.ndarray, prompt_lengths: np.ndarray, margins: np.ndarray) -> None:
+        """`tokens`: chosen, rejected, chosen, rejected …"""
+        self._tokens, self._rows, self._prompt_lengths, self._margins = tokens, rows, prompt_lengths, margins
+
+    @classmethod
+    def of(cls, pairs: Sequence[PreferencePair]) -> StoredPairs:
+        tokens = Tokens.of([ids for pair in pairs for ids in (pair.chosen_ids, pair.rejected_ids)])
+        return cls(tokens, np.array([pair.row for pair in pairs], np.int64),
+                   np.array([pair.prompt_length for pair in pairs], np.int32),
+                   np.array([pair.margin for pair in pairs], np.float64))
+
+    @classmethod
+    def joined(cls, parts: Sequence[StoredPairs]) -> StoredPairs:
+        return cls(Tokens.joined([part._tokens for part in parts]), np.concatenate([part._rows for part in parts]),
+                   np.concatenate([part._prompt_lengths for part in parts]),
+                   np.concatenate([part._margins for part in parts]))
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt with its response."""
+        return int(self._tokens.lengths.max())
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, place: Any) -> Any:
+        return PreferencePair(int(self._rows[place]), int(self._prompt_lengths[place]), self._tokens[2 * place],
+                              self._tokens[2 * place + 1], float(self._margins[place]))
 
 
 class PairSource:
@@ -55,15 +94,12 @@ class PairSource:
         check_examples(tokenizer, config.data)
         self.source, self.skipped = ", ".join(one.rows.source for one in sets), Counter[str]()
         self.has_margins = any(one.data_set.config.data.margin_column in one.rows.columns for one in sets)
-        self._pairs: list[PreferencePair] = []
-        self.sizes: dict[str, int] = {}   # set ► pairs
-        for one in sets:
-            pairs = self._load(one, tokenizer, context_length)
-            self._pairs += pairs
-            self.sizes[one.data_set.name] = len(pairs)
+        parts = [StoredPairs.of(self._load(one, tokenizer, context_length)) for one in sets]
+        self._pairs = StoredPairs.joined(parts)
+        self.sizes = {one.data_set.name: len(part) for one, part in zip(sets, parts, strict=True)}   # set ► pairs
         self.num_skipped = self.skipped.total()
         self.num_rows = len(self._pairs)
-        self.longest = max(max(len(pair.chosen_ids), len(pair.rejected_ids)) for pair in self._pairs)
+        self.longest = self._pairs.longest
         orders = [EpochOrder(size, seed=config.seed, shuffle=shuffle, name=name) for name, size in self.sizes.items()]
         self._order = MixedOrder(orders, [one.data_set.weight for one in sets], seed=config.seed, shuffle=shuffle)
 

@@ -173,7 +173,7 @@ class PromptSource:
         number, text, token_ids, columns = one.row(row - int(self._starts[chosen]))
         seed = stable_seed(self._seed, self._role, uid)
         return Prompt(uid, number, text, token_ids, columns, self._num_samples, seed, one.data_set.name,
-                      one.data_set.rewards)
+                      one.data_set.rewards, one.data_set.max_tokens)
 
     def warnings(self) -> list[str]:
         return [line for one in self.sets for line in one.warnings()]

@@ -2,7 +2,7 @@
 
 Takes:  the run's config: a path, a list of paths, one set as a mapping, or several by their names.
 Gives:  `train_sets`, `eval_sets`; `read_sets`: their rows, shaped, without those that are held out; `map_paths`.
-Knows:  what of a set's mapping is its own (path, weight, rewards); everything else is an option of `data`.
+Knows:  what of a set's mapping is its own (path, weight, rewards, max_tokens); everything else is an option of `data`.
 Never:  reads a prompt.
 """
 
@@ -29,7 +29,7 @@ from flux_ray.errors import UserError, unknown
 from flux_ray.names import reward_name
 
 TRAIN, EVAL = "train", "eval"  # what a set is for
-PATH, WEIGHT, REWARDS = "path", "weight", "rewards"
+PATH, WEIGHT, REWARDS, MAX_TOKENS = "path", "weight", "rewards", "max_tokens"
 OF_THE_RUN = ("train", "shuffle")  # options of data that no set has for itself
 NAME = re.compile(r"[A-Za-z0-9][\w.-]*")  # it stands in metrics' names
 
@@ -46,6 +46,7 @@ class DataSet(Generic[C]):
     config: C
     weight: float = 1.0  # its share of the prompts, relative to the others'
     rewards: tuple[str, ...] = ()  # the functions that score it; none: all
+    max_tokens: int | None = None  # of a response to it; none: rollout.max_tokens
 
 
 @dataclass(frozen=True)
@@ -133,9 +134,22 @@ def _one(name: str, given: object, key: str, config: C, base: Row) -> DataSet[C]
         raise UserError(f"{key}.{WEIGHT} must be a number > 0, got {weight!r}")
     if weight != 1.0 and key.startswith("eval.data"):
         raise UserError(f"{key}.{WEIGHT}={weight}: an evaluation takes every prompt once")
+    max_tokens = _response_limit(config, options.pop(MAX_TOKENS, None), key)
     scored_by = _scored_by(config, rewards, key)
     paths = [Path(one) for one in path] if isinstance(path, list) else path
-    return DataSet(name, paths, _configured(config, {**base, **options}, key), float(weight), scored_by)
+    return DataSet(name, paths, _configured(config, {**base, **options}, key), float(weight), scored_by, max_tokens)
+
+
+def _response_limit(config: EvaluatedConfig, given: object, key: str) -> int | None:
+    """The longest response to a prompt of the set: within the run's, by which memory and L_max are reckoned."""
+    if given is None:
+        return None
+    if not isinstance(config, PolicyGradientConfig):
+        raise UserError(f"{key}.{MAX_TOKENS}: algo.name={config.algo.name} samples nothing: leave it out")
+    longest = config.rollout.max_tokens
+    if isinstance(given, bool) or not isinstance(given, int) or not 1 <= given <= longest:
+        raise UserError(f"{key}.{MAX_TOKENS} must be a number from 1 to rollout.max_tokens={longest}, got {given!r}")
+    return given
 
 
 def _configured(config: C, options: Row, key: str) -> C:
@@ -143,7 +157,7 @@ def _configured(config: C, options: Row, key: str) -> C:
     known = {field.name for field in dataclasses.fields(config.data)} - set(OF_THE_RUN)
     for name in options:
         if name not in known:
-            raise UserError(f"{key}: {unknown('option', name, {*known, PATH, WEIGHT, REWARDS})}")
+            raise UserError(f"{key}: {unknown('option', name, {*known, PATH, WEIGHT, REWARDS, MAX_TOKENS})}")
     written = {f"data.{name}": value for name, value in options.items()}
     typed = configs.from_dict({"algo.name": config.algo.name, **written})
     changes = {f"data.{name}": getattr(typed.data, name) for name in options}

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from flux_ray.algo import filters
 from flux_ray.config import PolicyGradientConfig
 
-CAUSES = (*filters.CAUSES, filters.REWARD_FAILED)
+CAUSES = (*filters.CAUSES, filters.REWARD_FAILED, filters.ROLLOUT_FAILED)
 KEPT = "trained"  # the group passed: it is in this step's batch, or in a later one's
 SURPLUS = "surplus"  # it passed, and the batch was full without it
 

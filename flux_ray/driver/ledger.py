@@ -91,12 +91,13 @@ class Ledger:
             self._awaited = set()
 
     def drop(self, entry: Entry, cause: str, step: int) -> None:
-        """GENERATED ► REFUSED ► DROPPED: the first spare moves up, or the slot is free again.
+        """GENERATED, or RUNNING where its rollout failed, ► REFUSED ► DROPPED: the first spare moves up, or the slot is
+        free again.
 
         A spare stays REFUSED until it has moved up: whether it counts must not depend on which group was faster.
         RuntimeError where a step would draw too many prompts.
         """
-        assert entry.state is State.GENERATED, entry
+        assert entry.state in (State.RUNNING, State.GENERATED), entry
         self.slots.move(entry, State.REFUSED)
         entry.cause = cause
         if self._evaluations.pop(entry.uid, None):

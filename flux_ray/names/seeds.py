@@ -23,6 +23,10 @@ TABLE: dict[str, Counterpart] = {
     "column_mapping": none("columns are named one by one: data.prompt_column, data.answer_column, ..."),
     "reward_function": "reward.functions", "reward_functions": "reward.functions", "reward_funcs": "reward.functions",
     "split": "data.split",
+    "config": none("FluxConfig.from_yaml(FILE) reads options from a file, on the command line --config FILE does"),
+    "eval_batch_size": none("an evaluation asks for as many answers at once as its engines take"),
+    "quantization": none("weights aren't quantized: train.lora.rank=16 trains an adapter alone"),
+    "logging_level": none("RUN/run.log has everything; observability.progress=false shows nothing"),
     "kl_coefficient": none("algo.beta is the KL's weight in the loss, algo.kl_coef in the reward"),
     "kl_penalty": none("algo.beta is the KL's weight in the loss, algo.kl_coef in the reward"),
 }

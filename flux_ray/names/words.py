@@ -33,4 +33,4 @@ def hydra_value(value: object) -> str:
 
 def _stays_text(text: str) -> bool:
     """Whether Hydra doesn't take it for a number or a word of its own."""
-    return not re.fullmatch(r"null|true|false|nan|inf|[+-]?[\d._]+(e[+-]?\d+)?", text, re.IGNORECASE)
+    return not re.fullmatch(r"null|true|false|[+-]?(nan|inf)|[+-]?[\d._]+(e[+-]?\d+)?", text, re.IGNORECASE)

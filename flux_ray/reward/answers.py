@@ -81,7 +81,12 @@ PLAIN: tuple[tuple[re.Pattern[str], str], ...] = tuple((re.compile(pattern), mea
     (r"\\(?:approx|simeq|equiv)(?![A-Za-z])|[≈≃]", "="),
     (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
     (r"\\sqrt\s*(\w)", r"\\sqrt{\1}"),
+    (r"\{([^{}]*)\\over(?![A-Za-z])([^{}]*)\}", r"\\frac{\1}{\2}"),              # TeX's own fraction
+    (r"(\A|[$=])(\s*)([-+]?[\d.,]+)\s*\\over\s*([-+]?[\d.,]+)(?=\s*(?:\Z|\$))", r"\1\2\\frac{\3}{\4}"),
+    (r"(\A\s*)(?![\s\S]*(?<![\\A-Za-z])[A-Za-z]{2})([^{}$]+?)\\over(?![A-Za-z])([^{}$]+)\Z", r"\1\\frac{\2}{\3}"),
 ))  # fmt: skip
+#: 0.1\overline{6}: the digits before, those that don't repeat, those that do.
+REPEATING = re.compile(r"(?<![\w.])(\d{1,3}(?:[, ]\d{3})+|\d*)\.(\d*)\\(?:overline|bar|dot)\s*\{?(\d+)\}?")
 WRAPPED: tuple[tuple[re.Pattern[str], str], ...] = ((re.compile(TEXTS), r" \1 "), (re.compile(FONTS), r"\1"))
 SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺", "0123456789-+")
 SUPERSCRIPT = re.compile(r"[⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺]+")
@@ -117,6 +122,7 @@ def plain(text: str) -> str:
         text = pattern.sub(meant, text)
     if "\\" not in text:
         return text
+    text = REPEATING.sub(_repeating, text)
     for _ in range(MAX_NESTING):
         before = text
         for pattern, meant in WRAPPED:
@@ -131,8 +137,18 @@ def _vulgar(match: re.Match[str]) -> str:
     return f"{match[1]} {value}" if match[1] else str(value)
 
 
+def _repeating(match: re.Match[str]) -> str:
+    """The fraction that it is; as it stands where it is too long for a number."""
+    before, fixed, again = re.sub("[, ]", "", match[1]), match[2], match[3]
+    if len(match[0]) > MAX_NUMBER_CHARS:
+        return match[0]
+    scale = 10 ** len(fixed)
+    value = Fraction(int(f"{before}{fixed}" or 0), scale) + Fraction(int(again), (10 ** len(again) - 1) * scale)
+    return f"{value.numerator}/{value.denominator}"
+
+
 def _without_fractions(text: str, depth: int) -> str:
-    r"""a/b for \frac{a}{b} of numbers, else (a)/(b)."""
+    r"""a/b for \frac{a}{b} of numbers, else (a)/b or (a)/(b)."""
     parts, end = [], 0
     for match in FRACTION_SIGN.finditer(text):
         if match.start() < end:
@@ -146,8 +162,8 @@ def _without_fractions(text: str, depth: int) -> str:
         if SIMPLE.fullmatch(top) and SIMPLE.fullmatch(bottom):
             mixed = " " if begun[-1:].isdigit() else ""
             value = f"{mixed}{top.strip().replace(',', '')}/{bottom.strip().replace(',', '')}"
-        else:
-            value = f"({top})/({bottom})"
+        else:  # a number below stands bare, so that nobody takes it for the answer
+            value = f"({top})/{bottom.strip().replace(',', '')}" if SIMPLE.fullmatch(bottom) else f"({top})/({bottom})"
         parts += [begun, value]
         end = after
     return "".join([*parts, text[end:]])

@@ -8,6 +8,7 @@ Keeps:  the registry of this process.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -81,6 +82,9 @@ def register_reward(name: str, *, shaping: bool = False) -> Callable[[Function],
         if name in RULES or (name in _registered and not same_function(_registered[name][0], function)):
             raise UserError(f"reward {name!r} is registered already")
         _registered[name] = (function, shaping)
+        if shaping:
+            with contextlib.suppress(AttributeError, TypeError):   # a notebook's travels with it to other processes
+                function.is_shaping = True   # type: ignore[attr-defined]
         return function
 
     return register
@@ -177,7 +181,8 @@ def signature_of(call: Function, reference: str) -> Signature:
             raise UserError(f"reward {reference}: {parameter.name!r} can be given by its place alone, but rewards are "
                             "called by keywords: leave out the `/`")
     name = reward_name(reference)
-    is_shaping = name in SHAPING if reference in RULES else _registered.get(name, (None, False)) == (call, True)
+    is_shaping = name in SHAPING if reference in RULES else (
+        getattr(call, "is_shaping", False) is True or _registered.get(name, (None, False)) == (call, True))
     return Signature(parameters, is_async=is_async(call), is_shaping=is_shaping)
 
 

@@ -114,7 +114,7 @@ class RewardWorker:
         rewards, task_rewards = weighted_sum(functions, parts, size), weighted_sum(task, parts, size)
         if self._config.reward.overlong_penalty:
             parts[OVERLONG] = overlong(responses.num_loss_tokens, self._config.reward,
-                                       longest=self._config.rollout.max_tokens)
+                                       longest=responses.prompt.max_tokens or self._config.rollout.max_tokens)
             rewards = rewards + parts[OVERLONG]
         parts |= {name: np.full(size, value) for name, value in arguments.logged.items() if name not in parts}
         return Scores(rewards, task_rewards, parts)
@@ -163,8 +163,8 @@ class RewardWorker:
 
 def overlong(lengths_G: np.ndarray, reward: RewardConfig, *, longest: int) -> np.ndarray:
     """(G,) float64: the soft penalty, 0 up to L_max - L_cache sampled tokens, then falling in a straight line to
-    -reward.overlong_penalty at L_max = `longest`, rollout.max_tokens (2503.14476, eq. 13)."""
-    cache = reward.overlong_span(longest)
+    -reward.overlong_penalty at L_max = `longest`, the set's own or rollout.max_tokens (2503.14476, eq. 13)."""
+    cache = min(reward.overlong_span(longest), longest)
     return -reward.overlong_penalty * np.clip((lengths_G - (longest - cache)) / cache, 0.0, 1.0)
 
 

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
+from flux_ray.cluster.functions import pack
 from flux_ray.errors import UserError, unknown
-from flux_ray.plugins import load_function, same_function
+from flux_ray.plugins import HANDED_OVER, load_function, same_function
 from flux_ray.records import Completion, Prompt, Trajectory
 
 if TYPE_CHECKING:
@@ -123,6 +124,13 @@ def register_rollout(name: str) -> Callable[[Rollout], Rollout]:
 def list_rollouts() -> list[str]:
     """Names for `rollout.function`: ours, and those that plugins registered."""
     return sorted(_ROLLOUTS)
+
+
+def packed_rollout(name: str) -> bytes | None:
+    """The rollout as bytes, where it was handed over; None for one that other processes import."""
+    if not name.startswith(HANDED_OVER):
+        return None
+    return pack(load_function(name, option="rollout.function"), name=name)
 
 
 def get_rollout(name: str) -> Rollout:

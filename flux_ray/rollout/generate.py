@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -35,6 +35,10 @@ class Limits:
     max_tokens: int  # of a response, all turns together
     context_length: int  # of prompt and response, as the engine has it
     deadline_s: float  # of one request
+
+    def of(self, prompt: Prompt) -> Limits:
+        """With the prompt's own longest response, where its set has one."""
+        return self if prompt.max_tokens is None else replace(self, max_tokens=prompt.max_tokens)
 
     def response_tokens(self, num_tokens: int, *, prompt_length: int) -> int:
         """How many more response tokens fit after `num_tokens`, of which `prompt_length` are the prompt's."""

@@ -34,14 +34,15 @@ if TYPE_CHECKING:
 class Sampling:
     def __init__(
         self, config: PolicyGradientConfig, *, tokenizer_path: str, tokenizer: PreTrainedTokenizerBase | None = None,
-        end_ids: Collection[int] = (),
+        end_ids: Collection[int] = (), function: bytes | None = None,
     ) -> None:
-        """`tokenizer`: the one at the path, where it is read already. `end_ids`: tokens that end a response."""
+        """`tokenizer`: the one at the path, where it is read already. `end_ids`: tokens that end a response.
+        `function`: the rollout itself, where no process can import it."""
         self._config, self._tokenizer = config, tokenizer or _load_tokenizer(tokenizer_path)
         self._end_ids = end_ids
         self._sandbox: SandboxedRollout | None = None
         if config.rollout.function != "single_turn":
-            self._sandbox = SandboxedRollout(config, tokenizer_path=tokenizer_path)
+            self._sandbox = SandboxedRollout(config, tokenizer_path=tokenizer_path, packed=function)
         self._function: Rollout = single_turn  # what runs in this process
         self._limits: Limits | None = None
 
@@ -68,7 +69,7 @@ class Sampling:
         prompt, config = assignment.prompt, self._config.rollout
         temperature = config.temperature if assignment.temperature is None else assignment.temperature
         engine = members.of(ENGINE)[assignment.engine].together()
-        generate = PromptGenerate(prompt, engine, self._limits, temperature, self._tokenizer, owner)
+        generate = PromptGenerate(prompt, engine, self._limits.of(prompt), temperature, self._tokenizer, owner)
         try:
             if self._sandbox is None:
                 trajectories = await self._within_deadline(prompt, generate, assignment.engine)

@@ -20,6 +20,7 @@ from flux_ray.cluster.plan import REFERENCE, ROLLOUT
 from flux_ray.config import PolicyGradientConfig
 from flux_ray.messages import Assignment, GroupAt, GroupDropped, GroupReady, Orders, PartGenerated, PartLost
 from flux_ray.records import Prompt, RolloutGroup
+from flux_ray.rollout.environments.sandboxed import SetAside
 from flux_ray.rollout.generate import EngineLost
 from flux_ray.rollout.owned import Carried, Owned
 from flux_ray.rollout.sampling import Sampling
@@ -37,12 +38,14 @@ class RolloutWorker(Owned):
 
     def __init__(
         self, config: PolicyGradientConfig, *, index: int, tokenizer_path: str, most_groups: int,
-        tokenizer: PreTrainedTokenizerBase | None = None, end_ids: Collection[int] = (),
+        tokenizer: PreTrainedTokenizerBase | None = None, end_ids: Collection[int] = (), function: bytes | None = None,
     ) -> None:
-        """`most_groups`: how many may wait in one reward worker at once. `tokenizer`, `end_ids`: see Sampling."""
+        """`most_groups`: how many may wait in one reward worker at once. `tokenizer`, `end_ids`, `function`: see
+        Sampling."""
         super().__init__()
         self._config, self._index = config, index
-        self._sampling = Sampling(config, tokenizer_path=tokenizer_path, tokenizer=tokenizer, end_ids=end_ids)
+        self._sampling = Sampling(
+            config, tokenizer_path=tokenizer_path, tokenizer=tokenizer, end_ids=end_ids, function=function)
         self._scoring = Scoring(config, most_groups=most_groups)
         self._members = Members()
         self._met = asyncio.Condition()  # others are alive than before
@@ -89,6 +92,8 @@ class RolloutWorker(Owned):
         except EngineLost as lost:
             return self.tell(PartLost(*assignment.key, seed, assignment.engine, lost.incarnation, lost.silent,
                                       str(lost)))
+        except SetAside as error:
+            return self._drop(assignment.key, filters.ROLLOUT_FAILED, str(error))
         carried.parts[seed] = trajectories, step
         self.tell(PartGenerated(*assignment.key, seed, sum(t.num_loss_tokens for t in trajectories)))
         if carried.is_generated:
@@ -132,8 +137,8 @@ class RolloutWorker(Owned):
             await self._others_than(members)
 
     def _drop(self, key: tuple[int, int], cause: str, why: str = "") -> None:
-        del self.carried[key]
-        self.tell(GroupDropped(*key, cause, why))
+        if self.carried.pop(key, None) is not None:  # else another part of it was dropped before
+            self.tell(GroupDropped(*key, cause, why))
 
     async def probe(self, prompts: Sequence[Prompt], engine: int) -> list[GroupAt]:
         """Have the engine sample a few tokens after each prompt, by the weights that it serves now.

@@ -10,19 +10,19 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import os
 import signal
 import threading
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from flux_ray import machine
 from flux_ray.cluster.group import ActorDied, ActorError
 from flux_ray.config import Config
 from flux_ray.errors import RunFailed, UserError
 from flux_ray.home import ensure_home
 from flux_ray.observability.callbacks import Callback
+from flux_ray.run.result import TrainingResult
 
 if TYPE_CHECKING:
     from flux_ray.cluster.groups import Cluster
@@ -38,28 +38,6 @@ RunBody = Callable[["Prepared", "Build", "Recorder"], Awaitable[None]]
 _running: dict[int, Callable[[], object]] = {}  # thread ► what cancels the run in it
 
 DEATH_SHOWS_S = 3.0  # Ray tells of an actor's death 1 to 2 s later; calls to the actor may fail at once
-
-
-@dataclass(frozen=True)
-class TrainingResult:
-    """What a run gave.
-
-    Attributes:
-        run_dir: The run's folder.
-        num_steps: The steps done: as many as asked for, or fewer where `eval.stop_at` was reached.
-        metrics: The metrics of the last step.
-        history: The metrics of each step that this process did, the oldest first.
-    """
-
-    run_dir: Path
-    num_steps: int
-    metrics: dict[str, float] = field(default_factory=dict)
-    history: tuple[dict[str, float], ...] = ()
-
-    @property
-    def model_path(self) -> Path:
-        """Where the trained model lies, in Hugging Face layout."""
-        return self.run_dir / "model"
 
 
 def run(config: Config, *, callbacks: Sequence[Callback] = ()) -> TrainingResult:
@@ -79,14 +57,13 @@ def evaluate(config: Config, *, callbacks: Sequence[Callback] = ()) -> dict[str,
 
 def _whole_life(config: Config, body: RunBody, callbacks: Sequence[Callback]) -> Recorder:
     """Check, take the folder, do the work on live actors. Gives what was recorded."""
-    if not Path("/dev/nvidiactl").exists():
-        # Said beforehand, or DeepSpeed (which transformers may import) warns on the terminal that it found no GPU.
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     ensure_home()
+    machine.adapt()
     from flux_ray import run_dir
     from flux_ray.run.prepare import prepare
 
     prepared = prepare(config)
+    prepared = dataclasses.replace(prepared, warnings=(*prepared.warnings, *_of_the_machine(config)))
     own_cpus = _own_cpus(prepared, trains=body is _train)
     config = run_dir.claim(prepared.config)
     assert config.run_dir is not None
@@ -160,6 +137,17 @@ def _above_all_versions(prepared: Prepared) -> Prepared:
     published = [int(line.get("driver/version", -1)) for line in read_lines(before.path / METRICS)]
     version = max([prepared.start.version, *published])
     return dataclasses.replace(prepared, start=dataclasses.replace(prepared.start, version=version))
+
+
+def _of_the_machine(config: Config) -> list[str]:
+    """What is to be said of it before a Ray of the run's own starts. UserError where it couldn't."""
+    from flux_ray.cluster.groups import Cluster
+
+    if Cluster.wanted_address(config.cluster.address):
+        return []
+    machine.refuse_own_ray()
+    small = machine.shared_memory_warning()
+    return [small] if small else []
 
 
 def _own_cpus(prepared: Prepared, *, trains: bool) -> float:

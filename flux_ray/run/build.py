@@ -51,6 +51,7 @@ from flux_ray.reward import RewardWorker, Surroundings
 from flux_ray.reward.model import RewardModel
 from flux_ray.rollout.check import check_kv_cache
 from flux_ray.rollout.engine import RolloutEngine, engine_env
+from flux_ray.rollout.functions import packed_rollout
 from flux_ray.rollout.known_models import check_served
 from flux_ray.rollout.worker import RolloutWorker
 from flux_ray.run.actors import CriticRank, ReferencePolicy, TrainingRank
@@ -209,8 +210,9 @@ class Build:
         most_groups += task.evaluation.num_rows if task.evaluation is not None else 0
         tokenizer = config.model.tokenizer or config.model.path
         end_ids = stop_token_ids(config.model.path, load_tokenizer(str(tokenizer)))
-        each = [{"config": config, "index": index, "tokenizer_path": tokenizer, "most_groups": most_groups,
-                 "end_ids": end_ids} for index in range(len(workers))]
+        told = {"config": config, "tokenizer_path": tokenizer, "most_groups": most_groups, "end_ids": end_ids,
+                "function": packed_rollout(config.rollout.function)}
+        each = [{**told, "index": index} for index in range(len(workers))]
         await workers.build(RolloutWorker, each, deadline_s=config.cluster.start_deadline_s)
 
     async def _build_rewards(self) -> None:

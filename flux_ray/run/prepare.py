@@ -48,7 +48,7 @@ from flux_ray.model import (
 from flux_ray.names import REWARD_MODEL, reward_model_path
 from flux_ray.offline import data as offline_data
 from flux_ray.offline.data import OfflineData
-from flux_ray.plugins import file_of_module, load_plugins
+from flux_ray.plugins import HANDED_OVER, file_of_module, load_plugins
 from flux_ray.records import LoopState
 from flux_ray.reward import (
     RewardFunction,
@@ -374,6 +374,8 @@ def _absolute_function(name: str) -> str:
     if model is not None:
         return f"{REWARD_MODEL}{_local(model)}"
     path, colon, function = name.rpartition(":")
+    if name.startswith(HANDED_OVER):
+        return name
     if colon and not path.endswith(".py"):
         file = file_of_module(path)  # beneath this folder, which other processes needn't be in
         return f"{file}:{function}" if file is not None else name

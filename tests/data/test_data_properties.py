@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from flux_ray.config import SFTConfig, from_dict
-from flux_ray.data import PromptSource, SftSource
+from flux_ray.data import PromptSource, SftSource, chat
 from flux_ray.data.encode import fill_template
 from flux_ray.data.order import EpochOrder, MixedOrder
 from flux_ray.data.rows import BadCell, Rows, inside
@@ -147,3 +147,59 @@ def test_a_mixture_is_the_same_from_any_position_on(sets, seed, shuffle, start):
     expected = [straight.row(position) for position in range(start + 50)][start:]
     assert [resumed.row(position) for position in range(start, start + 50)] == expected
     assert all(0 <= row < sum(size for size, _ in sets) for row in expected)
+
+
+# Chats
+
+
+ROLES = st.sampled_from(["user", "assistant", "system", "tool"])
+MESSAGES = st.lists(st.fixed_dictionaries({"role": ROLES, "content": st.text(max_size=20)}), min_size=1, max_size=5)
+PLAIN_CHAT = ("{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}</s>{% endfor %}"
+              "{% if add_generation_prompt %}<assistant>{% endif %}")
+PLAIN_TOKENIZER = make_tokenizer(chat_template=PLAIN_CHAT)
+
+
+@FEW
+@given(MESSAGES)
+def test_a_chat_s_prompt_has_every_message_and_ends_where_the_assistant_begins(messages):
+    tokenizer = PLAIN_TOKENIZER
+    body = "".join(f"<{message['role']}>{message['content']}</s>" for message in messages)
+    assert chat.render(tokenizer, messages, {}, whole=True) == body
+    if messages[-1]["role"] != "assistant":
+        assert chat.render(tokenizer, messages, {}) == f"{body}<assistant>"
+        return
+    try:
+        going_on = chat.render(tokenizer, messages, {})
+    except BadCell:   # a last message of blanks alone can't be gone on with
+        assert not messages[-1]["content"].strip()
+        return
+    assert body.startswith(going_on) and going_on.rstrip() == body.removesuffix("</s>").rstrip()
+
+
+@FEW
+@given(MESSAGES, st.none() | st.text(max_size=9))
+def test_a_system_prompt_stands_first_and_a_reply_is_cut_off(messages, system):
+    with_it = chat.with_system(messages, system)
+    assert with_it[-len(messages):] == messages and len(with_it) - len(messages) in (0, 1)
+    assert system is None or with_it[0]["role"] == "system"
+    try:
+        left = chat.without_reply(messages)
+    except BadCell:
+        assert all(message["role"] == "assistant" for message in messages)
+    else:
+        assert left == messages[:len(left)] and left[-1]["role"] != "assistant"
+        assert all(message["role"] == "assistant" for message in messages[len(left):])
+
+
+@FEW
+@given(st.recursive(st.none() | st.integers() | st.text(max_size=5), lambda inner: st.lists(inner, max_size=3)
+                    | st.dictionaries(st.sampled_from(["role", "content", "tool_calls", "x"]), inner, max_size=3),
+                    max_leaves=8))
+def test_any_cell_is_a_chat_or_is_told_why_not(cell):
+    value = cell if isinstance(cell, list) else [cell]
+    try:
+        messages = chat.checked_messages(value)
+    except BadCell as error:
+        assert str(error) and "\n" not in str(error)
+    else:
+        assert all(isinstance(message["role"], str) for message in messages)

@@ -67,7 +67,8 @@ def test_a_set_s_answer_goes_by_the_run_s_name_for_it(files, plain_tokenizer):
 
 def test_a_set_has_its_own_template_limits_and_rewards(files, plain_tokenizer):
     config = config_of(files, **{"data.train": {
-        "math": {"path": files["math"], "prompt_template": "Add: {prompt}", "max_rows": 2, "rewards": ["numeric"]},
+        "math": {"path": files["math"], "prompt_template": "Add: {prompt}", "max_rows": 2, "rewards": ["numeric"],
+                 "max_tokens": 7},
         "words": {"path": files["words"], "prompt_column": "question", "max_prompt_tokens": 4}}})
     with pytest.raises(UserError, match=r"words\.jsonl row 1 .*5 tokens, more than data\.max_prompt_tokens=4"):
         prompts(config, plain_tokenizer)
@@ -77,6 +78,7 @@ def test_a_set_has_its_own_template_limits_and_rewards(files, plain_tokenizer):
     assert {p.text for p in drawn if p.data_set == "math"} == {"Add: 0+1=", "Add: 1+1="}
     assert {p.rewards for p in drawn if p.data_set == "math"} == {("numeric",)}
     assert {p.rewards for p in drawn if p.data_set == "words"} == {()}
+    assert {(p.data_set, p.max_tokens) for p in drawn} == {("math", 7), ("words", None)}
     assert {p.text for p in drawn if p.data_set == "words"} == {"say 0", "say 1", "say 2"}
 
 
@@ -87,6 +89,7 @@ def test_a_set_has_its_own_template_limits_and_rewards(files, plain_tokenizer):
     ({"a": {"path": "x.jsonl", "rewards": ["numric"]}}, r"unknown reward 'numric': did you mean 'numeric'"),
     ({"a": {"path": "x.jsonl", "on_bad_row": "drop"}}, r"data\.train\.a: data\.on_bad_row must be one of stop, skip"),
     ({"a/b": "x.jsonl"}, "the name of a set"),
+    ({"a": {"path": "x.jsonl", "max_tokens": 10**6}}, r"data\.train\.a\.max_tokens must be a number from 1 to rollout"),
     ({"a": {"path": "x.jsonl", "max_rows": "many"}}, r"data\.max_rows"),
     ({}, "names no set"),
     ([], "a set is a path, a list of paths"),

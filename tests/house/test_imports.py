@@ -52,10 +52,11 @@ LEVELS = {
     "flux_ray.translate": 1,
     "flux_ray.settings": 1,
     "flux_ray.info": 1,
-    "flux_ray.home": 0,
+    "flux_ray.home": 0, "flux_ray.machine": 0,
     "flux_ray.help": 1,
-    "flux_ray.outside_loop": 6, "flux_ray.checkpoints": 6,
+    "flux_ray.outside_loop": 6, "flux_ray.handed_over": 6, "flux_ray.checkpoints": 6,
     "flux_ray.__main__": 7,
+    "flux_ray.further": 8,
 }
 
 #: Library ► the only parts, or modules, that import it.

@@ -23,6 +23,7 @@ EXCEPTIONS: dict[str, str] = {
     "flux_ray/algo/advantages.py compute_advantages arguments": "the tensors that estimators may ask for, by name",
     "flux_ray/algo/objective.py policy_objective arguments": "the tensors of the loss, each by its name",
     "flux_ray/batch/samples.py make_samples arguments": "the parts that a sample is made of, each by its name",
+    "flux_ray/rollout/worker.py __init__ arguments": "what one process is told, each by its name",
     "benchmarks/driver_cost.py run arguments": "what its part is asked for, each by its name",
     "flux_ray/model/head.py forward arguments": "the signature of an autograd function",
 }

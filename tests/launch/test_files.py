@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 import shlex
+import shutil
 import subprocess
 import tomllib
 from pathlib import Path
@@ -192,3 +193,19 @@ def test_set_up_shows_why_an_installation_failed(tmp_path):
                           cwd=tmp_path, timeout=120, capture_output=True, text=True)
     assert done.returncode == 1 and "install [test] ... failed" in done.stdout and "toml" in done.stderr.lower()
     assert not (tmp_path / ".venv" / ".installed").exists()
+
+
+@pytest.mark.parametrize("given", [{}, {"no_proxy": "example.org", "NO_PROXY": "example.org"}])
+def test_a_proxy_is_not_asked_for_this_machine_s_dashboard(tmp_path, given):
+    ray = tmp_path / "bin" / "ray"
+    ray.parent.mkdir()
+    ray.write_text("#!/bin/sh\necho \"$no_proxy $NO_PROXY\" \"$@\"\n")
+    ray.chmod(0o755)
+    shutil.copytree(REPO / "launch", tmp_path / "launch")   # its environment is beside it: here there is none
+    done = subprocess.run(
+        ["bash", str(tmp_path / "launch" / "submit.sh"), "seed=1"], capture_output=True, text=True, timeout=60,
+        check=True, env={"PATH": f"{ray.parent}:/usr/bin:/bin", "http_proxy": "http://proxy.invalid:3128", **given})
+    lower, upper, *command = done.stdout.split()
+    before = given.get("no_proxy", "").split()
+    assert lower.split(",") == upper.split(",") == [*before, "127.0.0.1", "localhost", "::1"]
+    assert command[:4] == ["job", "submit", "--address", "http://127.0.0.1:8265"] and command[-1] == "seed=1"

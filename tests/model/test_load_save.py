@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import platform
+import stat
 
 import pytest
 import torch
@@ -176,3 +179,23 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path) -> None:
         (temporary / "new").write_text("new")
         raise RuntimeError
     assert [p.name for p in tmp_path.rglob("*")] == ["model", "old"]
+
+
+@pytest.mark.parametrize("answer", [errno.EINVAL, errno.ENOTSUP])
+def test_a_file_system_that_syncs_no_folders_keeps_the_folder_all_the_same(tmp_path, monkeypatch, answer) -> None:
+    """Some network file systems do; files are synced there. Any other answer is a fault."""
+    synced, answers, fsync = [], [answer], os.fsync
+
+    def files_alone(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(answers[0], os.strerror(answers[0]))
+        synced.append(descriptor)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", files_alone)
+    with save.atomic_folder(tmp_path / "model") as temporary:
+        (temporary / "weights").write_text("new")
+    assert (tmp_path / "model" / "weights").read_text() == "new" and len(synced) == 1
+    answers[0] = errno.EIO
+    with pytest.raises(OSError, match=os.strerror(errno.EIO)), save.atomic_folder(tmp_path / "other") as temporary:
+        (temporary / "weights").write_text("new")

@@ -11,7 +11,7 @@ from flux_ray.config import PolicyGradientConfig, PromptDataConfig, RewardConfig
 from flux_ray.messages import Assignment, GroupReady, Orders, PartGenerated
 from flux_ray.records import Completion, Prompt, RolloutGroup, Sampled, Trajectory
 from flux_ray.reward.values import BAD_RESULT, RAISED, TIMED_OUT, RewardError
-from flux_ray.reward.worker import RewardWorker
+from flux_ray.reward.worker import RewardWorker, overlong
 from flux_ray.rollout.scoring import responses_of, scored_group
 from flux_ray.rollout.worker import RolloutWorker
 from tests.fakes.actors import LocalGroup
@@ -116,6 +116,13 @@ def test_the_soft_penalty_on_length_is_shaping(score):
     scored = score(group, functions=["exact_match"], overlong_penalty=0.5, overlong_tokens=4, max_tokens=10)
     np.testing.assert_allclose(scored.parts["overlong"], [0, -0.25, -0.375, -0.5])
     assert "overlong" not in score(group, functions=["exact_match"], max_tokens=10).parts
+
+
+def test_the_soft_penalty_goes_by_the_set_s_own_limit():
+    config = from_dict({"reward.overlong_penalty": 1.0, "reward.overlong_tokens": 6, "rollout.max_tokens": 100})
+    np.testing.assert_allclose(overlong(np.array([4, 7, 10]), config.reward, longest=10), [0, -0.5, -1])
+    np.testing.assert_allclose(overlong(np.array([0, 2, 4]), config.reward, longest=4), [0, -0.5, -1])
+    np.testing.assert_allclose(overlong(np.array([94, 97, 100]), config.reward, longest=100), [0, -0.5, -1])
 
 
 def test_the_configured_answer_column_is_what_rules_compare_with(score):

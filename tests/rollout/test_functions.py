@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -147,6 +148,13 @@ async def test_a_turn_has_what_is_left_of_the_response_and_of_the_engines_contex
                  await generate_of(engine, prompt, context_length=15)(np.full(15, 5, np.int32), n=2)):
         assert [(turn.num_tokens, turn.finish_reason) for turn in full] == [(0, FINISH_LENGTH)] * 2
     assert len(engine.asked) == 4, "an engine is not asked for an empty turn"
+
+
+@pytest.mark.parametrize(("own", "asked"), [(None, 8), (3, 3)])
+def test_a_prompt_s_own_limit_takes_the_place_of_the_run_s(own, asked):
+    limits = Limits(8, 20, 1.0).of(replace(made_prompt(length=10), max_tokens=own))
+    assert limits.response_tokens(10, prompt_length=10) == asked
+    assert limits.response_tokens(12, prompt_length=10) == asked - 2
 
 
 async def test_an_engine_is_told_the_tokens_the_temperature_and_who_asks():

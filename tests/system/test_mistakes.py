@@ -171,11 +171,12 @@ def test_a_model_folder_without_weights(refused, model, tmp_path, key):
 
 def test_local_paths_are_absolute_and_hub_names_stay(model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
     shutil.copytree(model, tmp_path / "m")
     for name in ("train.jsonl", "eval.jsonl"):
         (tmp_path / name).write_text('{"prompt": "1+1=", "answer": "2"}\n')
-    given = {"model.path": "m", "model.tokenizer": "m", "algo.beta": 0.01, "reference.path": "m",
-             "data.train": "train.jsonl", "eval.data": "eval.jsonl", "rollout.max_tokens": 16,
+    given = {"model.path": "m", "model.tokenizer": "~/m", "algo.beta": 0.01, "reference.path": "m",
+             "data.train": "~/train.jsonl", "eval.data": "eval.jsonl", "rollout.max_tokens": 16,
              "rollout.engine_args": {"enforce_eager": True}}
     config = prepare(from_dict(given)).config
     assert config.model.path == config.model.tokenizer == config.reference.path == str(tmp_path / "m")

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from flux_ray.cluster.functions import unpack
 from flux_ray.errors import UserError
-from flux_ray.plugins import load_plugins
+from flux_ray.plugins import hand_over, load_plugins
 from flux_ray.records import Completion, Prompt, Trajectory
 from flux_ray.rollout.functions import get_rollout
 from flux_ray.sandbox.child import Ask, Handler
@@ -26,11 +27,14 @@ def plain(record: Prompt | Completion | Trajectory) -> dict[str, object]:
     return dict(vars(record))
 
 
-def make(*, function: str, plugins: list[str], tokenizer_path: str) -> Handler:
-    """The handler of a prompt: the trajectories that the function makes of it."""
+def make(*, function: str, packed: bytes | None, plugins: list[str], tokenizer_path: str) -> Handler:
+    """The handler of a prompt: the trajectories that the function makes of it. `packed`: itself, where none imports it.
+    """
     from transformers import AutoTokenizer
 
     load_plugins(plugins)
+    if packed is not None:
+        hand_over(unpack(packed), name=function)
     rollout = get_rollout(function)
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_path)
 

@@ -22,14 +22,19 @@ SECOND_TRIES_AT_ONCE = 2  # children with one group each, beside the one that al
 PRELOADED = ("flux_ray.rollout.environments.child", "transformers.models.auto.tokenization_auto")
 
 
+class SetAside(RuntimeError):
+    """The group's rollout ended or blocked its process, and once more when it was alone there."""
+
+
 class SandboxedRollout:
     """Call it as the function itself. `start` beforehand; `close` at the end."""
 
-    def __init__(self, config: PolicyGradientConfig, *, tokenizer_path: str) -> None:
+    def __init__(self, config: PolicyGradientConfig, *, tokenizer_path: str, packed: bytes | None = None) -> None:
         self._function, self._deadline_s = config.rollout.function, config.rollout.deadline_s
         self._start_deadline_s = config.cluster.start_deadline_s
         self._entry = Entry("flux_ray.rollout.environments.child:make", {
-            "function": self._function, "plugins": list(config.plugins), "tokenizer_path": tokenizer_path})
+            "function": self._function, "packed": packed, "plugins": list(config.plugins),
+            "tokenizer_path": tokenizer_path})
         self._child: Child | None = None
         self._starting = asyncio.Lock()
         self._second_tries = asyncio.Semaphore(SECOND_TRIES_AT_ONCE)
@@ -48,7 +53,7 @@ class SandboxedRollout:
         return await Child.start(self._entry, deadline_s=self._start_deadline_s)
 
     async def __call__(self, prompt: Prompt, generate: PromptGenerate) -> list[Trajectory]:
-        """The function's trajectories. Raises what it raises; RuntimeError where its process ends, twice."""
+        """The function's trajectories. Raises what it raises; SetAside where its process ends, twice."""
         try:
             return await self._run(await self._shared(), prompt, generate)
         except ChildEnded as error:
@@ -60,8 +65,8 @@ class SandboxedRollout:
                 return await self._run(alone, prompt, generate)
             except ChildEnded as second:
                 row = prompt.where
-                raise RuntimeError(f"rollout.function={self._function}, {row}: {first}; in a process of its own: "
-                                   f"{second}") from second
+                raise SetAside(f"rollout.function={self._function}, {row}: {first}; in a process of its own: "
+                               f"{second}") from second
             finally:
                 alone.kill("its group has ended")
 
