@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import time
 
@@ -10,7 +11,8 @@ import psutil
 import pytest
 from safetensors.torch import load_file
 
-from tests.system.program import metrics
+from flux_ray.audit import audit
+from tests.system.program import actor_of, metrics
 from tests.system.small_run import MAX_GAP, assert_moved, options
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(600)]
@@ -31,15 +33,40 @@ def last_line(program, exit_code: int, *, deadline_s: float = END_DEADLINE_S) ->
     return program.shown.splitlines()[-1]
 
 
-def test_a_trainer_rank_that_is_killed(toys, tmp_path, start):
+def test_a_trainer_rank_that_is_killed_ends_a_run_that_is_not_to_go_on(toys, tmp_path, start):
     """Rank 0 fails too, as its peer is gone; the run names the rank that died, and where its log is."""
-    program = start(*supervised(toys, tmp_path / "run", "driver.num_steps=1000000"), folder=tmp_path)
+    program = start(*supervised(toys, tmp_path / "run", "driver.num_steps=1000000", "cluster.max_restarts=0"),
+                    folder=tmp_path)
     program.wait_for_steps(3, run_dir=tmp_path / "run")
     rank_1 = {file: pid for pid, file in logs_of(program)}[tmp_path / "run" / "logs" / "trainer-1.log"]
     psutil.Process(rank_1).send_signal(signal.SIGKILL)
     line = last_line(program, 1)
     assert line.startswith("flux-ray: the run failed: trainer 1 died"), line
     assert line.endswith(f"(log: {tmp_path}/run/logs/trainer-1.log)"), line
+
+
+def test_a_run_goes_on_after_a_rank_and_after_rays_own_server(toys, tmp_path, start):
+    """From its last checkpoint, to the weights of one that nothing disturbed."""
+    asked = ("driver.num_steps=160", "checkpoint.every=20")
+    undisturbed = start(*supervised(toys, tmp_path / "undisturbed", *asked), folder=tmp_path / "one")
+    assert undisturbed.end(deadline_s=END_DEADLINE_S) == 0, undisturbed.shown
+    run_dir = tmp_path / "run"
+    program = start(*supervised(toys, run_dir, *asked), folder=tmp_path / "other")
+    program.wait_for_steps(30, run_dir=run_dir)
+    actor_of(run_dir / "logs" / "trainer-1.log").send_signal(signal.SIGKILL)
+    program.wait_for(r"trainer 1 died .*: going on from step \d*0")
+    program.wait_for_steps(70, run_dir=run_dir)
+    program.named("gcs_server").send_signal(signal.SIGKILL)
+    assert program.end(deadline_s=2 * END_DEADLINE_S) == 0, program.shown
+    assert re.search(r"Ray's gcs_server \(process \d+\) died: going on from step \d*0", program.shown)
+    assert_same(run_dir, tmp_path / "undisturbed")
+
+
+def assert_same(run_dir, undisturbed):
+    assert audit(run_dir).is_clean
+    stored = [load_file(folder / "model" / "model.safetensors") for folder in (run_dir, undisturbed)]
+    assert stored[0].keys() == stored[1].keys()
+    assert all(stored[0][name].equal(stored[1][name]) for name in stored[0])
 
 
 def logs_of(program):
