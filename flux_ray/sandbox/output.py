@@ -12,7 +12,6 @@ import contextlib
 import logging
 import os
 from multiprocessing.connection import Connection
-from typing import cast
 
 STDOUT = 1
 CHUNK_BYTES = 1 << 16
@@ -30,8 +29,7 @@ class Output(asyncio.Protocol):
         """The pipe is closed with the Output."""
         file = os.fdopen(os.dup(pipe.fileno()), "rb", 0)
         pipe.close()
-        transport, protocol = await asyncio.get_running_loop().connect_read_pipe(lambda: cls(most_bytes), file)
-        output = cast(Output, protocol)
+        transport, output = await asyncio.get_running_loop().connect_read_pipe(lambda: cls(most_bytes), file)
         output._transport, output._descriptor = transport, file.fileno()
         return output
 
