@@ -55,7 +55,7 @@ def make(
     *, references: list[str], plugins: list[str], folder: str | None, env: dict[str, str], functions: dict[str, bytes],
     run_dir: str | None,
 ) -> Handler:
-    """The handler of a call, or, for None, of how all functions are called."""
+    """The handler of a call; for a text, of the import of that function; for None, of how all functions are called."""
     clean(env)
     if folder is not None and Path(folder).is_dir():
         link(Path(folder), but=None if run_dir is None else Path(folder, run_dir))
@@ -66,9 +66,12 @@ def make(
     function = functools.cache(function_of)  # a child imports what it calls
     kept = Kept()
 
-    def handle(payload: Call | None, ask: Ask) -> dict[str, ToldSignature] | Told | Awaitable[Told]:
+    def handle(payload: Call | str | None, ask: Ask) -> dict[str, ToldSignature] | Told | Awaitable[Told] | None:
         if payload is None:
             return {reference: _signature(function(reference), reference) for reference in references}
+        if isinstance(payload, str):
+            function(payload)
+            return None
         call = function(payload["reference"])
         with kept:
             result = _call(call, payload)

@@ -3,7 +3,7 @@
 Takes:  the config, where and with which variables users' code runs; a call with its arguments.
 Gives:  SandboxedRewards: signatures, calls with a deadline; `ask_signatures`, before anything of a run has started.
 Knows:  plain functions share one child, in which they take turns, and async ones another, side by side on one loop.
-        A call's time counts from its own turn. A late call ends its child; the others in it start again in a new one.
+        A call's time counts from its own turn, without imports. A late call ends its child; the others in it start again in a new one.
 Never:  blames a call for the end of a child that it shared with others.
 """
 
@@ -17,7 +17,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakKeyDictionary, WeakSet
 
 from flux_ray.cluster.functions import pack
 from flux_ray.cluster.group import CallFailed
@@ -78,6 +78,7 @@ class SandboxedRewards:
         self._starting = asyncio.Lock()
         self._alone = asyncio.Lock()
         self._given_up: WeakSet[Child] = WeakSet()  # ended for one call, which was late or had used up what there is
+        self._imported: WeakKeyDictionary[Child, set[str]] = WeakKeyDictionary()  # functions
         self._going_on: set[asyncio.Task[Any]] = set()  # calls that nobody waits for any more
 
     async def signatures(self) -> dict[str, Signature]:
@@ -94,6 +95,7 @@ class SandboxedRewards:
         except ChildEnded as error:
             raise UserError(f"reward.functions={self._references}: while they were imported, {error}") from error
         signatures = {reference: _signature(**one) for reference, one in told.items()}
+        self._imported[child] = set(told)
         if all(signature.is_async for signature in signatures.values()):
             self._children[True] = self._children.pop(False)
         return signatures
@@ -132,6 +134,7 @@ class SandboxedRewards:
 
     async def _within_deadline(self, child: Child, payload: Call, began: asyncio.Event) -> Told:
         loop = asyncio.get_running_loop()
+        await self._import(child, payload["reference"], began)
         try:
             async with asyncio.timeout(None) as limit:
                 def begin() -> None:
@@ -148,6 +151,20 @@ class SandboxedRewards:
                 self._given_up.add(child)
                 child.kill(f"a call in it raised {error.name}: {error.text}")
             raise
+
+    async def _import(self, child: Child, reference: str, began: asyncio.Event) -> None:
+        """Have the child import the function. That is no time of a call, which may be the first in a new child."""
+        if reference in self._imported.setdefault(child, set()):
+            return
+        began.set()  # who ends the child now is this call
+        try:
+            async with asyncio.timeout(self._start_deadline_s):
+                await child.call(reference, in_main_thread=True)
+        except TimeoutError:
+            child.kill(f"{reference} was imported for longer than cluster.start_deadline_s={self._start_deadline_s:g} s")
+            raise ChildEnded(child.why_ended) from None
+        began.clear()
+        self._imported[child].add(reference)
 
     def _forget(self, calling: asyncio.Task[Any]) -> None:
         self._going_on.discard(calling)
