@@ -3,7 +3,8 @@
 Takes:  the config, where and with which variables users' code runs; a call with its arguments.
 Gives:  SandboxedRewards: signatures, calls with a deadline; `ask_signatures`, before anything of a run has started.
 Knows:  plain functions share one child, in which they take turns, and async ones another, side by side on one loop.
-        A call's time counts from its own turn, without imports. A late call ends its child; the others in it start again in a new one.
+        A call's time counts from its own turn, without imports. A late call ends its child; the others in it start
+        again in a new one.
 Never:  blames a call for the end of a child that it shared with others.
 """
 
@@ -161,7 +162,8 @@ class SandboxedRewards:
             async with asyncio.timeout(self._start_deadline_s):
                 await child.call(reference, in_main_thread=True)
         except TimeoutError:
-            child.kill(f"{reference} was imported for longer than cluster.start_deadline_s={self._start_deadline_s:g} s")
+            limit = f"cluster.start_deadline_s={self._start_deadline_s:g} s"
+            child.kill(f"importing {reference} took longer than {limit}")
             raise ChildEnded(child.why_ended) from None
         began.clear()
         self._imported[child].add(reference)
