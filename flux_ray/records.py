@@ -23,6 +23,7 @@ FINISH_STOP = "stop"  # the policy sampled its end token (or a stop string): the
 FINISH_LENGTH = "length"  # the token limit cut it: truncated, without an end token
 
 OVERLONG = "overlong"  # name of the part of a reward that is the soft penalty on length
+FAILED = "/failed"  # name of a part, which no function can have: 1 for a sample whose reward failed
 
 #: A message of a chat: {"role": ..., "content": ...}
 Message = dict[str, Any]

@@ -2,7 +2,8 @@
 
 Takes:  a ScoredGroup, the section `filter`.
 Gives:  `refusal`: the cause for which a group is dropped, or None; `check_filter` for the start of a run.
-Knows:  a group whose samples are all rewarded alike has no advantage: it would only dilute the batch (2503.14476).
+Knows:  a group whose samples are all rewarded alike has no advantage: it would only dilute the batch (2503.14476). One
+        without any reward is always dropped.
 Never:  sees a token; counts (the driver does).
 """
 
@@ -18,7 +19,7 @@ from flux_ray.records import ScoredGroup
 
 SAME_REWARD, UNSCORED = "same_reward", "unscored"
 CAUSES = (SAME_REWARD, UNSCORED)  # why the filter refuses
-REWARD_FAILED = "reward_failed"  # another cause of a drop: a function raised or timed out, and reward.on_failure=drop
+REWARD_FAILED = "reward_failed"  # another cause: rewards failed, and too few are left; with reward.on_failure=drop
 ROLLOUT_FAILED = "rollout_failed"  # another: a user's rollout function ended its process, or hung, twice
 TASK = "task"  # the value of filter.reward for the task reward: all functions but shaping
 
@@ -32,6 +33,8 @@ def refusal(scored: ScoredGroup, config: KeptConfig) -> str | None:
     >>> refusal(group, KeptConfig(reward="task"))
     'same_reward'
     """
+    if np.isnan(scored.rewards).all():
+        return UNSCORED
     if config.reward is None:
         return None
     if config.reward != TASK and config.reward not in scored.parts:

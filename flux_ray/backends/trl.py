@@ -212,7 +212,7 @@ class Calling:
 
 async def _caller(config: PolicyGradientConfig) -> tuple[SandboxedRewards, Caller]:
     children = SandboxedRewards(config, Surroundings.here(config.reward))
-    return children, Caller(children, deadline_s=config.reward.deadline_s)
+    return children, Caller(children, deadline_s=config.reward.deadline_s, retries=config.reward.retries)
 
 
 def as_trl(

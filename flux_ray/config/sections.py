@@ -155,8 +155,22 @@ class RewardConfig:
     model_replicas: int = knob(1, "actors of each reward model", least=1)
     model_tokens_per_forward: int = knob(8192, "tokens of one forward pass of a reward model", least=1)
     deadline_s: float = knob(60.0, "longest time one call of one function may take, in seconds", above=0)
-    on_failure: str = knob("stop", "a function that raises or times out: stop the run, or drop the group and count it",
-                           choices=("stop", "drop"))
+    retries: int = knob(1, "times that a sample whose call failed is tried again, alone", least=0)
+    on_failure: str = knob("stop", "a sample that failed, its retries included: stop the run, or drop that sample (and "
+                           "its group where fewer than two have a reward), and count it", choices=("stop", "drop"))
+    max_error_share: float = knob(0.5, "share of the last 100 samples that may have failed, with on_failure=drop; "
+                                  "above it the run stops", least=0, most=1)
+    memory_gib: float | None = knob(16.0, "memory that a process of your own functions may take beyond what it starts "
+                                    "with; none: no limit", above=0)
+    cpu_s: float | None = knob(None, "CPU time of one call of a plain function of your own, in seconds; none: "
+                               "deadline_s alone bounds it", above=0)
+    file_gib: float | None = knob(16.0, "size of a file that your own functions write; none: no limit", above=0)
+    open_files: int | None = knob(1024, "files that a process of your own functions may have open; none: no limit",
+                                  least=64)
+    processes: int | None = knob(256, "processes that your own functions may have started at once; none: no limit",
+                                 least=1)
+    output_kib: int | None = knob(1024, "what one call of your own functions may print into the log, in KiB; the rest "
+                                  "is left out; none: no limit", least=0)
 
     @property
     def scored_by(self) -> list[str]:

@@ -1,7 +1,8 @@
 """One call of one reward function, with a deadline.
 
 Takes:  a RewardFunction and its arguments, as TRL's GRPOTrainer passes them.
-Gives:  one value a sample: a number, None, or a dict of these; RewardError names function, row, sample and cause.
+Gives:  one value a sample: a number, None, or a dict of these, and which samples failed; RewardError names function,
+        row, sample and cause.
 Knows:  rules are called in a thread, one at a time; users' functions in child processes; reward models on this loop.
         A call is waited for `deadline_s` seconds from its turn on; Python can't end a thread: one that hangs stays.
 Never:  runs users' code in this process.
@@ -23,7 +24,7 @@ from flux_ray.cluster.group import CallFailed
 from flux_ray.reward.child import Call
 from flux_ray.reward.registry import RewardFunction
 from flux_ray.reward.sandboxed import Late, SandboxedRewards
-from flux_ray.reward.values import BAD_RESULT, RAISED, TIMED_OUT, RewardError, Value, checked, own_arguments
+from flux_ray.reward.values import BAD_RESULT, RAISED, TIMED_OUT, RewardError, Value, checked, own_arguments, sorted_out
 
 #: Columns of the data that a function gets only where it names them: TRL leaves them out.
 LEFT_OUT = frozenset({"prompt", "completion"})
@@ -52,9 +53,17 @@ class Arguments:
         return own_arguments(self.state, self.logged)
 
 
+@dataclass(frozen=True)
+class Judged:
+    """What a function says of some samples."""
+
+    values: list[Value]  # None for one that failed
+    failed: dict[int, RewardError]  # by sample
+
+
 class Caller:
-    def __init__(self, children: SandboxedRewards, *, deadline_s: float) -> None:
-        self._children, self._deadline_s = children, deadline_s
+    def __init__(self, children: SandboxedRewards, *, deadline_s: float, retries: int = 1) -> None:
+        self._children, self._deadline_s, self._retries = children, deadline_s, retries
         self._turn = asyncio.Lock()
         self._answered: Counter[str] = Counter()  # calls of each reward model
 
@@ -63,22 +72,80 @@ class Caller:
     ) -> list[Value]:
         """The function's values, checked. RewardError says what went wrong; `where` names the prompt in it.
 
-        `model`: asks the reward model that the function is. Where a function raises over the samples together, it is
-        called once more for each alone, to tell which one it was.
+        `model`: asks the reward model that the function is.
+        """
+        judged = await self.judge(function, arguments, where=where, model=model, stops=True)
+        for error in judged.failed.values():
+            raise error
+        return judged.values
+
+    async def judge(
+        self, function: RewardFunction, arguments: Arguments, *, where: str, model: Ask | None = None,
+        stops: bool = False,
+    ) -> Judged:
+        """The function's values, and the samples that failed. RewardError where no sample is to blame.
+
+        Where a call fails, each of its samples is tried again alone, so that those that are innocent have their value.
+        `stops`: no further than to the first that fails again.
         """
         who = f"reward {function.name}, {where}"
-        result, error = await (self._of_model(function.name, model) if model is not None
-                               else self._outcome(function, arguments, who))
-        if isinstance(error, Late):
-            raise RewardError(f"{who}: no value within reward.deadline_s={self._deadline_s:g}", TIMED_OUT)
+        if model is not None:
+            try:
+                result = _result(await self._of_model(function.name, model))
+                return Judged(checked(result, arguments.size, who), {})
+            except Exception as error:
+                raise self._told(error, f"{who}, {arguments.size} samples together") from error
+        values: list[Value] = [None] * arguments.size
+        again: dict[int, str] = dict.fromkeys(range(arguments.size), "")  # sample ► what is wrong with its value
+        try:
+            values, again = await self._called(function, arguments, who)
+        except RewardError:
+            raise  # it gave something else than a value for each
+        except Exception as error:
+            if arguments.size == 1 and not self._retries:
+                return Judged(values, {0: self._told(error, f"{who}, sample 1 of 1")})
+        failed: dict[int, RewardError] = {}
+        for sample, wrong in again.items():
+            place = f"{who}, sample {sample + 1} of {arguments.size}"
+            values[sample], error_alone = await self._alone(function, arguments.of_sample(sample), place, wrong)
+            if error_alone is not None:
+                failed[sample] = error_alone
+            if failed and stops:
+                break
+        return Judged(values, failed)
+
+    async def _alone(
+        self, function: RewardFunction, arguments: Arguments, who: str, wrong: str,
+    ) -> tuple[Value, RewardError | None]:
+        """The value of one sample, or why it has none. `wrong`: with the value that it had among others."""
+        failed = RewardError(f"{who}{wrong}", BAD_RESULT) if wrong else None
+        alone = replace(arguments, logged={})  # what was logged for all stays
+        for _ in range(max(1, self._retries)):
+            try:
+                values, wrongs = await self._called(function, alone, who)
+            except RewardError as error:  # not one value for one sample: what was wrong before says more
+                failed = failed or error
+            except Exception as error:
+                failed = self._told(error, who)
+            else:
+                if not wrongs:
+                    return values[0], None
+                failed = RewardError(f"{who}{wrongs[0]}", BAD_RESULT)
+        return None, failed
+
+    async def _called(
+        self, function: RewardFunction, arguments: Arguments, who: str,
+    ) -> tuple[list[Value], dict[int, str]]:
+        """The values, and the samples whose value is none that counts. Raises what the call raised, or Late."""
+        result = _result(await self._outcome(function, arguments, who))
+        return result if function.in_child else sorted_out(result, arguments.size, who)
+
+    def _told(self, error: BaseException, who: str) -> RewardError:
         if isinstance(error, RewardError):
-            raise error
-        if error is not None:
-            sample = f"{arguments.size} samples together"
-            if model is None:
-                sample = await self._guilty_sample(function, arguments, who)
-            raise RewardError(f"{who}, {sample}: {_said(error)}", RAISED) from error
-        return checked(result, arguments.size, who)
+            return error
+        if isinstance(error, Late):
+            return RewardError(f"{who}: no value within reward.deadline_s={self._deadline_s:g}", TIMED_OUT)
+        return RewardError(f"{who}: {_said(error)}", RAISED)
 
     async def _outcome(self, function: RewardFunction, arguments: Arguments, who: str) -> Outcome:
         """What the call gave or raised; Late where the deadline passed. It runs from the call's own turn on."""
@@ -109,7 +176,7 @@ class Caller:
         if "wrong" in told:
             return None, RewardError(told["wrong"], BAD_RESULT)
         arguments.logged.update(told["logged"])
-        return told["values"], None
+        return (told["values"], dict(told["samples"])), None
 
     async def _of_model(self, name: str, ask: Ask) -> Outcome:
         """It answers in the order in which it was asked: as long as it answers, a call waits its turn."""
@@ -131,14 +198,13 @@ class Caller:
         await asyncio.wait({future}, timeout=self._deadline_s)
         return future.result() if future.done() else (None, Late())
 
-    async def _guilty_sample(self, function: RewardFunction, arguments: Arguments, who: str) -> str:
-        for sample in range(arguments.size):
-            _, error = await self._outcome(function, arguments.of_sample(sample), who)
-            if isinstance(error, Late):
-                break
-            if error is not None:
-                return f"sample {sample + 1} of {arguments.size}"
-        return f"{arguments.size} samples together"
+
+def _result(outcome: Outcome) -> Any:
+    """What the call gave. Raises Late, RewardError, or CallFailed for all else that it raised."""
+    result, error = outcome
+    if error is not None:
+        raise error if isinstance(error, (Late, RewardError)) else CallFailed.of(error)
+    return result
 
 
 def _said(error: BaseException) -> str:

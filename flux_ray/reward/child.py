@@ -2,14 +2,14 @@
 
 Takes:  the functions' references, plugins, folder and environment; then a call of one function for a group.
 Gives:  `make`, the entry point of the sandbox: signatures, or one value a sample and what was logged.
-Knows:  values are checked here, before they travel: a function may give anything.
+Knows:  the folder and the variables are put back after each call. Values are checked here, before they travel: a
+        function may give anything.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
-import os
 import sys
 from collections.abc import Awaitable, Mapping, Sequence
 from pathlib import Path
@@ -17,8 +17,9 @@ from typing import TypedDict
 
 from flux_ray.cluster.functions import unpack
 from flux_ray.plugins import hand_over, load_plugins
+from flux_ray.reward.environment import Kept, clean, link
 from flux_ray.reward.registry import Function, function_of, signature_of
-from flux_ray.reward.values import RewardError, Value, checked, own_arguments
+from flux_ray.reward.values import RewardError, Value, own_arguments, sorted_out
 from flux_ray.sandbox.child import Ask, Handler
 
 
@@ -39,8 +40,9 @@ class Told(TypedDict, total=False):
     """What a call gave: values and what was logged, or what is wrong with the values."""
 
     values: list[Value]
+    samples: dict[int, str]  # whose value is wrong ► why
     logged: dict[str, float]
-    wrong: str
+    wrong: str  # of all together
 
 
 class ToldSignature(TypedDict):
@@ -50,24 +52,37 @@ class ToldSignature(TypedDict):
 
 
 def make(
-    *, references: list[str], plugins: list[str], folder: str | None, env: dict[str, str], functions: dict[str, bytes]
+    *, references: list[str], plugins: list[str], folder: str | None, env: dict[str, str], functions: dict[str, bytes],
+    run_dir: str | None,
 ) -> Handler:
-    """The handler of a call, or, for None, of how all functions are called."""
-    os.environ.update(env)
+    """The handler of a call; for a text, of the import of that function; for None, of how all functions are called."""
+    clean(env)
     if folder is not None and Path(folder).is_dir():
-        os.chdir(folder)
+        link(Path(folder), but=None if run_dir is None else Path(folder, run_dir))
         sys.path.append(folder)  # as `python -m` has it
     load_plugins(plugins)
     for name, packed in functions.items():
         hand_over(unpack(packed), name=name)
     function = functools.cache(function_of)  # a child imports what it calls
+    kept = Kept()
 
-    def handle(payload: Call | None, ask: Ask) -> dict[str, ToldSignature] | Told | Awaitable[Told]:
+    def handle(payload: Call | str | None, ask: Ask) -> dict[str, ToldSignature] | Told | Awaitable[Told] | None:
         if payload is None:
             return {reference: _signature(function(reference), reference) for reference in references}
-        return _call(function(payload["reference"]), payload)
+        if isinstance(payload, str):
+            function(payload)
+            return None
+        call = function(payload["reference"])
+        with kept:
+            result = _call(call, payload)
+        return _beside(result, kept) if inspect.isawaitable(result) else result
 
     return handle
+
+
+async def _beside(result: Awaitable[Told], kept: Kept) -> Told:
+    with kept:
+        return await result
 
 
 def _signature(call: Function, reference: str) -> ToldSignature:
@@ -95,6 +110,7 @@ async def _awaited(result: Awaitable[object], payload: Call, logged: dict[str, f
 
 def _told(result: object, payload: Call, logged: dict[str, float]) -> Told:
     try:
-        return {"values": checked(result, payload["size"], payload["who"]), "logged": logged}
+        values, wrong = sorted_out(result, payload["size"], payload["who"])
+        return {"values": values, "samples": wrong, "logged": logged}
     except RewardError as error:
         return {"wrong": str(error)}

@@ -2,7 +2,8 @@
 
 Takes:  what it gave for so many samples.
 Gives:  `checked`: floats, None, or dicts of these; RewardError, which names the sample whose value is wrong;
-        `own_arguments`: what a function is given beside the data.
+        `sorted_out`: the good values, and what is wrong with others; `own_arguments`: what a function is given
+        beside the data.
 Knows:  nan is None, as TRL takes it.
 """
 
@@ -45,21 +46,43 @@ def own_arguments(state: Mapping[str, object], logged: dict[str, float]) -> dict
 
 def checked(result: object, size: int, who: str) -> list[Value]:
     """The values as floats, None, or dicts of these. RewardError (BAD_RESULT) names the sample with another value."""
+    values, wrong = sorted_out(result, size, who)
+    for sample, why in wrong.items():
+        raise RewardError(f"{who}, sample {sample + 1} of {size}{why}", BAD_RESULT)
+    return values
+
+
+def sorted_out(result: object, size: int, who: str) -> tuple[list[Value], dict[int, str]]:
+    """The values as `checked` gives them, and what is wrong with others, by sample: their value is None.
+
+    What is wrong goes on from `sample 1 of 2`. RewardError (BAD_RESULT) where there isn't one for each sample.
+    """
     if isinstance(result, (str, bytes, dict)) or not isinstance(result, Iterable):
         raise RewardError(f"{who}: gave {_shown(result)}, not a list of {size} values", BAD_RESULT)
     values: list[object] = list(result)
     if len(values) != size:
         raise RewardError(f"{who}: gave {len(values)} values for {size} samples", BAD_RESULT)
-    return [_checked_value(value, f"{who}, sample {place} of {size}") for place, value in enumerate(values, start=1)]
+    good: list[Value] = [None] * size
+    wrong: dict[int, str] = {}
+    for sample, value in enumerate(values):
+        try:
+            good[sample] = _checked_value(value)
+        except _Wrong as error:
+            wrong[sample] = str(error)
+    return good, wrong
 
 
-def _checked_value(value: object, who: str) -> Value:
+class _Wrong(Exception):
+    pass
+
+
+def _checked_value(value: object) -> Value:
     if isinstance(value, dict):
-        return {str(name): _checked_number(part, f"{who}, part {name!r}") for name, part in value.items()}
-    return _checked_number(value, who)
+        return {str(name): _checked_number(part, f", part {name!r}") for name, part in value.items()}
+    return _checked_number(value)
 
 
-def _checked_number(value: object, who: str) -> float | None:
+def _checked_number(value: object, part: str = "") -> float | None:
     if value is None:
         return None
     number = math.inf
@@ -67,7 +90,7 @@ def _checked_number(value: object, who: str) -> float | None:
         with suppress(TypeError, ValueError):
             number = float(value)
     if math.isinf(number):
-        raise RewardError(f"{who}: gave {_shown(value)}, not a finite number or None", BAD_RESULT)
+        raise _Wrong(f"{part}: gave {_shown(value)}, not a finite number or None")
     return None if math.isnan(number) else number
 
 

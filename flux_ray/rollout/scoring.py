@@ -39,7 +39,8 @@ class Scoring:
         self._config = config
         # Functions take turns, and one that fails is called for each sample alone. Each call has its own deadline
         # there; this one is for a worker that answers but gets nowhere.
-        calls = (1 + len(config.reward.functions) + config.rollout.group_size) * most_groups
+        alone = config.rollout.group_size * max(1, config.reward.retries)
+        calls = (1 + len(config.reward.functions)) * (1 + alone) * most_groups
         self._deadline_s = config.reward.deadline_s * calls
         self._rewards: Router[RewardScorer] = Router()
         self._references: Router[ReferenceScorer] = Router()

@@ -24,10 +24,13 @@ import threading
 import traceback
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
-from typing import Any
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from flux_ray.errors import UserError
 from flux_ray.sandbox.codec import decode, encode
+from flux_ray.sandbox.limits import Limits, apply, begin_call, enter
 
 PR_SET_PDEATHSIG = 1  # of prctl(2)
 LENGTH = struct.Struct(">Q")  # before each message
@@ -38,18 +41,32 @@ Ask = Callable[[object], Awaitable[Any]]
 Handler = Callable[[Any, Ask], Any]
 
 
-def main(connection: socket.socket, entry: str, arguments: bytes) -> None:
+class Confined(NamedTuple):
+    """How a child is confined: its limits, its folder, where it prints."""
+
+    limits: Limits
+    folder: str
+    output: Connection
+
+
+def main(connection: socket.socket, entry: str, arguments: bytes, confined: Confined | None = None) -> None:
     """The child's whole life."""
     _die_with_parent()
     os.setsid()  # a group of its own: what it starts ends with it
+    if confined is not None:
+        enter(Path(confined.folder), confined.output.fileno())
+        confined.output.close()
     _as_a_script()
-    server = _Server(connection)
+    limits = Limits() if confined is None else confined.limits
+    server = _Server(connection, limits)
     try:
         module, _, function = entry.partition(":")
         server.handler = getattr(importlib.import_module(module), function)(**decode(arguments))
     except BaseException as error:
         server.send("start failed", *_told(error))
         return
+    if confined is not None:
+        apply(limits)
     server.send("ready")
     threading.Thread(target=server.read, name="sandbox reader", daemon=True).start()
     server.serve_main_thread()
@@ -70,8 +87,9 @@ def _as_a_script() -> None:
 
 
 class _Server:
-    def __init__(self, connection: socket.socket) -> None:
+    def __init__(self, connection: socket.socket, limits: Limits) -> None:
         self.handler: Handler = lambda payload, ask: None
+        self._limits = limits
         self._connection = connection
         self._sending = threading.Lock()
         self._main_loop = asyncio.new_event_loop()
@@ -125,6 +143,7 @@ class _Server:
                 continue
             self._queued.discard(number)
             self.send("began", number)
+            begin_call(self._limits)
             try:
                 value = self.handler(payload, self._asker(number))
                 if inspect.iscoroutine(value):

@@ -2,23 +2,23 @@
 
 Takes:  an entry point that makes the child's handler; calls, each with who answers what it asks meanwhile.
 Gives:  `Child`: start, call, kill; `warm_up`: the fork server, with what children need imported already.
-Knows:  a child that ends, or is ended, fails the calls that run in it and nothing else.
+Knows:  a child that ends, or is ended, fails the calls that run in it and nothing else. With limits it has a temporary
+        folder of its own, and its output comes through this process.
 Never:  blocks the event loop, whatever the child does; leaves a process of the child's behind.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
 import multiprocessing
-import os
 import signal
 import socket
 import sys
 import types
 from collections.abc import Awaitable, Callable, Sequence
 from multiprocessing import forkserver
+from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import Any, NamedTuple
 
@@ -29,8 +29,13 @@ from flux_ray.errors import UserError
 from flux_ray.sandbox import child as child_module
 from flux_ray.sandbox.child import LENGTH
 from flux_ray.sandbox.codec import decode, encode
+from flux_ray.sandbox.limits import Limits
+from flux_ray.sandbox.output import Output
+from flux_ray.sandbox.scratch import Scratch
+from flux_ray.sandbox.tree import descendants, kill_tree
 
 SENTINEL_LOOK_S = 1.0  # for the exit code of a child whose socket has closed
+LOOK_EVERY_S = 0.2  # at the processes that a call has started
 
 #: Answers what a call asks.
 Answer = Callable[[Any], Awaitable[object]]
@@ -61,8 +66,13 @@ def warm_up(modules: Sequence[str]) -> None:
 class Child:
     """Use `Child.start`. Calls may run side by side."""
 
-    def __init__(self, process: BaseProcess, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._process, self._reader, self._writer = process, reader, writer
+    def __init__(
+        self, process: BaseProcess, reader: asyncio.StreamReader, writer: asyncio.StreamWriter,
+        limits: Limits | None = None,
+    ) -> None:
+        self._process, self._reader, self._writer, self._limits = process, reader, writer, limits
+        self._output: Output | None = None
+        self._scratch: Scratch | None = None
         self._numbers = itertools.count()
         self._calls: dict[int, asyncio.Future[object]] = {}
         self._answers: dict[int, Answer] = {}  # who answers what a call asks
@@ -70,18 +80,13 @@ class Child:
         self._began: dict[int, Callable[[], None]] = {}  # to be told that a call has begun
         self.why_ended = ""
         self._reading: asyncio.Task[None] | None = None
+        self._watching: asyncio.Task[None] | None = None
+        self._started: dict[int, psutil.Process] = {}  # processes that it was seen to have started
 
     @classmethod
-    async def start(cls, entry: Entry, *, deadline_s: float) -> Child:
+    async def start(cls, entry: Entry, *, deadline_s: float, limits: Limits | None = None) -> Child:
         """A child that is ready for calls. Raises what the entry raised there, ChildEnded, TimeoutError."""
-        ours, its = socket.socketpair()
-        arguments = (its, entry.function, encode(entry.arguments))
-        process = multiprocessing.get_context("forkserver").Process(
-            target=child_module.main, args=arguments, daemon=True)
-        await asyncio.to_thread(_start, process)
-        its.close()
-        reader, writer = await asyncio.open_unix_connection(sock=ours)
-        child = cls(process, reader, writer)
+        child = await cls._begun(entry, limits)
         try:
             async with asyncio.timeout(deadline_s) as limit:
                 kind, *rest = await child._message()
@@ -92,6 +97,37 @@ class Child:
             child.kill("it could not start")
             raise _raised(*rest)
         child._reading = asyncio.create_task(child._read())
+        return child
+
+    @classmethod
+    async def _begun(cls, entry: Entry, limits: Limits | None) -> Child:
+        """A child whose process runs."""
+        ours, its = socket.socketpair()
+        confined: child_module.Confined | None = None
+        scratch: Scratch | None = None
+        printed: Connection | None = None
+        prints: Connection | None = None
+        if limits is not None:
+            scratch = Scratch()
+            printed, prints = multiprocessing.Pipe(duplex=False)
+            confined = child_module.Confined(limits, str(scratch.folder), prints)
+        process = multiprocessing.get_context("forkserver").Process(
+            target=child_module.main, args=(its, entry.function, encode(entry.arguments), confined), daemon=True)
+        try:
+            await asyncio.to_thread(_start, process)
+        except BaseException:
+            if scratch is not None:
+                scratch.remove()
+            raise
+        finally:
+            its.close()
+            if prints is not None:
+                prints.close()
+        reader, writer = await asyncio.open_unix_connection(sock=ours)
+        child = cls(process, reader, writer, limits)
+        child._scratch = scratch
+        if printed is not None and limits is not None:
+            child._output = await Output.of(printed, most_bytes=limits.output_bytes)
         return child
 
     @property
@@ -116,6 +152,7 @@ class Child:
         self._began[number] = began
         try:
             self._send("call", number, payload, in_main_thread)
+            self._watch()
             return await result
         except BaseException:
             if not self.ended:
@@ -132,13 +169,36 @@ class Child:
             return
         self.why_ended = why
         assert self._process.pid is not None
-        _kill_tree(self._process.pid)
+        kill_tree(self._process.pid, self._started.values())
         self._writer.close()
-        if self._reading is not None:
-            self._reading.cancel()
+        for task in (self._reading, self._watching):
+            if task is not None:
+                task.cancel()
+        if self._output is not None:
+            self._output.close()
+        if self._scratch is not None:
+            self._scratch.remove()
         for result in self._calls.values():
             if not result.done():
                 result.set_exception(ChildEnded(why))
+
+    def _watch(self) -> None:
+        """Count the child's processes, as long as calls run in it."""
+        if self._limits is not None and (self._watching is None or self._watching.done()):
+            self._watching = asyncio.create_task(self._count_processes())
+
+    async def _count_processes(self) -> None:
+        assert self._limits is not None and self._process.pid is not None
+        most = self._limits.processes
+        while self._calls:
+            await asyncio.sleep(LOOK_EVERY_S)
+            started = descendants(self._process.pid)
+            self._started = {one.pid: one for one in started} | {
+                one.pid: one for one in self._started.values() if one.is_running()}
+            if most is not None and len(started) > most:
+                why = f"the process in which it ran had started {len(started)} others, more than {most}, and was ended"
+                asyncio.get_running_loop().call_soon(self.kill, why)
+                return
 
     def _send(self, *message: object) -> None:
         data = encode(message)
@@ -156,6 +216,8 @@ class Child:
         code = self._process.exitcode
         if code is None:
             return "the process in which it ran closed its connection"
+        if code == -signal.SIGXCPU:
+            return "the process in which it ran had no CPU time left and was ended"
         return f"the process in which it ran {f'was ended by signal {-code}' if code < 0 else f'exited with {code}'}"
 
     async def _read(self) -> None:
@@ -182,6 +244,8 @@ class Child:
             asyncio.get_running_loop().remove_reader(sentinel)
 
     def _on_began(self, number: int) -> None:
+        if self._output is not None:
+            self._output.begin_call()
         if number in self._began:
             self._began[number]()
 
@@ -236,17 +300,3 @@ def _settle(future: asyncio.Future[None]) -> None:
 
 def _raised(name: str, text: str, where: str, by_user: bool) -> Exception:
     return UserError(text) if by_user else CallFailed(name, text, where)
-
-
-def _kill_tree(pid: int) -> None:
-    """The process, its group, and what it started that has left its group."""
-    started: list[psutil.Process] = []
-    with contextlib.suppress(psutil.NoSuchProcess):
-        started = psutil.Process(pid).children(recursive=True)
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(pid, signal.SIGKILL)
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(pid, signal.SIGKILL)
-    for process in started:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()

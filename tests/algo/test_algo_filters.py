@@ -33,6 +33,8 @@ def group(task, *, rewards=None, **parts) -> ScoredGroup:
     (group([1, 1], right=[1, 1], form=[0, 1]), "form", None),
     (group([nan, nan], mine=[nan, nan]), "mine/format", "unscored"),  # it had nothing to say of this group
     (group([1, 1]), None, None),
+    (group([nan, nan]), None, "unscored"),
+    (group([1, nan]), None, None),
 ])
 def test_refusal(scored, reward, cause):
     assert refusal(scored, KeptConfig(reward=reward)) == cause
