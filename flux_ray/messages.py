@@ -1,7 +1,7 @@
 """What driver, rollout workers and ranks say to one another of groups.
 
 Takes:  nothing.
-Gives:  Orders (the driver's), news (a worker's), where a group is, its arrays.
+Gives:  Orders (the driver's), news (a worker's), where a group is, its arrays; Attested (an engine's).
 Knows:  a group is known by its uid and attempt; all but OwnedGroup is small, whatever the length of the responses.
 """
 
@@ -16,6 +16,13 @@ from flux_ray.cluster.group import CallFailed
 from flux_ray.records import Prompt, RolloutGroup, ScoredGroup
 
 PROBE_TOKENS = 8  # sampled behind each prompt of a probe: few steps, for the trainer waits for them
+
+
+class Attested(NamedTuple):
+    """What an engine says of itself after an update."""
+
+    version: str  # as vLLM labels what it serves
+    wrong: tuple[str, ...] = ()  # parameters that aren't as they were sent, and why; some of many
 
 
 class GroupAt(NamedTuple):

@@ -36,7 +36,7 @@ VLLM_INTERNALS = (
     Internal(_LLM, "AsyncLLM.init_weight_transfer_engine", "the weight channel is opened"),
     Internal(_LLM, "AsyncLLM.start_weight_update", "an update"),
     Internal(_LLM, "AsyncLLM.update_weights", "an update"),
-    Internal(_LLM, "AsyncLLM.finish_weight_update", "an update"),
+    Internal(_LLM, "AsyncLLM.collective_rpc", "an update's end, and what the workers then find"),
     Internal(_LLM, "AsyncLLM.get_weight_version", "the engine attests what it serves"),
     Internal(_LLM, "AsyncLLM.update_weight_version", "the first version's number"),
     Internal(_LLM, "AsyncLLM.resume_generation", "requests go on after an update"),
@@ -61,6 +61,7 @@ VLLM_INTERNALS = (
     Internal(f"{_TRANSFER}.nccl_engine", "NCCLWeightTransferEngine", "a whole update kept on the GPU"),
     Internal(f"{_TRANSFER}.nccl_engine", "NCCLWeightTransferUpdateInfo", "the same"),
     Internal(f"{_TRANSFER}.nccl_engine", "packed_nccl_broadcast_consumer", "the same"),
+    Internal("vllm.v1.worker.gpu_worker", "Worker.finish_weight_update", "the end of an update, in a worker"),
     # Weights that are loaded into a running model.
     Internal(_RELOAD, "initialize_layerwise_reload", "a load in buckets"),
     Internal(_RELOAD, "finalize_layerwise_reload", "the same"),

@@ -23,6 +23,7 @@ from flux_ray.batch import make_micro_batch
 from flux_ray.config import Config, from_dict
 from flux_ray.driver.agreement import Agreement
 from flux_ray.errors import UserError
+from flux_ray.messages import Attested
 from flux_ray.model import PolicyModel, load_policy, policy_traits, turns
 from flux_ray.records import Sample, SamplingRequest
 from flux_ray.rollout.engine import RolloutEngine, engine_env
@@ -135,9 +136,9 @@ async def _channel(engine: RolloutEngine, policy: PolicyModel) -> tuple[Any, Any
                             send_dtype="float32")
 
     async def publish(version: int) -> None:
-        assert await asyncio.to_thread(publisher.publish, version, version) == [str(version)]
+        assert await asyncio.to_thread(publisher.publish, version, version) == [Attested(str(version))]
 
-    return publish, lambda: publisher._engine.shutdown()
+    return publish, lambda: publisher._sender.shutdown()
 
 
 def rows_of(table: str) -> dict[str, str]:

@@ -101,14 +101,18 @@ class Ranks:
                 logging.getLogger(__name__).warning("version %d is published again: %s", version, error)
 
     async def _published(self, version: int, step: int, engines: Sequence[int]) -> bool:
-        """Whether all of them attest the version. One that doesn't takes it again, and is ended the second time."""
+        """Whether all of them attest the version and all its weights. One that doesn't takes it again, and is ended the
+        second time."""
         # Rank 0 watches the deadline of each phase, and knows which engine passed it.
         deadline_s = (1 + PUBLISH_PHASES) * self._config.weights.deadline_s
         served, *_ = await self._usual.all_within(
             "publish", [rank.call(TrainingRank.publish, version, step) for rank in self.trainer], deadline_s)
-        wrong = {engine: label for engine, label in zip(engines, served, strict=True) if label != str(version)}
-        for engine, label in wrong.items():
-            why = f"engine {engine} serves version {label} after version {version} was published"
+        wrong = {engine: attested for engine, attested in zip(engines, served, strict=True)
+                 if attested.version != str(version) or attested.wrong}
+        for engine, attested in wrong.items():
+            why = f"engine {engine} serves version {attested.version} after version {version} was published"
+            if attested.wrong:
+                why += f", with weights that were not sent: {'; '.join(attested.wrong)}"
             logging.getLogger(__name__).warning(why)
             if self._mistaken == version:
                 self.engines.end(engine, why)

@@ -31,6 +31,7 @@ OWN_ENGINE_ARGS = {
     "logprobs_mode": "always processed_logprobs",
     "generation_config": "always vllm",
     "weight_transfer_config": "weights.backend",
+    "worker_extension_cls": "it compares the weights that come with those that were sent",
     "trust_remote_code": "never",
 }
 

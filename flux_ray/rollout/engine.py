@@ -21,6 +21,7 @@ import numpy as np
 from flux_ray.cluster.group import Members
 from flux_ray.config import PolicyGradientConfig, RolloutConfig
 from flux_ray.lifetime import PLUGIN
+from flux_ray.messages import Attested
 from flux_ray.records import FINISH_LENGTH, FINISH_STOP, Completion, Sampled, SamplingRequest
 from flux_ray.rollout.check import ENTRY_POINT, check_engine_args, check_installed
 from flux_ray.rollout.core_watch import end_if_still
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
 
 CPU_BATCHED_TOKENS = 8192  # tokens of one forward of an engine on CPU, at least
+WORKER_EXTENSION = "flux_ray.weights.worker.AttestingWorker"  # by name: a part doesn't import another
 LOOK_EVERY_S = 1.0  # whether vLLM's process lives, while a call waits for it
 
 T = TypeVar("T")
@@ -85,6 +87,7 @@ class RolloutEngine:
         self._serving = asyncio.Event()  # not paused for an update
         self._serving.set()
         self._staged = False  # new weights come in beside running requests
+        self._is_wrong = False  # the last update left it with other weights than were sent
         self._request_ids = itertools.count()
 
     @property
@@ -137,6 +140,7 @@ class RolloutEngine:
             # that each request names them (stop_token_ids), or a chat's response would never end.
             "generation_config": "vllm",
             "weight_transfer_config": WeightTransferConfig(backend=self._transfer),
+            "worker_extension_cls": WORKER_EXTENSION,
             "enable_prefix_caching": True,
             "disable_log_stats": True,
         }
@@ -263,26 +267,36 @@ class RolloutEngine:
             await self._answered(self._pause())
         await self._answered(_in_a_row(self._vllm.start_weight_update(), self._receive(update_info)))
 
-    async def finish_weight_update(self, version: int, step: int) -> str:
-        """Serve `version`, the weights of that step, from now on. Gives the version that the engine core attests."""
+    async def finish_weight_update(self, version: int, step: int, sent: Mapping[str, int]) -> Attested:
+        """Serve `version`, the weights of that step, from now on; `sent` are the checksums of its parameters.
+
+        Gives the version that the engine core attests, and what the workers find wrong. An engine with anything wrong
+        stays paused: until it has the weights again, nothing is sampled.
+        """
         if self._staged:
             await self._answered(self._pause())
         self._step_of[version] = step
-        await self._answered(self._vllm.finish_weight_update(str(version)))
+        found = await self._answered(self._vllm.collective_rpc("finish_and_attest", args=(dict(sent),)))
+        await self._answered(self._vllm.update_weight_version(str(version)))
         self._version = version
         label = str(await self._answered(self._vllm.get_weight_version()))  # later it would wait for a forward pass
-        await self._answered(self._vllm.resume_generation())
-        self._serving.set()
-        return label
+        wrong = tuple(dict.fromkeys(name for of_worker in found for name in of_worker))
+        self._is_wrong = bool(wrong) or label != str(version)
+        if not self._is_wrong:
+            await self._answered(self._vllm.resume_generation())
+            self._serving.set()
+        return Attested(label, wrong)
 
-    async def finish_staged_update(self, num_rounds: int, version: int, step: int) -> str:
+    async def finish_staged_update(
+        self, num_rounds: int, version: int, step: int, sent: Mapping[str, int],
+    ) -> Attested:
         """As finish_weight_update, for an update that has come and must first be loaded, in so many rounds.
 
         Running requests go on between two rounds.
         """
         for _ in range(num_rounds if self._device == "cpu" else 0):  # a GPU loads in no time
             await self.update_weights({})
-        return await self.finish_weight_update(version, step)
+        return await self.finish_weight_update(version, step, sent)
 
     async def abandon_update(self) -> bool:
         """Forget an update that broke off, and go on with the weights of before.
@@ -290,7 +304,7 @@ class RolloutEngine:
         False where the model may be loaded in part: this engine must not serve any more. An engine that is asked in
         vain, because no update was under way, is as good as before.
         """
-        if not self._staged:
+        if not self._staged or self._is_wrong:
             return self._serving.is_set()  # else it was paused, and loads as buckets come
         with contextlib.suppress(Exception):  # vLLM ends an update at the first call that fails, and this one does
             await self._answered(self._receive({"abandoned": True}))

@@ -20,7 +20,7 @@ from flux_ray.batch import pair_samples
 from flux_ray.cluster.group import Actor, Members, first_failure
 from flux_ray.cluster.plan import CRITIC, TRAINER
 from flux_ray.config import Config, PolicyGradientConfig, PPOConfig
-from flux_ray.messages import GroupAt
+from flux_ray.messages import Attested, GroupAt
 from flux_ray.model.scoring import by_group, response_sums, scoring_samples
 from flux_ray.protocols import CriticRank as CriticRankStub
 from flux_ray.protocols import Engine, LogprobSums
@@ -117,7 +117,7 @@ class TrainingRank(Trainer):
         self._publisher.connect(call, workers_per_engine=[tensor_parallel_size] * len(engines), address=address,
                                 port=port, send_dtype=send_dtype)
 
-    def publish(self, version: int, step: int) -> list[str]:
+    def publish(self, version: int, step: int) -> list[Attested]:
         assert self._publisher is not None
         return self._publisher.publish(version, step)
 

@@ -21,6 +21,7 @@ from vllm.distributed.weight_transfer.base import (
 )
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
+from flux_ray.weights.attest import Receipts
 from flux_ray.weights.background import in_background
 from flux_ray.weights.bucket_channel import BucketChannel, join_group, map_memory
 from flux_ray.weights.buckets import Announcement, Invitation, Param, buckets, num_rounds, size_of, unpack
@@ -69,11 +70,14 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
     _shadow: ShadowModel | None = None
     _left: Sequence[Bucket] = ()  # of the update, not loaded yet
     _each_round = 0  # buckets that a round loads
+    receipts: Receipts | None = None  # of what came in; the worker asks it at the end
 
     def init_transfer_engine(self, init_info: GlooInitInfo) -> None:
         self._info = init_info
         self._forget_staged()
         self._tied = tied_heads(self.model)
+        if self.receipts is None:
+            self.receipts = Receipts(self.model, num_workers=self.parallel_config.tensor_parallel_size)
         # A GPU loads in no time, and has no room for its weights twice.
         self._has_shadow = self.device.type == "cpu" and can_have_shadow(self.model)
         group = join_group(
@@ -89,8 +93,9 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
             init_info.staged = self._channel.shared
 
     def start_weight_update(self) -> None:
-        assert self._info is not None, "init_transfer_engine comes first"
+        assert self._info is not None and self.receipts is not None, "init_transfer_engine comes first"
         self._forget_staged()
+        self.receipts.begin()
         if not self._info.staged:
             self._start_load()
 
@@ -103,9 +108,10 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
     def receive_weights(self, update_info: GlooUpdateInfo) -> None:
         """Load each bucket as it comes; staged: return at once, while they come in on a thread of their own. Then each
         call without names makes a part of them ready, between two forward passes of a model that goes on."""
-        assert self._info is not None, "init_transfer_engine comes first"
+        assert self._info is not None and self.receipts is not None, "init_transfer_engine comes first"
         if not update_info.names:
             return self._make_ready()
+        self.receipts.expect(update_info.params())
         if not self._info.staged:
             return self._load(self._received(update_info))
         self._arriving = in_background(lambda: list(self._received(update_info)))
@@ -155,12 +161,13 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
                 self.model.load_weights(unpack(place, run))
 
     def _received(self, update_info: GlooUpdateInfo) -> Iterator[Bucket]:
-        assert self._info is not None and self._channel is not None
+        assert self._info is not None and self._channel is not None and self.receipts is not None
         self._channel.rewind()
         for run in buckets(update_info.params(), self._info.bucket_bytes):
             # A place of its own each: the reload keeps views of it until the layer they belong to is complete.
             place = self._channel.place(size_of(run))
             self._channel.broadcast(place).wait()
+            self.receipts.take(unpack(place, run))
             yield run, place
 
     def shutdown(self) -> None:

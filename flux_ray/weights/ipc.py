@@ -13,6 +13,9 @@ from typing import Any
 import torch
 from vllm.distributed.weight_transfer.ipc_engine import IPCWeightTransferEngine, IPCWeightTransferUpdateInfo
 
+from flux_ray.weights.attest import Receipts
+from flux_ray.weights.buckets import Announcement
+
 TENSOR, SIZE, STORAGE, DTYPE = 0, 1, 4, 5
 STORAGES = {cls.__name__: cls for cls in (torch.storage.TypedStorage, torch.storage.UntypedStorage)}
 PLAIN = (int, bool, bytes, type(None))
@@ -58,4 +61,18 @@ class PlainIPCUpdateInfo(IPCWeightTransferUpdateInfo):
 
 
 class PlainIPCWeightTransferEngine(IPCWeightTransferEngine):
+    """As vLLM's. It sees names and not bytes, so that the model alone is compared with what was sent. No GPU has run
+    that comparison yet."""
+
     update_info_cls = PlainIPCUpdateInfo
+    receipts: Receipts | None = None
+
+    def start_weight_update(self) -> None:
+        self.receipts = self.receipts or Receipts(self.model, num_workers=self.parallel_config.tensor_parallel_size)
+        self.receipts.begin()
+        super().start_weight_update()
+
+    def receive_weights(self, update_info: PlainIPCUpdateInfo) -> None:
+        assert self.receipts is not None, "start_weight_update comes first"
+        self.receipts.expect(Announcement(update_info.names, update_info.dtype_names, update_info.shapes).params())
+        super().receive_weights(update_info)

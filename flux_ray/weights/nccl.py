@@ -16,7 +16,9 @@ from vllm.distributed.weight_transfer.nccl_engine import (
     packed_nccl_broadcast_consumer,
 )
 
+from flux_ray.weights.attest import Receipts
 from flux_ray.weights.background import in_background
+from flux_ray.weights.buckets import Param
 
 GIB = 2**30
 Pairs = list[tuple[str, torch.Tensor]]
@@ -33,11 +35,14 @@ class StagedNCCLWeightTransferEngine(NCCLWeightTransferEngine):
     sent when it loads it. No GPU has run it yet."""
 
     _arriving: Future[list[Pairs]] | None = None
+    receipts: Receipts | None = None  # of what came in; the worker asks it at the end
 
     def start_weight_update(self) -> None:
         """Nothing yet: the model goes on as it is. RuntimeError where its GPU has no room for the update: once the
         broadcasts have begun, the sender would wait for one that nobody receives."""
         workers = self.parallel_config.tensor_parallel_size
+        self.receipts = self.receipts or Receipts(self.model, num_workers=workers)
+        self.receipts.begin()
         needed, free = workers * sum(p.nbytes for p in self.model.parameters()), free_bytes(self.device)
         if needed > free:
             raise RuntimeError(f"weights.staging=device needs {needed / GIB:.1f} GiB on each engine's GPU beside the "
@@ -56,11 +61,13 @@ class StagedNCCLWeightTransferEngine(NCCLWeightTransferEngine):
         """The engine is paused. Waits for what has not come yet, then loads it."""
         from vllm.model_executor.model_loader.mtp_validation import disable_mtp_completeness_check
 
-        assert self._arriving is not None, "receive_weights comes first"
+        assert self._arriving is not None and self.receipts is not None, "receive_weights comes first"
         arrived, self._arriving = self._arriving.result(), None
         super().start_weight_update()
+        self.receipts.expect(Param(name, there.dtype, tuple(there.shape)) for pairs in arrived for name, there in pairs)
         with disable_mtp_completeness_check():  # a bucket is never the whole model
             for pairs in arrived:
+                self.receipts.take(pairs)
                 self.model.load_weights(pairs)
         super().finish_weight_update()
         torch.accelerator.synchronize()

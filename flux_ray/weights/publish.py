@@ -1,7 +1,7 @@
 """The trainer's end of a weight update, whatever the backend.
 
 Takes:  the weights of a training rank (metadata, and the tensors in order), and a way to call every engine.
-Gives:  `Publisher`: connect once per membership of engines, publish once per version.
+Gives:  `Publisher`: connect once per membership of engines, publish once per version; what each engine attests.
 Knows:  vLLM's framework drives the round trip (start, send, finish) from rank 0; other ranks only join the gathers.
 Never:  touches the driver or the object store with a tensor.
 """
@@ -15,7 +15,9 @@ from typing import Any, Protocol
 import torch
 
 from flux_ray import ports
+from flux_ray.messages import Attested
 from flux_ray.protocols import ServesWeights
+from flux_ray.weights.checksum import Sums
 from flux_ray.weights.sender import GlooSender
 from flux_ray.weights.source import TrainerSource
 
@@ -43,14 +45,15 @@ class Sender(Protocol):
 class EngineClient:
     """vLLM's control plane (its VLLMWeightSyncClient protocol) over engines that are independent of each other.
 
-    `version` is what the next update brings, `step` how many updates it had, `served` the label of each engine then.
+    `version` is what the next update brings, `step` how many updates it had, `served` what each engine says then. It is
+    told the checksums of what was sent.
     """
 
-    def __init__(self, call: CallEngines, workers_per_engine: Sequence[int]) -> None:
-        self._call = call
+    def __init__(self, call: CallEngines, workers_per_engine: Sequence[int], sums: Sums) -> None:
+        self._call, self._sums = call, sums
         self._workers = list(workers_per_engine)
         self.version = self.step = 0
-        self.served: list[str] = []
+        self.served: list[Attested] = []
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         """Each engine gets the rank of its first worker: vLLM itself only counts within one engine."""
@@ -83,11 +86,12 @@ class EngineClient:
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
         # vLLM's senders know no version.
-        self.served = self._call(ServesWeights.finish_weight_update, [(self.version, self.step)] * len(self._workers))
+        payload = (self.version, self.step, self._sums.given())
+        self.served = self._call(ServesWeights.finish_weight_update, [payload] * len(self._workers))
 
     def finish_staged_update(self, num_rounds: int) -> None:
         """As finish_weight_update, once each engine has made the update ready in so many parts, beside its requests."""
-        payload = (num_rounds, self.version, self.step)
+        payload = (num_rounds, self.version, self.step, self._sums.given())
         self.served = self._call(ServesWeights.finish_staged_update, [payload] * len(self._workers))
 
 
@@ -134,7 +138,7 @@ class Publisher:
         held = ports.taken(port)
         if held is not None:
             held.close()  # the sender listens by itself
-        self._client = EngineClient(call, workers_per_engine)
+        self._client = EngineClient(call, workers_per_engine, source.sums)
         world_size = 1 + sum(workers_per_engine)
         if self._backend == "gloo":
             sender = GlooSender(
@@ -165,11 +169,11 @@ class Publisher:
             packed=True, packed_buffer_size_bytes=max(self._bucket_bytes, largest), rank=self._rank
         )
 
-    def publish(self, version: int, step: int) -> list[str]:
+    def publish(self, version: int, step: int) -> list[Attested]:
         """Send the present weights, of that step, to every engine, as `version`; each stops to load them and goes on by
         itself.
 
-        Gives what each engine says that it serves, where this is rank 0; nothing elsewhere.
+        Gives what each engine attests, where this is rank 0; nothing elsewhere.
         """
         if self._sender is None or self._client is None:
             for _ in self._weights.iter_weights(self._bucket_bytes):

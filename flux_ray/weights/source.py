@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from flux_ray.weights.buckets import Param
+from flux_ray.weights.checksum import Sums
 
 if TYPE_CHECKING:
     from flux_ray.weights.publish import Weights
@@ -22,6 +23,7 @@ class TrainerSource:
         self._weights = weights
         self._bucket_bytes = bucket_bytes
         self._dtype = dtype
+        self.sums = Sums()  # of what was given last
 
     def metadata(self) -> list[Param]:
         return [
@@ -29,8 +31,8 @@ class TrainerSource:
         ]
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-        for name, tensor in self._weights.iter_weights(self._bucket_bytes):
-            yield name, tensor.to(self._send_dtype(tensor.dtype))
+        return self.sums.watch((name, tensor.to(self._send_dtype(tensor.dtype)))
+                               for name, tensor in self._weights.iter_weights(self._bucket_bytes))
 
     def _send_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """Floating-point weights travel as the engines hold them (half the bytes for bfloat16); others as they are."""

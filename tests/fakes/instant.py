@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import numpy as np
 
 from flux_ray.cluster.group import all_within
 from flux_ray.config import Config
-from flux_ray.messages import GroupAt
+from flux_ray.messages import Attested, GroupAt
 from flux_ray.protocols import Engine
 from flux_ray.records import (
     FINISH_LENGTH,
@@ -57,9 +57,9 @@ class InstantEngine:
                            np.full(num, self._version, np.int32), FINISH_LENGTH) for i in range(request.n)]
         return Sampled(tuple(made), self._step)
 
-    async def finish_weight_update(self, version: int, step: int) -> str:
+    async def finish_weight_update(self, version: int, step: int, sent: Mapping[str, int]) -> Attested:
         self._version, self._step = version, step
-        return str(version)
+        return Attested(str(version))
 
 
 class InstantReward:
@@ -98,9 +98,9 @@ class InstantRank:
     async def connect(self, engines: list[Any], **_: Any) -> None:
         self._engines = engines
 
-    async def publish(self, version: int, step: int) -> list[str]:
-        return await all_within([engine.call(Engine.finish_weight_update, version, step) for engine in self._engines],
-                                60.0)
+    async def publish(self, version: int, step: int) -> list[Attested]:
+        return await all_within([engine.call(Engine.finish_weight_update, version, step, {})
+                                 for engine in self._engines], 60.0)
 
     def accumulate_held(self, **_: Any) -> None: ...
 

@@ -28,7 +28,7 @@ from flux_ray.driver.ranks import Ranks
 from flux_ray.driver.stages import Stages
 from flux_ray.driver.staleness import Bound
 from flux_ray.driver.versions import Versions
-from flux_ray.messages import GroupAt, Orders
+from flux_ray.messages import Attested, GroupAt, Orders
 from flux_ray.records import (
     FINISH_STOP,
     ComparedTokens,
@@ -123,10 +123,10 @@ class Parts:
             self.sampled[uid] = [int(t.token_ids[-1]) for t in held.group.trajectories]
         return StepReport(step + 1, {"actor/loss": 0.5})
 
-    def publish(self, version: int, step: int) -> list[str]:
+    def publish(self, version: int, step: int) -> list[Attested]:
         self.version, self.step = version, step
         self.published.append((version, step))
-        return [str(version)] * len(self.holder.members.of("engine"))
+        return [Attested(str(version))] * len(self.holder.members.of("engine"))
 
     def compare_held(self, *, engines: Sequence[int]) -> list[ComparedTokens]:
         """The gap that the test asks for, of one token a group, at the end of its prompt."""

@@ -37,7 +37,7 @@ from flux_ray.driver.ranks import Ranks
 from flux_ray.driver.stages import Stages
 from flux_ray.driver.staleness import Bound
 from flux_ray.driver.versions import Versions
-from flux_ray.messages import GroupAt, Orders
+from flux_ray.messages import Attested, GroupAt, Orders
 from flux_ray.records import (
     FINISH_STOP,
     ComparedTokens,
@@ -219,14 +219,14 @@ class Engine:
             if self._tokens > began:
                 request.saw(self._version)
 
-    def resume(self, version: int, step: int) -> str:
+    def resume(self, version: int, step: int) -> Attested:
         self._version, self._step, self._paused = version, step, False
         self._step_of[version] = step
         self._at_s = asyncio.get_running_loop().time()
         again = sum(self._world.prompt_tokens + self._tokens - began for _, _, began, _ in self._running)
         self._held_s += again * self._world.costs.prefill_s
         self._go_on()
-        return str(version)
+        return Attested(str(version))
 
     @property
     def _token_s(self) -> float:
@@ -396,7 +396,7 @@ class Rank:
         await asyncio.sleep(self._world.costs.train_s)
         return StepReport(step + 1)
 
-    async def publish(self, version: int, step: int) -> list[str]:
+    async def publish(self, version: int, step: int) -> list[Attested]:
         if not self.engines:
             return []
         assert self._world.step_of.setdefault(version, step) == step, "a version is of one step"

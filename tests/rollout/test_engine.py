@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from flux_ray.cluster.group import Members
-from flux_ray.messages import Assignment, GroupAt, GroupReady, Orders
+from flux_ray.messages import Assignment, Attested, GroupAt, GroupReady, Orders
 from flux_ray.protocols import ServesWeights
 from flux_ray.records import FINISH_LENGTH, FINISH_STOP, Prompt, RolloutGroup, SamplingRequest, Scores
 from flux_ray.rollout.dispatch import split
@@ -121,12 +121,12 @@ class Wire:
 
     @property
     def is_shared(self):
-        return self._publisher._engine._channel.shared
+        return self._publisher._sender._channel.shared
 
     async def publish(self, version, step=None):
         """`step`: updates that these weights had; the version's number where none is given."""
         step = version if step is None else step
-        assert await asyncio.to_thread(self._publisher.publish, version, step) == [str(version)]
+        assert await asyncio.to_thread(self._publisher.publish, version, step) == [Attested(str(version))]
 
 
 @pytest.fixture

@@ -1,8 +1,8 @@
 """vLLM's own models, updated through a shadow or by a reload: `python -m tests.weights.shadow_models FOLDER MODEL ...`.
 
 Takes:  a folder for the models, and some of those that `make` knows.
-Gives:  a line of JSON a model: whether it can have a shadow, what it then says beside what it says after a reload, and
-        how many layers of shadows vLLM knows of at the end.
+Gives:  a line of JSON a model: whether it can have a shadow, what it then says beside what it says after a reload, how
+        many layers of shadows vLLM knows of at the end; what is attested of right updates and of planted faults.
 """
 
 from __future__ import annotations
@@ -90,9 +90,39 @@ def compare(path: Path) -> dict[str, Any]:
         reload()
         given["rounds"].append({"before": before, "beside": beside, "shadow": after, "reload": says()})
     given["left"] = len(set(LAYERWISE_INFO) - known)
+    given |= attested(model, weights, new_weights, reload)
     llm.llm_engine.engine_core.shutdown()
     cleanup_dist_env_and_memory()
     return given
+
+
+def attested(model: Any, weights: dict[str, Any], new_weights: Any, reload: Any) -> dict[str, Any]:
+    """What is told of reloads that are right, and of one that leaves a packed copy; how many kinds are checked."""
+    from flux_ray.weights.attest import Receipts
+    from flux_ray.weights.buckets import Param
+    from flux_ray.weights.checksum import checksum
+
+    receipts = Receipts(model)
+
+    def told(spoil: Any = lambda: None) -> list[str]:
+        new_weights()
+        receipts.begin()
+        receipts.expect(Param(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in weights.items())
+        receipts.take(weights.items())
+        reload()
+        spoil()
+        return receipts.wrong({name: int(checksum(tensor)) for name, tensor in weights.items()})
+
+    right = [told() for _ in range(2)]
+    layers = {path: module for path, module in model.named_modules() if "cpu_linear" in module.__dict__}
+    stale = {}
+    for path, module in layers.items():
+        old = module.cpu_linear
+        stale[path] = told(lambda module=module, old=old: setattr(module, "cpu_linear", old))
+        # A copy that is new and of the weights of before.
+        stale[f"{path} anew"] = told(lambda module=module, old=module.cpu_linear: setattr(
+            module, "cpu_linear", lambda *given: old(*given)))
+    return {"right": [*right, told()], "stale": stale, "checks": sorted(" ".join(kind) for kind in receipts._right)}
 
 
 def main() -> None:

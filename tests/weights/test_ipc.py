@@ -38,13 +38,14 @@ def test_the_sender_s_client_makes_them_plain():
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
     from flux_ray.protocols import ServesWeights
+    from flux_ray.weights.checksum import Sums
     from flux_ray.weights.gloo import register
     from flux_ray.weights.publish import EngineClient
 
     register()
     assert WeightTransferEngineFactory._registry["ipc_plain"]().__name__ == "PlainIPCWeightTransferEngine"
     calls = []
-    client = EngineClient(lambda method, payloads: calls.append((method, payloads)) or [], [1, 1])
+    client = EngineClient(lambda method, payloads: calls.append((method, payloads)) or [], [1, 1], Sums())
     client.update_weights({**UPDATE, "ipc_handles": {"GPU-1": ARGUMENTS}})
     ((method, payloads),) = calls
     assert method is ServesWeights.update_weights and len(payloads) == 2

@@ -14,9 +14,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from flux_ray.messages import Attested
 from flux_ray.protocols import ServesWeights
 from flux_ray.weights.bucket_channel import BucketChannel, join_group, map_memory
 from flux_ray.weights.buckets import Announcement, Param, buckets, size_of, unpack
+from flux_ray.weights.checksum import Sums
 from flux_ray.weights.publish import EngineClient, Publisher
 from flux_ray.weights.sender import GlooSender
 from flux_ray.weights.source import TrainerSource
@@ -171,22 +173,25 @@ def test_every_engine_is_told_version_and_step_and_says_what_it_serves():
 
     def call(method, payloads):
         calls.append((method, payloads))
-        return ["7"] * len(payloads) if "finish" in method.__name__ else [None] * len(payloads)
+        return [Attested("7")] * len(payloads) if "finish" in method.__name__ else [None] * len(payloads)
 
-    client = EngineClient(call, [1, 1, 1])
+    sums = Sums()
+    list(sums.watch([("a", torch.ones(1))]))
+    client = EngineClient(call, [1, 1, 1], sums)
     client.version, client.step = 7, 5
     client.begin_weight_update({"names": ["a"]})
     client.finish_weight_update()
     client.finish_staged_update(2)
     assert calls == [(ServesWeights.begin_weight_update, [({"names": ["a"]},)] * 3),
-                     (ServesWeights.finish_weight_update, [(7, 5)] * 3),
-                     (ServesWeights.finish_staged_update, [(2, 7, 5)] * 3)]
-    assert client.served == ["7"] * 3
+                     (ServesWeights.finish_weight_update, [(7, 5, sums.given())] * 3),
+                     (ServesWeights.finish_staged_update, [(2, 7, 5, sums.given())] * 3)]
+    assert client.served == [Attested("7")] * 3 and set(sums.given()) == {"a"}
 
 
 def test_an_engines_first_worker_comes_after_all_workers_of_those_before_it():
     infos = []
-    client = EngineClient(lambda method, payloads: infos.extend(info for (info,) in payloads) or [], [2, 1, 4])
+    client = EngineClient(lambda method, payloads: infos.extend(info for (info,) in payloads) or [], [2, 1, 4],
+                          Sums())
     client.init_weight_transfer_engine({"rank_offset": 1, "world_size": 8})
     assert [info["rank_offset"] for info in infos] == [1, 3, 4]
 

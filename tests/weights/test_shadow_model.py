@@ -36,5 +36,16 @@ def test_a_twin_gives_what_a_reload_gives_and_touches_nothing_before(compared, n
     assert compared[name]["left"] == 0  # else the weights of each update would stay
 
 
+@pytest.mark.parametrize("name", ["qwen2", "gpt2", "mixtral"])
+def test_what_is_loaded_is_compared_with_what_was_sent(compared, name):
+    said = compared[name]
+    assert said["right"] == [[], [], []]
+    if name != "mixtral":
+        assert all(told for path, told in said["stale"].items() if not path.endswith("anew"))
+    if name == "qwen2":  # what GPT-2's file holds transposed is not read back
+        assert all(told for told in said["stale"].values())
+        assert any("qkv" in path for path in said["stale"]) and any("k_proj.weight has" in c for c in said["checks"])
+
+
 def test_experts_are_loaded_where_the_engine_stands(compared):
     assert not compared["mixtral"]["can"]

@@ -1,0 +1,20 @@
+"""What an engine's worker does beyond vLLM's own: it ends an update, and says whether the model holds what was sent.
+
+Takes:  the sender's checksums.
+Gives:  AttestingWorker, a worker extension: vLLM finds it by its name.
+Knows:  an end of the weight channel that is ours keeps Receipts (attest.py); vLLM's own NCCL end has none.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class AttestingWorker:
+    weight_transfer_engine: Any
+
+    def finish_and_attest(self, sent: dict[str, int]) -> list[str]:
+        """vLLM's finish_weight_update. Gives the parameters that are wrong."""
+        self.finish_weight_update()  # type: ignore[attr-defined]
+        receipts = getattr(self.weight_transfer_engine, "receipts", None)
+        return receipts.wrong(sent) if receipts is not None else []
