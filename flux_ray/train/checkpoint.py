@@ -3,9 +3,8 @@
 Takes:  an engine, a folder.
 Gives:  per trained parameter its fp32 master and AdamW's two moments, whole (safetensors); random states; a JSON.
 Knows:  where each ZeRO stage keeps them; that moments don't exist before the first update.
-Never:  pickles; leaves a half-written folder; writes or takes a value that isn't finite;
-        holds more than one gathered parameter beside a shard, unless memory
-        allows a snapshot that is written beside the next step.
+Never:  pickles; leaves a half-written folder; writes or takes a value that isn't finite; holds more than one
+        gathered parameter beside a shard, unless memory allows a snapshot that is written beside the next step.
 """
 
 from __future__ import annotations
@@ -44,6 +43,7 @@ def save(engine: Engine, folder: str | Path, *, step: int, kl_coef: float, backg
     Gives what is done once it is there, at once on the other ranks. It ends in one of UNWRITTEN where the folder can't
     be written: the ranks have then gathered everything all the same, and are still in step. `background`: auto |
     always | never, whether rank 0 writes a snapshot in a thread; the engine may go on as soon as this returns.
+    Raises RuntimeError where a tensor isn't finite: a moment, say.
     """
     random_states, tensors = _gathered_random_states(engine), _finite(_tensors(engine))
     state = {"format": FORMAT, "version": step, "num_updates": engine.num_updates, "kl_coef": kl_coef,
