@@ -39,7 +39,7 @@ class Skipped:
     def tensors(self) -> dict[str, Tensor]:
         """Sequences side by side, as micro-batches hold them; `lengths` divides them."""
         named = {name: [getattr(m, field) for m in self.micro_batches] for name, field in KEPT.items()}
-        return {f"update-{self.update}.{name}": torch.cat(parts).cpu().contiguous() for name, parts in named.items()
+        return {name: torch.cat(parts).cpu().contiguous() for name, parts in named.items()
                 if parts and all(part is not None for part in parts)}
 
 
@@ -58,7 +58,8 @@ def keep(
 ) -> None:
     """Write this rank's share of a step's batch. `name`: of what is trained; `scores`: of the rank's groups, if any."""
     stem = f"step-{step:06d}-{name}"
-    tensors = {key: tensor for one in skipped for key, tensor in one.tensors().items()}
+    # By place, as the JSON has them: an update that is left out leaves its number to the next one.
+    tensors = {f"{i}.{key}": tensor for i, one in enumerate(skipped) for key, tensor in one.tensors().items()}
     if scores:
         tensors["rewards"] = torch.from_numpy(np.concatenate([np.asarray(group.rewards) for group in scores]))
         tensors["group_sizes"] = torch.tensor([len(group.rewards) for group in scores])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
@@ -40,7 +40,7 @@ class Prepared:
     """As much of a prepared run as is asked for."""
 
     config: Any
-    start: LoopState = LoopState(0, 0)
+    start: LoopState = field(default_factory=lambda: LoopState(0, 0))
     checkpoint: None = None
 
 
@@ -60,14 +60,16 @@ def test_a_skipped_step_is_told_with_its_cause_and_its_file(noted):
     assert "\n" not in line
 
 
-@pytest.mark.parametrize("one", [SKIPPED, {"train/skipped": 0.25, "train/grad_norm": 1.0}, FINE | {"critic/skipped": 1.0}])
+@pytest.mark.parametrize("one", [
+    SKIPPED, {"train/skipped": 0.25, "train/grad_norm": 1.0}, FINE | {"critic/skipped": 1.0},
+])
 def test_three_in_a_row_are_too_many(noted, one):
     """Of a policy or a critic, of all updates of a step or of some. A step that is made begins the count anew."""
     numbers = Numbers(noted)
     steps = [one] * (MOST_SKIPPED - 1) + [FINE] + [one] * (MOST_SKIPPED - 1)
     for step, metrics in enumerate(steps):
         numbers.after(step + 1, metrics)
-    with pytest.raises(NumbersWentWrong, match="step 6: .* 3 steps in a row were left out"):
+    with pytest.raises(NumbersWentWrong, match=r"step 6: .* 3 steps in a row were left out"):
         numbers.after(len(steps) + 1, one)
     assert len(noted.said) == 2 * (MOST_SKIPPED - 1)
 

@@ -29,10 +29,10 @@ def test_what_is_not_finite_is_left_out_by_every_rank(folder: Path, two: dict, k
     shares = [load_file(kept / f"step-000002-trainer-rank-{rank}.safetensors") for rank in (0, 1)]
     groups = [rollout_group(uid, version=1) for uid in SECOND]
     assert sorted(uid for share in shares for uid in share["group_uids"].tolist()) == sorted(SECOND)
-    assert sum(len(share["update-1.token_ids"]) for share in shares) == sum(
+    assert sum(len(share["0.token_ids"]) for share in shares) == sum(
         len(trajectory.token_ids) for group in groups for trajectory in group.trajectories)
     assert sum(len(share["rewards"]) for share in shares) == sum(len(group.trajectories) for group in groups)
-    assert [bool(share["update-1.reference_logprobs"].isnan().any()) for share in shares] == [False, True]
+    assert [bool(share["0.reference_logprobs"].isnan().any()) for share in shares] == [False, True]
 
 
 def test_weights_that_are_not_finite_are_given_to_nobody(folder: Path, two: dict) -> None:
