@@ -67,6 +67,6 @@ def _nothing_to_learn(step: int, metrics: Mapping[str, float]) -> str:
     elif not metrics.get("train/num_tokens", 1.0):
         cause = "no token is learned from (train/num_tokens is 0)"
     else:
-        cause = ("mostly all samples of each group have the same reward, the loss is masked everywhere, or nothing that "
-                 "the loss depends on is trained")
+        cause = ("mostly all samples of each group have the same reward, the loss is masked everywhere, or nothing "
+                 "that the loss depends on is trained")
     return f"step {step}: the gradient was exactly 0 for {WITHOUT_GRADIENT} steps in a row: {cause}"
