@@ -27,6 +27,7 @@ from flux_ray.errors import UserError
 
 CONFIG = "config.yaml"  # the first file of a run, which the driver writes
 AUTO = "auto"  # as `resume`: go on with what lies in run_dir
+BAD_BATCHES = "bad_batches"  # of steps that a number left out which was not finite
 LOCK = ".lock"  # held by the process of a run as long as it lives
 
 

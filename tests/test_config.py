@@ -117,6 +117,7 @@ def test_wrong_type_names_key_and_value(key, value):
 @pytest.mark.parametrize("values, message", [
     ({"rollout.group_size": 0}, "rollout.group_size must be >= 1, got 0"),
     ({"train.zero_stage": 4}, "train.zero_stage must be <= 3, got 4"),
+    ({"train.learning_rate": 1e39}, "train.learning_rate must be <= 10, got 1e+39"),
     ({"rollout.temperature": 0.0}, "rollout.temperature must be > 0, got 0.0"),
     ({"train.learning_rate": float("nan")}, "train.learning_rate must be a finite number, got nan"),
     ({"algo.kl_estimator": "k4"}, "algo.kl_estimator must be one of k1, k2, k3; got 'k4'"),

@@ -214,7 +214,7 @@ class CriticConfig:
     """Of algorithms whose advantages need values; it trains as train says, and on as many ranks."""
 
     path: str | None = knob(None, "where it starts: a policy or a reward model; none: the policy's own start")
-    learning_rate: float = knob(1e-5, "peak learning rate (AdamW), on train's schedule", least=0)
+    learning_rate: float = knob(1e-5, "peak learning rate (AdamW), on train's schedule", least=0, most=10)
     clip_range: float = knob(0.2, "a value may move so far from its old one within a step before it stops learning",
                              above=0)
     warmup_steps: int = knob(0, "first steps, in which it learns alone and the policy stays as it is", least=0)
@@ -241,7 +241,7 @@ class LoraConfig:
 class TrainConfig:
     num_ranks: int = knob(1, "data-parallel training ranks (DeepSpeed)", least=1)
     zero_stage: int = knob(0, "ZeRO stage: 0 to 3 (0 in bfloat16 runs as 1, which keeps fp32 weights)", least=0, most=3)
-    learning_rate: float = knob(1e-6, "peak learning rate (AdamW)", least=0)
+    learning_rate: float = knob(1e-6, "peak learning rate (AdamW)", least=0, most=10)
     adam_betas: list[float] = knob([0.9, 0.95], "AdamW's betas")
     adam_eps: float = knob(1e-8, "AdamW's epsilon", above=0)
     weight_decay: float = knob(0.0, "AdamW's weight decay", least=0)

@@ -28,6 +28,7 @@ from flux_ray.errors import UserError, unknown
 from flux_ray.hugging_face import Tokenizer
 from flux_ray.model import norm, varlen
 from flux_ray.model.attention import CAUSAL_BLOCKS
+from flux_ray.model.finite import not_finite
 from flux_ray.model.packed import LAYOUTS
 from flux_ray.model.policy import PolicyModel
 from flux_ray.model.score import HEAD, ScoreModel
@@ -103,6 +104,7 @@ def load_policy(
                      attn_implementation=EAGER, output_loading_info=True)
     if info["missing_keys"]:
         raise UserError(f"model {str(path)!r} lacks weights: {', '.join(sorted(info['missing_keys'])[:3])}")
+    _check_finite(hf, path)
     layout, attention = _layout_for(hf, traits, layout, attention)
     _ready_to_train(hf, traits, attention, gradient_checkpointing)
     policy = PolicyModel(hf, layout=layout, chunk_tokens=chunk_tokens, head=traits.head)
@@ -134,9 +136,10 @@ def load_score(
     if missing:
         raise UserError(f"model {str(path)!r} lacks weights: {', '.join(sorted(missing)[:3])}")
     _check_causal(hf, path)
-    layout, attention = _layout_for(hf, traits, layout, attention)
     if not scores:
         getattr(hf, HEAD).weight.data.zero_()
+    _check_finite(hf, path)
+    layout, attention = _layout_for(hf, traits, layout, attention)
     _ready_to_train(hf, traits, attention, gradient_checkpointing)
     model = ScoreModel(hf, layout=layout, has_new_head=not scores)
     model.checkpoint_names = traits.names
@@ -160,6 +163,14 @@ def check_score_model(path: str | Path) -> None:
                         f"{', '.join(config.architectures or ['none named'])})")
     if config.num_labels != 1:
         raise UserError(f"model {str(path)!r} has {config.num_labels} labels: a score is one number")
+
+
+def _check_finite(hf: PreTrainedModel, path: str | Path) -> None:
+    """UserError for a weight that came as nan or infinity."""
+    names, weights = zip(*hf.named_parameters(), strict=True)
+    wrong = not_finite(weights)
+    if wrong:
+        raise UserError(f"model {str(path)!r}: its weight {names[wrong[0]]} has values that are not finite")
 
 
 def _ready_to_train(hf: PreTrainedModel, traits: Traits, attention: str, gradient_checkpointing: bool) -> None:

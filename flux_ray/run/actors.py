@@ -119,6 +119,7 @@ class TrainingRank(Trainer):
 
     def publish(self, version: int, step: int) -> list[Attested]:
         assert self._publisher is not None
+        self.check_weights()
         return self._publisher.publish(version, step)
 
     def compare_held(self, *, engines: Sequence[int]) -> list[ComparedTokens]:

@@ -4,6 +4,7 @@ Takes:  what ended a life of the run; the checkpoints in its folder.
 Gives:  `Restarts.after`: what the next life begins with.
 Knows:  a life is all actors, from their start to their end. The next one builds them anew; the driver's process stays.
         A synchronous run that is restarted ends with the weights of one that was never disturbed.
+        Numbers that are not finite, step after step, are a fault the first time.
 Never:  restarts for a mistake of the user's, or again and again at the same step.
 """
 
@@ -17,6 +18,7 @@ from flux_ray.cluster.group import ActorDied, ActorError
 from flux_ray.cluster.plan import CRITIC, ENGINE, REFERENCE, REWARD_MODEL, TRAINER
 from flux_ray.observability.run_folder import METRICS, read_lines
 from flux_ray.run import checkpoint as saved
+from flux_ray.run.numbers import NumbersWentWrong
 from flux_ray.run.prepare import Prepared
 from flux_ray.run.recorder import Recorder
 
@@ -33,6 +35,7 @@ class Restarts:
     def __init__(self, first: Prepared, recorder: Recorder) -> None:
         self._first, self._recorder = first, recorder
         self._furthest, self._in_a_row = first.start.step, 0
+        self._numbers_went_wrong = False  # before
 
     def after(self, error: BaseException) -> Prepared:
         """What the next life begins with. Raises `error` where the run is to end."""
@@ -41,7 +44,9 @@ class Restarts:
         self._furthest = max(self._furthest, recorder.steps_done)
         self._in_a_row = 1 if gets_further else self._in_a_row + 1
         cause = first_cause(error)
-        if not is_fault(cause) or not recorder.was_ready or self._in_a_row > most:
+        wrong_again = isinstance(cause, NumbersWentWrong) and self._numbers_went_wrong
+        self._numbers_went_wrong |= isinstance(cause, NumbersWentWrong)
+        if not is_fault(cause) or wrong_again or not recorder.was_ready or self._in_a_row > most:
             raise error
         logging.getLogger(__name__).error("the run goes on after this", exc_info=error)
         prepared = self._from_last_checkpoint()
@@ -73,7 +78,7 @@ def first_cause(error: BaseException) -> BaseException:
 
 def is_fault(cause: BaseException) -> bool:
     """Whether something died or fell silent that may live the next time."""
-    if isinstance(cause, ActorDied):
+    if isinstance(cause, (ActorDied, NumbersWentWrong)):
         return True
     if isinstance(cause, ActorError):
         broke_off = cause.raised in BROKEN_OFF or bool(BROKEN_OFF_TEXT.search(str(cause)))

@@ -19,6 +19,7 @@ from flux_ray.cluster.group import Group
 from flux_ray.config import Config, EvaluatedConfig, PolicyGradientConfig
 from flux_ray.protocols import Trains
 from flux_ray.records import LoopState, Prompt, ScoredGroup
+from flux_ray.run.numbers import Numbers
 from flux_ray.run.recorder import Recorder
 from flux_ray.run.saving import Saver
 
@@ -58,7 +59,7 @@ class Training:
         """`progress` is called after each step."""
         self._config, self._loop, self._recorder = config, loop, recorder
         self._saver = Saver(config, lambda: recorder.folder.checkpoints, trained, warn=lambda line: recorder.warn(line))
-        self._progress = progress
+        self._progress, self._numbers = progress, Numbers(recorder)
         self._last_step = config.driver.num_steps  # less once an evaluation has reached eval.stop_at
         self._eval_every = config.eval.every if isinstance(config, EvaluatedConfig) else 0
         self._stop_at, self._samples_per_step = None, 0
@@ -87,6 +88,7 @@ class Training:
         step, metrics = self._loop.step, await self._loop.train()
         self._recorder.account(step, self._loop.account())
         self._recorder.step(step, metrics)
+        self._numbers.after(self._loop.step, metrics)
         self._progress()
         await self._save_if_due()
         await self._evaluate_if_due()

@@ -3,8 +3,8 @@
 Takes:  an engine, a folder.
 Gives:  per trained parameter its fp32 master and AdamW's two moments, whole (safetensors); random states; a JSON.
 Knows:  where each ZeRO stage keeps them; that moments don't exist before the first update.
-Never:  pickles; leaves a half-written folder; holds more than one gathered parameter beside a shard, unless memory
-        allows a snapshot that is written beside the next step.
+Never:  pickles; leaves a half-written folder; writes or takes a value that isn't finite; holds more than one
+        gathered parameter beside a shard, unless memory allows a snapshot that is written beside the next step.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from flux_ray.errors import UserError
+from flux_ray.model.finite import not_finite
 from flux_ray.model.save import UNWRITTEN, atomic_folder, write_shards
 from flux_ray.train import full_weights
 from flux_ray.train.engine import Engine
@@ -42,8 +43,9 @@ def save(engine: Engine, folder: str | Path, *, step: int, kl_coef: float, backg
     Gives what is done once it is there, at once on the other ranks. It ends in one of UNWRITTEN where the folder can't
     be written: the ranks have then gathered everything all the same, and are still in step. `background`: auto |
     always | never, whether rank 0 writes a snapshot in a thread; the engine may go on as soon as this returns.
+    Raises RuntimeError where a tensor isn't finite: a moment, say.
     """
-    random_states, tensors = _gathered_random_states(engine), _tensors(engine)
+    random_states, tensors = _gathered_random_states(engine), _finite(_tensors(engine))
     state = {"format": FORMAT, "version": step, "num_updates": engine.num_updates, "kl_coef": kl_coef,
              "lora_alpha": _lora_alpha(engine), "dtype": _dtype(engine)}
     done: Future[None] = Future()
@@ -125,6 +127,8 @@ def _load(engine: Engine, folder: Path) -> tuple[int, float]:
                 raise UserError(f"checkpoint {str(folder)!r} is of another model: it lacks {key}")
             with safe_open(stored[key], framework="pt") as file:
                 parts[kind] = file.get_tensor(key).to(engine.device)
+            if not_finite([parts[kind]]):
+                raise UserError(f"checkpoint {str(folder)!r}: {key} has values that are not finite")
         shape = full_weights.whole_shape(parameter)
         if parts["master"].shape != shape:
             raise UserError(f"checkpoint {str(folder)!r} is of another model: {name} has shape "
@@ -162,6 +166,13 @@ def _tensors(engine: Engine) -> Iterator[tuple[str, Tensor]]:
     for name, parameter in full_weights.parameters(engine.model):
         for kind in ("master", *MOMENTS):
             yield f"{kind}.{name}", _whole_state(engine, parameter, kind)
+
+
+def _finite(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    for name, tensor in tensors:
+        if not_finite([tensor]):
+            raise RuntimeError(f"{name} has values that are not finite: no checkpoint is written")
+        yield name, tensor
 
 
 def _whole_state(engine: Engine, parameter: Any, kind: str) -> Tensor:

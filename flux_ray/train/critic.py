@@ -32,6 +32,7 @@ class Critic(Rank):
     """All methods are collective."""
 
     config: PPOConfig
+    trained = "critic"
 
     def __init__(self, config: PPOConfig, **place: Unpack[Place]) -> None:
         """`config`: one in which `model` and `train` are the critic's."""
@@ -50,7 +51,7 @@ class Critic(Rank):
     ) -> StepReport:
         """One step on all ranks' groups: as many updates as the policy's, towards the returns.
 
-        `values`: as `values` gave them before the step. Raises FloatingPointError as Trainer.train_step.
+        `values`: as `values` gave them before the step.
         """
         config = self.config
         wanted = [row for group in returns for row in group]
@@ -67,6 +68,7 @@ class Critic(Rank):
                                              divisor=by, at="before")
                 measured.append(divided(metrics, "critic/loss", by))
         self.step = step + 1
+        self.keep_skipped(self.step, scores)
         merged = self.engine.merge(merge(measured))
         return StepReport(self.step, {_named(name): value for name, value in read(merged).items()})
 

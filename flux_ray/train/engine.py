@@ -5,7 +5,7 @@ Gives:  `update` (gradients of the sum over all ranks' micro-batches, then AdamW
         alone, before an update), `forward`, sums over ranks.
 Knows:  DeepSpeed's averaging (undone: the step's loss is a sum), ZeRO's lockstep (every rank runs equally many
         micro-batches, some of them without weight), the learning rate of each update.
-Never:  trains on a loss or gradient that isn't finite: it names the step and the rank and stops.
+Never:  trains on a loss or gradient that isn't finite: all ranks leave the update out, and keep what it was made from.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ from torch import Tensor
 
 from flux_ray.batch import MicroBatch, without_weight
 from flux_ray.config import TrainConfig
-from flux_ray.model import PackedModel
+from flux_ray.model import PackedModel, ScoreModel
 from flux_ray.observability.metrics import Max, Mean, Metric, merge
 from flux_ray.train import setup
+from flux_ray.train.skipped import Skipped, not_finite
 
 T = TypeVar("T")
 
@@ -50,7 +51,8 @@ class Engine:
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.zero_stage = setup.zero_stage(config, dtype)
         self.num_updates = 0
-        self._num_accumulated, self._finite = 0, True  # micro-batches since the last update; their losses
+        self.skipped: list[Skipped] = []  # updates that were left out; whoever keeps them on disk takes them away
+        self._begin_update()
         optimizer = torch.optim.AdamW(
             [p for p in model.parameters() if p.requires_grad], lr=config.learning_rate,
             betas=(config.adam_betas[0], config.adam_betas[1]), eps=config.adam_eps,
@@ -105,20 +107,29 @@ class Engine:
         """One optimizer update on the sum of the objective over all ranks' micro-batches, divided by `divisor`.
 
         Micro-batches that were accumulated before count too. Gives this rank's metrics of these micro-batches. Does
-        nothing, and measures nothing, where no rank has a micro-batch. Raises FloatingPointError for a loss or gradient
-        that isn't finite, on all ranks alike.
+        nothing, and measures nothing, where no rank has a micro-batch. Where a loss or the gradient isn't finite, all
+        ranks leave the update out alike: weights, moments and schedule stay, and train/skipped is all that is measured.
         """
         metrics = self.accumulate(micro_batches, objective, last=True, **asked)
-        if not self._num_accumulated:
+        num_micro_batches, taken, why = self._num_accumulated, self._taken, self._why
+        self._begin_update()
+        if not num_micro_batches:
             return {}
-        num_micro_batches, finite = self._num_accumulated, self._finite
-        self._num_accumulated, self._finite = 0, True
-        self._refuse_if_not_finite(finite)
+        why = self._first(why)
         rate = setup.learning_rate(self.config, self.num_updates, total_updates)
         norm = self._optimizer_step(rate, divisor)
+        if not math.isfinite(norm) or norm < 0:  # ZeRO says -1 for a norm that overflowed
+            self.skipped.append(Skipped(self.num_updates, why or "the gradient's norm", taken))
+            return {"train/skipped": Mean(1.0)}
+        assert why is None, f"training update {self.num_updates} was made, though this is not finite: {why}"
         self.num_updates += 1
         return metrics | {"train/grad_norm": Mean(norm), "train/learning_rate": Mean(rate),
-                          "train/num_micro_batches": Max(num_micro_batches)}
+                          "train/num_micro_batches": Max(num_micro_batches), "train/skipped": Mean(0.0)}
+
+    def _begin_update(self) -> None:
+        self._num_accumulated = 0  # micro-batches since the last update
+        self._taken: list[MicroBatch] = []  # this rank's own of them
+        self._why: str | None = None  # what isn't finite in them
 
     def accumulate(
         self, micro_batches: Sequence[MicroBatch], objective: Objective, *, last: bool = False,
@@ -137,11 +148,16 @@ class Engine:
                 wanted, measured = objective(i, moved, *given)
                 loss = loss + wanted
                 metrics.append(measured)
-            self._finite = self._finite and bool(torch.isfinite(loss))
+            if not bool(torch.isfinite(loss)):
+                output = "scores" if isinstance(self.model, ScoreModel) else "log-probs"
+                self._why = self._why or not_finite(moved, given, output=output)
+                # The gradient too must be of no use: its norm, which all ranks share, then leaves the update out.
+                loss = loss * math.nan
             self.deepspeed.set_gradient_accumulation_boundary(last and i == len(in_step) - 1)
             # DeepSpeed averages gradients over ranks; the step's loss is a sum over them.
             self.deepspeed.backward(loss * self.world_size)
         self._num_accumulated += len(in_step)
+        self._taken += micro_batches
         return merge([*metrics, {"train/padding_frac": self._unused(in_step, of_use=micro_batches)}])
 
     def _in_lockstep(self, micro_batches: Sequence[MicroBatch], at_least: int = 0) -> list[MicroBatch]:
@@ -157,13 +173,18 @@ class Engine:
 
     # -- the optimizer -------------------------------------------------------------------------------------------
 
-    def _refuse_if_not_finite(self, finite: bool) -> None:
-        culprit = self.max(0 if finite else self.rank + 1) - 1
-        if culprit >= 0:
-            raise FloatingPointError(f"training update {self.num_updates}: the loss on rank {culprit} is not finite")
+    def _first(self, why: str | None) -> str | None:
+        """What isn't finite, and on which rank; None where everything is. Collective."""
+        if not self.max(int(why is not None)):
+            return None
+        every, _ = self.everyone(why)
+        return next(f"{of_rank} on rank {rank}" for rank, of_rank in enumerate(every) if of_rank is not None)
 
     def _optimizer_step(self, rate: float, divisor: float) -> float:
-        """AdamW on the gradients over `divisor`, clipped. Gives the norm before clipping."""
+        """AdamW on the gradients over `divisor`, clipped; nothing moves where their norm isn't finite.
+
+        Gives the norm before clipping. No gradient is left.
+        """
         optimizer = self.deepspeed.optimizer
         for group in optimizer.param_groups:
             group["lr"] = rate
@@ -171,7 +192,8 @@ class Engine:
             parameters = [p for p in self.model.parameters() if p.grad is not None]
             torch._foreach_div_([p.grad for p in parameters], divisor)
             norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm or math.inf))
-            self._refuse_norm(norm)
+            if not math.isfinite(norm):
+                self.model.zero_grad(set_to_none=True)  # without gradients AdamW leaves everything as it is
             self.deepspeed.step()
             return norm
         # ZeRO takes the norm inside its step, and skips the update where it isn't finite.
@@ -183,14 +205,7 @@ class Engine:
             optimizer.loss_scale = divisor  # the other optimizers divide by it
             self.deepspeed.step()
             optimizer.loss_scale = 1.0
-        norm = float(self.deepspeed.get_global_grad_norm())
-        self._refuse_norm(norm)
-        return norm
-
-    def _refuse_norm(self, norm: float) -> None:
-        if not math.isfinite(norm) or norm < 0:  # ZeRO says -1 for a norm that overflowed
-            raise FloatingPointError(
-                f"training update {self.num_updates}: the gradient's norm on rank {self.rank} is not finite ({norm})")
+        return float(self.deepspeed.get_global_grad_norm())
 
 
 def _shard(

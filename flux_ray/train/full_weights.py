@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from flux_ray.model import PackedModel
+from flux_ray.model.finite import not_finite
 from flux_ray.model.lora import Factors
 
 
@@ -56,6 +57,12 @@ def whole(parameters: Sequence[Tensor]) -> AbstractContextManager[object]:
     import deepspeed
 
     return deepspeed.zero.GatheredParameters(parameters)
+
+
+def first_not_finite(model: PackedModel) -> int | None:
+    """The place among `parameters` of the first with a value that isn't finite, of those that lie on this rank."""
+    mine = [getattr(p, "ds_tensor", p).detach() for _, p in parameters(model)]
+    return next(iter(not_finite(mine)), None)
 
 
 def metadata(model: PackedModel) -> list[tuple[str, torch.dtype, torch.Size]]:

@@ -86,7 +86,8 @@ def run(
             by = divisor(algorithm.aggregation, before.counts + part.counts)
             metrics = engine.update(mini_batch.micro_batches, objective, total_updates=total_updates, divisor=by,
                                     **_asked(config))
-            measured.append(divided(merge([before.metrics, metrics]), "actor/loss", by))
+            made = "train/grad_norm" in metrics  # else nothing of the update counts, nor of what was accumulated
+            measured.append(divided(merge([before.metrics if made else {}, metrics]), "actor/loss", by))
     return merge(measured), returned
 
 

@@ -3,12 +3,13 @@
 Takes:  Config, a place in the group, a function that loads its model.
 Gives:  an Engine around the model; whole weights; checkpoints and models on disk.
 Knows:  what every kind of training shares; the classes that inherit know the objective.
+Never:  gives away weights that are not finite.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Unpack
@@ -31,7 +32,8 @@ from flux_ray.model import (
     save_model,
 )
 from flux_ray.model.save import UNWRITTEN, why_unwritten
-from flux_ray.train import checkpoint, full_weights, setup
+from flux_ray.records import ScoredGroup
+from flux_ray.train import checkpoint, full_weights, setup, skipped
 from flux_ray.train.engine import Engine
 
 SAVED_AT_ONCE_BYTES = 64 * 2**20  # whole weights that are gathered together while a model is saved
@@ -41,6 +43,8 @@ Load = Callable[[Config, torch.dtype], PackedModel]
 class Rank:
     """All methods but `weight_metadata` and `finish_checkpoint` are collective: every rank calls them, in the same
     order."""
+
+    trained = "trainer"  # what the group is, in the names of files
 
     def __init__(self, config: Config, *, load: Load, **place: Unpack[setup.Place]) -> None:
         if config.model.path is None:
@@ -69,11 +73,29 @@ class Rank:
         """Whole weights by checkpoint name, bucket by bucket; a tensor is valid until the next is asked for."""
         return full_weights.iter_weights(self.model, bucket_bytes)
 
+    def check_weights(self) -> None:
+        """RuntimeError on all ranks alike, of one line, where a trained weight isn't finite."""
+        # Each rank looks at what it holds: all of the weights, or its shares of them.
+        first = full_weights.first_not_finite(self.model)
+        names = [name for name, _ in full_weights.parameters(self.model)]
+        of_all = len(names) - self.engine.max(0 if first is None else len(names) - first)
+        if of_all < len(names):
+            raise RuntimeError(f"after {self.engine.num_updates} updates the weight {names[of_all]} has values that "
+                               "are not finite: it is neither published nor saved")
+
+    def keep_skipped(self, step: int, scores: Sequence[ScoredGroup] = ()) -> None:
+        """On disk, what the updates were to be made from that the step has left out; `scores`: of its groups."""
+        left_out, self.engine.skipped = self.engine.skipped, []
+        if left_out and self.config.run_dir is not None:
+            skipped.keep(Path(self.config.run_dir, run_dir.BAD_BATCHES), left_out, step=step, name=self.trained,
+                         rank=self.engine.rank, scores=scores)
+
     def save_checkpoint(self, folder: str | Path, background: str = "never") -> None:
         """All that the next step depends on, in one folder, whole or not at all: once `finish_checkpoint` says so.
 
-        The next step may begin before. `background`: as `checkpoint.save` takes it.
+        The next step may begin before. `background`: as `checkpoint.save` takes it. Raises as `check_weights`.
         """
+        self.check_weights()
         self._writing = checkpoint.save(self.engine, folder, step=self.step, kl_coef=self.kl_coef,
                                         background=background)
 
@@ -99,8 +121,9 @@ class Rank:
     def save_model(self, folder: str | Path) -> None:
         """Write the model in Hugging Face layout, its adapter merged, and beside it the adapter alone, as peft has it.
 
-        Rank 0 writes.
+        Rank 0 writes. Raises as `check_weights`.
         """
+        self.check_weights()
         weights = self.iter_weights(SAVED_AT_ONCE_BYTES)
         if self.engine.rank == 0:
             write_model(self.model, self.config, folder, weights)

@@ -35,6 +35,7 @@ class Trainer(Rank):
             self.kl_coef = config.algo.kl_coef
         self.returns: list[list[np.ndarray]] = []  # of the last step, by group and trajectory: what a critic learns
         self._begun: policy_step.Begun | None = None  # what `accumulate` has done of the next step
+        self._scores: list[ScoredGroup] = []  # of that step, so far
 
     def train_step(
         self, *, groups: Sequence[RolloutGroup], scores: Sequence[ScoredGroup],
@@ -45,8 +46,8 @@ class Trainer(Rank):
 
         `step`: how many are done; `versions`: those that hold its weights (None: the version of the same number).
         `values`: a critic's, as Critic.values gives them, for algorithms that need them. Where the policy without its
-        adapter is the reference, its log-probs are made here. Raises FloatingPointError, naming update and rank, where
-        a loss or a gradient isn't finite.
+        adapter is the reference, its log-probs are made here. An update whose loss or gradient isn't finite is left
+        out, and its batch kept in the run's folder.
         """
         batch = self._batch(groups, scores, reference_logprobs, step, versions)
         metrics, self.returns = policy_step.run(
@@ -86,10 +87,11 @@ class Trainer(Rank):
             temperature = self._policy_config.rollout.temperature
             rows = self.reference_logprobs(scoring_samples(groups), temperature=temperature)
             reference_logprobs = by_group(rows, groups)
+        self._scores += scores
         return RankBatch(groups, scores, step, (step,) if versions is None else versions, reference_logprobs)
 
     def sft_step(self, samples: Sequence[Sample]) -> StepReport:
-        """One supervised step on all ranks' samples. Raises as `train_step`."""
+        """One supervised step on all ranks' samples. Leaves out what `train_step` does."""
         metrics = sft_step.run(self.engine, self.config.batch, samples, total_updates=self.config.driver.num_steps)
         return self._report(metrics, self.step + 1)
 
@@ -100,7 +102,7 @@ class Trainer(Rank):
     def pair_step(
         self, *, pairs: Sequence[PreferencePair], reference_logprobs: Sequence[tuple[float, float]] | None,
     ) -> StepReport:
-        """One step on all ranks' preference pairs. Raises as `train_step`.
+        """One step on all ranks' preference pairs. Leaves out what `train_step` does.
 
         `reference_logprobs`: of both responses, sums over each.
         """
@@ -121,6 +123,8 @@ class Trainer(Rank):
 
     def _report(self, metrics: dict[str, Metric], step: int) -> StepReport:
         self.step = step
+        self.keep_skipped(step, self._scores)
+        self._scores = []
         merged = self.engine.merge(metrics)
         paid = merged.get("actor/reward_kl")
         moved = "train/grad_norm" in merged  # not while a critic learns alone: the policy stands still

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import platform
 import stat
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -66,14 +68,25 @@ def test_a_hub_name_that_cannot_be_read(tmp_path, monkeypatch) -> None:
 
 def test_missing_weights_are_refused(tmp_path) -> None:
     path = tiny_model(tmp_path, tied=False)
-    from safetensors.torch import load_file, save_file
-
     weights = load_file(path / "model.safetensors")
     weights.pop("lm_head.weight")
     save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError) as error:
         load_policy(path, dtype=torch.float32, chunk_tokens=8)
     assert "lm_head.weight" in one_line(error)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_weights_that_are_not_finite_are_refused(tmp_path, value: float) -> None:
+    path = tiny_model(tmp_path, tied=True)
+    weights = load_file(path / "model.safetensors")
+    weights["model.layers.0.mlp.up_proj.weight"][0, 1] = value
+    save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError) as error:
+        load_policy(path, dtype=torch.float32, chunk_tokens=8)
+    assert "its weight model.layers.0.mlp.up_proj.weight has values that are not finite" in one_line(error)
+    with pytest.raises(UserError, match="not finite"):
+        load.load_score(path, dtype=torch.float32)
 
 
 @pytest.mark.parametrize(("config", "words"), [

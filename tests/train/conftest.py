@@ -16,6 +16,7 @@ SCENARIOS: dict[str, dict[int, str]] = {
     "test_trainer": {2: "two_ranks", 1: "one_rank"},
     "test_pair_step": {2: "pairs_two", 1: "pairs_one"},
     "test_critic": {2: "critic_two_ranks"},
+    "test_skipped": {2: "skips"},
 }
 REPEATS = "stages_between"  # on two ranks, for tests that are marked `all`
 

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from safetensors.torch import save_file
 
 from flux_ray import register_adv_estimator
@@ -271,16 +270,6 @@ def bfloat16(rank: Rank, stage: int) -> dict[str, Any]:
     return {"metrics": metrics, "types": sorted({str(w.dtype) for w in weights(trainer).values()}), "fine": fine}
 
 
-def refusal(rank: Rank, stage: int) -> str:
-    """What a rank says when another rank's loss isn't finite."""
-    trainer = rank.trainer(train__zero_stage=stage)
-    try:
-        rank.step(trainer, spoil=FIRST[-1])
-    except FloatingPointError as error:
-        return str(error)
-    return "trained on"
-
-
 def two_ranks(rank: Rank) -> dict[str, Any]:
     stages: dict[str, dict[str, Any]] = {
         f"zero_{s}": {"train__zero_stage": s, "batch__micro_batch_size": 3} for s in range(4)}
@@ -289,7 +278,7 @@ def two_ranks(rank: Rank) -> dict[str, Any]:
     idle = {f"idle_{s}": {"train__zero_stage": s} for s in (0, 3)}
     in_parts = {f"{name}_streamed": {**KINDS[name], "train__zero_stage": 2} for name in STREAMED_KINDS} | {
         "streamed_packed": {"batch__micro_batch_size": None}}
-    result: dict[str, Any] = {
+    return {
         **gradients(rank, stages),
         **gradients(rank, idle, split=6),
         **streamed(rank, (0, 2, 3), in_parts),
@@ -306,9 +295,6 @@ def two_ranks(rank: Rank) -> dict[str, Any]:
         "several": several_updates(rank),
         "sft": supervised_steps(rank),
     }
-    says: list[Any] = [None, None]
-    dist.all_gather_object(says, [refusal(rank, s) for s in (0, 2)])
-    return result | {"says": says}
 
 
 def of_stages(rank: Rank, stages: tuple[int, ...]) -> dict[str, Any]:
