@@ -1,7 +1,8 @@
 """The command line: `flux-ray VERB [overrides]`, also `python -m flux_ray VERB [overrides]`.
 
 Takes:  a verb and Hydra's own arguments and overrides.
-Gives:  a validated Config to the driver; exit code 0, 1 for a run that broke, 2 for what the user can mend (one line).
+Gives:  a validated Config to the driver; exit code 0, 1 for a run that broke, 2 for what the user can mend, 128 + the
+        signal that ended it: one line each.
 Knows:  that Hydra composes and nothing more: no folder of its own, no log of its own, no change of folder.
 Never:  holds a default; is imported by anything. The only file with hydra.
 """
@@ -21,14 +22,13 @@ from typing import Any
 import flux_ray
 from flux_ray import config as configs
 from flux_ray import help as helps
-from flux_ray import names, run_dir, settings
+from flux_ray import names, run_dir, settings, signals
 from flux_ray.config import Config
 from flux_ray.errors import CheckFailed, RunFailed, UserError, unknown
 from flux_ray.names.words import hydra_value
 
 RUN_FAILED = 1        # exit code: something broke; the line says what and where the log is
 USER_ERROR = 2        # exit code: the user can mend it
-INTERRUPTED = 130     # exit code of a program ended by Ctrl-C, as shells have it
 
 #: [+, ++ or ~] key [= value]
 OVERRIDE = re.compile(r"(?P<sign>\+\+|\+|~|)(?P<key>[^=@~+]+)(?P<value>=.*)?", re.DOTALL)
@@ -53,7 +53,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if verb not in VERBS:
             raise unknown("verb", verb, VERBS)
-        return VERBS[verb](rest) or 0
+        with signals.taken(leave=True):
+            return VERBS[verb](rest) or 0
     except UserError as error:
         print(f"flux-ray: {error}", file=sys.stderr)
         return USER_ERROR
@@ -63,9 +64,11 @@ def main(argv: list[str] | None = None) -> int:
         return RUN_FAILED
     except BrokenPipeError:   # `flux-ray train --help | head`: whoever reads has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except KeyboardInterrupt:
-        print("flux-ray: interrupted", file=sys.stderr)
-        return INTERRUPTED
+    except KeyboardInterrupt as error:
+        ended = error if isinstance(error, signals.Interrupted) else signals.Interrupted()
+        with contextlib.suppress(OSError):   # the terminal may be gone
+            print(f"flux-ray: {ended}", file=sys.stderr, flush=True)
+        return ended.exit_code
     return 0
 
 

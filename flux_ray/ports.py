@@ -1,7 +1,7 @@
 """Ports that stay ours from when they are chosen until they are used: in between, any process could take a free one.
 
 Takes:  nothing.
-Gives:  `reserve`: a port that this process listens on; `taken`: its socket, for who is to answer there.
+Gives:  `listen`; `reserve`: a port that this process listens on; `taken`: its socket, for who is to answer there.
 Keeps:  the sockets that were not taken yet. Who calls them meanwhile is answered when they are.
 """
 
@@ -12,12 +12,14 @@ import socket
 _held: dict[int, socket.socket] = {}
 
 
-def reserve() -> int:
-    """A free port of all interfaces. Held until `taken`, or as long as the process lives."""
-    both = socket.has_dualstack_ipv6()
-    listening = socket.create_server(
-        ("", 0), family=socket.AF_INET6 if both else socket.AF_INET, dualstack_ipv6=both
-    )
+def listen(address: str) -> socket.socket:
+    """On a free port of that address alone: nobody who can't reach the address reaches it."""
+    return socket.create_server((address, 0), family=socket.AF_INET6 if ":" in address else socket.AF_INET)
+
+
+def reserve(address: str) -> int:
+    """A free port of that address. Held until `taken`, or as long as the process lives."""
+    listening = listen(address)
     port: int = listening.getsockname()[1]
     _held[port] = listening
     return port

@@ -2,7 +2,8 @@
 
 Takes:  a Config, with or without run_dir.
 Gives:  the Config with an absolute run_dir that exists, a default one belonging to this run alone; `held`, its lock;
-        `check_seen`; `resumed_run`, what resume=auto means; `saved_config`, of a run that is resumed.
+        `check_seen`; `resumed_run`, what resume=auto means; `saved_config`, of a run that is resumed; `hidden` and
+        `shown`: a config without its secrets, and with them.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import datetime
 import fcntl
 import itertools
 import os
+import re
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,12 +24,14 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from flux_ray.config import Config
+from flux_ray.config import Config, changed
 from flux_ray.errors import UserError
 
 CONFIG = "config.yaml"  # the first file of a run, which the driver writes
 AUTO = "auto"  # as `resume`: go on with what lies in run_dir
 BAD_BATCHES = "bad_batches"  # of steps that a number left out which was not finite
+HIDDEN = "***"  # stands in CONFIG for a secret
+SECRET = re.compile(r"(^|_)(api_?key|key|token|secret|passw(or)?d|credential)s?(_|$)", re.IGNORECASE)
 LOCK = ".lock"  # held by the process of a run as long as it lives
 
 
@@ -135,6 +139,23 @@ def check_seen(run_dir: str) -> None:
     if not Path(run_dir, CONFIG).is_file():
         raise UserError(f"run_dir={run_dir}: machine {socket.gethostname()}, where a rank trains, doesn't see what the "
                         "driver wrote there: name a folder that all machines share")
+
+
+def hidden(config: Config) -> Config:
+    """As it is written down: without the values of `cluster.env` whose names are those of secrets."""
+    return changed(config, {"cluster.env": {
+        name: HIDDEN if SECRET.search(name) else value for name, value in config.cluster.env.items()}})
+
+
+def shown(config: Config) -> Config:
+    """With the values that weren't written down, from this process's environment. UserError where one isn't there."""
+    env = dict(config.cluster.env)
+    for name in [name for name, value in env.items() if value == HIDDEN]:
+        if name not in os.environ:
+            raise UserError(f"cluster.env.{name}: a run doesn't write such a value down; set {name} in the "
+                            "environment, or give the option again")
+        env[name] = os.environ[name]
+    return changed(config, {"cluster.env": env})
 
 
 #: Part of the path of the folder that Ray unpacks a job's --working-dir into. It is deleted with the job.

@@ -61,3 +61,17 @@ def test_two_runs_never_write_to_one_folder(tmp_path):
         other.wait(30)
     with run_dir.held(str(tmp_path)):
         pass
+
+
+def test_secrets_are_not_written_and_come_back_from_the_environment(monkeypatch):
+    plain = {"TOKENIZERS_PARALLELISM": "false", "KEYBOARD": "de", "MONKEY": "1"}
+    secret = {"X_KEY": "canary", "HF_TOKEN": "canary", "db_password": "canary", "AWS_SECRET_ACCESS_KEY": "canary"}
+    config = from_dict({"cluster.env": {**plain, **secret}})
+    written = run_dir.hidden(config)
+    assert written.cluster.env == {**plain, **dict.fromkeys(secret, "***")}
+    for name in secret:
+        monkeypatch.setenv(name, "canary")
+    assert run_dir.shown(written) == config
+    monkeypatch.delenv("X_KEY")
+    with pytest.raises(UserError, match=r"cluster\.env\.X_KEY: .* set X_KEY in the environment"):
+        run_dir.shown(written)

@@ -24,10 +24,12 @@ from ray._private import services
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from flux_ray.cluster import tokens
 from flux_ray.cluster.group import ActorDied, ActorError, first_failure
 from flux_ray.cluster.own_ray import OwnRay
 from flux_ray.cluster.plan import Plan, Role, describe
 from flux_ray.cluster.rpc import Host, RayActor
+from flux_ray.cluster.scratch import Scratch
 from flux_ray.errors import UserError
 
 if TYPE_CHECKING:
@@ -42,6 +44,8 @@ T = TypeVar("T")
 
 class RayGroup(Generic[T]):
     """Hosts of one role; `make(i)` starts the one at index i."""
+
+    of_one_machine = False  # all actors of the run are on one
 
     def __init__(self, role: str, make: Callable[[int], ActorHandle], log_files: list[Path]) -> None:
         self.role = role
@@ -74,7 +78,7 @@ class RayGroup(Generic[T]):
         await actor.host(Host.build, *self._built_with[actor.index]).within(deadline_s, what=what)
 
     async def address(self, index: int, *, deadline_s: float) -> tuple[str, int]:
-        return await self[index].host(Host.address).within(deadline_s)
+        return await self[index].host(Host.address, self.of_one_machine).within(deadline_s)
 
     async def death(self, index: int) -> ActorError:
         """Waits as long as the actor lives; whoever waits ends it with the run."""
@@ -130,6 +134,7 @@ class Cluster:
         self._groups: list[RayGroup[Any]] = []
         self._placements: dict[str, list[PlacementGroup]] = {}
         self._own: OwnRay | None = None  # where Ray is the run's own
+        self._scratch: Scratch | None = None  # of its actors
 
     @staticmethod
     def wanted_address(address: str | None) -> str | None:
@@ -148,8 +153,12 @@ class Cluster:
 
     def connect(
         self, address: str | None, *, cpus: float, gpus: int = 0, object_store_bytes: int = LOCAL_OBJECT_STORE_BYTES,
+        allow_open: bool = False,
     ) -> None:
-        """Join the cluster at `address`, or start one with that many CPUs and GPUs, whatever Ray itself would count."""
+        """Join the cluster at `address`, or start one with that many CPUs and GPUs, whatever Ray itself would count.
+
+        UserError where nobody answers, or anybody would be answered (unless `allow_open`).
+        """
         address = self.wanted_address(address)
         options: dict[str, object] = {
             "log_to_driver": False, "logging_level": logging.ERROR, "ignore_reinit_error": True}
@@ -157,6 +166,8 @@ class Cluster:
         try:
             if address:
                 ray.init(address=address, **options)
+                if not allow_open:
+                    tokens.check_closed(address)
             else:
                 starts = not ray.is_initialized()
                 with _own_session():
@@ -168,10 +179,12 @@ class Cluster:
                         object_store_memory=object_store_bytes,
                         **options,
                     )
-                self._own = OwnRay() if starts else None
-        except ConnectionError as error:
+                if starts:
+                    self._scratch = Scratch()
+                    self._own = OwnRay(self._scratch.folder)
+        except (ConnectionError, ray.exceptions.AuthenticationError) as error:
             raise UserError(
-                f"no Ray cluster answers at cluster.address={address}: {str(error).splitlines()[0]}"
+                f"no Ray cluster answers at cluster.address={address}: {str(error).splitlines()[0]}{tokens.hint()}"
             ) from None
 
     async def death(self) -> ActorDied:
@@ -211,12 +224,14 @@ class Cluster:
         `plugins`: whether the actors import users' files.
         """
         log_files = [self._log_dir / f"{role.name}-{i}.log" for i in range(role.count)]
+        env = (self._scratch.env if self._scratch is not None else {}) | env
 
         def make(index: int) -> ActorHandle:
             options = self._options(role, index) | {"runtime_env": {"env_vars": env}}
             return ray.remote(Host).options(**options).remote(str(log_files[index]), self._plugins if plugins else [])
 
         group: RayGroup[Any] = RayGroup(role.name, make, log_files)
+        group.of_one_machine = self._own is not None
         self._groups.append(group)
         return group
 
@@ -238,13 +253,23 @@ class Cluster:
 
     async def close(self) -> None:
         """End the actors, give the places back, leave the cluster (and end it if it is the run's own). Never raises."""
-        if self._own is not None and self._own.dead:
-            self._own.kill()  # nobody would answer
-        else:
-            await self._give_back()
+        try:
+            if self._own is not None and self._own.dead:
+                self._own.kill()  # nobody would answer
+            else:
+                await self._give_back()
+        finally:
+            if self._own is not None:
+                ray.shutdown()
+                self._own.end()
+            if self._scratch is not None:
+                self._scratch.remove()
+
+    def kill(self) -> None:
+        """End a Ray of the run's own, with all actors, at once. A cluster that was joined does so when the driver ends.
+        """
         if self._own is not None:
-            ray.shutdown()
-            self._own.end()
+            self._own.kill()
 
     async def _give_back(self) -> None:
         await asyncio.gather(*(group.close() for group in self._groups), return_exceptions=True)

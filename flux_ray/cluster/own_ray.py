@@ -24,13 +24,14 @@ NEEDED = ("gcs_server", "raylet")  # without these nothing can be started, or to
 
 
 class OwnRay:
-    def __init__(self) -> None:
+    def __init__(self, scratch: Path) -> None:
+        """`scratch`: a folder that is removed in the end, however this process ends."""
         processes = ray._private.worker._global_node.all_processes  # nothing public tells them
         self._processes = {name: info.process for name, infos in processes.items() for info in infos}
         self._sessions = [process.pid for process in self._processes.values()]
         reaper = Path(__file__).with_name("reaper.py")
         self._reaper = subprocess.Popen(
-            [sys.executable, "-I", "-S", str(reaper), *map(str, self._sessions)], stdin=subprocess.PIPE,
+            [sys.executable, "-I", "-S", str(reaper), str(scratch), *map(str, self._sessions)], stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
 
     @property

@@ -1,10 +1,12 @@
 """A small process that ends what a Ray of the run's own would leave behind. It is run as a script, not imported.
 
-Takes:  the sessions of Ray's processes (arguments); a pipe from the driver as its standard input.
-Knows:  the pipe ends with the driver, however that ended. Ray's agents would stay for a minute, with their ports.
+Takes:  a folder, and the sessions of Ray's processes (arguments); a pipe from the driver as its standard input.
+Knows:  the pipe ends with the driver, however that ended. Ray's agents would stay for a minute, with their ports; the
+        folder, which is of temporary files, for ever.
 """
 
 import os
+import shutil
 import signal
 import sys
 import time
@@ -25,7 +27,8 @@ def sessions() -> dict[int, int]:
 
 
 def main() -> None:
-    wanted = {int(argument) for argument in sys.argv[1:]}
+    folder, *sessions_of_ray = sys.argv[1:]
+    wanted = {int(argument) for argument in sessions_of_ray}
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     sys.stdin.buffer.read()
@@ -38,6 +41,7 @@ def main() -> None:
                 os.kill(process, signal.SIGKILL)
             except ProcessLookupError:
                 continue
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 main()

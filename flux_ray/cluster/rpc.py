@@ -34,6 +34,8 @@ from flux_ray.lifetime import end_with_parent
 if TYPE_CHECKING:
     from ray.actor import ActorHandle
 
+LOOPBACK = "127.0.0.1"
+
 
 class Host:
     """Coroutines run on the loop; plain methods run one after the other in one thread.
@@ -56,9 +58,10 @@ class Host:
         self._object: object = None
         self._desks: dict[str, Desk] = {}
 
-    def address(self) -> tuple[str, int]:
-        """This node's address and a port that is held for the object."""
-        return ray.util.get_node_ip_address(), ports.reserve()
+    def address(self, of_one_machine: bool) -> tuple[str, int]:
+        """An address that all actors reach, and a port there that is held for the object."""
+        address = LOOPBACK if of_one_machine else ray.util.get_node_ip_address()
+        return address, ports.reserve(address)
 
     async def ping(self) -> None:
         """Answered as long as nothing blocks the process."""

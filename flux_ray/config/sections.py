@@ -296,6 +296,7 @@ class ClusterConfig:
     max_restarts: int = knob(3, "times in a row that a run goes on from its last checkpoint after something died that "
                              "nobody can replace, without getting further than before; 0: the first death of an actor "
                              "of ours ends the run", least=0)
+    allow_open: bool = knob(False, "join a cluster that other machines reach and that asks for no token")
     env: dict[str, str] = knob({}, "environment variables of every actor")
 
 
@@ -345,6 +346,7 @@ class CheckpointConfig:
                                   "kept as well; -eval/loss: where it is lowest")
     background: str = knob("auto", "write beside the next step, from a copy in memory; auto: where it takes no more "
                                    "than half of what is free", choices=("auto", "always", "never"))
+    on_stop: bool = knob(True, "save a checkpoint when the run is asked to end (Ctrl-C, SIGTERM, SIGHUP)")
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,7 @@ class Loop:
         self._lengths = Lengths(config.rollout.max_tokens)
         self._batch: list[Entry] = []  # of the last step
         self._weights = asyncio.Lock()  # held while the trainer's weights are of no version
+        self.is_settled = True  # the weights are those of `step`, and no rank is at work on a step
         stages.on_free_slot = self.go_on
 
     @property
@@ -78,6 +79,7 @@ class Loop:
         """One step: take ready groups (as they come, or a whole batch) ► train ► publish, while a critic learns."""
         start_s, step = now_s(), self.step
         begun = await self._begin_step()
+        self.is_settled = False
         async with self._weights:
             report = await self.ranks.train(step, self._versions.holding(step))
             train_s = now_s() - start_s - begun["driver/wait_s"]
@@ -123,6 +125,7 @@ class Loop:
     async def _begin_step(self) -> dict[str, float]:
         """The step's groups, all but the last part accumulated; the ranks hold the last. Gives how long it waited."""
         self._batch, num_parts, wait_s = [], 0, 0.0
+        self.is_settled = True
         while True:
             start_s = now_s()
             taken = await self._next_part()
@@ -132,7 +135,9 @@ class Loop:
             self._batch += taken.groups
             if taken.complete:
                 return {"driver/wait_s": wait_s, "driver/num_parts": float(num_parts)}
+            self.is_settled = False
             await self.ranks.accumulate(self.step, self._versions.holding(self.step))
+            self.is_settled = True
 
     async def _next_part(self) -> Taken:
         """Waits until the ledger gives groups. Surplus groups are stopped; their prompts start again."""

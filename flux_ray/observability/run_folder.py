@@ -18,7 +18,7 @@ from typing import Any
 from flux_ray.accounts import LEDGER, Account, as_line
 from flux_ray.config import Config, to_yaml
 from flux_ray.errors import UserError
-from flux_ray.run_dir import CONFIG, run_of
+from flux_ray.run_dir import CONFIG, hidden, run_of
 
 METRICS, SAMPLES, EVAL, LOG = "metrics.jsonl", "samples.jsonl", "eval.jsonl", "run.log"
 REFERENCE = "reference.jsonl"  # the reference's log-probs of preference pairs
@@ -55,7 +55,7 @@ class RunFolder:
             )
         try:
             self.logs.mkdir(parents=True, exist_ok=True)
-            _replace(self.path / CONFIG, to_yaml(config))
+            _replace(self.path / CONFIG, to_yaml(hidden(config)))
         except OSError as error:
             raise UserError(f"run_dir={self.path}: can't be written to: {error.strerror}") from error
         if resume_step is not None:

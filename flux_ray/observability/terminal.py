@@ -66,7 +66,7 @@ class Terminal:
             return
         try:
             print(f"[{clock(time.monotonic() - self._start)}] {text}", file=self._stream, flush=True)
-        except BrokenPipeError:  # the reader went away (`| head`); the run goes on
+        except OSError:  # the reader (`| head`) or the terminal went away; the run goes on
             self._enabled = False
 
     @contextlib.contextmanager
@@ -128,7 +128,7 @@ def quiet(log: Path, *, progress: bool) -> Iterator[Terminal]:
         os.close(saved[0])
         os.close(saved[1])
         if ours:
-            with contextlib.suppress(BrokenPipeError):
+            with contextlib.suppress(OSError):
                 terminal.close()
         file.close()
 

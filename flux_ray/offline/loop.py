@@ -145,6 +145,7 @@ class OfflineLoop:
     def __init__(self, learner: Learner, *, size: int, start: LoopState) -> None:
         """`size`: rows of a step."""
         self._learner, self._size, self.step = learner, size, start.step
+        self.is_settled = False  # a step is nothing but the ranks' work
 
     async def begin(self, tasks: asyncio.TaskGroup) -> None: ...
 

@@ -16,7 +16,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flux_ray import machine
+from flux_ray import machine, signals
 from flux_ray.cluster.group import ActorDied, ActorError
 from flux_ray.config import Config
 from flux_ray.errors import RunFailed, UserError
@@ -31,11 +31,12 @@ if TYPE_CHECKING:
     from flux_ray.run.build import Build
     from flux_ray.run.prepare import Prepared
     from flux_ray.run.recorder import Recorder
+    from flux_ray.run.stopping import Stopping
 
-#: What is done with actors that have been spawned: (prepared, build, recorder).
-RunBody = Callable[["Prepared", "Build", "Recorder"], Awaitable[None]]
+#: What is done with actors that have been spawned: (prepared, build, recorder, stopping).
+RunBody = Callable[["Prepared", "Build", "Recorder", "Stopping"], Awaitable[None]]
 
-_running: dict[int, Callable[[], object]] = {}  # thread ► what cancels the run in it
+_running: dict[int, Callable[[], object]] = {}  # thread ► what asks the run in it to end
 
 DEATH_SHOWS_S = 3.0  # Ray tells of an actor's death 1 to 2 s later; calls to the actor may fail at once
 
@@ -43,16 +44,18 @@ DEATH_SHOWS_S = 3.0  # Ray tells of an actor's death 1 to 2 s later; calls to th
 def run(config: Config, *, callbacks: Sequence[Callback] = ()) -> TrainingResult:
     """Train as the config says.
 
-    UserError for a mistake in it, RunFailed for what broke, KeyboardInterrupt for Ctrl-C.
+    UserError for a mistake in it, RunFailed for what broke, KeyboardInterrupt for Ctrl-C, SIGTERM and SIGHUP.
     """
-    recorder = _whole_life(config, _train, callbacks)
+    with signals.taken():
+        recorder = _whole_life(config, _train, callbacks)
     history = tuple(recorder.history)
     return TrainingResult(recorder.folder.path, recorder.steps_done, history[-1] if history else {}, history)
 
 
 def evaluate(config: Config, *, callbacks: Sequence[Callback] = ()) -> dict[str, float]:
     """eval/* of the prompts of eval.data under the policy as it is at model.path; nothing is trained. Raises as run."""
-    return _whole_life(config, _evaluate, callbacks).last_evaluation
+    with signals.taken():
+        return _whole_life(config, _evaluate, callbacks).last_evaluation
 
 
 def _whole_life(config: Config, body: RunBody, callbacks: Sequence[Callback]) -> Recorder:
@@ -62,7 +65,7 @@ def _whole_life(config: Config, body: RunBody, callbacks: Sequence[Callback]) ->
     from flux_ray import run_dir
     from flux_ray.run.prepare import prepare
 
-    prepared = prepare(config)
+    prepared = prepare(run_dir.shown(config))
     prepared = dataclasses.replace(prepared, warnings=(*prepared.warnings, *_of_the_machine(config)))
     own_cpus = _own_cpus(prepared, trains=body is _train)
     config = run_dir.claim(prepared.config)
@@ -78,6 +81,7 @@ def _recorded(prepared: Prepared, body: RunBody, callbacks: Sequence[Callback], 
     from flux_ray.observability.terminal import quiet
     from flux_ray.run.checkpoint import forget_newer
     from flux_ray.run.recorder import Recorder
+    from flux_ray.run.stopping import told as stopped
 
     config = prepared.config
     folder = RunFolder(str(config.run_dir))
@@ -101,6 +105,8 @@ def _recorded(prepared: Prepared, body: RunBody, callbacks: Sequence[Callback], 
             _lives(prepared, recorder, body, own_cpus)
         except BaseException as error:
             told = _told(error, folder.path / LOG)
+            if isinstance(told, signals.Interrupted) and body is _train:
+                told = stopped(told, checkpoints, begun=prepared.start.step, done=recorder.steps_done)
             if body is _train:
                 folder.end_ledger("interrupted" if isinstance(told, KeyboardInterrupt) else "failed")
             raise told from error
@@ -121,7 +127,7 @@ def _lives(prepared: Prepared, recorder: Recorder, body: RunBody, own_cpus: floa
         try:
             return asyncio.run(_live(prepared, recorder, body, own_cpus))
         except Exception as error:
-            if body is not _train:
+            if body is not _train or signals.came():  # it was about to end anyway
                 raise
             prepared = restarts.after(error)
 
@@ -182,52 +188,57 @@ async def _live(prepared: Prepared, recorder: Recorder, body: RunBody, own_cpus:
     from flux_ray.run.restarts import first_cause
 
     config, say = prepared.config, recorder.terminal.say
-    _interruptible()
+    wish = _interruptible()
     cluster = Cluster(log_dir=recorder.folder.logs, plugins=list(config.plugins))
     supervisor = Supervisor(start_deadline_s=config.cluster.start_deadline_s)
     supervisor.warn = recorder.warn
     supervisor.look_at = lambda actor: write_stacks([recorder.folder.logs / f"{actor.role}-{actor.index}.log"])
     watching = None
-    _end_on_sigterm()
-    try:
-        cluster.connect(config.cluster.address, cpus=own_cpus, gpus=_visible_gpus(config))
-        watching = asyncio.ensure_future(_watch(cluster, supervisor))
-        _end_on_sigterm()  # again: connecting puts a handler of Ray's own in its place
-        plan = _plan(prepared, gpus=cluster.num_gpus(), trains=body is _train)
-        await cluster.place(plan, deadline_s=config.cluster.placement_deadline_s)
-        say("starting " + ", ".join(f"{role.count} {role.name}" for role in plan.roles) + f" on {plan.device}")
-        slow = slow_dtype(config.model.dtype, plan.device)
-        if slow:
-            recorder.warn(slow)
-        build = Build(prepared, cluster, plan, supervisor)
-        await _unless_one_dies(supervisor, body(prepared, build, recorder))
-    except Exception as error:
-        if isinstance(first_cause(error), TimeoutError):  # somebody is stuck: where?
-            await asyncio.to_thread(write_stacks, list(recorder.folder.logs.glob("*.log")))
-        raise
-    finally:
-        if watching is not None:
-            watching.cancel()
-        supervisor.close()
-        await cluster.close()
+    with signals.asks(wish.ask, kill=cluster.kill):
+        try:
+            cluster.connect(config.cluster.address, cpus=own_cpus, gpus=_visible_gpus(config),
+                            allow_open=config.cluster.allow_open)
+            signals.again()  # connecting puts a handler of Ray's own in the place of ours
+            watching = asyncio.ensure_future(_watch(cluster, supervisor))
+            plan = _plan(prepared, gpus=cluster.num_gpus(), trains=body is _train)
+            await cluster.place(plan, deadline_s=config.cluster.placement_deadline_s)
+            say("starting " + ", ".join(f"{role.count} {role.name}" for role in plan.roles) + f" on {plan.device}")
+            slow = slow_dtype(config.model.dtype, plan.device)
+            if slow:
+                recorder.warn(slow)
+            build = Build(prepared, cluster, plan, supervisor)
+            await _unless_one_dies(supervisor, body(prepared, build, recorder, wish))
+        except Exception as error:
+            if isinstance(first_cause(error), TimeoutError):  # somebody is stuck: where?
+                await asyncio.to_thread(write_stacks, list(recorder.folder.logs.glob("*.log")))
+            raise
+        finally:
+            wish.closing()
+            if watching is not None:
+                watching.cancel()
+            supervisor.close()
+            await cluster.close()
 
 
 async def _watch(cluster: Cluster, supervisor: Supervisor) -> None:
     supervisor.fail(await cluster.death())
 
 
-async def _train(prepared: Prepared, build: Build, recorder: Recorder) -> None:
+async def _train(prepared: Prepared, build: Build, recorder: Recorder, wish: Stopping) -> None:
     """Build what goes with the data, run its loop, save the model."""
     from flux_ray.run.saving import save_models
+    from flux_ray.run.stopping import MODEL_S
     from flux_ray.run.training import Training
 
     loop = await build.loop(prepared.task, recorder)
     recorder.ready()
-    await Training(prepared.config, loop, recorder, trained=build.trained, progress=build.supervisor.progress).run()
-    await save_models(recorder.folder.model, build.trained, deadline_s=prepared.config.train.deadline_s)
+    await Training(prepared.config, loop, recorder, trained=build.trained, progress=build.supervisor.progress,
+                   stopping=wish).run()
+    with wish.within(MODEL_S):
+        await save_models(recorder.folder.model, build.trained, deadline_s=prepared.config.train.deadline_s)
 
 
-async def _evaluate(prepared: Prepared, build: Build, recorder: Recorder) -> None:
+async def _evaluate(prepared: Prepared, build: Build, recorder: Recorder, wish: Stopping) -> None:
     """Once over eval.data: by engines and reward workers alone, or by ranks that train nothing."""
     evaluation = await build.evaluation(prepared.task, recorder)
     recorder.terminal.say("ready")
@@ -241,11 +252,16 @@ async def _evaluate(prepared: Prepared, build: Build, recorder: Recorder) -> Non
 
 async def _unless_one_dies(supervisor: Supervisor, work: Awaitable[None]) -> None:
     """Do the work. Where an actor's death ends the run, raise that, and not what the death broke elsewhere."""
+    from flux_ray.run.restarts import first_cause
+    from flux_ray.run.stopping import Stopped
+
     working, death = asyncio.ensure_future(work), supervisor.failure
     either: set[asyncio.Future[None] | asyncio.Future[Exception]] = {working, death}
     try:
         await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
         error = working.exception() if working.done() else None
+        if error is not None and isinstance(first_cause(error), Stopped):
+            raise error
         if working.done() and (error is None or isinstance(error, UserError)):
             return working.result()
         await asyncio.wait(either, timeout=DEATH_SHOWS_S)
@@ -266,23 +282,16 @@ def _visible_gpus(config: Config) -> int:
     return torch.cuda.device_count()
 
 
-def _end_on_sigterm() -> None:
-    """SIGTERM (a scheduler's end, `ray job stop`) ends the run as Ctrl-C does.
+def _interruptible() -> Stopping:
+    """From now on `interrupt` ends the run in this thread, which is this task."""
+    from flux_ray.run.stopping import Stopping
 
-    Only the main thread can take signals.
-    """
-    if threading.current_thread() is threading.main_thread():
-        task = asyncio.current_task()
-        assert task is not None
-        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
-
-
-def _interruptible() -> None:
-    """From now on `interrupt` ends the run in this thread."""
-    task, loop = asyncio.current_task(), asyncio.get_running_loop()
+    task = asyncio.current_task()
     assert task is not None
-    _running[threading.get_ident()] = lambda: loop.call_soon_threadsafe(task.cancel)
+    wish = Stopping(task)
+    _running[threading.get_ident()] = wish.ask
     task.add_done_callback(lambda _: _running.pop(threading.get_ident(), None))
+    return wish
 
 
 def interrupt(thread: threading.Thread) -> None:
@@ -290,9 +299,9 @@ def interrupt(thread: threading.Thread) -> None:
 
     Nothing where no run is there, or the second time: the run is ending its processes then.
     """
-    cancel = _running.pop(thread.ident or 0, None)
-    if cancel is not None:
-        cancel()
+    ask = _running.pop(thread.ident or 0, None)
+    if ask is not None:
+        ask()
 
 
 def _told(error: BaseException, log: Path) -> BaseException:
@@ -300,13 +309,16 @@ def _told(error: BaseException, log: Path) -> BaseException:
     import logging
 
     from flux_ray.run.restarts import first_cause
+    from flux_ray.run.stopping import Stopped
 
     logging.getLogger(__name__).error("the run failed", exc_info=error)
     error = first_cause(error)
     if isinstance(error, (UserError, KeyboardInterrupt)):
         return error
-    if isinstance(error, (asyncio.CancelledError, SystemExit)):  # Ray answers a SIGTERM while it starts by an exit
-        return KeyboardInterrupt()
+    if isinstance(error, SystemExit) and error.code == signal.SIGTERM:  # so Ray answers one while it starts
+        return signals.Interrupted(signal.SIGTERM)
+    if isinstance(error, (asyncio.CancelledError, Stopped)):
+        return signals.Interrupted(signals.first())
     text = " ".join(str(error).split()) or type(error).__name__  # a library's many lines are in the log
     known = isinstance(error, (RuntimeError, TimeoutError))
     if isinstance(error, ActorError) and error.log_file:

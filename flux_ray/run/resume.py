@@ -64,7 +64,7 @@ def _differences(config: Config) -> dict[str, tuple[Any, Any]]:
     """Option ► its value in the run that is resumed, and now; of those that both have."""
     keys = [key for key, _ in options()]
     before = names.flatten(run_dir.saved_config(str(config.resume)), options=keys)
-    now = names.flatten(to_dict(config), options=keys)
+    now = names.flatten(to_dict(run_dir.hidden(config)), options=keys)  # what differs is shown
     return {key: (before[key], now[key]) for key in now
             if key in before and before[key] != now[key] and key not in OF_THE_PLACE}
 

@@ -53,6 +53,11 @@ class Saver:
         """What writes beside the training is among these tasks: the group's end waits for it."""
         self._tasks = tasks
 
+    @property
+    def step(self) -> int:
+        """Of the last checkpoint that was begun; -1: there is none."""
+        return self._step
+
     def is_due(self, step: int) -> bool:
         return self._due.is_due(step, time.monotonic())
 

@@ -2,7 +2,8 @@
 
 Takes:  a loop; where to write; the groups of actors that train.
 Gives:  `Training.run`.
-Knows:  when checkpoints and evaluations are due; an evaluation that reaches eval.stop_at ends the run.
+Knows:  when checkpoints and evaluations are due; an evaluation that reaches eval.stop_at ends the run. A run that is
+        asked to end saves the weights of its last whole step first.
 Never:  knows what a step does, or what is trained on.
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import logging
 import math
 from collections.abc import Callable, Sequence
 from typing import Protocol
@@ -22,6 +24,9 @@ from flux_ray.records import LoopState, Prompt, ScoredGroup
 from flux_ray.run.numbers import Numbers
 from flux_ray.run.recorder import Recorder
 from flux_ray.run.saving import Saver
+from flux_ray.run.stopping import SAVE_S, STEP_S, Stopped, Stopping
+
+LOOK_EVERY_S = 0.05  # whether a step can be given up
 
 
 class Loop(Protocol):
@@ -31,6 +36,10 @@ class Loop(Protocol):
 
     @property
     def state(self) -> LoopState: ...
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether the weights are those after `step` steps, and no rank is at work: a step may be given up here."""
 
     async def begin(self, tasks: asyncio.TaskGroup) -> None:
         """Before the first step. What fails in its tasks ends the run."""
@@ -55,11 +64,13 @@ class Loop(Protocol):
 
 class Training:
     def __init__(self, config: Config, loop: Loop, recorder: Recorder, *, trained: Sequence[Group[Trains]],
-                 progress: Callable[[], None]) -> None:
+                 progress: Callable[[], None], stopping: Stopping | None = None) -> None:
         """`progress` is called after each step."""
         self._config, self._loop, self._recorder = config, loop, recorder
         self._saver = Saver(config, lambda: recorder.folder.checkpoints, trained, warn=lambda line: recorder.warn(line))
-        self._progress, self._numbers = progress, Numbers(recorder)
+        self._progress, self._numbers, self._stopping = progress, Numbers(recorder), stopping
+        self._state: LoopState | None = None  # after the last step of this process
+        self._may_give_up = False  # beside a step: whatever is done may be broken off
         self._last_step = config.driver.num_steps  # less once an evaluation has reached eval.stop_at
         self._eval_every = config.eval.every if isinstance(config, EvaluatedConfig) else 0
         self._stop_at, self._samples_per_step = None, 0
@@ -75,17 +86,68 @@ class Training:
             async with asyncio.TaskGroup() as tasks:
                 self._saver.begin(tasks)
                 await self._loop.begin(tasks)
-                await self._evaluate_first()
-                self._loop.go_on()
-                while self._loop.step < self._last_step:
-                    await self._one_step()
+                await self._until_stopped()
                 self._loop.end()
         finally:
             gc.unfreeze()
 
+    async def _until_stopped(self) -> None:
+        """All steps; fewer where the run is asked to end."""
+        if self._stopping is None:
+            return await self._steps()
+        steps, asked = asyncio.ensure_future(self._steps()), asyncio.ensure_future(self._stopping.asked.wait())
+        either: set[asyncio.Future[None] | asyncio.Future[bool]] = {steps, asked}
+        try:
+            with self._stopping.within(STEP_S + SAVE_S):
+                await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+                if not steps.done():
+                    await self._stop(steps)
+            steps.result()
+        finally:
+            for future in either:
+                future.cancel()
+            await asyncio.wait(either)
+
+    async def _stop(self, steps: asyncio.Future[None]) -> None:
+        """Waits a while for a point at which the steps can be given up, and saves what they have come to."""
+        clock = asyncio.get_running_loop().time
+        end_s = clock() + STEP_S
+        while not (steps.done() or self._is_settled) and clock() < end_s:  # noqa: ASYNC110 neither sets an event
+            await asyncio.sleep(LOOK_EVERY_S)
+        if steps.done() and (steps.exception() or self._loop.step >= self._last_step):
+            return
+        settled = steps.done() or self._is_settled
+        steps.cancel()
+        await asyncio.wait({steps})
+        try:
+            async with asyncio.timeout(SAVE_S):
+                if settled and self._config.checkpoint.on_stop:
+                    await self._save_last()
+                await self._saver.finish()
+        except Exception:  # the run ends in any case: the checkpoint before stands
+            logging.getLogger(__name__).exception("the last checkpoint is given up")
+        raise Stopped("asked to end")
+
+    async def _save_last(self) -> None:
+        """Unless nothing was done since the last checkpoint."""
+        if self._state is not None and self._state.step > self._saver.step:
+            self._recorder.terminal.say(f"asked to end: saving step {self._state.step}")
+            await self._saver.save(self._state)
+
+    @property
+    def _is_settled(self) -> bool:
+        return self._may_give_up or self._loop.is_settled
+
+    async def _steps(self) -> None:
+        await self._evaluate_first()
+        self._loop.go_on()
+        while self._loop.step < self._last_step and not (self._stopping and self._stopping.asked.is_set()):
+            await self._one_step()
+
     async def _one_step(self) -> None:
         """One step, recorded. Prompts of the next start before texts are written: engines don't wait for that."""
         step, metrics = self._loop.step, await self._loop.train()
+        self._state = self._loop.state
         self._recorder.account(step, self._loop.account())
         self._recorder.step(step, metrics)
         self._numbers.after(self._loop.step, metrics)
@@ -108,7 +170,9 @@ class Training:
         """At the start, every eval.every steps and at the end, which comes where eval.stop_at is reached."""
         step = self._loop.step
         if step in (0, self._config.driver.num_steps) or self._is_due(self._eval_every):
+            self._may_give_up = True
             evaluated = await self._loop.evaluate()
+            self._may_give_up = False
             if evaluated is not None:
                 self._recorder.evaluation(step, *evaluated)
                 await self._saver.evaluated(self._loop.state, evaluated[0])

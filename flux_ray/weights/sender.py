@@ -19,6 +19,7 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 
+from flux_ray import ports
 from flux_ray.weights.bucket_channel import SENDER_RANK, BucketChannel, create_memory, forget, join_group, padded
 from flux_ray.weights.buckets import Announcement, Invitation, Param, buckets, num_rounds, size_of, unpack
 from flux_ray.weights.source import TrainerSource
@@ -51,8 +52,10 @@ class GlooSender:
     def connect(self, address: str) -> None:
         """Meet all engine workers: they find this end at `address`."""
         timeout = datetime.timedelta(seconds=self._timeout_s)
+        listening = ports.listen(address)  # by itself a store would listen on all interfaces, and answer anybody
         self._store = dist.TCPStore(
-            address, 0, self._world_size, is_master=True, timeout=timeout, wait_for_workers=False
+            address, listening.getsockname()[1], self._world_size, is_master=True, timeout=timeout,
+            wait_for_workers=False, master_listen_fd=listening.detach()
         )
         num_bytes = sum(padded(size_of(run)) for run in buckets(self._source.metadata(), self._bucket_bytes))
         name, memory = create_memory(num_bytes) or (None, None)

@@ -15,9 +15,9 @@ pytestmark = pytest.mark.unit
 
 
 def test_nobody_else_gets_a_reserved_port():
-    port = ports.reserve()
+    port = ports.reserve("127.0.0.1")
     with socket.socket() as other, pytest.raises(OSError) as refused:
-        other.bind(("", port))
+        other.bind(("127.0.0.1", port))
     assert refused.value.errno == errno.EADDRINUSE
     held = ports.taken(port)
     assert held is not None and held.getsockname()[1] == port
@@ -26,7 +26,7 @@ def test_nobody_else_gets_a_reserved_port():
 
 
 def test_who_calls_early_is_answered_by_who_takes_it():
-    port = ports.reserve()
+    port = ports.reserve("127.0.0.1")
     with socket.create_connection(("127.0.0.1", port), timeout=10) as early:
         held = ports.taken(port)
         assert held is not None
@@ -36,7 +36,7 @@ def test_who_calls_early_is_answered_by_who_takes_it():
 
 
 def test_a_store_listens_on_a_reserved_port():
-    port = ports.reserve()
+    port = ports.reserve("127.0.0.1")
     held = ports.taken(port)
     assert held is not None
     within = timedelta(seconds=30)
@@ -44,3 +44,10 @@ def test_a_store_listens_on_a_reserved_port():
     client = dist.TCPStore("127.0.0.1", port, 1, is_master=False, timeout=within)
     client.set("weights", "here")
     assert server.port == port and server.get("weights") == b"here"
+
+
+def test_a_port_of_one_address_is_not_reached_at_another():
+    with ports.listen("127.0.0.1") as held, socket.socket() as other:
+        other.settimeout(5)
+        with pytest.raises(OSError):
+            other.connect(("127.0.0.2", held.getsockname()[1]))

@@ -12,7 +12,7 @@ import pytest
 from safetensors.torch import load_file
 
 from flux_ray.audit import audit
-from tests.system.program import actor_of, metrics
+from tests.system.program import GONE_DEADLINE_S, actor_of, living, metrics, sessions_of
 from tests.system.small_run import MAX_GAP, assert_moved, options
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(600)]
@@ -79,7 +79,10 @@ def logs_of(program):
 
 @pytest.mark.parametrize("when", ["3 steps", "run folder"])
 def test_sigterm_to_the_driver(toys, tmp_path, start, when):
-    """While it trains, to the whole process group, as schedulers do it; or while Ray starts, to the driver alone."""
+    """While it trains, to the whole process group, as schedulers do it; or while Ray starts, to the driver alone.
+
+    The step that it was in is saved.
+    """
     program = start(*supervised(toys, tmp_path / "run", "driver.num_steps=1000000"), folder=tmp_path)
     if when == "3 steps":
         program.wait_for_steps(3, run_dir=tmp_path / "run")
@@ -91,7 +94,23 @@ def test_sigterm_to_the_driver(toys, tmp_path, start, when):
     else:
         program.process.send_signal(signal.SIGTERM)
     # Where Ray's processes get the signal too, the driver waits a minute for them.
-    assert last_line(program, 130, deadline_s=45) == "flux-ray: interrupted"
+    line, steps = last_line(program, 143, deadline_s=45), len(metrics(tmp_path / "run"))
+    if when == "3 steps":
+        saved = tmp_path / "run" / "checkpoints" / f"step-{steps:06d}"
+        assert line == (f"flux-ray: interrupted: step {steps} is saved in {saved}; go on with "
+                        f"resume={tmp_path / 'run'}")
+        assert (saved / "driver.json").is_file()
+    else:
+        assert line == "flux-ray: interrupted: no step was done"
+
+
+def test_a_second_signal_ends_it_at_once(toys, tmp_path, start):
+    """Its processes too; SIGHUP is the first, as of a terminal that closes."""
+    program = start(*supervised(toys, tmp_path / "run", "driver.num_steps=1000000"), folder=tmp_path)
+    program.wait_for_steps(3, run_dir=tmp_path / "run")
+    for number in (signal.SIGHUP, signal.SIGTERM):
+        os.killpg(program.process.pid, number)
+    assert last_line(program, 143, deadline_s=15) == "flux-ray: ended at once by a second signal"
 
 
 def test_a_driver_that_is_killed_leaves_no_process(toys, tmp_path, start):
@@ -104,11 +123,31 @@ def test_a_driver_that_is_killed_leaves_no_process(toys, tmp_path, start):
     program = start(*(f"{key}={value}" for key, value in values.items()), folder=tmp_path)
     program.wait_for_steps(9, run_dir=run_dir)
     assert program.named("EngineCore").is_running()
+    sessions = sessions_of(program.processes())
     program.process.send_signal(signal.SIGKILL)
+    killed_s = time.monotonic()
     assert program.end(deadline_s=END_DEADLINE_S) == -signal.SIGKILL
+    while (left := living(sessions)) and time.monotonic() < killed_s + GONE_DEADLINE_S:
+        time.sleep(0.1)
+    assert left == []
     assert max(line["weights/logprob_gap_max"] for line in metrics(run_dir)) <= MAX_GAP
     stored = load_file(run_dir / "checkpoints" / "step-000008" / "trainer" / "model.safetensors")
     assert_moved(toys.untied, {name.removeprefix("master."): tensor for name, tensor in stored.items()})
+
+
+def test_secrets_and_temporary_files_do_not_stay(toys, tmp_path, start):
+    """Neither in what a run writes, its checkpoints and logs too, nor on the terminal."""
+    canary, temporary = "canary-4711", tmp_path / "temporary"
+    temporary.mkdir()
+    program = start(*supervised(toys, tmp_path / "run", "driver.num_steps=2", "checkpoint.every=1",
+                                f"cluster.env.X_KEY={canary}"),
+                    folder=tmp_path, HF_TOKEN=canary, WANDB_API_KEY=canary, TMPDIR=str(temporary))
+    assert program.end() == 0, program.shown
+    written = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    assert len(written) > 8 and (tmp_path / "run" / "config.yaml") in written
+    assert [path for path in written if canary.encode() in path.read_bytes()] == []
+    assert canary not in program.shown
+    assert list(temporary.glob("flux_ray-*")) == []
 
 
 @pytest.mark.parametrize("when", ["run folder", "starting"])
@@ -118,4 +157,4 @@ def test_ctrl_c_while_it_starts(toys, tmp_path, start, when):
     program.wait_for(when)
     time.sleep(0.5)
     program.interrupt()
-    assert last_line(program, 130) == "flux-ray: interrupted"
+    assert last_line(program, 130) == "flux-ray: interrupted: no step was done"

@@ -23,7 +23,7 @@ LEVELS = {
     "flux_ray.hugging_face": 0,
     "flux_ray.plugins": 0,
     "flux_ray.ports": 0,
-    "flux_ray.run_dir": 0,
+    "flux_ray.run_dir": 0, "flux_ray.signals": 0,
     "flux_ray.accounts": 0, "flux_ray.clock": 0, "flux_ray.vllm_internals": 0,
     "flux_ray.messages": 0,
     "flux_ray.protocols": 0,

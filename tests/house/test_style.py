@@ -76,11 +76,22 @@ def test_files_and_functions_are_small():
     assert wrong == []
 
 
+#: It takes functions of a notebook from one process of a run to another. No file holds one.
+PICKLES = "flux_ray.cluster.functions"
+
+
 def test_nothing_is_pickled_and_no_remote_code_is_trusted():
     wrong = []
-    for _, path, tree in modules():
-        wrong += [f"{path.name}:{line}: {target}" for target, line in imports(tree)
-                  if target.split(".")[0] in ("pickle", "cloudpickle", "dill")]
+    for name, path, tree in modules():
+        imported = [(alias.name, node.lineno) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)
+                    for alias in node.names]
+        wrong += [f"{path.name}:{line}: {target}" for target, line in [*imports(tree), *imported]
+                  if {"pickle", "cloudpickle", "dill", "shelve", "marshal", "joblib"} & set(target.split("."))
+                  and name != PICKLES]
+        wrong += [f"{path.name}:{node.lineno}: {ast.unparse(node)}" for node in ast.walk(tree)
+                  if isinstance(node, ast.Attribute) and ast.unparse(node) in ("torch.load", "torch.save")]
+        wrong += [f"{path.name}:{node.value.lineno}: {node.arg}" for node in ast.walk(tree)
+                  if isinstance(node, ast.keyword) and node.arg == "allow_pickle"]
         wrong += [f"{path.name}:{node.value.lineno}: trust_remote_code" for node in ast.walk(tree)
                   if isinstance(node, ast.keyword) and node.arg == "trust_remote_code"
                   and not (isinstance(node.value, ast.Constant) and node.value.value is False)]

@@ -1,12 +1,14 @@
 """`python -m flux_ray`, as a person starts it: what it printed, how it ended, which processes it has.
 
 Takes:  overrides of the command line.
-Gives:  Program: wait for a line, send a signal, wait for the end; its processes, found by a mark in their environment.
+Gives:  Program: wait for a line, send a signal, wait for the end; its processes, found by a mark in their environment;
+        `sessions_of` some processes, and `living` processes of sessions.
 Never:  leaves a process behind: `end_all` kills what carries the mark.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -100,6 +102,24 @@ class Program:
         for process in self.processes():
             process.kill()
         self.process.wait(10)
+
+
+def sessions_of(processes: list[psutil.Process]) -> set[int]:
+    sessions = set()
+    for process in processes:
+        with contextlib.suppress(ProcessLookupError):
+            sessions.add(os.getsid(process.pid))
+    return sessions
+
+
+def living(sessions: set[int]) -> list[str]:
+    """The command lines of those that are in these sessions, whatever their environment: Ray's agents change theirs."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, ProcessLookupError, PermissionError):
+            if os.getsid(process.pid) in sessions and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(" ".join(process.cmdline())[:80])
+    return found
 
 
 def actor_of(log_file: Path) -> psutil.Process:
