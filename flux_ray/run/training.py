@@ -14,7 +14,7 @@ import gc
 import logging
 import math
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Literal, Protocol
 
 from flux_ray.accounts import Account
 from flux_ray.cluster.group import Group
@@ -96,7 +96,7 @@ class Training:
         if self._stopping is None:
             return await self._steps()
         steps, asked = asyncio.ensure_future(self._steps()), asyncio.ensure_future(self._stopping.asked.wait())
-        either: set[asyncio.Future[None] | asyncio.Future[bool]] = {steps, asked}
+        either: set[asyncio.Future[None] | asyncio.Future[Literal[True]]] = {steps, asked}
         try:
             with self._stopping.within(STEP_S + SAVE_S):
                 await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
