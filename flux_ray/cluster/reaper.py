@@ -44,4 +44,5 @@ def main() -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-main()
+if __name__ == "__main__":
+    main()
