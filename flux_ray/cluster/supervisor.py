@@ -90,11 +90,13 @@ class Supervisor:
         actor = self._groups[role][index]
         if actor.incarnation == incarnation and incarnation not in self._silent:
             self._silent[incarnation] = why
-            self._watches.append(asyncio.ensure_future(self._end(actor)))
+            if self.look_at is None:
+                actor.kill()
+            else:
+                self._watches.append(asyncio.ensure_future(self._look_and_kill(actor, self.look_at)))
 
-    async def _end(self, actor: Actor[Any]) -> None:
-        if self.look_at is not None:
-            await asyncio.to_thread(self.look_at, actor)
+    async def _look_and_kill(self, actor: Actor[Any], look_at: Callable[[Actor[Any]], None]) -> None:
+        await asyncio.to_thread(look_at, actor)
         actor.kill()
 
     async def replaced(self, role: str, index: int, incarnation: str, deadline_s: float) -> None:

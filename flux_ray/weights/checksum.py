@@ -20,7 +20,9 @@ _weights: dict[tuple[torch.device, int, int], Tensor] = {}
 
 def checksum(tensor: Tensor) -> Tensor:
     """() int64, of the bytes as they lie in a contiguous tensor. A single word that differs always shows."""
-    data = tensor.detach().contiguous().view(-1).view(torch.uint8)
+    whole_tensor = tensor.detach().contiguous()
+    # A dimension of one element may have any stride, and view would refuse it.
+    data = whole_tensor.as_strided((whole_tensor.numel(),), (1,)).view(torch.uint8)
     whole = data.numel() // 8 * 8
     aligned = data.storage_offset() % 8 == 0
     words = (data[:whole] if aligned else data[:whole].clone()).view(torch.int64)

@@ -29,6 +29,7 @@ def test_counts_are_those_of_the_step_and_the_total_goes_on():
     counted.surplus(3)
     assert counted.step_metrics() == {
         "filter/dropped_same_reward": 2.0, "filter/dropped_unscored": 0.0, "filter/dropped_reward_failed": 1.0,
+        "filter/dropped_rollout_failed": 0.0, "filter/rate_rollout_failed": 0.0,
         "filter/rate_same_reward": 0.5, "filter/rate_unscored": 0.0, "filter/rate_reward_failed": 0.25,
         "filter/length_same_reward": 2.0, "filter/length_reward_failed": 5.0, "filter/length_trained": 11.0,
         "filter/length_issued": 5.0, "filter/acceptance_rate": 0.25, "filter/surplus": 3.0,
