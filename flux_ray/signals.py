@@ -93,6 +93,8 @@ def asks(ask: Callable[[], object], *, kill: Callable[[], object]) -> Iterator[N
     mine = _taken if threading.current_thread() is threading.main_thread() else None
     if mine is not None:
         mine.ask, mine.kill = ask, kill
+        if mine.first is not None:  # a library that was being imported has caught what was raised
+            ask()
     try:
         yield
     finally:

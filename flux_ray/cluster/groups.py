@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import ray
-from ray._private import services
+from ray._private import services, utils
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -125,6 +125,20 @@ def _own_session() -> Iterator[None]:
         services.ConsolePopen = popen
 
 
+@contextlib.contextmanager
+def _own_signals() -> Iterator[None]:
+    """Ray, which starts within, leaves SIGTERM to this process.
+
+    Its own handler raises SystemExit wherever the program is: in a `__del__`, say, where it is lost with the signal.
+    """
+    set_handler = utils.set_sigterm_handler
+    utils.set_sigterm_handler = lambda handler: None
+    try:
+        yield
+    finally:
+        utils.set_sigterm_handler = set_handler
+
+
 class Cluster:
     """A connection to Ray: a running cluster, or one of the run's own that ends with it."""
 
@@ -165,12 +179,13 @@ class Cluster:
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         try:
             if address:
-                ray.init(address=address, **options)
+                with _own_signals():
+                    ray.init(address=address, **options)
                 if not allow_open:
                     tokens.check_closed(address)
             else:
                 starts = not ray.is_initialized()
-                with _own_session():
+                with _own_session(), _own_signals():
                     ray.init(
                         address="local",  # without it Ray looks for a cluster itself: RAY_ADDRESS, or what runs here
                         num_cpus=max(1, round(cpus + 0.5)),
