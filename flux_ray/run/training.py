@@ -145,26 +145,33 @@ class Training:
             await self._one_step()
 
     async def _one_step(self) -> None:
-        """One step, recorded. Prompts of the next start before texts are written: engines don't wait for that."""
+        """One step, recorded. Prompts of the next start before texts are written: engines don't wait for that.
+
+        Unless a checkpoint is due: it holds nothing that isn't written down.
+        """
         step, metrics = self._loop.step, await self._loop.train()
         self._state = self._loop.state
         self._recorder.account(step, self._loop.account())
         self._recorder.step(step, metrics)
         self._numbers.after(self._loop.step, metrics)
         self._progress()
-        await self._save_if_due()
+        saves = self._saver.is_due(self._loop.step)
+        if saves:
+            await self._write_samples(step)
+            self._recorder.folder.sync()
+            await self._saver.save(self._loop.state)
         await self._evaluate_if_due()
         if self._loop.step < self._last_step:
             self._loop.go_on()
+        if not saves:
+            await self._write_samples(step)
+
+    async def _write_samples(self, step: int) -> None:
         for sample in await self._loop.samples(self._samples_per_step):
             self._recorder.sample(step, *sample)
 
     def _is_due(self, every: int) -> bool:
         return bool(every) and self._loop.step % every == 0
-
-    async def _save_if_due(self) -> None:
-        if self._saver.is_due(self._loop.step):
-            await self._saver.save(self._loop.state)
 
     async def _evaluate_if_due(self) -> None:
         """At the start, every eval.every steps and at the end, which comes where eval.stop_at is reached."""
