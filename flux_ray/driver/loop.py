@@ -106,7 +106,8 @@ class Loop:
             async with self._weights:
                 engines.joined.clear()
                 if engines.waiting:
-                    await self.ranks.publish(self._versions.highest, self.step, only=engines.waiting)
+                    version = self._versions.highest
+                    await self.ranks.publish(version, self._versions.step_of(version), only=engines.waiting)
 
     async def _gap_after_publish(self) -> dict[str, float]:
         """weights/logprob_gap_* of a few tokens under the new weights.

@@ -86,6 +86,8 @@ class RolloutEngine:
         self._epoch = 0  # of the members that it knows
         self._serving = asyncio.Event()  # not paused for an update
         self._serving.set()
+        self._has_weights = asyncio.Event()
+        self._has_weights.set()
         self._staged = False  # new weights come in beside running requests
         self._is_wrong = False  # the last update left it with other weights than were sent
         self._request_ids = itertools.count()
@@ -102,6 +104,11 @@ class RolloutEngine:
         assert self._engine is not None, "it has not started"
         return self._engine
 
+    async def start_for_training(self) -> None:
+        """`start`. Requests wait until the first update: the model's folder holds the weights of the run's start."""
+        self._has_weights.clear()
+        await self.start()
+
     async def start(self) -> None:
         """Load the model, unless that is done."""
         if self._engine is not None:
@@ -116,7 +123,7 @@ class RolloutEngine:
         check_installed()
         self._engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**self._engine_args()))
         await self._vllm.update_weight_version(str(self._version))
-        self._watch = asyncio.ensure_future(end_if_still(lambda: bool(self._running) and self._serving.is_set()))
+        self._watch = asyncio.ensure_future(end_if_still(lambda: bool(self._running) and self._serves))
         self._stop_ids = stop_token_ids(self._config.model.path, self._vllm.get_tokenizer())
 
     def _engine_args(self) -> dict[str, object]:
@@ -189,6 +196,7 @@ class RolloutEngine:
         assert task is not None
         self._running[task] = request.owner
         try:
+            await self._has_weights.wait()
             tokens = await self._tokens(request)
             request_id, priority = f"{self._index}-{next(self._request_ids)}", self._priority(request)
             with _vllm_alive():
@@ -227,6 +235,10 @@ class RolloutEngine:
             detokenize=bool(config.stop) and not probes,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
+
+    @property
+    def _serves(self) -> bool:
+        return self._serving.is_set() and self._has_weights.is_set()
 
     async def _tokens(self, request: SamplingRequest) -> TokensPrompt:
         from vllm.inputs import TokensPrompt
@@ -279,6 +291,7 @@ class RolloutEngine:
         found = await self._answered(self._vllm.collective_rpc("finish_and_attest", args=(dict(sent),)))
         await self._answered(self._vllm.update_weight_version(str(version)))
         self._version = version
+        self._has_weights.set()
         label = str(await self._answered(self._vllm.get_weight_version()))  # later it would wait for a forward pass
         wrong = tuple(dict.fromkeys(name for of_worker in found for name in of_worker))
         self._is_wrong = bool(wrong) or label != str(version)

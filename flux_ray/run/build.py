@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 from flux_ray import algo
@@ -88,10 +88,14 @@ class Build:
         self._config = prepared.config
         self._groups = {role.name: self._spawn(cluster, role) for role in plan.roles}
 
+    @property
+    def _start_engine(self) -> Callable[[Engine], Awaitable[None]]:
+        return Engine.start if self._plan.role(TRAINER) is None else Engine.start_for_training
+
     def _spawn(self, cluster: Cluster, role: Role) -> RayGroup[Any]:
         group = cluster.spawn(role, env=_env(self._config, self._plan, role.name), plugins=role.name != ROLLOUT)
         self.supervisor.add(group, on_death(self._config)[role.name], informed=role.name in INFORMED,
-                            start=Engine.start if role.name == ENGINE else None)
+                            start=self._start_engine if role.name == ENGINE else None)
         return group
 
     async def loop(self, task: Task, recorder: Recorder) -> Loop | OfflineLoop:
@@ -201,7 +205,7 @@ class Build:
         }
         each = [{**arguments, "index": index} for index in range(len(engines))]
         await engines.build(RolloutEngine, each, deadline_s=config.cluster.start_deadline_s)
-        await all_within([engine.call(Engine.start) for engine in engines], config.cluster.start_deadline_s)
+        await all_within([engine.call(self._start_engine) for engine in engines], config.cluster.start_deadline_s)
 
     async def _build_workers(self, task: Rollouts) -> None:
         config, workers = self._sampling, self._groups[ROLLOUT]

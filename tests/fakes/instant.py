@@ -46,6 +46,8 @@ class InstantEngine:
 
     async def start(self) -> None: ...
 
+    async def start_for_training(self) -> None: ...
+
     async def context_length(self) -> int:
         return 10**6
 

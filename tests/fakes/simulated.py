@@ -162,6 +162,7 @@ class Engine:
         self._held_s = 0.0  # of prefill that is still to be done
         self._at_s = 0.0
         self._paused, self.lives = False, True
+        self._has_weights = asyncio.Event()
         self._version = self._step = 0
         self._step_of: dict[int, int] = {}
         self._timer: asyncio.TimerHandle | None = None
@@ -185,6 +186,7 @@ class Engine:
     async def generate(self, request: SamplingRequest) -> Sampled:
         size = self._world.group_size
         uid, first = divmod(request.seed, size)  # a part's samples keep their seeds
+        await self._has_weights.wait()
         if request.probes:
             return Sampled((self._completion(1, self._version, self._version),), self._step)
         lengths = [self._world.length_of(uid, first + i) for i in range(request.n)]
@@ -221,6 +223,7 @@ class Engine:
 
     def resume(self, version: int, step: int) -> Attested:
         self._version, self._step, self._paused = version, step, False
+        self._has_weights.set()
         self._step_of[version] = step
         self._at_s = asyncio.get_running_loop().time()
         again = sum(self._world.prompt_tokens + self._tokens - began for _, _, began, _ in self._running)
