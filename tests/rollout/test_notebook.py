@@ -65,7 +65,7 @@ def test_rewards_of_a_cell(cell):
     assert config.reward.functions == ["given:graded_in_a_cell", "given:shaped_in_a_cell"]
     group = make_group(["42", "41"], columns={"answer": "42"})
     resolve_functions(config.reward, config.data, set(group.prompt.columns), ask_signatures(config))
-    surroundings = Surroundings.here(config)
+    surroundings = Surroundings.here(config.reward)
 
     async def score():
         worker = RewardWorker(config, surroundings)
