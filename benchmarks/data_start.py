@@ -41,8 +41,9 @@ def make_rows(source: Path, file: Path, num_rows: int) -> list[str]:
 
 
 def tokenizer_of(texts: list[str]) -> Any:
-    from flux_ray.toy.gsm8k import byte_level_bpe
     from transformers import PreTrainedTokenizerFast
+
+    from examples.gsm8k import byte_level_bpe
 
     return PreTrainedTokenizerFast(
         tokenizer_object=byte_level_bpe(texts, VOCAB_SIZE), eos_token="<eos>", pad_token="<pad>",

@@ -7,6 +7,7 @@ import json
 
 import pytest
 
+from benchmarks import data_start
 from benchmarks.bench import main
 from benchmarks.driver_cost import count_bytes
 from benchmarks.figures import FIGURES, Failed, Measured, as_json, chosen, meets, quartiles, table
@@ -126,3 +127,12 @@ ESTAB 0 0 127.0.0.1:40001 127.0.0.1:6380 users:(("raylet",pid=123,fd=9))
 \t cubic rto:204 bytes_sent:4000 bytes_received:4000
 """
     assert count_bytes(shown, pid=12) == 1500
+
+
+def test_what_data_cost_at_a_start(tmp_path, monkeypatch, capsys):
+    source = tmp_path / "problems.jsonl"
+    source.write_text(json.dumps({"question": "How many are 3 and 4?", "answer": "They are #### 7"}) + "\n")
+    monkeypatch.setattr("sys.argv", ["data_start", "--rows", "30", str(source)])
+    data_start.main()
+    measured = json.loads(capsys.readouterr().out)
+    assert measured["rows"] == 30 and measured["tokens_mean"] > 5 and measured["bytes_per_row"] >= 0
