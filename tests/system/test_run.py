@@ -95,7 +95,7 @@ def test_the_same_seed_is_the_same_run_on_fewer_engines(interrupted, whole):
     assert len(steps) == CHECKPOINT_AT and numbers(steps) == numbers(metrics(whole)[:CHECKPOINT_AT])
 
 
-def test_resumed_it_goes_on_as_if_nothing_had_happened_and_a_dead_engine_ends_it_where_it_is_to(interrupted, whole, kept):
+def test_resumed_it_goes_on_as_if_nothing_had_happened_and_a_dead_engine_may_end_it(interrupted, whole, kept):
     """From its checkpoint; then the engine's own child process is killed: the run says so and ends."""
     run_dir, *_ = interrupted
 
