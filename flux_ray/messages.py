@@ -85,14 +85,13 @@ class PartGenerated:
 
 @dataclass(frozen=True)
 class PartLost:
-    """The engine that sampled a part is gone, or doesn't compute any more (`silent`: it is to be ended)."""
+    """The engine that sampled a part is gone, or doesn't compute any more."""
 
     uid: int
     attempt: int
     seed: int
     engine: int
     incarnation: str
-    silent: bool
     why: str
 
 

@@ -3,7 +3,7 @@
 Takes:  the file that an actor writes its output to.
 Gives:  `write_stacks`, into this process's log.
 Knows:  py-spy comes with Ray. It reads another process's memory, and needs that one neither to answer nor to run.
-Never:  fails, or takes longer than a few seconds: it is asked where something has failed already.
+Never:  fails, or takes longer than half a minute: it is asked where something has failed already.
 """
 
 from __future__ import annotations
@@ -18,13 +18,19 @@ from pathlib import Path
 
 import psutil
 
-DEADLINE_S = 5.0
+from flux_ray.clock import now_s
+
+DEADLINE_S = 5.0  # for one process
+IN_ALL_S = 20.0
 
 
 def write_stacks(log_files: Collection[Path]) -> None:
     """Of the processes of this machine that write to these files, and of their children."""
+    end_s = now_s() + IN_ALL_S
     for process in _writing_to({str(file) for file in log_files}):
         for one in (process, *_children(process)):
+            if now_s() > end_s:
+                return
             with contextlib.suppress(psutil.Error):
                 logging.getLogger(__name__).error("where process %d (%s) stands:\n%s", one.pid, one.name(),
                                                   _stack(one.pid))

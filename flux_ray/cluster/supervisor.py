@@ -109,9 +109,10 @@ class Supervisor:
         try:
             while True:
                 incarnation = group[index].incarnation
-                error: Exception = await group.death(index)
+                error = await group.death(index)
                 if incarnation in self._silent:
-                    error = ActorDied(self._silent.pop(incarnation), role=group.role, index=index)
+                    error = ActorDied(self._silent.pop(incarnation), role=group.role, index=index,
+                                      log_file=error.log_file)
                 self._deaths[group.role] += 1
                 if not self._begun or self._policies[group.role] is OnDeath.END_RUN:
                     return self.fail(error)

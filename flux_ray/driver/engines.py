@@ -27,6 +27,7 @@ class Engines:
         self._dead: set[int] = set()  # no other one stands there yet
         self._serving = {actor.incarnation for actor in group}
         self._connected: tuple[str, ...] = ()
+        self._asked: tuple[str, ...] = ()  # to take the version that is being published
         self._changed = asyncio.Event()
         self.joined = asyncio.Event()  # one waits for weights
         self.on_change: Callable[[], None] = lambda: None  # who serves has changed
@@ -51,7 +52,7 @@ class Engines:
             self._changed.clear()
             await self._changed.wait()
         found = [index for index in self.living if only is None or index in only]
-        incarnations = tuple(self._group[index].incarnation for index in found)
+        self._asked = incarnations = tuple(self._group[index].incarnation for index in found)
         if found and self._connect is not None and incarnations != self._connected:
             self._connected = ()
             await self._connect([self._group[index] for index in found])
@@ -63,32 +64,34 @@ class Engines:
         self._serving |= {self._group[index].incarnation for index in indices}
         self.on_change()
 
-    def failed(self, index: int, incarnation: str, *, silent: bool, why: str) -> None:
-        """Nothing more is to be asked of it. `silent`: its process is there and must be ended."""
-        if self._group[index].incarnation != incarnation:
-            return  # another one stands there by now
-        self._serving.discard(incarnation)
-        if silent:
-            self.supervisor.end_silent(ENGINE, index, incarnation, why)
+    def end(self, index: int, why: str, *, incarnation: str | None = None) -> None:
+        """Another one is to stand there. It may be dead already, or only seem so to who asked it.
+
+        `incarnation`: who is meant, where another one may stand there by now.
+        """
+        standing = self._group[index].incarnation
+        if incarnation not in (None, standing):
+            return
+        self._serving.discard(standing)
+        self.supervisor.end_silent(ENGINE, index, standing, why)
         self.on_change()
 
     async def one_dies(self, within_s: float) -> bool:
-        """Whether one of those that the channel is open to is dead, or dies within so many seconds."""
-        living = {actor.incarnation for index, actor in enumerate(self._group) if index not in self._dead}
-        connected, self._connected = set(self._connected), ()
+        """Whether one of those that were asked to take a version is dead, or dies within so many seconds."""
+        self._connected = ()
         try:
             async with asyncio.timeout(within_s):
-                while connected <= living:
+                while {self._group[index].incarnation for index in self.living}.issuperset(self._asked):
                     self._changed.clear()
                     await self._changed.wait()
-                    living = {self._group[index].incarnation for index in self.living}
         except TimeoutError:
             return False
         return True
 
     async def abandon_update(self, deadline_s: float) -> None:
-        """A publish broke off: those that live go on with the weights of before, or are ended."""
-        await asyncio.gather(*(self._abandon(index, deadline_s) for index in self.living))
+        """A publish broke off: those that were asked and live go on with the weights of before, or are ended."""
+        asked = [index for index in self.living if self._group[index].incarnation in self._asked]
+        await asyncio.gather(*(self._abandon(index, deadline_s) for index in asked))
 
     async def _abandon(self, index: int, deadline_s: float) -> None:
         actor = self._group[index]
@@ -98,17 +101,14 @@ class Engines:
             except (ActorError, TimeoutError):
                 is_whole = False
             if not is_whole:
-                self.end(index, f"engine {index} had loaded a part of an update that broke off")
+                self.end(index, f"engine {index} had loaded a part of an update that broke off",
+                         incarnation=actor.incarnation)
                 await self._until_lost(index, actor.incarnation)
 
     async def _until_lost(self, index: int, incarnation: str) -> None:
         while index in self.living and self._group[index].incarnation == incarnation:
             self._changed.clear()
             await self._changed.wait()
-
-    def end(self, index: int, why: str) -> None:
-        """It lives and doesn't do what it should: another one is to stand there."""
-        self.failed(index, self._group[index].incarnation, silent=True, why=why)
 
     def _lost(self, index: int) -> None:
         self._dead.add(index)

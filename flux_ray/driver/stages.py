@@ -102,7 +102,7 @@ class Stages:
             self._assigning.saw_length(entry)
 
     def _on_part_lost(self, entry: Entry, news: PartLost) -> None:
-        self.engines.failed(news.engine, news.incarnation, silent=news.silent, why=news.why)
+        self.engines.end(news.engine, news.why, incarnation=news.incarnation)
         self._assigning.part_lost(entry, news.seed)
 
     def _on_ready(self, entry: Entry, news: GroupReady) -> None:

@@ -8,6 +8,7 @@ Never:  holds a line back: whoever follows the files sees each step as it ends.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -78,7 +79,8 @@ class RunFolder:
         self.append(LEDGER, as_line(step, account))
 
     def end_ledger(self, how: str) -> None:
-        self.append(LEDGER, {"step": -1, "ended": how})
+        with contextlib.suppress(OSError):  # a full disk must not hide why the run ends
+            self.append(LEDGER, {"step": -1, "ended": how})
 
     def sync(self) -> None:
         """What has been written is on the disk."""

@@ -47,11 +47,11 @@ class Limits:
 
 
 class EngineLost(Exception):
-    """The engine is gone, or (`silent`) doesn't compute any more: another one has to answer."""
+    """The engine is gone, or doesn't compute any more: another one has to answer."""
 
-    def __init__(self, why: str, *, incarnation: str, silent: bool) -> None:
+    def __init__(self, why: str, *, incarnation: str) -> None:
         super().__init__(why)
-        self.incarnation, self.silent = incarnation, silent
+        self.incarnation = incarnation
 
 
 @dataclass
@@ -88,10 +88,9 @@ class PromptGenerate:
         try:
             sampled = await self.engine.call(Engine.generate, request).within(self.limits.deadline_s, what=what)
         except ActorError as error:
-            core_died = error.raised == CORE_DIED
-            if error.role != ENGINE or not (core_died or isinstance(error, ActorDied)):
+            if error.role != ENGINE or not (isinstance(error, ActorDied) or error.raised == CORE_DIED):
                 raise
-            self.lost = EngineLost(str(error), incarnation=self.engine.incarnation, silent=core_died)
+            self.lost = EngineLost(str(error), incarnation=self.engine.incarnation)
             raise self.lost from error
         self.step = max(self.step, sampled.step)
         return list(sampled.completions)

@@ -90,8 +90,7 @@ class RolloutWorker(Owned):
         try:
             trajectories, step = await self._sampling.sample(assignment, self._members, self._incarnation)
         except EngineLost as lost:
-            return self.tell(PartLost(*assignment.key, seed, assignment.engine, lost.incarnation, lost.silent,
-                                      str(lost)))
+            return self.tell(PartLost(*assignment.key, seed, assignment.engine, lost.incarnation, str(lost)))
         except SetAside as error:
             return self._drop(assignment.key, filters.ROLLOUT_FAILED, str(error))
         carried.parts[seed] = trajectories, step
