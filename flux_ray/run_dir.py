@@ -14,7 +14,6 @@ import datetime
 import fcntl
 import itertools
 import os
-import re
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,12 +25,12 @@ from yaml import YAMLError
 
 from flux_ray.config import Config, changed
 from flux_ray.errors import UserError
+from flux_ray.secrecy import is_secret
 
 CONFIG = "config.yaml"  # the first file of a run, which the driver writes
 AUTO = "auto"  # as `resume`: go on with what lies in run_dir
 BAD_BATCHES = "bad_batches"  # of steps that a number left out which was not finite
 HIDDEN = "***"  # stands in CONFIG for a secret
-SECRET = re.compile(r"(^|_)(api_?key|key|token|secret|passw(or)?d|credential)s?(_|$)", re.IGNORECASE)
 LOCK = ".lock"  # held by the process of a run as long as it lives
 
 
@@ -144,7 +143,7 @@ def check_seen(run_dir: str) -> None:
 def hidden(config: Config) -> Config:
     """As it is written down: without the values of `cluster.env` whose names are those of secrets."""
     return changed(config, {"cluster.env": {
-        name: HIDDEN if SECRET.search(name) else value for name, value in config.cluster.env.items()}})
+        name: HIDDEN if is_secret(name) else value for name, value in config.cluster.env.items()}})
 
 
 def shown(config: Config) -> Config:

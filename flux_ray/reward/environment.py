@@ -15,13 +15,14 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from flux_ray.secrecy import is_secret
+
 #: Variables that get through, by their names or the beginnings of their names.
 HARMLESS = frozenset({"PATH", "HOME", "USER", "LOGNAME", "SHELL", "TERM", "TZ", "LANG", "LANGUAGE", "TMPDIR",
                       "VIRTUAL_ENV", "HF_HOME", "LD_LIBRARY_PATH", "LD_PRELOAD", "SSL_CERT_FILE", "SSL_CERT_DIR",
                       "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY"})
 HARMLESS_BEGINNINGS = ("LC_", "PYTHON", "CONDA_", "OMP_", "MKL_", "OPENBLAS_", "NUMEXPR_", "KMP_", "CUDA_", "NVIDIA_",
                        "HF_HUB_", "HF_DATASETS_", "TRANSFORMERS_", "TOKENIZERS_", "TORCH_", "NLTK_", "XDG_")
-SECRET = re.compile(r"KEY|TOKEN(?!IZER)|SECRET|PASSWORD|PASSWD|CREDENTIAL", re.IGNORECASE)
 WITH_PASSWORD = re.compile(r"://[^/]*@")  # in a URL
 
 MOST_LINKS = 1000  # of a folder with more entries the first are linked
@@ -37,7 +38,7 @@ def clean(wanted: Mapping[str, str]) -> None:
 
 def _is_harmless(name: str, value: str) -> bool:
     known = name.upper() in HARMLESS or name.startswith(HARMLESS_BEGINNINGS)
-    return known and not SECRET.search(name) and not WITH_PASSWORD.search(value)
+    return known and not is_secret(name) and not WITH_PASSWORD.search(value)
 
 
 def link(folder: Path, *, but: Path | None) -> None:

@@ -24,10 +24,11 @@ from flux_ray.cluster.functions import pack
 from flux_ray.cluster.group import CallFailed
 from flux_ray.config import PolicyGradientConfig, RewardConfig
 from flux_ray.errors import UserError
+from flux_ray.held_folder import remove_left_over
 from flux_ray.plugins import HANDED_OVER, load_function
 from flux_ray.reward.child import Call, Told
 from flux_ray.reward.registry import Signature, unknown_here
-from flux_ray.sandbox import Child, ChildEnded, Entry, Limits, clear_left_over, warm_up
+from flux_ray.sandbox import SCRATCH, Child, ChildEnded, Entry, Limits, warm_up
 
 KINDS = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.VAR_POSITIONAL,
          inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.VAR_KEYWORD)  # by their numbers
@@ -184,7 +185,7 @@ class SandboxedRewards:
         await asyncio.to_thread(warm_up, PRELOADED)
         if not self._has_cleared:
             self._has_cleared = True
-            await asyncio.to_thread(clear_left_over)
+            await asyncio.to_thread(remove_left_over, SCRATCH)
         return await Child.start(self._entry, deadline_s=self._start_deadline_s, limits=self._limits)
 
     def close(self) -> None:

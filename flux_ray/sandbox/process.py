@@ -15,6 +15,7 @@ import multiprocessing
 import signal
 import socket
 import sys
+import threading
 import types
 from collections.abc import Awaitable, Callable, Sequence
 from multiprocessing import forkserver
@@ -26,15 +27,16 @@ import psutil
 
 from flux_ray.cluster.group import CallFailed
 from flux_ray.errors import UserError
+from flux_ray.held_folder import HeldFolder
 from flux_ray.sandbox import child as child_module
 from flux_ray.sandbox.child import LENGTH
 from flux_ray.sandbox.codec import decode, encode
 from flux_ray.sandbox.limits import Limits
 from flux_ray.sandbox.output import Output
-from flux_ray.sandbox.scratch import Scratch
 from flux_ray.sandbox.tree import descendants, kill_tree
 
 SENTINEL_LOOK_S = 1.0  # for the exit code of a child whose socket has closed
+SCRATCH = "flux_ray-child-"  # what the folder of a child's temporary files is called
 LOOK_EVERY_S = 0.2  # at the processes that a call has started
 
 #: Answers what a call asks.
@@ -72,7 +74,7 @@ class Child:
     ) -> None:
         self._process, self._reader, self._writer, self._limits = process, reader, writer, limits
         self._output: Output | None = None
-        self._scratch: Scratch | None = None
+        self._scratch: HeldFolder | None = None
         self._numbers = itertools.count()
         self._calls: dict[int, asyncio.Future[object]] = {}
         self._answers: dict[int, Answer] = {}  # who answers what a call asks
@@ -104,11 +106,11 @@ class Child:
         """A child whose process runs."""
         ours, its = socket.socketpair()
         confined: child_module.Confined | None = None
-        scratch: Scratch | None = None
+        scratch: HeldFolder | None = None
         printed: Connection | None = None
         prints: Connection | None = None
         if limits is not None:
-            scratch = Scratch()
+            scratch = HeldFolder(SCRATCH)
             printed, prints = multiprocessing.Pipe(duplex=False)
             confined = child_module.Confined(limits, str(scratch.folder), prints)
         process = multiprocessing.get_context("forkserver").Process(
@@ -177,7 +179,7 @@ class Child:
         if self._output is not None:
             self._output.close()
         if self._scratch is not None:
-            self._scratch.remove()
+            threading.Thread(target=self._scratch.remove, name="scratch").start()  # there may be many files
         for result in self._calls.values():
             if not result.done():
                 result.set_exception(ChildEnded(why))
