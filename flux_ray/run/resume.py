@@ -20,9 +20,8 @@ from flux_ray.run import checkpoint as saved
 
 #: The options that the shapes of a checkpoint's tensors depend on, beside the model.
 FIXED = ("train.lora.rank", "train.lora.alpha", "train.lora.targets")
-#: What differs in every resumed run, and says nothing.
+OF_THE_PLACE = ("run_dir", "resume")  # they differ in every resumed run, and say nothing
 MOST_CHARS = 80  # of a value, as it is shown
-OF_THE_PLACE = ("run_dir", "resume")
 
 
 @dataclass(frozen=True)
