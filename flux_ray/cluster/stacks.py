@@ -13,12 +13,11 @@ import logging
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import psutil
-
-from flux_ray.clock import now_s
 
 DEADLINE_S = 5.0  # for one process
 IN_ALL_S = 20.0
@@ -26,10 +25,10 @@ IN_ALL_S = 20.0
 
 def write_stacks(log_files: Collection[Path]) -> None:
     """Of the processes of this machine that write to these files, and of their children."""
-    end_s = now_s() + IN_ALL_S
+    end_s = time.monotonic() + IN_ALL_S  # the event loop's clock is not for a thread
     for process in _writing_to({str(file) for file in log_files}):
         for one in (process, *_children(process)):
-            if now_s() > end_s:
+            if time.monotonic() > end_s:
                 return
             with contextlib.suppress(psutil.Error):
                 logging.getLogger(__name__).error("where process %d (%s) stands:\n%s", one.pid, one.name(),

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import enum
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 from flux_ray.cluster.group import Actor, ActorDied, Group, Members, first_failure
@@ -40,7 +40,7 @@ class Supervisor:
         self._silent: dict[str, str] = {}  # incarnation ► why it was ended
         self._deaths: Counter[str] = Counter()  # by role, since the last step
         self._changed = asyncio.Condition()  # somebody has been replaced
-        self._watches: list[asyncio.Task[None]] = []
+        self._tasks: list[asyncio.Task[None]] = []
         self._begun = False
         self._replacing: set[tuple[str, int]] = set()
         self.warn: Callable[[str], None] = lambda text: None
@@ -62,7 +62,8 @@ class Supervisor:
         self._policies[group.role] = on_death
         if informed:
             self._informed.add(group.role)
-        self._watches += [asyncio.ensure_future(self._watch(group, index)) for index in range(len(group))]
+        for index in range(len(group)):
+            self._in_background(self._watch(group, index))
 
     def listen(self, role: str, *, lost: Callable[[int], None], replaced: Callable[[int], None]) -> None:
         """Call `lost` with the index as soon as an actor of the role has died, `replaced` once another serves."""
@@ -75,7 +76,7 @@ class Supervisor:
         heartbeat = Heartbeat(lambda: [actor for group in self._groups.values() for actor in group
                                        if (group.role, actor.index) not in self._replacing], self._ended_silent)
         if self._heartbeat:
-            self._watches.append(asyncio.ensure_future(heartbeat.run()))
+            self._in_background(heartbeat.run())
 
     def _ended_silent(self, actor: Actor[Any], silent_s: float) -> None:
         why = f"{actor.role} {actor.index}: the process did not answer for {silent_s:.0f} s and was ended"
@@ -93,11 +94,13 @@ class Supervisor:
             if self.look_at is None:
                 actor.kill()
             else:
-                self._watches.append(asyncio.ensure_future(self._look_and_kill(actor, self.look_at)))
+                self._in_background(self._look_and_kill(actor, self.look_at))
 
     async def _look_and_kill(self, actor: Actor[Any], look_at: Callable[[Actor[Any]], None]) -> None:
-        await asyncio.to_thread(look_at, actor)
-        actor.kill()
+        try:
+            await asyncio.to_thread(look_at, actor)
+        finally:
+            actor.kill()
 
     async def replaced(self, role: str, index: int, incarnation: str, deadline_s: float) -> None:
         """Waits until another actor has its place, and the informed ones know. TimeoutError after the deadline."""
@@ -106,25 +109,22 @@ class Supervisor:
 
     async def _watch(self, group: Group[object], index: int) -> None:
         """Watch one place in a group, through all its incarnations."""
-        try:
-            while True:
-                incarnation = group[index].incarnation
-                error = await group.death(index)
-                if incarnation in self._silent:
-                    error = ActorDied(self._silent.pop(incarnation), role=group.role, index=index,
-                                      log_file=error.log_file)
-                self._deaths[group.role] += 1
-                if not self._begun or self._policies[group.role] is OnDeath.END_RUN:
-                    return self.fail(error)
-                if self._deaths[group.role] > MOST_DEATHS:
-                    return self.fail(ActorDied(f"{error}; {MOST_DEATHS} have died since the last step",
-                                                role=group.role, index=index))
-                self.warn(f"{' '.join(str(error).split())}; another one is started in its place")
-                self._replacing.add((group.role, index))
-                await self._replace(group, index)
-                self._replacing.discard((group.role, index))
-        except Exception as error:
-            self.fail(error)
+        while True:
+            incarnation = group[index].incarnation
+            error = await group.death(index)
+            if incarnation in self._silent:
+                error = ActorDied(self._silent.pop(incarnation), role=group.role, index=index,
+                                  log_file=error.log_file)
+            self._deaths[group.role] += 1
+            if not self._begun or self._policies[group.role] is OnDeath.END_RUN:
+                return self.fail(error)
+            if self._deaths[group.role] > MOST_DEATHS:
+                return self.fail(ActorDied(f"{error}; {MOST_DEATHS} have died since the last step",
+                                            role=group.role, index=index))
+            self.warn(f"{' '.join(str(error).split())}; another one is started in its place")
+            self._replacing.add((group.role, index))
+            await self._replace(group, index)
+            self._replacing.discard((group.role, index))
 
     async def _replace(self, group: Group[object], index: int) -> None:
         lost, replaced = self._listeners.get(group.role, (_ignored, _ignored))
@@ -160,14 +160,25 @@ class Supervisor:
                 raise
             # else the actor's own watch sees to it
 
+    def _in_background(self, work: Coroutine[object, object, None]) -> None:
+        """For as long as the run lives. What the work raises ends the run: nobody else would ever see it."""
+        task = asyncio.create_task(work)
+        task.add_done_callback(self._ended)
+        self._tasks.append(task)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        error = None if task.cancelled() else task.exception()
+        if isinstance(error, Exception):
+            self.fail(error)
+
     def fail(self, error: Exception) -> None:
         """It ends the run, unless something else did before."""
         if not self.failure.done():
             self.failure.set_result(error)
 
     def close(self) -> None:
-        for watch in self._watches:
-            watch.cancel()
+        for task in self._tasks:
+            task.cancel()
 
 
 def _ignored(index: int) -> None: ...

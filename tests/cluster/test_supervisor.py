@@ -321,3 +321,15 @@ async def test_one_that_dies_while_it_starts_is_replaced_as_well(times, monkeypa
         else:
             await watched.is_replaced()
             assert watched.events == [("lost", 0), ("replaced", 0)] and not watched.supervisor.failure.done()
+
+
+async def test_an_actor_that_is_to_be_ended_is_ended_whatever_looking_at_it_gives():
+    def look_at(actor: object) -> None:
+        raise OSError("nothing to be seen")
+
+    async with watching() as watched:
+        watched.supervisor.look_at = look_at
+        standing = watched[WORKER][1]
+        watched.supervisor.end_silent(WORKER, 1, standing.incarnation, "it stands still")
+        assert "nothing to be seen" in str(await watched.failure()), "what nobody waits for is told all the same"
+        await soon(lambda: watched[WORKER][1].incarnation != standing.incarnation)
