@@ -13,9 +13,9 @@ B rows of a padded view, L its length, S the flat token axis of a micro-batch.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -346,6 +346,18 @@ class PreferencePair:
         return len(self.chosen_ids) + len(self.rejected_ids)
 
 
+class KeptGroup(NamedTuple):
+    """A finished group whose arrays lie in a checkpoint: it need not be sampled again."""
+
+    uid: int
+    file: str  # in the checkpoint's folder of groups
+    born: int  # steps done when it got its slot
+    generate_s: float  # that it took
+    score_s: float
+    reference_s: float
+    num_spanning: int  # samples whose tokens are of more than one version
+
+
 @dataclass(frozen=True)
 class LoopState:
     """Where a loop stands: what a checkpoint holds beside the trainer's state.
@@ -356,9 +368,11 @@ class LoopState:
 
     step: int  # steps done
     next_uid: int = 0  # the next prompt of the stream
-    unfinished: tuple[int, ...] = ()  # prompts started and not trained on: they start again
+    unfinished: tuple[int, ...] = ()  # prompts started and not trained on: they start again, but those that are kept
     prompts_dropped: int = 0
     version: int = -1  # the highest published; -1: none
+    kept: tuple[KeptGroup, ...] = ()
+    steps_of: Mapping[int, int] = field(default_factory=dict)  # version of a kept group's token ► the step it held
 
 
 @dataclass(frozen=True)

@@ -313,6 +313,9 @@ class DriverConfig(StepsConfig):
     streaming: str = knob("auto", "backward of finished groups while others of the step still generate: always, never; "
                           "auto: where generation and training have GPUs of their own, or max_staleness > 0 (not for "
                           "algorithms that need the whole batch)", choices=("auto", "always", "never"))
+    deterministic: bool = knob(False, "with max_staleness > 0: a batch is the first groups in the order of prompts, "
+                               "and new weights wait for all groups that were started before: on CPU the same "
+                               "seed gives the same run to the last bit; slower")
 
 
 @dataclass(frozen=True)

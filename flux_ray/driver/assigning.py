@@ -54,6 +54,11 @@ class Assigning:
         parts = {part.seed: part for part in split(prompt, self._num_parts)}
         self._ask(entry, Asked(prompt, parts, priority, lengths, temperature))
 
+    def hold(self, entry: Entry, prompt: Prompt, *, lengths: Lengths) -> None:
+        """As `ask`, of a group that is finished already: it is made only if it is lost."""
+        parts = {part.seed: part for part in split(prompt, self._num_parts)}
+        self._asked[entry.key] = Asked(prompt, parts, entry.born, lengths, None)
+
     def ask_again(self, entry: Entry) -> None:
         """The ledger has put it back to WAITING, for its next attempt."""
         self._ask(entry, self.end((entry.uid, entry.attempt - 1)))

@@ -16,6 +16,7 @@ from flux_ray.driver.entry import NOBODY, Entry, State, Taken
 from flux_ray.driver.slots import Slots, ready_tokens
 from flux_ray.driver.staleness import Bound, chosen
 from flux_ray.messages import GroupReady
+from flux_ray.records import KeptGroup, ScoredGroup
 
 
 class Ledger:
@@ -59,6 +60,20 @@ class Ledger:
         self.slots.add(entry)
         return entry, not self._bound.in_time(step, len(self.slots) - 1, step)
 
+    def restore(self, kept: KeptGroup, scored: ScoredGroup, worker: int, now_s: float) -> Entry:
+        """A group that an earlier life of the run has finished: READY, in the slot that it had."""
+        self._queue.remove((kept.uid, 0))
+        entry = Entry(kept.uid, 0, kept.born, self._num_parts, self._num_parts, worker=worker,
+                      num_tokens=int(scored.num_loss_tokens.sum()), start_s=now_s, end_s=now_s + kept.generate_s)
+        self.slots.add(entry)
+        self._is_ready(entry, GroupReady(*entry.key, scored, "", kept.num_spanning, kept.score_s, kept.reference_s))
+        return entry
+
+    @property
+    def is_quiet(self) -> bool:
+        """Whether nothing is being made: each group that has a slot is finished, or in training."""
+        return not any(self.slots.counts[state] for state in (State.WAITING, State.RUNNING, State.GENERATED))
+
     def evaluate(self, uid: int, step: int, num_parts: int) -> Entry:
         """A prompt of an evaluation: WAITING, without a slot."""
         self._evaluations[uid] = entry = Entry(uid, 0, step, num_parts)
@@ -82,6 +97,9 @@ class Ledger:
     def is_ready(self, entry: Entry, news: GroupReady) -> None:
         """GENERATED ► READY. An evaluation's group ends here."""
         assert entry.state is State.GENERATED, entry
+        self._is_ready(entry, news)
+
+    def _is_ready(self, entry: Entry, news: GroupReady) -> None:
         self.slots.move(entry, State.READY)
         entry.news, entry.total_tokens = news, int(news.scored.num_tokens.sum())
         if self._evaluations.pop(entry.uid, None):

@@ -9,6 +9,8 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 
@@ -25,7 +27,7 @@ from flux_ray.driver.ranks import Ranks
 from flux_ray.driver.stages import Stages
 from flux_ray.driver.versions import Versions
 from flux_ray.errors import UserError
-from flux_ray.records import LoopState, Prompt, ScoredGroup
+from flux_ray.records import KeptGroup, LoopState, Prompt, ScoredGroup
 from flux_ray.rollout.dispatch import Lengths
 
 
@@ -44,6 +46,8 @@ class Loop:
         self._weights = asyncio.Lock()  # held while the trainer's weights are of no version
         self.is_settled = True  # the weights are those of `step`, and no rank is at work on a step
         stages.on_free_slot = self.go_on
+        #: What an earlier life of the run had finished, and the folder where it lies.
+        self.kept: tuple[Sequence[KeptGroup], Path] | None = None
 
     @property
     def step(self) -> int:
@@ -56,6 +60,8 @@ class Loop:
         UserError where engines and trainer disagree, unless the config allows it.
         """
         self.stages.begin(tasks)
+        if self.kept is not None:
+            await self.stages.restore(*self.kept, self._prompts, self._lengths)
         await self.ranks.publish(self._versions.publish(self.step), self.step)
         self._bringing_in = tasks.create_task(self._bring_in())
         prompts = self._agreement.first_prompts(self._prompts)
@@ -82,6 +88,7 @@ class Loop:
         self.is_settled = False
         async with self._weights:
             report = await self.ranks.train(step, self._versions.holding(step))
+            await self._quiet()
             train_s = now_s() - start_s - begun["driver/wait_s"]
             publish = asyncio.ensure_future(self.ranks.publish(self._versions.publish(report.step), report.step))
             learn = asyncio.ensure_future(self.ranks.learn(step))
@@ -97,6 +104,12 @@ class Loop:
         if report.step == self._config.driver.num_steps:
             self.stages.forget(list(self.ledger.slots))  # no failure of theirs is to keep the result from being saved
         return metrics | {"driver/version": float(self._versions.highest), "driver/step_s": now_s() - start_s}
+
+    async def _quiet(self) -> None:
+        """Of a deterministic run, waits for all that was started, before the engines get other weights."""
+        while self._config.driver.deterministic and not self.ledger.is_quiet:
+            self.stages.changed.clear()
+            await self.stages.changed.wait()
 
     async def _bring_in(self) -> None:
         """An engine that was replaced takes the version that the others serve, as soon as no update is under way."""
@@ -166,6 +179,12 @@ class Loop:
         self.stages.forget(self._batch)
         return [(self._prompts.prompt(entry.uid), text, entry.ready.scored)
                 for entry, text in zip(shown, texts, strict=True) if text is not None]
+
+    async def keep(self, state: LoopState, folder: Path) -> LoopState:
+        """Write the groups into a new folder that are finished and not trained on, where `state` is to be resumed."""
+        wanted = set(state.unfinished)
+        kept = await self.stages.keep([one for one in self.ledger.slots if one.news and one.uid in wanted], folder)
+        return replace(state, kept=kept, steps_of=self._versions.steps_of)
 
     @property
     def state(self) -> LoopState:

@@ -31,6 +31,7 @@ class Bound:
     prompts_per_step: int
     max_staleness: int
     oversample: float = 0.0
+    in_order: bool = False  # a batch is the first groups in the order of the prompts, whichever was faster
 
     def in_time(self, born: int, place: int, step: int) -> bool:
         """Whether a group is within the bound at its turn. `place`: groups before it, those in training included."""
@@ -84,6 +85,8 @@ def chosen(
         if slot.is_ready and len(taken) < most:
             taken.append(slot)
             continue
+        if bound.in_order:
+            break
         place = num_training + len(passed)
         passed.append(slot)
         steps = slot.born + bound.max_staleness - step + 1  # until its time has passed

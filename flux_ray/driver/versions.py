@@ -5,7 +5,7 @@ Never:  forgets a version that a token in flight may have; lets a version go bac
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 
 class Versions:
@@ -16,10 +16,16 @@ class Versions:
     (7, 8, (8,), 4)
     """
 
-    def __init__(self, *, max_staleness: int, highest: int = -1) -> None:
+    def __init__(self, *, max_staleness: int, highest: int = -1, steps_of: Mapping[int, int] | None = None) -> None:
+        """`steps_of`: of versions that tokens of an earlier life have."""
         self._kept_steps = 2 * (max_staleness + 1)
         self.highest = highest
-        self._step_of: dict[int, int] = {}
+        self._step_of = dict(steps_of or {})
+
+    @property
+    def steps_of(self) -> Mapping[int, int]:
+        """Of each version that a token in flight may have."""
+        return dict(self._step_of)
 
     def publish(self, step: int) -> int:
         """The number of a new version, which holds that step."""

@@ -10,18 +10,20 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TypeVar
 
 from flux_ray.clock import now_s
-from flux_ray.cluster.group import ActorDied, Call, Group
+from flux_ray.cluster.group import ActorDied, ActorError, Call, Group
 from flux_ray.cluster.plan import ROLLOUT
 from flux_ray.cluster.supervisor import Supervisor
 from flux_ray.driver.entry import Key
 from flux_ray.messages import Assignment, GroupAt, News, Orders
 from flux_ray.protocols import RolloutWorker
-from flux_ray.records import Prompt
+from flux_ray.records import Prompt, ScoredGroup
 
 LOOK_EVERY_S = 0.1  # whether the supervisor has seen a death
+KEEP_S = 300.0  # until a worker has written its finished groups, or has read them
 SILENCE_S = 60.0  # a worker answers within ten seconds, with or without news; after so long a silence it is ended
 
 R = TypeVar("R")
@@ -91,6 +93,17 @@ class Workers:
         except (ActorDied, TimeoutError):  # `_listen` meets the same, and sees to it
             return None
         return text
+
+    async def keep(self, index: int, keys: Sequence[Key], file: Path) -> list[Key]:
+        """Has the worker write these groups; those that it has written: none where it fails."""
+        try:
+            return await self._workers[index].call(RolloutWorker.keep, keys, str(file)).within(KEEP_S)
+        except (ActorError, TimeoutError):  # they are sampled again
+            return []
+
+    async def bring(self, index: int, file: Path, prompts: Sequence[Prompt]) -> list[ScoredGroup]:
+        """Has the worker own the groups of these prompts that the file has."""
+        return await self._workers[index].call(RolloutWorker.bring, str(file), prompts).within(KEEP_S)
 
     def lost(self, index: int) -> None:
         """Forget its orders. New ones wait until another worker serves."""

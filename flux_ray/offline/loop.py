@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Mapping
+from pathlib import Path
 from typing import Protocol, TypeVar
 
 from flux_ray import run_dir
@@ -175,6 +176,10 @@ class OfflineLoop:
         """The rows of the last step, by their places in the order in which they are drawn."""
         drawn = self.step * self._size
         return Account(drawn, trained=tuple(range(drawn - self._size, drawn)))
+
+    async def keep(self, state: LoopState, folder: Path) -> LoopState:
+        """Nothing is finished before it is trained on."""
+        return state
 
     @property
     def state(self) -> LoopState:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Collection, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,10 +20,12 @@ from flux_ray.cluster.group import ActorDied, ActorError, Members
 from flux_ray.cluster.plan import REFERENCE, ROLLOUT
 from flux_ray.config import PolicyGradientConfig
 from flux_ray.messages import Assignment, GroupAt, GroupDropped, GroupReady, Orders, PartGenerated, PartLost
-from flux_ray.records import Prompt, RolloutGroup
+from flux_ray.records import Prompt, RolloutGroup, ScoredGroup
+from flux_ray.rollout import kept
 from flux_ray.rollout.environments.sandboxed import SetAside
 from flux_ray.rollout.generate import EngineLost
-from flux_ray.rollout.owned import Carried, Owned
+from flux_ray.rollout.kept import KeptArrays
+from flux_ray.rollout.owned import Carried, Key, Owned
 from flux_ray.rollout.sampling import Sampling
 from flux_ray.rollout.scoring import LostRewardWorker, Scoring, responses_of, scored_group
 
@@ -30,6 +33,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 PROBE_UID = -(10**12)  # uids of probes begin here and go down: no prompt has such a uid
+NO_ENGINE = -1  # of a group that was sampled in an earlier life of the run
 MOST_PROBES = 1000  # of one engine at once
 
 
@@ -138,6 +142,25 @@ class RolloutWorker(Owned):
     def _drop(self, key: tuple[int, int], cause: str, why: str = "") -> None:
         if self.carried.pop(key, None) is not None:  # else another part of it was dropped before
             self.tell(GroupDropped(*key, cause, why))
+
+    async def keep(self, keys: Sequence[Key], file: str) -> list[Key]:
+        """Write these groups, those that are finished, into a new file. Gives those that are written."""
+        found = {key: one for key in keys if (one := self.carried.get(key)) is not None and one.scored is not None}
+        groups = [KeptArrays(one.group, one.step, one.texts, one.scored, one.reference)
+                  for one in found.values() if one.group is not None and one.scored is not None]
+        if groups:
+            await asyncio.to_thread(kept.write, Path(file), groups)
+        return list(found)
+
+    async def bring(self, file: str, prompts: Sequence[Prompt]) -> list[ScoredGroup]:
+        """Own the groups of these prompts that such a file has, as if they had been made here."""
+        found = await asyncio.to_thread(kept.read, Path(file), prompts)
+        for one in found:
+            prompt = one.group.prompt
+            self.carried[prompt.uid, 0] = Carried(
+                Assignment(prompt, 0, NO_ENGINE, prompt.num_samples), group=one.group, step=one.step, texts=one.texts,
+                reference=one.reference, scored=one.scored)
+        return [one.scored for one in found]
 
     async def probe(self, prompts: Sequence[Prompt], engine: int) -> list[GroupAt]:
         """Have the engine sample a few tokens after each prompt, by the weights that it serves now.

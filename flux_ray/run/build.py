@@ -129,9 +129,12 @@ class Build:
         stages = self._stages(recorder, connect=self._connect)
         loop = Loop(config, stages=stages, prompts=task.train,
                     ranks=Ranks(config, trainer=groups[TRAINER], critic=groups.get(CRITIC), engines=stages.engines),
-                    versions=Versions(max_staleness=config.driver.max_staleness, highest=start.version),
+                    versions=Versions(max_staleness=config.driver.max_staleness, highest=start.version,
+                                      steps_of=start.steps_of),
                     agreement=self._agreement(task))
         loop.part_tokens = part_tokens(config, self._plan)
+        if self._prepared.checkpoint is not None and start.kept:
+            loop.kept = start.kept, self._prepared.checkpoint / ROLLOUT
         if task.evaluation is not None:
             loop.evaluation = self._evaluation(task.evaluation, stages)
         return loop
@@ -147,7 +150,8 @@ class Build:
 
     def _stages(self, recorder: Recorder, *, connect: Connect | None = None) -> Stages:
         config, start = self._sampling, self._prepared.start
-        bound = Bound(config.batch.prompts_per_step, config.driver.max_staleness, config.filter.oversample)
+        bound = Bound(config.batch.prompts_per_step, config.driver.max_staleness, config.filter.oversample,
+                      in_order=config.driver.deterministic)
         num_parts = min(config.rollout.split_groups, config.rollout.group_size)
         ledger = Ledger(bound, DropStats(config, total=start.prompts_dropped), num_parts=num_parts,
                         num_steps=config.driver.num_steps, next_uid=start.next_uid, unfinished=start.unfinished)
@@ -316,7 +320,7 @@ def part_tokens(config: PolicyGradientConfig, plan: Plan) -> float:
     """
     algorithm, streaming = algo.resolve(config.algo), config.driver.streaming
     shares = plan.device == "cpu" or plan.shares_gpus
-    if streaming == "never" or algorithm.needs_whole_batch or algorithm.needs_critic:
+    if streaming == "never" or config.driver.deterministic or algorithm.needs_whole_batch or algorithm.needs_critic:
         return math.inf
     if streaming == "auto" and shares and not config.driver.max_staleness:
         return math.inf

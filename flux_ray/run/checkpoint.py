@@ -19,7 +19,7 @@ from typing import Any
 from flux_ray.config import Config
 from flux_ray.errors import UserError
 from flux_ray.model.save import write_synced
-from flux_ray.records import LoopState
+from flux_ray.records import KeptGroup, LoopState
 from flux_ray.run import manifest
 
 STATE, BEST = "driver.json", "best.json"
@@ -59,7 +59,9 @@ def load(folder: Path) -> LoopState:
     """UserError for one that this version can't read."""
     try:
         values = _state(folder)
-        return LoopState(**{**values, "unfinished": tuple(values["unfinished"])})
+        kept = tuple(KeptGroup(*one) for one in values.get("kept", ()))
+        steps_of = {int(version): step for version, step in values.get("steps_of", {}).items()}
+        return LoopState(**{**values, "unfinished": tuple(values["unfinished"]), "kept": kept, "steps_of": steps_of})
     except (OSError, ValueError) as error:
         raise UserError(f"checkpoint {folder}: its {STATE} can't be read: {_short(error)}") from None
     except (TypeError, KeyError) as error:

@@ -8,7 +8,8 @@ Never:  writes; starts an actor.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from flux_ray.run import checkpoint as saved
 
 #: The options that the shapes of a checkpoint's tensors depend on, beside the model.
 FIXED = ("train.lora.rank", "train.lora.alpha", "train.lora.targets")
+#: Options, and sections of them, that don't change what a group is: finished groups of before are trained on.
+NOT_OF_GROUPS = ("driver.num_steps", "checkpoint", "cluster", "eval", "observability", "train", "weights")
 OF_THE_PLACE = ("run_dir", "resume")  # they differ in every resumed run, and say nothing
 MOST_CHARS = 80  # of a value, as it is shown
 
@@ -48,7 +51,14 @@ def start(config: Config) -> Start:
         raise UserError(f"driver.num_steps={config.driver.num_steps} is less than the {state.step} steps done in "
                         f"{path}")
     _refuse_other_shapes(config, path)
+    if state.kept and (others := _of_groups(_differences(config))):
+        lines = [*lines, f"{len(state.kept)} finished groups are sampled again: {', '.join(others)} differ"]
+        state = replace(state, kept=())
     return Start(config, path, state, tuple(lines))
+
+
+def _of_groups(differing: Iterable[str]) -> list[str]:
+    return [key for key in differing if key not in NOT_OF_GROUPS and key.partition(".")[0] not in NOT_OF_GROUPS]
 
 
 def changes(config: Config) -> list[str]:

@@ -13,11 +13,12 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any
 
 from flux_ray.cluster.group import Group, all_within
+from flux_ray.cluster.plan import ROLLOUT
 from flux_ray.config import Config
 from flux_ray.errors import unknown
 from flux_ray.model.save import UNWRITTEN, sync, why_unwritten
@@ -39,10 +40,11 @@ class Saver:
     """The checkpoints of one run. `save` gives back the ranks as soon as they may go on."""
 
     def __init__(self, config: Config, checkpoints: Callable[[], Path], trained: Sequence[Group[Trains]], *,
-                 warn: Callable[[str], None]) -> None:
-        """`checkpoints`: the folder of them all; `warn` tells of one that isn't kept."""
+                 keep: Callable[[LoopState, Path], Awaitable[LoopState]], warn: Callable[[str], None]) -> None:
+        """`checkpoints`: the folder of them all; `keep` writes finished groups into a new folder, and gives the state
+        that tells of them; `warn` tells of a checkpoint that isn't kept."""
         self._config, self._options, self._trained = config, config.checkpoint, trained
-        self._checkpoints, self._warn = checkpoints, warn
+        self._checkpoints, self._keep, self._warn = checkpoints, keep, warn
         self._due = Due(config, time.monotonic())
         self._step = -1                                  # of the last that was begun
         self._writing: asyncio.Task[None] | None = None  # what comes after the ranks: it ends when all is on disk
@@ -77,6 +79,7 @@ class Saver:
         except OSError as error:
             self._not_kept(state.step, why_unwritten(error))
             return
+        state = await self._keep(state, folder / ROLLOUT)
         await all_within([rank.call(Trains.save_checkpoint, str(folder / group.role), self._options.background)
                           for group in self._trained for rank in group], self._config.train.deadline_s)
         self._beside(self._commit(state, folder, final))

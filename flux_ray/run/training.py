@@ -14,6 +14,7 @@ import gc
 import logging
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Literal, Protocol
 
 from flux_ray.accounts import Account
@@ -36,6 +37,9 @@ class Loop(Protocol):
 
     @property
     def state(self) -> LoopState: ...
+
+    async def keep(self, state: LoopState, folder: Path) -> LoopState:
+        """Write what is finished and not trained on into a new folder. Gives the state that tells of it."""
 
     @property
     def is_settled(self) -> bool:
@@ -67,7 +71,8 @@ class Training:
                  progress: Callable[[], None], stopping: Stopping | None = None) -> None:
         """`progress` is called after each step."""
         self._config, self._loop, self._recorder = config, loop, recorder
-        self._saver = Saver(config, lambda: recorder.folder.checkpoints, trained, warn=lambda line: recorder.warn(line))
+        self._saver = Saver(config, lambda: recorder.folder.checkpoints, trained, keep=loop.keep,
+                            warn=lambda line: recorder.warn(line))
         self._progress, self._numbers, self._stopping = progress, Numbers(recorder), stopping
         self._state: LoopState | None = None  # after the last step of this process
         self._may_give_up = False  # beside a step: whatever is done may be broken off

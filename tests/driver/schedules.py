@@ -64,6 +64,8 @@ class RandomSchedule:
         self.deadly = chance.choice([0.0, 0.0, 0.0, 0.1])
         self.lost_arrays = chance.choice([0.0, 0.0, 0.1, 0.3])
         self.costs = dataclasses.replace(self.costs, worker_s=some() / 10, replace_s=some())
+        self.config = dataclasses.replace(self.config, driver=dataclasses.replace(
+            self.config.driver, deterministic=chance.random() < 0.2))
         spacing_s = 10 * self.costs.token_s * most  # about as long as a few groups take
         counts = {"rollout": num_workers, "engine": self.config.rollout.num_engines}
         self.kills = [(chance.random() * spacing_s * 4**i, role, chance.randrange(counts[role]))

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import io
+import random
 
 import pytest
 
 from flux_ray.cluster.group import ActorError
+from flux_ray.cluster.plan import ROLLOUT
 from flux_ray.config import from_dict
 from flux_ray.data import PromptSource
 from flux_ray.errors import UserError
@@ -24,7 +26,7 @@ pytestmark = pytest.mark.unit
 
 
 def run(tmp_path, rewards_of, *, callbacks=(), seconds_of=None, deadly=(), lost=(), done=0, version=-1,
-        gap_of=None, terminal=None, rows="", **values) -> Parts:
+        gap_of=None, terminal=None, rows="", checkpoint=None, **values) -> Parts:
     """Three steps of four prompts, of which some are `done`; gives what the parts saw. metrics.jsonl is in tmp_path."""
     config = from_dict({"batch.prompts_per_step": 4, "rollout.group_size": 2, "driver.num_steps": 3,
                         "rollout.max_tokens": 4, **values})
@@ -35,8 +37,9 @@ def run(tmp_path, rewards_of, *, callbacks=(), seconds_of=None, deadly=(), lost=
     sums = rows or [f"{i}+1=" for i in range(9)]
     prompts = PromptSource.from_config(config, tiny_tokenizer(), context_length=64, prompts=sums)
     parts = Parts(rewards_of, seconds_of=seconds_of, deadly=set(deadly), lost=set(lost), gap_of=gap_of)
-    start = LoopState(step=done, next_uid=4 * done, version=version)
-    asyncio.run(asyncio.wait_for(train(config, parts, prompts=prompts, recorder=recorder, start=start), 30))
+    start = LoopState(step=done, next_uid=4 * done, version=version) if checkpoint is None else load(checkpoint)
+    kept = checkpoint / ROLLOUT if checkpoint is not None else None
+    asyncio.run(asyncio.wait_for(train(config, parts, prompts=prompts, recorder=recorder, start=start, kept=kept), 30))
     return parts
 
 
@@ -61,6 +64,55 @@ def test_dropped_groups_are_refilled_and_never_referenced_or_trained_on(tmp_path
     lines = read_lines(tmp_path / METRICS)
     assert sum(line["filter/dropped_same_reward"] for line in lines) == lines[-1]["driver/groups_dropped"] >= 5
     assert lines[0]["filter/acceptance_rate"] < 1
+
+
+def at_random(seed: int):
+    chance = random.Random(seed)
+    return lambda prompt: 0.02 * chance.random()
+
+
+ASYNCHRONOUS = {"driver.max_staleness": 1, "driver.deterministic": True, "driver.num_steps": 6, "filter.reward": "task",
+                "rollout.num_workers": 2}
+TIMES = ("driver/step_s", "driver/wait_s", "train/step_s", "weights/publish_s", "rollout/s", "rollout/tokens_per_s",
+         "reward/group_s", "reference/group_s")
+
+
+def without_times(folder) -> list[dict[str, float]]:
+    return [{name: value for name, value in line.items() if name not in TIMES} for line in read_lines(folder / METRICS)]
+
+
+def test_a_deterministic_run_does_not_depend_on_which_group_was_faster(tmp_path):
+    runs = [run(tmp_path / str(seed), differs_but_every_third, seconds_of=at_random(seed), **ASYNCHRONOUS)
+            for seed in range(3)]
+    assert runs[0].trained == runs[1].trained == runs[2].trained
+    assert max(line["driver/staleness_max"] for line in read_lines(tmp_path / "0" / METRICS)) == 1, "asynchronous"
+    assert without_times(tmp_path / "0") == without_times(tmp_path / "1") == without_times(tmp_path / "2")
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_what_was_finished_is_not_sampled_again_after_a_resume(tmp_path, deterministic):
+    given = ASYNCHRONOUS | {"driver.deterministic": deterministic, "checkpoint.every": 2, "checkpoint.keep": 9}
+    undisturbed = run(tmp_path / "run", differs_but_every_third, seconds_of=at_random(0), **given)
+    checkpoint = whole(tmp_path / "run" / "checkpoints")[0]
+    state = load(checkpoint)
+    kept = {one.uid for one in state.kept}
+    assert state.step == 2 and kept and kept <= set(state.unfinished)
+    resumed = run(tmp_path / "resumed", differs_but_every_third, seconds_of=at_random(1), checkpoint=checkpoint,
+                  **given)
+    assert not kept & set(resumed.rolled) and kept <= {uid for batch in resumed.trained for uid in batch}
+    assert all(resumed.sampled[uid] == undisturbed.sampled[uid] for uid in kept), "token for token"
+    assert max(line["driver/staleness_max"] for line in read_lines(tmp_path / "resumed" / METRICS)) == 1, "the bound"
+    if deterministic:
+        assert resumed.trained == undisturbed.trained[2:]
+
+
+def test_a_kept_group_whose_worker_dies_is_sampled_again(tmp_path):
+    given = ASYNCHRONOUS | {"checkpoint.every": 2, "checkpoint.keep": 9}
+    run(tmp_path / "run", differs_but_every_third, **given)
+    checkpoint = whole(tmp_path / "run" / "checkpoints")[0]
+    lost = load(checkpoint).kept[0].uid
+    resumed = run(tmp_path / "resumed", differs_but_every_third, lost=[lost], checkpoint=checkpoint, **given)
+    assert lost in resumed.rolled and lost in {uid for batch in resumed.trained for uid in batch}
 
 
 @pytest.mark.parametrize("oversample", [0.5, 2.0])

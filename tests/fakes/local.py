@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -180,8 +181,11 @@ class Worker(RolloutWorker):
 
 
 async def train(config: PolicyGradientConfig, parts: Parts, *, prompts: PromptSource, recorder: Recorder,
-                start: LoopState) -> None:
-    """All steps, with evaluations on the same prompts where eval.every asks for them. Raises what ends the run."""
+                start: LoopState, kept: Path | None = None) -> None:
+    """All steps, with evaluations on the same prompts where eval.every asks for them. Raises what ends the run.
+
+    `kept`: the folder with the groups that `start` has kept.
+    """
     supervisor = Supervisor(start_deadline_s=5)
     groups: dict[str, Any] = {
         "engine": LocalGroup("engine", lambda index: parts, config.rollout.num_engines),
@@ -195,6 +199,7 @@ async def train(config: PolicyGradientConfig, parts: Parts, *, prompts: PromptSo
         supervisor.add(group, OnDeath.REPLACE if replaced else OnDeath.END_RUN, informed=role != "reference")
     await supervisor.begin()
     loop = make_loop(config, groups, supervisor, prompts=prompts, recorder=recorder, start=start)
+    loop.kept = (start.kept, kept) if kept is not None else None
     training = asyncio.ensure_future(Training(config, loop, recorder, trained=[groups["trainer"]],
                                               progress=supervisor.progress).run())
     await asyncio.wait({training, supervisor.failure}, return_when=asyncio.FIRST_COMPLETED)
@@ -208,7 +213,8 @@ async def train(config: PolicyGradientConfig, parts: Parts, *, prompts: PromptSo
 
 def make_loop(config: PolicyGradientConfig, groups: dict[str, Any], supervisor: Supervisor, *, prompts: PromptSource,
               recorder: Recorder, start: LoopState) -> Loop:
-    bound = Bound(config.batch.prompts_per_step, config.driver.max_staleness, config.filter.oversample)
+    bound = Bound(config.batch.prompts_per_step, config.driver.max_staleness, config.filter.oversample,
+                  in_order=config.driver.deterministic)
     ledger = Ledger(bound, DropStats(config, total=start.prompts_dropped), num_steps=config.driver.num_steps,
                     num_parts=min(config.rollout.split_groups, config.rollout.group_size), next_uid=start.next_uid,
                     unfinished=start.unfinished)
@@ -217,7 +223,8 @@ def make_loop(config: PolicyGradientConfig, groups: dict[str, Any], supervisor: 
                     step=start.step)
     ranks = Ranks(config, trainer=groups["trainer"], critic=None, engines=engines)
     loop = Loop(config, stages=stages, ranks=ranks, prompts=prompts,
-                versions=Versions(max_staleness=config.driver.max_staleness, highest=start.version),
+                versions=Versions(max_staleness=config.driver.max_staleness, highest=start.version,
+                                  steps_of=start.steps_of),
                 agreement=Agreement(config.rollout, model="model", dtype="float32", context=200))
     if config.eval.every:
         loop.evaluation = Evaluation(config.rollout, prompts, stages, temperature=config.eval.temperature)

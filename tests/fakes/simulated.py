@@ -475,7 +475,8 @@ async def _run(config: PolicyGradientConfig, world: World, start: LoopState, par
         supervisor.add(groups[role], on_death, informed=True)
     await supervisor.begin()
     world.ledger_lines.append(as_line(start.step - 1, Account(start.next_uid, start.unfinished)))
-    bound = Bound(config.batch.prompts_per_step, config.driver.max_staleness, config.filter.oversample)
+    bound = Bound(config.batch.prompts_per_step, config.driver.max_staleness, config.filter.oversample,
+                  in_order=config.driver.deterministic)
     ledger = Ledger(bound, DropStats(config, total=0), next_uid=start.next_uid, unfinished=start.unfinished,
                     num_parts=min(config.rollout.split_groups, config.rollout.group_size),
                     num_steps=config.driver.num_steps)

@@ -55,10 +55,14 @@ def state(step: int) -> LoopState:
     return LoopState(step=step, next_uid=3)
 
 
+async def nothing_kept(state: LoopState, folder: Path) -> LoopState:
+    return state
+
+
 async def saved(folder: Path, trained, work, **options) -> list[str]:
     """`work(saver)` within a run's tasks; what was warned of."""
     warned: list[str] = []
-    saver = Saver(config(**options), lambda: folder / "checkpoints", trained, warn=warned.append)
+    saver = Saver(config(**options), lambda: folder / "checkpoints", trained, keep=nothing_kept, warn=warned.append)
     async with asyncio.TaskGroup() as tasks:
         saver.begin(tasks)
         await work(saver)

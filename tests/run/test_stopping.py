@@ -35,6 +35,9 @@ class Steps:
         self.step, self.is_settled = 0, True
         self._waits_s, self._trains_s, self._evaluates_s = waits_s, trains_s, evaluates_s
 
+    async def keep(self, state: LoopState, folder: Path) -> LoopState:
+        return state
+
     @property
     def state(self) -> LoopState:
         return LoopState(self.step, 8 * self.step)
