@@ -52,7 +52,9 @@ def start(config: Config) -> Start:
                         f"{path}")
     _refuse_other_shapes(config, path)
     if state.kept and (others := _of_groups(_differences(config))):
-        lines = [*lines, f"{len(state.kept)} finished groups are sampled again: {', '.join(others)} differ"]
+        count, has = len(state.kept), "has" if len(others) == 1 else "have"
+        groups = "1 finished group is" if count == 1 else f"{count} finished groups are"
+        lines = [*lines, f"{groups} sampled again, for {', '.join(others)} {has} changed"]
         state = replace(state, kept=())
     return Start(config, path, state, tuple(lines))
 

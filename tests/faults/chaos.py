@@ -96,6 +96,8 @@ ROWS: dict[str, Row] = {
     "kill one engine of two, asynchronous": Row(
         _several("engine-1", 3), {"rollout.num_engines": 2, "driver.max_staleness": 1}, same_weights=False, steps=60),
     "kill driver, asynchronous": Row(_several(DRIVER, 2), {"driver.max_staleness": 1}, same_weights=False),
+    "kill driver, deterministic asynchronous": Row(
+        _several(DRIVER, 2), {"driver.max_staleness": 1, "driver.deterministic": True}),
     "soak": Row(_of_all_kinds(30), REFERENCE, steps=300),
 }
 

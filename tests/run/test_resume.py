@@ -13,7 +13,7 @@ from flux_ray import FluxConfig, run_dir
 from flux_ray.__main__ import compose
 from flux_ray.errors import UserError
 from flux_ray.observability.run_folder import EVAL, METRICS, RunFolder, read_lines
-from flux_ray.records import LoopState
+from flux_ray.records import KeptGroup, LoopState
 from flux_ray.run import manifest, resume
 from flux_ray.run.checkpoint import STATE, checkpoint_folder, load, save
 from tests.tiny import tiny_model
@@ -21,11 +21,11 @@ from tests.tiny import tiny_model
 pytestmark = pytest.mark.unit
 
 
-def checkpointed(run, step: int, tensors=None):
+def checkpointed(run, step: int, tensors=None, kept=()):
     folder = checkpoint_folder(run / "checkpoints", step)
     (folder / "trainer").mkdir(parents=True)
     save_file(tensors or {"master.a": torch.ones(3)}, folder / "trainer" / "model.safetensors")
-    save(folder, LoopState(step=step, next_uid=3))
+    save(folder, LoopState(step=step, next_uid=3, unfinished=tuple(one.uid for one in kept), kept=kept))
     manifest.write(folder)
     return folder
 
@@ -113,6 +113,20 @@ def test_seed_and_batch_may_change_and_are_named(run):
     (line,) = resume.changes(resume.start(config).config)
     assert line.startswith(f"options that differ from those of {run}: ")
     assert "seed 0 -> 3" in line and f"batch.prompts_per_step {before} -> 4" in line and f"-> {'e' * 80}..." in line
+
+
+@pytest.mark.parametrize(("option", "value", "are_kept"), [
+    ("driver.num_steps", 9, True), ("checkpoint.keep", 7, True), ("train.learning_rate", 1e-5, True),
+    ("rollout.temperature", 0.5, False), ("driver.max_staleness", 3, False), ("batch.prompts_per_step", 4, False),
+    ("algo.beta", 0.5, False),
+])
+def test_finished_groups_are_trained_on_unless_an_option_shapes_others_now(run, option, value, are_kept):
+    kept = (KeptGroup(2, "0.safetensors", 1, 1.0, 0.1, 0.0, 0),)
+    checkpointed(run, 3, kept=kept)
+    start = resume.start(FluxConfig(resume=str(run), **{option: value}))
+    assert start.state.unfinished == (2,) and start.state.kept == (kept if are_kept else ())
+    told = () if are_kept else (f"1 finished group is sampled again, for {option} has changed",)
+    assert start.warnings == told
 
 
 def test_another_model_is_refused_where_a_shape_differs(tmp_path):
