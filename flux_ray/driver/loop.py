@@ -106,8 +106,12 @@ class Loop:
         return metrics | {"driver/version": float(self._versions.highest), "driver/step_s": now_s() - start_s}
 
     async def _quiet(self) -> None:
-        """Of a deterministic run, waits for all that was started, before the engines get other weights."""
-        while self._config.driver.deterministic and not self.ledger.is_quiet:
+        """Of a deterministic run, waits for all that was started, before the engines get other weights.
+
+        Where no engine has the weights of before any more, there is nothing to wait for.
+        """
+        engines = self.ranks.engines
+        while self._config.driver.deterministic and engines.serving and not self.ledger.is_quiet:
             self.stages.changed.clear()
             await self.stages.changed.wait()
 

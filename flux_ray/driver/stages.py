@@ -40,11 +40,11 @@ class Stages:
         self._assigning = Assigning(config.rollout, ledger, self.workers, max_staleness=config.driver.max_staleness)
         self.generate = self._assigning.ask
         self.engines = engines
-        engines.on_change = lambda: self._assigning.serve(engines.serving)
+        engines.on_change = self._on_engines
         self._second_tries = SecondTries(supervisor, self.workers, is_wanted=self._assigning.__contains__,
                                          deadline_s=2 * config.cluster.start_deadline_s)
         self._listening: list[asyncio.Task[None]] = []
-        self.changed = asyncio.Event()  # a group is ready or dropped
+        self.changed = asyncio.Event()  # a group is ready or dropped; other engines serve
         self.evaluated: dict[int, asyncio.Future[GroupReady | None]] = {}  # by uid; None: its reward failed
         self.on_free_slot: Callable[[], None] = lambda: None
         supervisor.listen(ROLLOUT, lost=self._lost, replaced=self.workers.replaced)
@@ -103,6 +103,10 @@ class Stages:
     def _lost(self, worker: int) -> None:
         self.workers.lost(worker)
         self.start_again(self.ledger.lost(worker))
+
+    def _on_engines(self) -> None:
+        self._assigning.serve(self.engines.serving)
+        self.changed.set()
 
     def _on_news(self, worker: int, news: News) -> None:
         key = news.uid, news.attempt
