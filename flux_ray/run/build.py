@@ -216,9 +216,12 @@ class Build:
         batches = config.driver.max_staleness + 1 + config.filter.oversample
         most_groups = math.ceil(batches * config.batch.prompts_per_step)
         most_groups += task.evaluation.num_rows if task.evaluation is not None else 0
-        tokenizer = config.model.tokenizer or config.model.path
-        end_ids = stop_token_ids(config.model.path, load_tokenizer(str(tokenizer)))
-        told = {"config": config, "tokenizer_path": tokenizer, "most_groups": most_groups, "end_ids": end_ids,
+        path = config.model.tokenizer or config.model.path
+        tokenizer = load_tokenizer(str(path))
+        told = {"config": config, "tokenizer_path": path, "most_groups": most_groups,
+                "end_ids": stop_token_ids(config.model.path, tokenizer),
+                # A worker that loads it itself imports torch for it: 8 s of CPU and 300 MB. Slow ones may not travel.
+                "tokenizer": tokenizer if getattr(tokenizer, "is_fast", False) else None,
                 "function": packed_rollout(config.rollout.function)}
         each = [{**told, "index": index} for index in range(len(workers))]
         await workers.build(RolloutWorker, each, deadline_s=config.cluster.start_deadline_s)
