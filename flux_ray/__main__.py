@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import io
 import os
 import re
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import flux_ray
@@ -51,10 +51,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"flux_ray {flux_ray.__version__}")
         return 0
     try:
-        if verb not in VERBS:
-            raise unknown("verb", verb, VERBS)
+        command = _command(verb)
         with signals.taken(leave=True):
-            return VERBS[verb](rest) or 0
+            return command(rest) or 0
     except UserError as error:
         print(f"flux-ray: {error}", file=sys.stderr)
         return USER_ERROR
@@ -139,53 +138,38 @@ def _explain(config: Config) -> None:
         print(helps.paragraph(f"warning: {warning}", indent=len("warning: ")))
 
 
-def translate(arguments: list[str]) -> None:
-    """Prints the command; what has no counterpart stands below it, as comments."""
-    from flux_ray.translate import LIBRARIES
-    from flux_ray.translate import translate as translated
+def evaluate(arguments: list[str]) -> None:
+    from flux_ray import evaluated
 
-    if len(arguments) != 1 or arguments[0].startswith("-"):
-        raise UserError("flux-ray translate FILE: a YAML or JSON file, or a script, of verl, OpenRLHF or TRL")
-    translation = translated(Path(arguments[0]))
-    print(" \\\n    ".join(["flux-ray train", *translation.overrides]))
-    if translation.without:
-        print(f"\n# Of {LIBRARIES[translation.library]} without a counterpart:")
-    for name, instead in translation.without:
-        print(f"#   {name}: {instead}")
+    if {"-h", "--help"} & set(arguments):
+        print(helps.EVAL, end="")
+        return
+    asked = evaluated.words(arguments)
 
+    def evaluate(config: Config) -> None:
+        found = evaluated.evaluate(config, against=asked.against)
+        for line in evaluated.told(found):
+            print(line)
+        if asked.json_file is not None:
+            asked.json_file.write_text(evaluated.as_json(found), encoding="utf-8")
 
-def info(arguments: list[str]) -> None:
-    from flux_ray.info import info as known
-
-    if arguments:
-        raise UserError(f"flux-ray info takes nothing, got {' '.join(arguments)}")
-    for heading, text in known():
-        print(f"{heading:<12} {text}")
+    compose(asked.overrides, then=evaluate)
 
 
-def audit(arguments: list[str]) -> None:
-    from flux_ray.audit import audit as audited
-    from flux_ray.audit import told
-
-    if len(arguments) != 1 or arguments[0].startswith("-"):
-        raise UserError("flux-ray audit RUN: the folder of a run")
-    sums = audited(arguments[0])
-    for heading, text in told(sums):
-        print(f"{heading:<12} {text}")
-    if not sums.is_clean:
-        raise CheckFailed(f"{arguments[0]}: the accounts are not clean")
+#: Verbs that compose a config.
+COMPOSING: dict[str, Callable[[list[str]], None]] = {"train": train, "explain": explain, "eval": evaluate}
+#: Other verbs ► the module whose `command` they are: from words to the exit code, or None for 0.
+COMMANDS = {"translate": "flux_ray.translate", "info": "flux_ray.info", "audit": "flux_ray.audit",
+            "checkpoint": "flux_ray.checkpoints"}
 
 
-def checkpoint(arguments: list[str]) -> int:
-    from flux_ray.checkpoints import command
-
-    return command(arguments)
-
-
-#: What gives an exit code, or None for 0.
-VERBS: dict[str, Callable[[list[str]], int | None]] = {
-    "train": train, "explain": explain, "translate": translate, "info": info, "audit": audit,
-    "checkpoint": checkpoint}
+def _command(verb: str) -> Callable[[list[str]], int | None]:
+    if verb in COMPOSING:
+        return COMPOSING[verb]
+    if verb not in COMMANDS:
+        raise unknown("verb", verb, [*COMPOSING, *COMMANDS])
+    command: Callable[[list[str]], int | None] = importlib.import_module(COMMANDS[verb]).command
+    return command
 
 
 def compose(overrides: list[str], *, then: Callable[[Config], None]) -> None:

@@ -8,12 +8,12 @@ Never:  changes anything.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from flux_ray import run_dir
 from flux_ray.accounts import LEDGER, Audit, audited, uids_of
-from flux_ray.errors import UserError
+from flux_ray.errors import CheckFailed, UserError
 from flux_ray.observability.run_folder import METRICS, read_lines
 from flux_ray.run import checkpoint as saved
 
@@ -78,3 +78,14 @@ _ENDED = {"done": "is done", "failed": "failed", "interrupted": "was interrupted
 
 def _some(uids: list[int]) -> str:
     return f": uid {', '.join(map(str, uids[:SHOWN]))}{' …' if len(uids) > SHOWN else ''}" if uids else ""
+
+
+def command(arguments: Sequence[str]) -> None:
+    """`flux-ray audit RUN`."""
+    if len(arguments) != 1 or arguments[0].startswith("-"):
+        raise UserError("flux-ray audit RUN: the folder of a run")
+    sums = audit(arguments[0])
+    for heading, text in told(sums):
+        print(f"{heading:<12} {text}")
+    if not sums.is_clean:
+        raise CheckFailed(f"{arguments[0]}: the accounts are not clean")

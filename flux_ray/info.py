@@ -11,11 +11,12 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import flux_ray
+from flux_ray.errors import UserError
 from flux_ray.machine import LEAST_SHM_GIB
 
 PACKAGES = ("torch", "vllm", "deepspeed", "ray", "transformers", "hydra-core", "omegaconf", "pyarrow")
@@ -99,3 +100,11 @@ def _proc(file: str, key: str) -> str | None:
     except OSError:
         return None
     return next((line.partition(":")[2].strip() for line in lines if line.partition(":")[0].strip() == key), None)
+
+
+def command(arguments: Sequence[str]) -> None:
+    """`flux-ray info`."""
+    if arguments:
+        raise UserError(f"flux-ray info takes nothing, got {' '.join(arguments)}")
+    for heading, text in info():
+        print(f"{heading:<12} {text}")

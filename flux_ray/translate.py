@@ -266,3 +266,15 @@ def _override(option: str, value: object) -> str:
     if any(option.startswith(f"{key}.") for key in open_options()):
         word = f"+{word}"
     return f'"{word}"' if "$" in word and not set(word) & set("'\"`\\") else shlex.quote(word)
+
+
+def command(arguments: Sequence[str]) -> None:
+    """`flux-ray translate FILE`: prints the command; what has no counterpart stands below it, as comments."""
+    if len(arguments) != 1 or arguments[0].startswith("-"):
+        raise UserError("flux-ray translate FILE: a YAML or JSON file, or a script, of verl, OpenRLHF or TRL")
+    translation = translate(Path(arguments[0]))
+    print(" \\\n    ".join(["flux-ray train", *translation.overrides]))
+    if translation.without:
+        print(f"\n# Of {LIBRARIES[translation.library]} without a counterpart:")
+    for name, instead in translation.without:
+        print(f"#   {name}: {instead}")

@@ -15,7 +15,7 @@ import pytest
 
 from flux_ray import algo
 from flux_ray import config as configs
-from flux_ray.__main__ import OVERRIDE, VERBS, compose
+from flux_ray.__main__ import COMMANDS, COMPOSING, OVERRIDE, compose
 from flux_ray.algo import preferences
 from flux_ray.algo.table import with_tables
 from flux_ray.backends.trl import METRICS as OF_TRL
@@ -63,7 +63,7 @@ def test_every_command_on_a_page_has_options_that_exist():
         overrides = [word for word in words if OVERRIDE.fullmatch(word) and "=" in word and not word.startswith("-")]
         overrides = [word for word in overrides if word not in OF_THE_READER and not word.startswith("resume=")]
         try:
-            assert verb in VERBS, f"unknown verb {verb}"
+            assert verb in {**COMPOSING, **COMMANDS}, f"unknown verb {verb}"
             compose([word.replace("seed=0,1,2", "seed=0") for word in overrides], then=lambda config: None)
         except (UserError, AssertionError) as error:
             wrong.append(f"{where}: {error}")
