@@ -138,26 +138,8 @@ def _explain(config: Config) -> None:
         print(helps.paragraph(f"warning: {warning}", indent=len("warning: ")))
 
 
-def evaluate(arguments: list[str]) -> None:
-    from flux_ray import evaluated
-
-    if {"-h", "--help"} & set(arguments):
-        print(helps.EVAL, end="")
-        return
-    asked = evaluated.words(arguments)
-
-    def evaluate(config: Config) -> None:
-        found = evaluated.evaluate(config, against=asked.against)
-        for line in evaluated.told(found):
-            print(line)
-        if asked.json_file is not None:
-            asked.json_file.write_text(evaluated.as_json(found), encoding="utf-8")
-
-    compose(asked.overrides, then=evaluate)
-
-
 #: Verbs that compose a config.
-COMPOSING: dict[str, Callable[[list[str]], None]] = {"train": train, "explain": explain, "eval": evaluate}
+COMPOSING: dict[str, Callable[[list[str]], None]] = {"train": train, "explain": explain}
 #: Other verbs ► the module whose `command` they are: from words to the exit code, or None for 0.
 COMMANDS = {"translate": "flux_ray.translate", "info": "flux_ray.info", "audit": "flux_ray.audit",
             "checkpoint": "flux_ray.checkpoints"}

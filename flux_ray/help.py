@@ -28,7 +28,6 @@ flux-ray trains language models by reinforcement learning, with vLLM, DeepSpeed 
   flux-ray explain OPTION=VALUE ...   prints the objective of these options as formulas; starts nothing
   flux-ray train --help               lists every option with its default and its meaning
   flux-ray translate FILE             turns a configuration of verl, OpenRLHF or TRL into options
-  flux-ray eval model=M data=FILE     tells what a model is worth; --against compares it with another
   flux-ray checkpoint list RUN        shows a run's checkpoints; verify, export and prune do what they say
   flux-ray info                       shows versions, devices, and what is missing for what
   flux-ray audit RUN                  proves that no prompt of a run was lost, none trained on twice
@@ -40,23 +39,6 @@ A first run:
 
 algo=NAME says how it learns: grpo (the default), dapo, ppo and others from rewards; dpo and reward_model from pairs;
 sft from completions.
-"""
-
-EVAL = """\
-flux-ray eval model=PATH data=FILE OPTION=VALUE ...
-
-  flux-ray eval model=runs/my-run data=test.jsonl
-  flux-ray eval model=runs/my-run data=test.jsonl --against Qwen/Qwen3-0.6B
-  flux-ray eval model=PATH data=FILE 'reward.functions=[math]' eval.num_samples=8
-
-  model=PATH         a model, or a run's folder: that is its model, with the options of the run
-  data=FILE          the prompts; eval.data with several sets by name evaluates each of them too
-  eval.num_samples   samples of each prompt: above 1 gives eval/pass@k and eval/maj@k
-  eval.temperature   0 takes the likeliest token each time
-  --against MODEL    evaluates that one too, and pairs the two prompt by prompt
-  --json FILE        writes the figures there as well
-
-All options of flux-ray train that don't concern the training count here too.
 """
 
 TRAIN = """\

@@ -44,7 +44,7 @@ def claim(config: Config) -> Config:
         if config.run_dir:
             folder = Path(config.run_dir).expanduser().absolute()
         else:
-            folder = run_of(config.resume) if config.resume else new()
+            folder = run_of(config.resume) if config.resume else _new()
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"run_dir={config.run_dir or 'runs/DATE_TIME'}: can't be made: {error}") from error
@@ -161,7 +161,7 @@ def shown(config: Config) -> Config:
 OF_A_JOB = "runtime_resources/working_dir_files"
 
 
-def new() -> Path:
+def _new() -> Path:
     if OF_A_JOB in str(Path.cwd()):
         raise UserError("run_dir is missing: this job runs in a copy of its working directory, which Ray deletes with "
                         "the job, and the run in it; name a folder that stays and that all machines share "

@@ -74,7 +74,6 @@ def _problems(config: Config) -> Iterator[str]:
     if isinstance(config, EvaluatedConfig):
         yield from _evaluation_problems(config.eval)
     yield from _best_problems(config)
-    yield from _patience_problems(config)
 
 
 def _data_problems(data: DataConfig) -> Iterator[str]:
@@ -106,16 +105,6 @@ def _best_problems(config: Config) -> Iterator[str]:
         yield f"checkpoint.best={best} must be a metric of evaluations: eval/..., or -eval/... where the least is best"
     if not isinstance(config, EvaluatedConfig) or not (config.eval.data or config.eval.share):
         yield f"checkpoint.best={best} needs evaluations: eval.data and eval.every"
-
-
-def _patience_problems(config: Config) -> Iterator[str]:
-    if not isinstance(config, EvaluatedConfig) or config.eval.patience is None:
-        return
-    if config.checkpoint.best is None:
-        yield (f"eval.patience={config.eval.patience} needs checkpoint.best: the metric that must get better, such as "
-               "eval/task_mean or -eval/loss")
-    if not config.eval.every:
-        yield f"eval.patience={config.eval.patience} needs eval.every: the steps between evaluations"
 
 
 def _batch_problems(config: Config) -> Iterator[str]:

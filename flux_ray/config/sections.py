@@ -327,8 +327,6 @@ class EvalConfig:
     split: str = knob("test", "split to evaluate on, of a hub data set or a folder with splits")
     every: int = knob(0, "steps between evaluations; 0: only at start and end", least=0)
     max_rows: int | None = knob(None, "use only the first rows", least=1)
-    patience: int | None = knob(None, "end the run, with its model saved, after so many evaluations in a row that were "
-                                "no better than the best before by checkpoint.best; none: run all steps", least=1)
 
 
 @dataclass(frozen=True)
@@ -339,8 +337,6 @@ class RolloutEvalConfig(EvalConfig):
                                  "least this; none: run all steps")
     num_samples: int = knob(1, "samples per prompt", least=1)
     temperature: float | None = knob(None, "none: the rollout's", least=0)
-    correct_at: float = knob(1.0, "a sample whose task reward is at least this counts as correct, in eval/pass@k and "
-                             "eval/maj@k")
 
 
 @dataclass(frozen=True)

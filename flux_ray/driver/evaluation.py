@@ -1,23 +1,21 @@
 """An evaluation: every prompt of eval.data, once, under the weights that the engines serve.
 
 Takes:  the evaluation's prompts, the stages.
-Gives:  eval/mean and its parts, lengths, pass@k, and the first answers as text; of several sets, eval/NAME/... too.
+Gives:  eval/mean and its parts, lengths, and the first answers as text; of several sets, eval/NAME/... of each too.
 Knows:  it runs between steps; where generation is asynchronous, prompts of later steps go on beside it.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
 from dataclasses import replace
 
 from flux_ray.clock import now_s
 from flux_ray.cluster.group import first_failure
-from flux_ray.config import RolloutConfig, RolloutEvalConfig
+from flux_ray.config import RolloutConfig
 from flux_ray.data import PromptSource
 from flux_ray.driver.stages import Stages
 from flux_ray.messages import GroupReady
-from flux_ray.observability.eval_metrics import sample_metrics
 from flux_ray.observability.reward_metrics import length_metrics, reward_metrics
 from flux_ray.records import Prompt
 from flux_ray.rollout.dispatch import Lengths
@@ -29,12 +27,11 @@ Evaluated = tuple[dict[str, float], list[dict[str, object]]]
 
 
 class Evaluation:
-    def __init__(self, config: RolloutConfig, options: RolloutEvalConfig, prompts: PromptSource, stages: Stages, *,
-                 most_answers: int | None = NUM_ANSWERS) -> None:
-        """`most_answers` are given as text; None: all."""
+    def __init__(self, config: RolloutConfig, prompts: PromptSource, stages: Stages, *, temperature: float | None
+                 ) -> None:
+        """`temperature`: None for the rollout's own."""
         self._prompts, self._stages, self._split_groups = prompts, stages, config.split_groups
-        self._temperature = config.temperature if options.temperature is None else options.temperature
-        self._correct_at, self._most_answers = options.correct_at, most_answers
+        self._temperature = config.temperature if temperature is None else temperature
         self._lengths = Lengths(config.max_tokens)  # of these rows, from one evaluation to the next
 
     async def begin(self, tasks: asyncio.TaskGroup) -> None:
@@ -50,19 +47,17 @@ class Evaluation:
         prompts = [self._prompts.prompt(uid) for uid in range(self._prompts.num_rows)]
         everyone = await first_failure([self._group(prompt) for prompt in prompts])
         answered = [(prompt, ready) for prompt, ready in zip(prompts, everyone, strict=True) if ready is not None]
-        if not answered:
+        groups = [ready.scored for _, ready in answered]
+        if not groups:
             raise RuntimeError(f"evaluation at step {self._stages.step}: every reward failed; the log has each of them")
-        metrics = self._measured([ready for _, ready in answered], "eval")
+        metrics = reward_metrics(groups, "eval") | length_metrics(groups, "eval")
         for name in dict.fromkeys(prompt.data_set for prompt, _ in answered if prompt.data_set):
-            metrics |= self._measured([ready for prompt, ready in answered if prompt.data_set == name], f"eval/{name}")
-        failed = float(len(everyone) - len(answered))
-        metrics |= {"eval/prompts": float(len(answered)), "eval/failed": failed, "eval/s": now_s() - start_s}
-        return metrics, [_shown(prompt, ready) for prompt, ready in answered[: self._most_answers]]
-
-    def _measured(self, ready: Sequence[GroupReady], prefix: str) -> dict[str, float]:
-        groups = [one.scored for one in ready]
-        return (reward_metrics(groups, prefix) | length_metrics(groups, prefix)
-                | sample_metrics(groups, [one.texts for one in ready], prefix, correct_at=self._correct_at))
+            of_set = [ready.scored for prompt, ready in answered if prompt.data_set == name]
+            metrics |= reward_metrics(of_set, f"eval/{name}") | length_metrics(of_set, f"eval/{name}")
+        failed = float(len(everyone) - len(groups))
+        metrics |= {"eval/prompts": float(len(groups)), "eval/failed": failed, "eval/s": now_s() - start_s}
+        return metrics, [{"prompt": prompt.text, "completion": ready.text, "reward": ready.scored.rewards[0]}
+                         for prompt, ready in answered[:NUM_ANSWERS]]
 
     async def _group(self, prompt: Prompt) -> GroupReady | None:
         """The prompt's group, scored; None where its reward failed and the run goes on.
@@ -75,10 +70,3 @@ class Evaluation:
         stages.generate(entry, replace(prompt, uid=entry.uid), priority=stages.step, lengths=self._lengths,
                         temperature=self._temperature)
         return await stages.evaluated[entry.uid]
-
-
-def _shown(prompt: Prompt, ready: GroupReady) -> dict[str, object]:
-    """The prompt with its first answer, and what each answer was worth."""
-    scored = ready.scored
-    return {"row": prompt.row, **({"set": prompt.data_set} if prompt.data_set else {}), "prompt": prompt.text,
-            "completion": ready.texts[0], "reward": scored.rewards[0], "task_rewards": scored.task_rewards.tolist()}

@@ -97,10 +97,12 @@ class RunFolder:
     def metrics(self, step: int, values: dict[str, float]) -> None:
         self.append(METRICS, {"step": step, **values})
 
-    def evaluations(self) -> dict[int, dict[str, float]]:
-        """Steps done ► what the evaluation then gave, the oldest first."""
-        return {int(record["step"]): {name: value for name, value in record.items() if isinstance(value, float)}
-                for record in read_lines(self.path / EVAL)}
+    def evaluated(self, version: int) -> dict[str, float] | None:
+        """What the evaluation at this version gave, if there was one."""
+        for record in read_lines(self.path / EVAL):
+            if record["step"] == version:
+                return {name: value for name, value in record.items() if isinstance(value, float)}
+        return None
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:

@@ -14,8 +14,6 @@ from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Protocol, TypeVar
 
-import numpy as np
-
 from flux_ray import run_dir
 from flux_ray.accounts import Account
 from flux_ray.config import BatchConfig, Config, PairsConfig
@@ -61,11 +59,7 @@ class Examples:
 
     async def evaluate(self) -> dict[str, float] | None:
         source = self._evaluation
-        if source is None:
-            return None
-        metrics = await _of_each(source.all(), source.sizes, self._stages.sft_metrics)
-        losses = {name.removesuffix("loss"): loss for name, loss in metrics.items() if name.endswith("/loss")}
-        return metrics | {f"{prefix}perplexity": float(np.exp(loss)) for prefix, loss in losses.items()}
+        return await _of_each(source.all(), source.sizes, self._stages.sft_metrics) if source else None
 
 
 class Pairs:

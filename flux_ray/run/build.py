@@ -31,7 +31,7 @@ from flux_ray.data import PromptSource
 from flux_ray.driver.agreement import Agreement
 from flux_ray.driver.drop_stats import DropStats
 from flux_ray.driver.engines import Connect, Engines
-from flux_ray.driver.evaluation import NUM_ANSWERS, Evaluation
+from flux_ray.driver.evaluation import Evaluation
 from flux_ray.driver.ledger import Ledger
 from flux_ray.driver.loop import Loop
 from flux_ray.driver.ranks import Ranks
@@ -113,7 +113,7 @@ class Build:
         async with asyncio.TaskGroup() as tasks:
             await self._begin_sampling(task, tasks)
         await self.supervisor.begin()
-        return self._evaluation(task.evaluation, self._stages(recorder), most_answers=None)
+        return self._evaluation(task.evaluation, self._stages(recorder))
 
     async def _rollout_loop(self, task: Rollouts, recorder: Recorder) -> Loop:
         """All roles, started side by side; then the weight channel from trainer to engines."""
@@ -139,9 +139,8 @@ class Build:
             loop.evaluation = self._evaluation(task.evaluation, stages)
         return loop
 
-    def _evaluation(self, prompts: PromptSource, stages: Stages, *, most_answers: int | None = NUM_ANSWERS,
-                    ) -> Evaluation:
-        return Evaluation(self._sampling.rollout, self._sampling.eval, prompts, stages, most_answers=most_answers)
+    def _evaluation(self, prompts: PromptSource, stages: Stages) -> Evaluation:
+        return Evaluation(self._sampling.rollout, prompts, stages, temperature=self._sampling.eval.temperature)
 
     def _agreement(self, task: Rollouts) -> Agreement:
         config = self._sampling

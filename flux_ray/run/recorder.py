@@ -92,10 +92,10 @@ class Recorder:
             for callback in self._callbacks:
                 callback.on_evaluation(version, dict(metrics))
 
-    def evaluations(self, step: int) -> dict[int, dict[str, float]]:
-        """Steps done, up to `step` ► the evaluation's metrics then, by this run or the one that it resumes."""
-        folders = [*([RunFolder(run_dir.run_of(self._resume))] if self._resume else []), self.folder]
-        return {at: metrics for folder in folders for at, metrics in folder.evaluations().items() if at <= step}
+    def evaluated(self, version: int) -> dict[str, float] | None:
+        """The evaluation's metrics at that version, by this run or the one that it resumes; None: there was none."""
+        folders = [self.folder, *([RunFolder(run_dir.run_of(self._resume))] if self._resume else [])]
+        return next((found for folder in folders if (found := folder.evaluated(version)) is not None), None)
 
     def warn(self, text: str) -> None:
         self.terminal.say(f"warning: {text}", level=logging.WARNING)

@@ -20,7 +20,6 @@ from typing import Literal, Protocol
 from flux_ray.accounts import Account
 from flux_ray.cluster.group import Group
 from flux_ray.config import Config, EvaluatedConfig, PolicyGradientConfig
-from flux_ray.errors import unknown
 from flux_ray.protocols import Trains
 from flux_ray.records import LoopState, Prompt, ScoredGroup
 from flux_ray.run.numbers import Numbers
@@ -79,7 +78,6 @@ class Training:
         self._may_give_up = False  # beside a step: whatever is done may be broken off
         self._last_step = config.driver.num_steps  # less once an evaluation has reached eval.stop_at
         self._eval_every = config.eval.every if isinstance(config, EvaluatedConfig) else 0
-        self._patience = Patience(config)
         self._stop_at, self._samples_per_step = None, 0
         if isinstance(config, PolicyGradientConfig):
             self._stop_at, self._samples_per_step = config.eval.stop_at, config.observability.samples_per_step
@@ -191,49 +189,18 @@ class Training:
                 self._recorder.evaluation(step, *evaluated)
                 await self._saver.evaluated(self._loop.state, evaluated[0])
                 self._stop_if_reached(evaluated[0])
-                self._stop_if_no_better(evaluated[0])
 
     async def _evaluate_first(self) -> None:
         """Evaluate before the first step, unless the resumed run has done so at this step: then its result holds."""
         step = self._loop.step
-        before = self._recorder.evaluations(step) if step else {}  # at 0 they would be of a run that never began
-        for metrics in before.values():
-            self._stop_if_no_better(metrics)
-        if step in before:
-            self._stop_if_reached(before[step])
-        else:
+        before = self._recorder.evaluated(step) if step else None  # at 0 it would be of a run that never began
+        if before is None:
             await self._evaluate_if_due()
+        else:
+            self._stop_if_reached(before)
 
     def _stop_if_reached(self, evaluated: dict[str, float]) -> None:
         level, reached = self._stop_at, evaluated.get("eval/task_mean", -math.inf)
         if level is not None and reached >= level:
             self._last_step = self._loop.step
             self._recorder.terminal.say(f"eval/task_mean {reached:.3f} has reached eval.stop_at={level:g}")
-
-    def _stop_if_no_better(self, evaluated: dict[str, float]) -> None:
-        told = self._patience.after(evaluated)
-        if told is not None and self._loop.step < self._last_step:
-            self._last_step = self._loop.step
-            self._recorder.terminal.say(told)
-
-
-class Patience:
-    """When eval.patience is at its end."""
-
-    def __init__(self, config: Config) -> None:
-        self._most = config.eval.patience if isinstance(config, EvaluatedConfig) else None
-        self._metric, self._best, self._since = config.checkpoint.best or "", -math.inf, 0
-
-    def after(self, evaluated: dict[str, float]) -> str | None:
-        """Why the run is to end, where it is; the evaluations come in their order. UserError for an unknown metric."""
-        if self._most is None:
-            return None
-        name = self._metric.removeprefix("-")
-        if name not in evaluated:
-            raise unknown("metric in checkpoint.best", name, sorted(evaluated))
-        score = -evaluated[name] if self._metric.startswith("-") else evaluated[name]
-        self._since = 0 if score > self._best else self._since + 1  # nan is no better
-        self._best = max(self._best, score) if score == score else self._best
-        if self._since < self._most:
-            return None
-        return f"{name} was no better in the last {self._since} evaluations: eval.patience={self._most} ends the run"

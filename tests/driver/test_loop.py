@@ -268,19 +268,6 @@ def test_a_resumed_run_makes_up_for_an_evaluation_that_it_was_ended_in(tmp_path)
         assert steps(folder) == made
 
 
-def test_a_run_ends_after_so_many_evaluations_that_were_no_better(tmp_path):
-    """It gets better until four steps are done; a resumed run counts those that were no better before."""
-    done = []
-    given = {"driver.num_steps": 20, "eval.every": 2, "eval.patience": 3, "checkpoint.best": "eval/task_mean",
-             "eval.data": "none"}
-    run(tmp_path / "run", lambda uid: [1, 1] if len(done) >= 4 else [1, 0], callbacks=[noting(done)], **given)
-    assert [line["step"] for line in read_lines(tmp_path / "run" / EVAL)] == [0, 2, 4, 6, 8, 10]
-    (tmp_path / "resumed").mkdir()
-    for step, level in ((2, 0.5), (4, 0.9), (6, 0.5)):
-        RunFolder(tmp_path / "resumed").append(EVAL, {"step": step, "eval/task_mean": level, "answers": []})
-    assert len(run(tmp_path / "resumed", lambda uid: [1, 0], done=6, **given).trained) == 4, "two more are no better"
-
-
 def test_a_resumed_run_that_had_reached_its_level_has_nothing_left_to_do(tmp_path):
     """It was ended before its model was saved."""
     given = {"driver.num_steps": 20, "eval.every": 2, "eval.stop_at": 0.8}

@@ -45,9 +45,9 @@ def test_nothing_is_added_to_a_torn_line_of_kept_log_probs(tmp_path, resume_step
 
 def test_what_an_evaluation_gave(tmp_path):
     folder = RunFolder(tmp_path)
-    assert folder.evaluations() == {}
+    assert folder.evaluated(0) is None
     folder.append(EVAL, {"step": 2, "eval/task_mean": 0.5, "eval/odd": float("nan"), "answers": [{"reward": 1.0}]})
-    assert folder.evaluations() == {2: {"eval/task_mean": 0.5}}
+    assert folder.evaluated(2) == {"eval/task_mean": 0.5} and folder.evaluated(1) is None
 
 
 def test_a_run_that_starts_from_another_s_checkpoint_takes_no_folder_in_use(tmp_path):
