@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from flux_ray.clock import now_s
 from flux_ray.cluster.group import CallFailed
 from flux_ray.messages import Assignment, GroupAt, GroupFailed, News, OwnedGroup
 from flux_ray.records import RolloutGroup, ScoredGroup, Trajectory
@@ -36,6 +37,11 @@ class Carried:
     texts: tuple[str, ...] = ()
     reference: list[np.ndarray] | None = None
     scored: ScoredGroup | None = None
+    engines: dict[int, int] = field(default_factory=dict)  # seed ► the engine that sampled that part
+    start_s: float = field(default_factory=now_s)
+    generate_s: float = 0.0  # from the first order until all parts were there
+    score_s: float = 0.0
+    reference_s: float = 0.0
     tasks: set[asyncio.Task[None]] = field(default_factory=set)
 
     @property
@@ -43,12 +49,18 @@ class Carried:
         """Whether all parts are there."""
         return sum(len(part) for part, _ in self.parts.values()) == self.first.group_size
 
+    @property
+    def sample_engines(self) -> list[int]:
+        """The engine of each sample."""
+        return [self.engines[seed] for seed in sorted(self.parts) for _ in self.parts[seed][0]]
+
     def join(self, decode: Callable[[list[np.ndarray]], list[str]]) -> RolloutGroup:
         """Make one group of the parts, in the order of their samples' seeds, and its texts."""
         parts = [self.parts[seed] for seed in sorted(self.parts)]
         whole = replace(self.first.prompt, seed=min(self.parts), num_samples=self.first.group_size)
         self.group = RolloutGroup(whole, tuple(t for part, _ in parts for t in part))
         self.step = max(step for _, step in parts)
+        self.generate_s = now_s() - self.start_s
         self.texts = tuple(decode([t.token_ids[t.prompt_length :] for t in self.group.trajectories]))
         return self.group
 

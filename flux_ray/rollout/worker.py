@@ -18,10 +18,21 @@ from flux_ray.clock import now_s
 from flux_ray.cluster.group import ActorDied, ActorError, Members
 from flux_ray.cluster.plan import REFERENCE, ROLLOUT
 from flux_ray.config import PolicyGradientConfig
-from flux_ray.messages import Assignment, GroupAt, GroupDropped, GroupReady, Orders, PartGenerated, PartLost
+from flux_ray.messages import (
+    Assignment,
+    GroupAt,
+    GroupDropped,
+    GroupReady,
+    Orders,
+    PartGenerated,
+    PartLost,
+    TrainedTokens,
+    Written,
+)
 from flux_ray.records import Prompt, RolloutGroup
 from flux_ray.rollout.environments.sandboxed import SetAside
 from flux_ray.rollout.generate import EngineLost
+from flux_ray.rollout.keeping import Keeping
 from flux_ray.rollout.owned import Carried, Owned
 from flux_ray.rollout.sampling import Sampling
 from flux_ray.rollout.scoring import LostRewardWorker, Scoring, responses_of, scored_group
@@ -47,6 +58,7 @@ class RolloutWorker(Owned):
         self._sampling = Sampling(
             config, tokenizer_path=tokenizer_path, tokenizer=tokenizer, end_ids=end_ids, function=function)
         self._scoring = Scoring(config, most_groups=most_groups)
+        self._keeping = Keeping(config, worker=index)
         self._members = Members()
         self._met = asyncio.Condition()  # others are alive than before
         self._started: asyncio.Future[None] | None = None
@@ -93,7 +105,7 @@ class RolloutWorker(Owned):
             return self.tell(PartLost(*assignment.key, seed, assignment.engine, lost.incarnation, str(lost)))
         except SetAside as error:
             return self._drop(assignment.key, filters.ROLLOUT_FAILED, str(error))
-        carried.parts[seed] = trajectories, step
+        carried.parts[seed], carried.engines[seed] = (trajectories, step), assignment.engine
         self.tell(PartGenerated(*assignment.key, seed, sum(t.num_loss_tokens for t in trajectories)))
         if carried.is_generated:
             await self._finish(carried, carried.join(self._sampling.decode))
@@ -112,15 +124,17 @@ class RolloutWorker(Owned):
             return self._drop(key, filters.REWARD_FAILED, str(error))
         carried.scored = scored = scored_group(group, scores)
         scored_s = now_s()
+        carried.score_s = scored_s - start_s
         evaluates = carried.first.evaluates
         if not evaluates:
             cause = filters.refusal(scored, self._config.filter)
             if cause is not None:
                 return self._drop(key, cause)
             carried.reference = await self._referenced(group)
+            carried.reference_s = now_s() - scored_s
         spanning = sum(t.oldest_version != t.newest_version for t in group.trajectories)
-        self.tell(GroupReady(*key, scored, carried.texts[0] if evaluates else "", spanning, scored_s - start_s,
-                             now_s() - scored_s))
+        self.tell(GroupReady(*key, scored, carried.texts[0] if evaluates else "", spanning, carried.score_s,
+                             carried.reference_s))
         if evaluates:
             del self.carried[key]
 
@@ -136,8 +150,17 @@ class RolloutWorker(Owned):
             await self._others_than(members)
 
     def _drop(self, key: tuple[int, int], cause: str, why: str = "") -> None:
-        if self.carried.pop(key, None) is not None:  # else another part of it was dropped before
+        carried = self.carried.pop(key, None)
+        if carried is not None:  # else another part of it was dropped before
+            self._keeping.dropped(carried, cause)
             self.tell(GroupDropped(*key, cause, why))
+
+    async def take_back(self, trained: TrainedTokens) -> None:
+        self._keeping.trained(self.carried, trained)
+
+    async def write_rollouts(self, step: int) -> Written:
+        """The step's groups, and those that were dropped since the step before. Gives why, where that can't be."""
+        return await self._keeping.write(step)
 
     async def probe(self, prompts: Sequence[Prompt], engine: int) -> list[GroupAt]:
         """Have the engine sample a few tokens after each prompt, by the weights that it serves now.
