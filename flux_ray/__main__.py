@@ -182,10 +182,16 @@ def checkpoint(arguments: list[str]) -> int:
     return command(arguments)
 
 
+def replay(arguments: list[str]) -> int:
+    from flux_ray.replay import command
+
+    return command(arguments)
+
+
 #: What gives an exit code, or None for 0.
 VERBS: dict[str, Callable[[list[str]], int | None]] = {
     "train": train, "explain": explain, "translate": translate, "info": info, "audit": audit,
-    "checkpoint": checkpoint}
+    "checkpoint": checkpoint, "replay": replay}
 
 
 def compose(overrides: list[str], *, then: Callable[[Config], None]) -> None:

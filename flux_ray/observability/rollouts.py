@@ -44,6 +44,7 @@ SCHEMA = pa.schema([
     ("reference_logprobs", _FLOATS), ("advantages", _FLOATS),
     ("num_turns", pa.int32()), ("finish_reason", pa.string()), ("truncated", pa.bool_()), ("num_tokens", pa.int32()),
     ("reward", pa.float64()), ("task_reward", pa.float64()), ("advantage", pa.float64()),
+    ("entropy", pa.float64()),
     ("parts", pa.map_(pa.string(), pa.float64())), ("outcome", pa.string()),
     ("generate_s", pa.float64()), ("score_s", pa.float64()), ("reference_s", pa.float64()),
     ("worker", pa.int32()), ("engine", pa.int32()), ("update", pa.int32()),
@@ -67,7 +68,7 @@ class Rollout:
     score_s: float
     reference_s: float
     update: int | None = None  # which of the step's updates in a pass took it
-    made: dict[str, list[np.ndarray] | None] | None = None  # by the names MADE
+    made: dict[str, list[np.ndarray] | None] | None = None  # by the names MADE, and entropies
 
 
 def is_kept(uid: int, share: float) -> bool:
@@ -124,7 +125,9 @@ def table_of(rollouts: Sequence[Rollout]) -> Table:
         "truncated": each(lambda r, i, t: t.finish_reason == FINISH_LENGTH),
         "num_tokens": each(lambda r, i, t: t.num_loss_tokens),
         "reward": scores("rewards"), "task_reward": scores("task_rewards"),
-        "advantage": [_mean(values, t.loss_mask) for values, (_, _, t) in zip(made["advantages"], rows, strict=True)],
+        # Tokens of a sequence weigh alike in every aggregation: of entropies their mean is enough to know the loss.
+        **{name: each(lambda r, i, t, of=of: _mean(_of_sample(r, of, i), t.loss_mask))
+           for name, of in (("advantage", "advantages"), ("entropy", "entropies"))},
         "parts": each(lambda r, i, t: [] if r.scored is None else
                       [(name, _number(of_G[i])) for name, of_G in r.scored.parts.items()]),
         **{name: each(lambda r, i, t, name=name: getattr(r, name))
@@ -219,6 +222,9 @@ def _group(rows: list[dict[str, Any]]) -> Rollout:
     prompt = Prompt(first["uid"], first["row"], first["prompt"], trajectories[0].token_ids[: first["prompt_length"]],
                     {}, num_samples=len(rows), seed=0, data_set=first["data_set"])
     made = {name: None if first[name] is None else [np.array(row[name], np.float32) for row in rows] for name in MADE}
+    # Spread over the tokens again: see table_of.
+    made["entropies"] = None if any(row.get("entropy") is None for row in rows if row["num_tokens"]) else [
+        np.full(len(row["token_ids"]), row["entropy"] or 0.0, np.float32) for row in rows]
     group = RolloutGroup(prompt, trajectories)
     return Rollout(group, first["attempt"], [row["response"] for row in rows], _scored(group, rows), first["outcome"],
                    first["worker"], [row["engine"] for row in rows], first["generate_s"], first["score_s"],

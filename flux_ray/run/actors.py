@@ -91,7 +91,7 @@ class TrainingRank(Trainer):
         if made is not None and self.keeps_rollouts and isinstance(config, PolicyGradientConfig):
             reference = None if self.made_reference is None else [row for of in self.made_reference for row in of]
             values = {"advantages": made.advantages, "policy_logprobs": made.policy, "old_logprobs": made.old,
-                      **({} if reference is None else {"reference_logprobs": reference})}
+                      "entropies": made.entropies, **({} if reference is None else {"reference_logprobs": reference})}
             self._made += trained_tokens(self._holder.places, self._holder.groups, made.updates, values,
                                          share=config.observability.rollouts_share)
 

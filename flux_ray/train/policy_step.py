@@ -55,6 +55,7 @@ class TokenValues:
     returns: list[np.ndarray]
     old: list[np.ndarray] | None
     policy: list[np.ndarray] | None  # log-probs of the policy that the sample's first update began with
+    entropies: list[np.ndarray] | None  # of that policy too
     updates: list[int | None]  # of each group, which of a pass's updates took it
 
 
@@ -63,7 +64,7 @@ def accumulate(
 ) -> tuple[Begun, TokenValues]:
     """Forward and backward of some of the step's groups; `run` takes the rest. Collective.
 
-    Not for algorithms that need the whole batch. `keeps`: the policy's log-probs are given too.
+    Not for algorithms that need the whole batch. `keeps`: the policy's log-probs and entropies are given too.
     """
     algorithm = algo.resolve(config.algo)
     assert not algorithm.needs_whole_batch and not algorithm.needs_critic, algorithm.name
@@ -83,7 +84,8 @@ def run(
 ) -> tuple[dict[str, Metric], TokenValues]:
     """All updates of one step; none in the steps in which a critic learns alone. Collective.
 
-    Gives the metrics, and the tokens' values. `keeps`: the policy's log-probs are among them.
+    Gives the metrics, and the tokens' values. `keeps`: the policy's log-probs and entropies are
+    among them.
     """
     algorithm = algo.resolve(config.algo)
     prepared = _prepared(engine, config, algorithm, batch)
@@ -141,7 +143,7 @@ class MiniBatch:
     old_logprobs: list[Tensor] | None
 
 
-Seen = dict[int, Tensor]  # micro-batch by its place ► the policy's log-probs (S,)
+Seen = dict[int, tuple[Tensor, Tensor]]  # micro-batch by its place ► the policy's log-probs and entropies (S,)
 
 
 def _token_values(
@@ -149,14 +151,19 @@ def _token_values(
 ) -> TokenValues:
     """Without parts: no update was made."""
     updates: list[int | None] = [k for k, part in enumerate(parts) for _ in part.batch.groups]
-    policy = []
-    for part, mini_batch, of_part in zip(parts, mini_batches, seen, strict=True):
-        if of_part is not None:
+
+    def of_samples(which: int) -> list[np.ndarray] | None:
+        rows = []
+        for part, mini_batch, of_part in zip(parts, mini_batches, seen, strict=True):
+            if of_part is None:
+                return None
             # A micro-batch without a token to learn from was never shown to the objective.
-            rows = [of_part.get(i, torch.zeros(m.num_tokens)) for i, m in enumerate(mini_batch.micro_batches)]
-            policy += per_sample(rows, mini_batch.micro_batches, part.samples.stop - part.samples.start)
-    return TokenValues(prepared.advantages, prepared.returns, prepared.old,
-                       policy if len(policy) == len(prepared.advantages) else None,
+            values = [of_part[i][which] if i in of_part else torch.zeros(m.num_tokens)
+                      for i, m in enumerate(mini_batch.micro_batches)]
+            rows += per_sample(values, mini_batch.micro_batches, part.samples.stop - part.samples.start)
+        return rows if parts else None
+
+    return TokenValues(prepared.advantages, prepared.returns, prepared.old, of_samples(0), of_samples(1),
                        updates or [None] * len(prepared.batch.groups))
 
 
@@ -173,8 +180,8 @@ class PolicyObjective:
     def __call__(
         self, i: int, micro_batch: MicroBatch, logprobs_S: Tensor, entropy_S: Tensor | None,
     ) -> tuple[Tensor, dict[str, Metric]]:
-        if self.seen is not None:
-            self.seen[i] = logprobs_S.detach()
+        if self.seen is not None and entropy_S is not None:
+            self.seen[i] = logprobs_S.detach(), entropy_S.detach()
         old_S = None
         if self.mini_batch.old_logprobs is not None:
             old_S = self.mini_batch.old_logprobs[i].to(logprobs_S.device)
