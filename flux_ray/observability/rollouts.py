@@ -32,6 +32,8 @@ FOLDER = "rollouts"
 TRAINED = "trained"  # the outcome of a group that a step took; of any other it is why it was dropped
 GIB = 2**30
 GROUPS_A_FILE = 64  # a worker's step is written in several files, so that it is never in memory twice
+#: Of a reward, by its name. No map: `datasets` reads none.
+PART = pa.struct([("key", pa.string()), ("value", pa.float64())])
 _FLOATS = pa.list_(pa.float32())
 
 #: Lists are over the T tokens of prompt and response; null where a value isn't known.
@@ -45,10 +47,12 @@ SCHEMA = pa.schema([
     ("num_turns", pa.int32()), ("finish_reason", pa.string()), ("truncated", pa.bool_()), ("num_tokens", pa.int32()),
     ("reward", pa.float64()), ("task_reward", pa.float64()), ("advantage", pa.float64()),
     ("entropy", pa.float64()),
-    ("parts", pa.map_(pa.string(), pa.float64())), ("outcome", pa.string()),
+    ("parts", pa.list_(PART)), ("outcome", pa.string()),
     ("generate_s", pa.float64()), ("score_s", pa.float64()), ("reference_s", pa.float64()),
     ("worker", pa.int32()), ("engine", pa.int32()), ("update", pa.int32()),
 ])
+#: Columns that are a group's.
+OWN = ("attempt", "outcome", "generate_s", "score_s", "reference_s", "worker", "update")
 #: What a step made of a token: columns that are null in the rows of dropped groups.
 MADE = ("advantages", "policy_logprobs", "old_logprobs", "reference_logprobs")
 
@@ -106,36 +110,43 @@ def table_of(rollouts: Sequence[Rollout]) -> Table:
     def each(get: Callable[[Rollout, int, Trajectory], object]) -> list[object]:
         return [get(*row) for row in rows]
 
+    def own(name: str) -> list[object]:
+        return [getattr(rollout, name) for rollout, _, _ in rows]
+
+    def made(name: str) -> list[np.ndarray | None]:
+        return [_of_sample(rollout, name, i) for rollout, i, _ in rows]
+
     def scores(name: str) -> list[object]:
         return each(lambda r, i, t: None if r.scored is None else _number(getattr(r.scored, name)[i]))
 
-    made = {name: each(lambda r, i, t, name=name: _of_sample(r, name, i)) for name in MADE}
+    def mean(name: str) -> list[object]:
+        return [_mean(values, t.loss_mask) for values, (_, _, t) in zip(made(name), rows, strict=True)]
+
     columns: dict[str, object] = {
-        "uid": each(lambda r, i, t: r.group.prompt.uid), "attempt": each(lambda r, i, t: r.attempt),
-        "sample": each(lambda r, i, t: i), "row": each(lambda r, i, t: r.group.prompt.row),
-        "data_set": each(lambda r, i, t: r.group.prompt.data_set),
+        "uid": each(lambda r, i, t: r.group.prompt.uid), "sample": each(lambda r, i, t: i),
+        "row": each(lambda r, i, t: r.group.prompt.row), "data_set": each(lambda r, i, t: r.group.prompt.data_set),
         "prompt": each(lambda r, i, t: _prompt(r.group.prompt)), "response": each(lambda r, i, t: r.texts[i]),
-        "token_ids": _lists(each(lambda r, i, t: t.token_ids), pa.int32()),
-        "prompt_length": each(lambda r, i, t: t.prompt_length),
-        "loss_mask": _lists(each(lambda r, i, t: t.loss_mask), pa.bool_()),
-        "versions": _lists(each(lambda r, i, t: t.versions), pa.int32()),
-        "sampler_logprobs": _lists(each(lambda r, i, t: t.sampler_logprobs), pa.float32()),
-        **{name: _lists(values, pa.float32()) for name, values in made.items()},
-        "num_turns": each(lambda r, i, t: num_turns(t)), "finish_reason": each(lambda r, i, t: t.finish_reason),
+        "token_ids": _lists([t.token_ids for _, _, t in rows], pa.int32()),
+        "loss_mask": _lists([t.loss_mask for _, _, t in rows], pa.bool_()),
+        "versions": _lists([t.versions for _, _, t in rows], pa.int32()),
+        "sampler_logprobs": _lists([t.sampler_logprobs for _, _, t in rows], pa.float32()),
+        **{name: _lists(made(name), pa.float32()) for name in MADE},
+        "prompt_length": each(lambda r, i, t: t.prompt_length), "finish_reason": each(lambda r, i, t: t.finish_reason),
         "truncated": each(lambda r, i, t: t.finish_reason == FINISH_LENGTH),
-        "num_tokens": each(lambda r, i, t: t.num_loss_tokens),
+        "num_turns": each(lambda r, i, t: num_turns(t)), "num_tokens": each(lambda r, i, t: t.num_loss_tokens),
         "reward": scores("rewards"), "task_reward": scores("task_rewards"),
         # Tokens of a sequence weigh alike in every aggregation: of entropies their mean is enough to know the loss.
-        **{name: each(lambda r, i, t, of=of: _mean(_of_sample(r, of, i), t.loss_mask))
-           for name, of in (("advantage", "advantages"), ("entropy", "entropies"))},
-        "parts": each(lambda r, i, t: [] if r.scored is None else
-                      [(name, _number(of_G[i])) for name, of_G in r.scored.parts.items()]),
-        **{name: each(lambda r, i, t, name=name: getattr(r, name))
-           for name in ("outcome", "generate_s", "score_s", "reference_s", "worker", "update")},
-        "engine": each(lambda r, i, t: r.engines[i]),
+        "advantage": mean("advantages"), "entropy": mean("entropies"),
+        "parts": each(lambda r, i, t: _parts(r, i)), "engine": each(lambda r, i, t: r.engines[i]),
+        **{name: own(name) for name in OWN},
     }
-    return pa.table([columns[field.name] if isinstance(columns[field.name], pa.Array)
-                     else pa.array(columns[field.name], field.type) for field in SCHEMA], schema=SCHEMA)
+    return pa.table([column if isinstance(column := columns[field.name], pa.Array) else pa.array(column, field.type)
+                     for field in SCHEMA], schema=SCHEMA)
+
+
+def _parts(rollout: Rollout, i: int) -> list[dict[str, object]]:
+    parts = {} if rollout.scored is None else rollout.scored.parts
+    return [{"key": name, "value": _number(of_G[i])} for name, of_G in parts.items()]
 
 
 def num_turns(trajectory: Trajectory) -> int:
@@ -235,7 +246,7 @@ def _scored(group: RolloutGroup, rows: list[dict[str, Any]]) -> ScoredGroup:
     def floats(values: Sequence[float | None]) -> np.ndarray:
         return np.array([math.nan if value is None else value for value in values], np.float64)
 
-    parts = [dict(row["parts"] or []) for row in rows]
+    parts = [{part["key"]: part["value"] for part in row["parts"]} for row in rows]
     names = dict.fromkeys(name for of_sample in parts for name in of_sample)
     trajectories = group.trajectories
     return ScoredGroup(

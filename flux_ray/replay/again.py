@@ -16,6 +16,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from flux_ray.cluster.plan import TRAINER
 from flux_ray.config import PolicyGradientConfig, PPOConfig, changed
 from flux_ray.data import PromptSource
 from flux_ray.errors import UserError
@@ -78,7 +79,7 @@ def gradient_norm(config: PolicyGradientConfig, run: Path, trained: Sequence[Rol
     trainer = Trainer(alone, rank=0, world_size=1, master_address=LOCAL, master_port=reserve(LOCAL), device=device)
     try:
         if step:
-            trainer.load_checkpoint(checkpoint)
+            trainer.load_checkpoint(checkpoint / TRAINER)
         trainer.kl_coef = config.algo.kl_coef
         batch = batch_of(config, trained, step)
         report = trainer.train_step(groups=batch.groups, scores=batch.scores,
@@ -91,8 +92,8 @@ def gradient_norm(config: PolicyGradientConfig, run: Path, trained: Sequence[Rol
 def _why_not(
     config: PolicyGradientConfig, checkpoint: Path, trained: Sequence[Rollout], step: int,
 ) -> str | None:
-    if step and not checkpoint.is_dir():
-        return f"no checkpoint is right before step {step} ({checkpoint} isn't there)"
+    if step and checkpoint not in saved.whole(checkpoint.parent):
+        return f"no checkpoint is right before step {step} ({checkpoint} isn't there, or isn't whole)"
     if not step and config.model.path is None:
         return "model.path is missing"
     if len({one.update for one in trained}) > 1 or config.algo.epochs * config.algo.mini_batches > 1:
