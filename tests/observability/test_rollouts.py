@@ -30,8 +30,8 @@ def trajectory(length: int, *, turns: int = 1) -> Trajectory:
 
 
 def rollout(uid: int = 5, *, outcome: str = TRAINED, worker: int = 0) -> Rollout:
-    group = RolloutGroup(Prompt(uid, 3, [{"role": "user", "content": "ü?"}], np.array([0, 1], np.int32), {}, 2, 11, "a"),
-                         (trajectory(5), trajectory(6, turns=2)))
+    prompt = Prompt(uid, 3, [{"role": "user", "content": "ü?"}], np.array([0, 1], np.int32), {}, 2, 11, "a")
+    group = RolloutGroup(prompt, (trajectory(5), trajectory(6, turns=2)))
     scored = ScoredGroup(uid, np.array([1.0, math.nan]), np.array([0.5, math.nan]),
                          {"f": np.array([1.0, math.nan]), "f/x": np.array([0.25, 2.0])}, np.array([5, 6]),
                          np.array([3, 3]), np.array([False, True]), 7)
