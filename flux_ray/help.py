@@ -31,6 +31,7 @@ flux-ray trains language models by reinforcement learning, with vLLM, DeepSpeed 
   flux-ray checkpoint list RUN        shows a run's checkpoints; verify, export and prune do what they say
   flux-ray info                       shows versions, devices, and what is missing for what
   flux-ray audit RUN                  proves that no prompt of a run was lost, none trained on twice
+  flux-ray replay RUN --step N        computes a step's numbers again from its rollouts, by other options
   flux-ray --version
 
 A first run:

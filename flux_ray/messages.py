@@ -2,7 +2,8 @@
 
 Takes:  nothing.
 Gives:  Orders (the driver's), news (a worker's), where a group is, its arrays; Attested (an engine's).
-Knows:  a group is known by its uid and attempt; all but OwnedGroup is small, whatever the length of the responses.
+Knows:  a group is known by its uid and attempt; all but OwnedGroup and TrainedTokens is small, whatever the length of
+        the responses.
 """
 
 from __future__ import annotations
@@ -39,6 +40,25 @@ class OwnedGroup(NamedTuple):
     group: RolloutGroup
     reference_logprobs: list[np.ndarray] | None  # (T,) float32 of each trajectory; None where no KL is asked for
     scored: ScoredGroup | None  # None: of a probe
+
+
+class TrainedTokens(NamedTuple):
+    """What a rank's step made of groups, for their rollout worker: all their samples' tokens one after the other.
+
+    Few large arrays: on the way to another process each small one costs several times its numbers.
+    """
+
+    groups: list[GroupAt]
+    num_tokens: list[int]  # of each group, all samples together
+    updates: list[int | None]  # which of the step's updates in a pass took it; None: no update was made
+    values: dict[str, np.ndarray | None]  # advantages, policy_logprobs ... ► (S,) float32; None: not known
+
+
+class Written(NamedTuple):
+    """What a rollout worker has written of a step's rollouts, or why it couldn't."""
+
+    num_bytes: int
+    why_not: str = ""
 
 
 @dataclass(frozen=True)

@@ -188,7 +188,7 @@ def test_a_mistake_is_one_line(capsys, arguments, message):
 def test_unknown_verb(capsys):
     assert cli.main(["tran"]) == 2
     assert capsys.readouterr().err == (
-        "flux-ray: unknown verb 'tran': did you mean 'train'? (known: audit, checkpoint, explain, info, train, "
+        "flux-ray: unknown verb 'tran': did you mean 'train'? (known: audit, checkpoint, explain, info, replay, train, "
         "translate)\n")
 
 

@@ -361,3 +361,6 @@ class ObservabilityConfig:
 @dataclass(frozen=True)
 class RolloutObservabilityConfig(ObservabilityConfig):
     samples_per_step: int = knob(2, "samples written to samples.jsonl at each step", least=0)
+    rollouts_max_gib: float = knob(10.0, "most that the rollouts of a run may take on disk, in GiB: beyond it older "
+                                   "steps are thinned; 0: none are written", least=0)
+    rollouts_share: float = knob(1.0, "share of the groups whose rollouts are written", above=0, most=1)

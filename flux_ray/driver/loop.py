@@ -27,6 +27,7 @@ from flux_ray.driver.ranks import Ranks
 from flux_ray.driver.stages import Stages
 from flux_ray.driver.versions import Versions
 from flux_ray.errors import UserError
+from flux_ray.observability.rollouts import KeptRollouts
 from flux_ray.records import KeptGroup, LoopState, Prompt, ScoredGroup
 from flux_ray.rollout.dispatch import Lengths
 
@@ -41,7 +42,9 @@ class Loop:
         self.evaluation: Evaluation | None = None  # None where eval.data names nothing
         #: The ranks take a part of a batch once it has so many tokens; inf: they wait for the whole batch.
         self.part_tokens = math.inf
+        self.rollouts: KeptRollouts | None = None  # None where they aren't written
         self._lengths = Lengths(config.rollout.max_tokens)
+        self._told: set[str] = set()  # why rollouts aren't written
         self._batch: list[Entry] = []  # of the last step
         self._weights = asyncio.Lock()  # held while the trainer's weights are of no version
         self.is_settled = True  # the weights are those of `step`, and no rank is at work on a step
@@ -92,7 +95,8 @@ class Loop:
             train_s = now_s() - start_s - begun["driver/wait_s"]
             publish = asyncio.ensure_future(self.ranks.publish(self._versions.publish(report.step), report.step))
             learn = asyncio.ensure_future(self.ranks.learn(step))
-            await first_failure([publish, learn])
+            give_back = [self.ranks.give_back()] if self.rollouts is not None else []
+            await first_failure([publish, learn, *give_back])
         metrics = batch_metrics(self._batch, step, self._versions) | report.metrics | learn.result() | begun
         metrics |= {"train/step_s": train_s, "weights/publish_s": publish.result()} | self.ledger.drops.step_metrics()
         metrics |= await self._gap_after_publish()
@@ -177,9 +181,11 @@ class Loop:
         return await self.evaluation.evaluate() if self.evaluation is not None else None
 
     async def samples(self, count: int) -> list[tuple[Prompt, str, ScoredGroup]]:
-        """Some of the last step's groups, with their first responses. Then the workers forget the step's groups."""
+        """Some of the last step's groups, with their first responses. Then the workers write the step's groups down,
+        and forget them."""
         shown = self._batch[:count]
         texts = await first_failure([self.stages.workers.text(entry.worker, entry.key) for entry in shown])
+        await self._write_rollouts()
         self.stages.forget(self._batch)
         return [(self._prompts.prompt(entry.uid), text, entry.ready.scored)
                 for entry, text in zip(shown, texts, strict=True) if text is not None]
@@ -189,6 +195,16 @@ class Loop:
         wanted = set(state.unfinished)
         kept = await self.stages.keep([one for one in self.ledger.slots if one.news and one.uid in wanted], folder)
         return replace(state, kept=kept, steps_of=self._versions.steps_of)
+
+    async def _write_rollouts(self) -> None:
+        if self.rollouts is None:
+            return
+        step = self.step - 1
+        written = await self.stages.workers.write_rollouts(step)
+        for why_not in {one.why_not for one in written if one.why_not} - self._told:
+            self._told.add(why_not)
+            self.stages.warn("rollouts", why_not)
+        await asyncio.to_thread(self.rollouts.written, step, sum(one.num_bytes for one in written))
 
     @property
     def state(self) -> LoopState:

@@ -66,6 +66,10 @@ class Ranks:
             rank.call(TrainingRank.train_held, step=step, versions=versions) for rank in self.trainer], deadline_s)
         return reports[0]  # all alike: the ranks have reduced it
 
+    async def give_back(self) -> None:
+        """The ranks give back to the rollout workers what the step made of their groups' tokens."""
+        await all_within([rank.call(TrainingRank.give_back) for rank in self.trainer], HOLD_DEADLINE_S)
+
     async def learn(self, step: int) -> dict[str, float]:
         """The critic's step on the same groups; nothing without one.
 

@@ -18,13 +18,14 @@ from flux_ray.cluster.group import ActorDied, ActorError, Call, Group
 from flux_ray.cluster.plan import ROLLOUT
 from flux_ray.cluster.supervisor import Supervisor
 from flux_ray.driver.entry import Key
-from flux_ray.messages import Assignment, GroupAt, News, Orders
+from flux_ray.messages import Assignment, GroupAt, News, Orders, Written
 from flux_ray.protocols import RolloutWorker
 from flux_ray.records import Prompt, ScoredGroup
 
 LOOK_EVERY_S = 0.1  # whether the supervisor has seen a death
 KEEP_S = 300.0  # until a worker has written its finished groups, or has read them
 SILENCE_S = 60.0  # a worker answers within ten seconds, with or without news; after so long a silence it is ended
+WRITE_S = 300.0  # for a step's rollouts to be on disk
 
 R = TypeVar("R")
 
@@ -104,6 +105,17 @@ class Workers:
     async def bring(self, index: int, file: Path, prompts: Sequence[Prompt]) -> list[ScoredGroup]:
         """Has the worker own the groups of these prompts that the file has."""
         return await self._workers[index].call(RolloutWorker.bring, str(file), prompts).within(KEEP_S)
+
+    async def write_rollouts(self, step: int) -> list[Written]:
+        """Every worker's part of a step; that of a lost worker is lost."""
+        async def written(index: int) -> Written:
+            try:
+                return await self._workers[index].call(RolloutWorker.write_rollouts, step).within(WRITE_S)
+            except (ActorDied, TimeoutError):
+                return Written(0)
+
+        serving = [index for index, serves in enumerate(self._serves) if serves.is_set()]
+        return list(await asyncio.gather(*map(written, serving)))
 
     def lost(self, index: int) -> None:
         """Forget its orders. New ones wait until another worker serves."""

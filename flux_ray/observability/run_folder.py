@@ -1,7 +1,8 @@
 """The folder of a run, and what is written into it while it runs.
 
 Takes:  the config, a step's metrics, samples, an evaluation's answers.
-Gives:  config.yaml, metrics.jsonl, samples.jsonl, eval.jsonl, run.log, logs/, checkpoints/, model/.
+Gives:  config.yaml, metrics.jsonl, samples.jsonl, eval.jsonl, run.log, logs/, checkpoints/, model/; beside them lies
+        rollouts/, which the rollout workers write.
 Knows:  a run that is resumed goes on in the same files: lines of steps that will come again are taken out.
 Never:  holds a line back: whoever follows the files sees each step as it ends.
 """
@@ -19,6 +20,7 @@ from typing import Any
 from flux_ray.accounts import LEDGER, Account, as_line
 from flux_ray.config import Config, to_yaml
 from flux_ray.errors import UserError
+from flux_ray.observability import rollouts
 from flux_ray.run_dir import CONFIG, hidden, run_of
 
 METRICS, SAMPLES, EVAL, LOG = "metrics.jsonl", "samples.jsonl", "eval.jsonl", "run.log"
@@ -69,6 +71,7 @@ class RunFolder:
         for name in (METRICS, SAMPLES, LEDGER, EVAL):
             if (self.path / name).exists():
                 _keep_steps(self.path / name, step, inclusive=name == EVAL and step > 0)
+        rollouts.cut(self.path, step)
 
     def open_ledger(self, step: int, account: Account) -> None:
         """The line that the accounts begin with, where the file has none yet: `step` steps are done."""

@@ -32,6 +32,8 @@ class KeptArrays:
     texts: tuple[str, ...]
     scored: ScoredGroup
     reference: list[np.ndarray] | None  # (T,) float32 of each trajectory; None where no KL is asked for
+    engines: list[int]  # of each sample
+    seconds: tuple[float, float, float]  # to generate, score and reference it
 
 
 def write(file: Path, groups: Sequence[KeptArrays]) -> None:
@@ -60,6 +62,7 @@ def _described(one: KeptArrays) -> dict[str, Any]:
         "rewards": scored.rewards.tolist(), "task_rewards": scored.task_rewards.tolist(),
         "parts": {name: values.tolist() for name, values in scored.parts.items()},
         "truncated": scored.truncated.tolist(), "oldest_version": scored.oldest_version,
+        "engines": one.engines, "seconds": one.seconds,
     }
 
 
@@ -99,4 +102,4 @@ def _group(described: dict[str, Any], prompt: Prompt, arrays: dict[str, np.ndarr
         num_loss_tokens=np.array([t.num_loss_tokens for t in trajectories]),
         truncated=np.array(described["truncated"], bool), oldest_version=described["oldest_version"])
     return KeptArrays(RolloutGroup(prompt, trajectories), described["step"], tuple(described["texts"]), scored,
-                      reference)
+                      reference, described["engines"], tuple(described["seconds"]))

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from flux_ray.clock import now_s
 from flux_ray.cluster.group import CallFailed
 from flux_ray.messages import Assignment, GroupAt, GroupFailed, News, OwnedGroup
 from flux_ray.records import RolloutGroup, ScoredGroup, Trajectory
@@ -36,6 +37,12 @@ class Carried:
     texts: tuple[str, ...] = ()
     reference: list[np.ndarray] | None = None
     scored: ScoredGroup | None = None
+    engines: dict[int, int] = field(default_factory=dict)  # seed ► the engine that sampled that part
+    start_s: float = field(default_factory=now_s)
+    sample_engines: list[int] = field(default_factory=list)  # of each sample, once all parts are there
+    generate_s: float = 0.0  # from the first order until all parts were there
+    score_s: float = 0.0
+    reference_s: float = 0.0
     tasks: set[asyncio.Task[None]] = field(default_factory=set)
 
     @property
@@ -49,6 +56,8 @@ class Carried:
         whole = replace(self.first.prompt, seed=min(self.parts), num_samples=self.first.group_size)
         self.group = RolloutGroup(whole, tuple(t for part, _ in parts for t in part))
         self.step = max(step for _, step in parts)
+        self.generate_s = now_s() - self.start_s
+        self.sample_engines = [self.engines[seed] for seed in sorted(self.parts) for _ in self.parts[seed][0]]
         self.texts = tuple(decode([t.token_ids[t.prompt_length :] for t in self.group.trajectories]))
         return self.group
 

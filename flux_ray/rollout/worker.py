@@ -19,13 +19,24 @@ from flux_ray.clock import now_s
 from flux_ray.cluster.group import ActorDied, ActorError, Members
 from flux_ray.cluster.plan import REFERENCE, ROLLOUT
 from flux_ray.config import PolicyGradientConfig
-from flux_ray.messages import Assignment, GroupAt, GroupDropped, GroupReady, Orders, PartGenerated, PartLost
+from flux_ray.messages import (
+    Assignment,
+    GroupAt,
+    GroupDropped,
+    GroupReady,
+    Orders,
+    PartGenerated,
+    PartLost,
+    TrainedTokens,
+    Written,
+)
 from flux_ray.records import Prompt, RolloutGroup, ScoredGroup
 from flux_ray.rollout import kept
 from flux_ray.rollout.environments.sandboxed import SetAside
 from flux_ray.rollout.generate import EngineLost
 from flux_ray.rollout.kept import KeptArrays
 from flux_ray.rollout.owned import Carried, Key, Owned
+from flux_ray.rollout.rollout_files import RolloutFiles
 from flux_ray.rollout.sampling import Sampling
 from flux_ray.rollout.scoring import LostRewardWorker, Scoring, responses_of, scored_group
 
@@ -51,6 +62,7 @@ class RolloutWorker(Owned):
         self._sampling = Sampling(
             config, tokenizer_path=tokenizer_path, tokenizer=tokenizer, end_ids=end_ids, function=function)
         self._scoring = Scoring(config, most_groups=most_groups)
+        self._files = RolloutFiles(config, worker=index)
         self._members = Members()
         self._met = asyncio.Condition()  # others are alive than before
         self._started: asyncio.Future[None] | None = None
@@ -97,7 +109,7 @@ class RolloutWorker(Owned):
             return self.tell(PartLost(*assignment.key, seed, assignment.engine, lost.incarnation, str(lost)))
         except SetAside as error:
             return self._drop(assignment.key, filters.ROLLOUT_FAILED, str(error))
-        carried.parts[seed] = trajectories, step
+        carried.parts[seed], carried.engines[seed] = (trajectories, step), assignment.engine
         self.tell(PartGenerated(*assignment.key, seed, sum(t.num_loss_tokens for t in trajectories)))
         if carried.is_generated:
             await self._finish(carried, carried.join(self._sampling.decode))
@@ -116,15 +128,17 @@ class RolloutWorker(Owned):
             return self._drop(key, filters.REWARD_FAILED, str(error))
         carried.scored = scored = scored_group(group, scores)
         scored_s = now_s()
+        carried.score_s = scored_s - start_s
         evaluates = carried.first.evaluates
         if not evaluates:
             cause = filters.refusal(scored, self._config.filter)
             if cause is not None:
                 return self._drop(key, cause)
             carried.reference = await self._referenced(group)
+            carried.reference_s = now_s() - scored_s
         spanning = sum(t.oldest_version != t.newest_version for t in group.trajectories)
-        self.tell(GroupReady(*key, scored, carried.texts[0] if evaluates else "", spanning, scored_s - start_s,
-                             now_s() - scored_s))
+        self.tell(GroupReady(*key, scored, carried.texts[0] if evaluates else "", spanning, carried.score_s,
+                             carried.reference_s))
         if evaluates:
             del self.carried[key]
 
@@ -140,13 +154,16 @@ class RolloutWorker(Owned):
             await self._others_than(members)
 
     def _drop(self, key: tuple[int, int], cause: str, why: str = "") -> None:
-        if self.carried.pop(key, None) is not None:  # else another part of it was dropped before
+        carried = self.carried.pop(key, None)
+        if carried is not None:  # else another part of it was dropped before
+            self._files.dropped(carried, cause)
             self.tell(GroupDropped(*key, cause, why))
 
     async def keep(self, keys: Sequence[Key], file: str) -> list[Key]:
         """Write these groups, those that are finished, into a new file. Gives those that are written."""
         found = {key: one for key in keys if (one := self.carried.get(key)) is not None and one.scored is not None}
-        groups = [KeptArrays(one.group, one.step, one.texts, one.scored, one.reference)
+        groups = [KeptArrays(one.group, one.step, one.texts, one.scored, one.reference, one.sample_engines,
+                             (one.generate_s, one.score_s, one.reference_s))
                   for one in found.values() if one.group is not None and one.scored is not None]
         if groups:
             await asyncio.to_thread(kept.write, Path(file), groups)
@@ -157,10 +174,19 @@ class RolloutWorker(Owned):
         found = await asyncio.to_thread(kept.read, Path(file), prompts)
         for one in found:
             prompt = one.group.prompt
+            generate_s, score_s, reference_s = one.seconds
             self.carried[prompt.uid, 0] = Carried(
                 Assignment(prompt, 0, NO_ENGINE, prompt.num_samples), group=one.group, step=one.step, texts=one.texts,
-                reference=one.reference, scored=one.scored)
+                reference=one.reference, scored=one.scored, sample_engines=one.engines, generate_s=generate_s,
+                score_s=score_s, reference_s=reference_s)
         return [one.scored for one in found]
+
+    async def take_back(self, trained: TrainedTokens) -> None:
+        self._files.trained(self.carried, trained)
+
+    async def write_rollouts(self, step: int) -> Written:
+        """The step's groups, and those that were dropped since the step before. Gives why, where that can't be."""
+        return await self._files.write(step)
 
     async def probe(self, prompts: Sequence[Prompt], engine: int) -> list[GroupAt]:
         """Have the engine sample a few tokens after each prompt, by the weights that it serves now.

@@ -10,6 +10,7 @@ Knows:  no part knows another: here, above them, they meet. A rank holds all arr
 from __future__ import annotations
 
 import asyncio
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any, TypedDict, Unpack
 
@@ -20,8 +21,9 @@ from flux_ray.batch import pair_samples
 from flux_ray.cluster.group import Actor, Members, first_failure
 from flux_ray.cluster.plan import CRITIC, TRAINER
 from flux_ray.config import Config, PolicyGradientConfig, PPOConfig
-from flux_ray.messages import Attested, GroupAt
+from flux_ray.messages import Attested, GroupAt, TrainedTokens
 from flux_ray.model.scoring import by_group, response_sums, scoring_samples
+from flux_ray.observability.rollouts import is_kept
 from flux_ray.protocols import CriticRank as CriticRankStub
 from flux_ray.protocols import Engine, LogprobSums
 from flux_ray.protocols import TrainingRank as TrainingRankStub
@@ -52,6 +54,7 @@ class TrainingRank(Trainer):
         rank = place["rank"]
         self._rank, self._holder = rank, Holder()
         self._values: list[list[np.ndarray]] | None = None  # a critic's, of the groups that are held
+        self._made: list[TrainedTokens] = []  # of the step, to be given back
         self._loop: asyncio.AbstractEventLoop | None = None
         self._publisher: Publisher | None = None
         if isinstance(config, PolicyGradientConfig):
@@ -74,11 +77,28 @@ class TrainingRank(Trainer):
     def accumulate_held(self, *, step: int, versions: Sequence[int]) -> None:
         """`accumulate`, of the groups that are held."""
         self.accumulate(step=step, versions=versions, **self._held)
+        self._keep_made()
 
     def train_held(self, *, step: int, versions: Sequence[int]) -> StepReport:
         """`train_step`, of the groups that are held, with the values that were taken."""
         values, self._values = self._values, None
-        return self.train_step(step=step, versions=versions, values=values, **self._held)
+        report = self.train_step(step=step, versions=versions, values=values, **self._held)
+        self._keep_made()
+        return report
+
+    def _keep_made(self) -> None:
+        config, made, self.made = self.config, self.made, None
+        if made is not None and self.keeps_rollouts and isinstance(config, PolicyGradientConfig):
+            reference = None if self.made_reference is None else [row for of in self.made_reference for row in of]
+            values = {"advantages": made.advantages, "policy_logprobs": made.policy, "old_logprobs": made.old,
+                      "entropies": made.entropies, **({} if reference is None else {"reference_logprobs": reference})}
+            self._made += trained_tokens(self._holder.places, self._holder.groups, made.updates, values,
+                                         share=config.observability.rollouts_share)
+
+    async def give_back(self) -> None:
+        """What the step made of its groups' tokens, to the workers that own them: they write it down."""
+        made, self._made = self._made, []
+        await self._holder.give_back(made)
 
     @property
     def _held(self) -> Held:
@@ -186,3 +206,26 @@ def staged(config: PolicyGradientConfig) -> bool | None:
     if config.weights.staging == "auto" and config.driver.max_staleness:
         return None
     return config.weights.staging == "host"
+
+
+def trained_tokens(
+    places: Sequence[GroupAt], groups: Sequence[RolloutGroup], updates: Sequence[int | None],
+    values: dict[str, list[np.ndarray] | None], *, share: float,
+) -> list[TrainedTokens]:
+    """An answer for each worker of these groups, of those in the share; `values`: (T,) of every sample, by name."""
+    ends = np.cumsum([len(group.trajectories) for group in groups])
+    of_worker: dict[int, list[int]] = defaultdict(list)
+    for i, at in enumerate(places):
+        if is_kept(at.uid, share):
+            of_worker[at.worker].append(i)
+
+    def joined(samples: list[np.ndarray] | None, chosen: Sequence[int]) -> np.ndarray | None:
+        if samples is None:
+            return None
+        return np.concatenate([row for i in chosen for row in samples[ends[i] - len(groups[i].trajectories) : ends[i]]])
+
+    return [
+        TrainedTokens([places[i] for i in chosen], [sum(t.num_tokens for t in groups[i].trajectories) for i in chosen],
+                      [updates[i] for i in chosen], {name: joined(of, chosen) for name, of in values.items()})
+        for chosen in of_worker.values()
+    ]

@@ -42,6 +42,7 @@ from flux_ray.errors import UserError
 from flux_ray.model import context_length, load_tokenizer, resolve_dtype, turns
 from flux_ray.model.stops import stop_token_ids
 from flux_ray.names import reward_model_path
+from flux_ray.observability.rollouts import KeptRollouts
 from flux_ray.offline.data import OfflineData
 from flux_ray.offline.loop import OfflineLoop, make_learner
 from flux_ray.offline.stages import OfflineStages
@@ -135,6 +136,8 @@ class Build:
         loop.part_tokens = part_tokens(config, self._plan)
         if self._prepared.checkpoint is not None and start.kept:
             loop.kept = start.kept, self._prepared.checkpoint / ROLLOUT
+        if config.observability.rollouts_max_gib:
+            loop.rollouts = KeptRollouts(recorder.folder.path, config.observability.rollouts_max_gib)
         if task.evaluation is not None:
             loop.evaluation = self._evaluation(task.evaluation, stages)
         return loop

@@ -16,7 +16,7 @@ import numpy as np
 
 from flux_ray.algo import adapted_coef, reference_is_base
 from flux_ray.batch import pair_samples
-from flux_ray.config import Config, LossConfig, PolicyConfig, changed
+from flux_ray.config import Config, LossConfig, PolicyConfig, PolicyGradientConfig, changed
 from flux_ray.model.scoring import by_group, response_sums, scoring_samples
 from flux_ray.observability.metrics import Mean, Metric, read
 from flux_ray.records import PreferencePair, RolloutGroup, Sample, ScoredGroup, StepReport
@@ -34,6 +34,8 @@ class Trainer(Rank):
         if isinstance(config.algo, LossConfig):
             self.kl_coef = config.algo.kl_coef
         self.returns: list[list[np.ndarray]] = []  # of the last step, by group and trajectory: what a critic learns
+        self.made: policy_step.TokenValues | None = None  # of the groups that came last
+        self.made_reference: PerGroup | None = None  # the reference's log-probs that were made here, of the same
         self._begun: policy_step.Begun | None = None  # what `accumulate` has done of the next step
         self._scores: list[ScoredGroup] = []  # of that step, so far
 
@@ -50,8 +52,9 @@ class Trainer(Rank):
         out, and its batch kept in the run's folder.
         """
         batch = self._batch(groups, scores, reference_logprobs, step, versions)
-        metrics, self.returns = policy_step.run(
-            self.engine, self._step_config, replace(batch, values=values), self._begun)
+        metrics, self.made = policy_step.run(
+            self.engine, self._step_config, replace(batch, values=values), self._begun, keeps=self.keeps_rollouts)
+        self.returns = by_group(self.made.returns, groups)
         self._begun = None
         return self._report(metrics, step + 1)
 
@@ -64,11 +67,18 @@ class Trainer(Rank):
         The gradient is as if all groups came at once. For algorithms that don't need the whole batch.
         """
         batch = self._batch(groups, scores, reference_logprobs, step, versions)
-        self._begun = policy_step.accumulate(self.engine, self._step_config, batch, self._begun)
+        self._begun, self.made = policy_step.accumulate(self.engine, self._step_config, batch, self._begun,
+                                                        keeps=self.keeps_rollouts)
 
     @property
     def adapts_kl(self) -> bool:
         return isinstance(self.config.algo, LossConfig) and self.config.algo.kl_target is not None
+
+    @property
+    def keeps_rollouts(self) -> bool:
+        """Whether what a step makes of its tokens is written down."""
+        config = self.config
+        return isinstance(config, PolicyGradientConfig) and config.observability.rollouts_max_gib > 0
 
     @property
     def _policy_config(self) -> PolicyConfig:
@@ -83,10 +93,11 @@ class Trainer(Rank):
         self, groups: Sequence[RolloutGroup], scores: Sequence[ScoredGroup], reference_logprobs: PerGroup | None,
         step: int, versions: Sequence[int] | None,
     ) -> RankBatch:
+        self.made_reference = None
         if reference_logprobs is None and reference_is_base(self.config):
             temperature = self._policy_config.rollout.temperature
             rows = self.reference_logprobs(scoring_samples(groups), temperature=temperature)
-            reference_logprobs = by_group(rows, groups)
+            self.made_reference = reference_logprobs = by_group(rows, groups)
         self._scores += scores
         return RankBatch(groups, scores, step, (step,) if versions is None else versions, reference_logprobs)
 

@@ -29,11 +29,14 @@ def group(uid: int, *, referenced: bool) -> KeptArrays:
                          np.array([t.num_loss_tokens for t in trajectories]), np.array([True, False, True]), 7)
     reference = [np.random.default_rng(i).normal(size=t.num_tokens).astype(np.float32)
                  for i, t in enumerate(trajectories)] if referenced else None
-    return KeptArrays(RolloutGroup(prompt, trajectories), 6, ("a", "\U0001f600 \"quoted\"", ""), scored, reference)
+    texts = ("a", "\U0001f600 \"quoted\"", "")
+    return KeptArrays(RolloutGroup(prompt, trajectories), 6, texts, scored, reference, [0, 0, 1], (1.5, 0.25, 0.0))
 
 
 def assert_same(one: KeptArrays, other: KeptArrays) -> None:
-    assert (one.step, one.texts, one.group.prompt) == (other.step, other.texts, other.group.prompt)
+    for name in ("step", "texts", "engines", "seconds"):
+        assert getattr(one, name) == getattr(other, name), name
+    assert one.group.prompt == other.group.prompt
     for a, b in zip(one.group.trajectories, other.group.trajectories, strict=True):
         for name in ("token_ids", "loss_mask", "sampler_logprobs", "versions"):
             x, y = getattr(a, name), getattr(b, name)
