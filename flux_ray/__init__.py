@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from flux_ray.errors import UserError
     from flux_ray.further import create_sft_trainer
     from flux_ray.observability.callbacks import Callback
+    from flux_ray.observability.monitors import Monitor, register_monitor
     from flux_ray.reward import register_reward
     from flux_ray.rollout.functions import register_rollout
     from flux_ray.run import TrainingResult
@@ -26,11 +27,13 @@ _HOMES = {
     "Config": "flux_ray.config",
     "FluxConfig": "flux_ray.api",
     "FluxTrainer": "flux_ray.api",
+    "Monitor": "flux_ray.observability.monitors",
     "TrainingResult": "flux_ray.run",
     "UserError": "flux_ray.errors",
     "create_rl_trainer": "flux_ray.api",
     "create_sft_trainer": "flux_ray.further",
     "register_adv_estimator": "flux_ray.algo",
+    "register_monitor": "flux_ray.observability.monitors",
     "register_policy_loss": "flux_ray.algo",
     "register_reward": "flux_ray.reward",
     "register_rollout": "flux_ray.rollout.functions",
@@ -42,11 +45,13 @@ __all__ = [
     "Config",
     "FluxConfig",
     "FluxTrainer",
+    "Monitor",
     "TrainingResult",
     "UserError",
     "create_rl_trainer",
     "create_sft_trainer",
     "register_adv_estimator",
+    "register_monitor",
     "register_policy_loss",
     "register_reward",
     "register_rollout",

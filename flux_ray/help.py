@@ -29,6 +29,7 @@ flux-ray trains language models by reinforcement learning, with vLLM, DeepSpeed 
   flux-ray train --help               lists every option with its default and its meaning
   flux-ray translate FILE             turns a configuration of verl, OpenRLHF or TRL into options
   flux-ray checkpoint list RUN        shows a run's checkpoints; verify, export and prune do what they say
+  flux-ray metrics                    tells what each metric is, and what to do when it is off
   flux-ray info                       shows versions, devices, and what is missing for what
   flux-ray audit RUN                  proves that no prompt of a run was lost, none trained on twice
   flux-ray replay RUN --step N        computes a step's numbers again from its rollouts, by other options

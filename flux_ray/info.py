@@ -25,7 +25,7 @@ PACKAGES = ("torch", "vllm", "deepspeed", "ray", "transformers", "hydra-core", "
 OPTIONAL = {
     "trl": "backend='trl'",
     "unsloth": "backend='unsloth'",
-    "tensorboard": "observability.tensorboard=true",
+    **{name: f"observability.monitors=[{name}]" for name in ("tensorboard", "wandb", "mlflow", "trackio")},
     "datasets": "data.train=NAME of the hub",
 }
 

@@ -128,6 +128,7 @@ def test_wrong_type_names_key_and_value(key, value):
     ({"batch.prompts_per_step": 6, "train.num_ranks": 4}, "= 6 must be divisible by train.num_ranks=4"),
     ({"reward.functions": ["numeric"], "reward.weights": [1.0, 2.0]}, "reward.weights=[1.0, 2.0] must be as many as"),
     ({"train.adam_betas": [0.9]}, "train.adam_betas must be two numbers"),
+    ({"observability.trace_steps": [3, -1]}, "observability.trace_steps=[-1] counts from the end"),
     ({"algo.icepop_low": 9.0}, "algo.icepop_low=9.0 must be < algo.icepop_high=5.0"),
     ({"rollout.max_model_len": 99, "rollout.max_tokens": 99}, "rollout.max_model_len=99 must be >"),
     ({"eval.every": 5}, "eval.every=5 needs eval.data"),

@@ -2,7 +2,7 @@
 
 Takes:  the model's log-probs or scores of both responses of each pair, (B, 2): chosen, rejected; the reference's.
 Gives:  (loss, metrics): the sum over pairs divided by the step's number of pairs, which adds up over micro-batches.
-Knows:  dpo, ipo, cdpo on log-probs of whole responses; Bradley-Terry on scores; each metric's formula (METRICS).
+Knows:  dpo, ipo, cdpo on log-probs of whole responses; Bradley-Terry on scores; what each metric is (METRICS).
 Never:  sees a token.
 """
 
@@ -17,17 +17,25 @@ from torch.nn.functional import logsigmoid
 
 from flux_ray.config import IPOAlgoConfig, PairsAlgoConfig
 from flux_ray.formula import Formula
+from flux_ray.observability.described import Described
 from flux_ray.observability.metrics import Mean, Metric
 
-#: name ► (formula, unit, over what). Evaluations have the same after eval/.
-METRICS: dict[str, tuple[str, str, str]] = {
-    "train/loss": ("mean over pairs of the objective", "1", "pairs (sft: mean of −log π over loss tokens, nat)"),
-    "pairs/chosen_reward": ("mean of r_w: beta·(log π − log π_ref) of the chosen response, or its score", "reward",
-                            "pairs"),
-    "pairs/rejected_reward": ("mean of r_l, the rejected response's", "reward", "pairs"),
-    "pairs/margin": ("mean of r_w − r_l", "reward", "pairs"),
-    "pairs/accuracy": ("share with r_w > r_l, a tie counts one half", "1", "pairs"),
-}
+#: Evaluations have the same after eval/.
+METRICS = (
+    Described("train/loss", "pairs: mean of the objective; sft: mean of −log π", "1; sft: nat",
+              "pairs; sft: completions' tokens", "falls",
+              "does not fall: look at the learning rate and the data. Falls while `eval/loss` rises: stop earlier"),
+    Described("pairs/chosen_reward",
+              "mean of r_w: β·(log π − log π_ref) of the chosen response, or its score", "reward",
+              "pairs"),
+    Described("pairs/rejected_reward", "mean of r_l, the rejected response's", "reward", "pairs", "",
+              "both fall: that is usual for dpo, which learns only their difference"),
+    Described("pairs/margin", "mean of r_w − r_l", "reward", "pairs", "grows",
+              "grows while `eval/accuracy` doesn't: too many steps, or `algo=ipo`"),
+    Described("pairs/accuracy", "share with r_w > r_l, a tie counts one half", "1", "pairs", "above 0.5",
+              "stays at 0.5: a larger learning rate is needed, or labels say nothing. Near 1 at once: length alone may "
+              "tell the pairs apart"),
+)
 
 
 def dpo(gap_B: Tensor, *, beta: float) -> Tensor:
@@ -97,4 +105,4 @@ def _measured(loss_B: Tensor, rewards_B2: Tensor) -> dict[str, Metric]:
     margins_B = rewards[:, 0] - rewards[:, 1]
     right_B = (margins_B > 0) + 0.5 * (margins_B == 0)
     sums = torch.stack([loss_B.detach().sum().double(), *rewards.sum(0), margins_B.sum(), right_B.sum()]).tolist()
-    return {name: Mean(total, size) for name, total in zip(METRICS, sums, strict=True)}
+    return {one.name: Mean(total, size) for one, total in zip(METRICS, sums, strict=True)}

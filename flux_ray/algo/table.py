@@ -36,7 +36,7 @@ def tables() -> str:
     kl = {name: entry.formula for name, entry in KL_ESTIMATORS.items()}
     corrections = {name: entry.formula for name, entry in CORRECTIONS.items()}
     parts = {
-        "Algorithms": _table(("`algo=`", "source", "estimator", "loss", "aggregation", "what it sets otherwise"),
+        "Algorithms": table(("`algo=`", "source", "estimator", "loss", "aggregation", "what it sets otherwise"),
                              _algorithms()),
         "Estimators: the advantage A": _formulas("`algo.estimator=`", estimators),
         "Losses: the policy term": _formulas("`algo.policy_loss=`", losses),
@@ -44,7 +44,7 @@ def tables() -> str:
         "The KL to the reference, per loss token": _formulas("`algo.kl_estimator=`", kl),
         "Corrections: what the policy term is multiplied by": _formulas("`algo.off_policy=`", corrections),
         "The critic, per loss token": _formulas("loss of", {"critic": values.FORMULA}),
-        "Pairs and completions": _table(("`algo=`", *COLUMNS, "what it sets otherwise"), [
+        "Pairs and completions": table(("`algo=`", *COLUMNS, "what it sets otherwise"), [
             (*row, _preset(name)) for name, row in _rows({**preferences.FORMULAS, "sft": supervised.FORMULA})]),
     }
     return "\n\n".join(f"### {heading}\n\n{table}" for heading, table in parts.items())
@@ -52,11 +52,16 @@ def tables() -> str:
 
 def with_tables(page: str) -> str:
     """The page with what is made between its marks made anew. Raises UserError for a page without them."""
-    before, begin, rest = page.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not end:
-        raise UserError(f"the page has no lines {BEGIN!r} and {END!r}")
-    return f"{before}{begin}\n\n{tables()}\n\n{end}{after}"
+    return between(page, BEGIN, END, tables())
+
+
+def between(page: str, begin: str, end: str, made: str) -> str:
+    """The page with `made` between two marks. Raises UserError for a page without them."""
+    before, found, rest = page.partition(begin)
+    _, ended, after = rest.partition(end)
+    if not (found and ended):
+        raise UserError(f"the page has no lines {begin!r} and {end!r}")
+    return f"{before}{begin}\n\n{made}\n\n{end}{after}"
 
 
 def _algorithms() -> Iterator[Sequence[str]]:
@@ -88,7 +93,7 @@ def _leaves(values: Mapping[str, object], prefix: str = "") -> Iterator[tuple[st
 
 
 def _formulas(title: str, formulas: Mapping[str, Formula]) -> str:
-    return _table((title, *COLUMNS), [row for _, row in _rows(formulas)])
+    return table((title, *COLUMNS), [row for _, row in _rows(formulas)])
 
 
 def _rows(formulas: Mapping[str, Formula]) -> Iterator[tuple[str, Sequence[str]]]:
@@ -107,7 +112,7 @@ def _linked(source: str) -> str:
     return ARXIV.sub(lambda found: f"[{found[0]}](https://arxiv.org/abs/{found[0]})", source)
 
 
-def _table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join([_line(titles), "|" + "---|" * len(titles), *map(_line, rows)])
 
 

@@ -100,8 +100,10 @@ def _recorded(
             trainer.train()
             trainer.model.to(resolve_dtype(config.model.dtype, _device(config.cluster)))  # as it would be served
             trainer.save_model(str(folder.model))
-        finally:
-            recorder.close()
+        except BaseException as error:
+            recorder.ended("interrupted" if isinstance(error, KeyboardInterrupt) else "failed", str(error))
+            raise
+        recorder.ended("done")
         terminal.say(f"done: model in {folder.model}")
     history = tuple(recorder.history)
     return TrainingResult(folder.path, config.driver.num_steps, history[-1] if history else {}, history)
@@ -264,6 +266,7 @@ def _recording(recorder: Recorder, *, updates_per_step: int) -> TrainerCallback:
             if logs and "reward" in logs:  # the last log of a training has only totals
                 ours = {METRICS.get(name, f"trl/{name}"): float(value) for name, value in logs.items()}
                 recorder.step(state.global_step // updates_per_step - 1, ours)
+                control.should_training_stop |= recorder.control.take("stop") is not None
 
     return Recording()
 

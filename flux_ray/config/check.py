@@ -74,6 +74,9 @@ def _problems(config: Config) -> Iterator[str]:
     if isinstance(config, EvaluatedConfig):
         yield from _evaluation_problems(config.eval)
     yield from _best_problems(config)
+    below = [step for step in config.observability.trace_steps if step < 0]
+    if below:
+        yield f"observability.trace_steps={below} counts from the end: steps have numbers from 0, as in metrics.jsonl"
 
 
 def _data_problems(data: DataConfig) -> Iterator[str]:

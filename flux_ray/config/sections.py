@@ -355,7 +355,10 @@ class CheckpointConfig:
 @dataclass(frozen=True)
 class ObservabilityConfig:
     progress: bool = knob(True, "live progress on the terminal (warnings too), a line a step, at most one a second")
-    tensorboard: bool = knob(False, "write TensorBoard events beside metrics.jsonl (needs the tensorboard package)")
+    monitors: list[str] = knob([], "what else gets metrics, evaluations and warnings: tensorboard, wandb, mlflow, "
+                               "trackio (pip install 'flux-ray[NAME]'), prometheus, or a name that a plugin registers")
+    trace_steps: list[int] = knob([], "steps (from 0, as in metrics.jsonl) whose time line is written to "
+                                  "RUN/traces/step-NNNNNN.json, for chrome://tracing and ui.perfetto.dev")
 
 
 @dataclass(frozen=True)

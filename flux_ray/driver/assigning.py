@@ -110,7 +110,7 @@ class Assigning:
         for (uid, attempt, seed), request, engine in self._dispatch.starts():
             entry, asked = self._ledger.find(uid, attempt), self._asked[uid, attempt]
             assert entry is not None, (uid, attempt)
-            self._ledger.running(entry, self._workers.choose(), now_s())
+            self._ledger.running(entry, self._workers.choose(), now_s(), engine=engine)
             assignment = Assignment(asked.parts[seed], attempt, engine, asked.prompt.num_samples, asked.temperature,
                                     evaluates=uid < 0)
             self._workers.assign(entry.worker, assignment, request.num_tokens)

@@ -1,7 +1,7 @@
 """Counts the groups that are not trained on, by cause.
 
 Takes:  each group's fate: kept, or dropped for a cause; its sampled tokens.
-Gives:  the counts since the last step as metrics, the total for the checkpoint.
+Gives:  the counts since the last step as metrics, the total for the checkpoint; METRICS.
 Knows:  groups dropped for their reward may be longer or shorter than others: lengths of all groups are counted.
 Never:  lets a run draw prompts without end: beyond filter.max_batches it stops the run, naming the acceptance rate.
 """
@@ -13,10 +13,37 @@ from collections.abc import Sequence
 
 from flux_ray.algo import filters
 from flux_ray.config import PolicyGradientConfig
+from flux_ray.observability.described import Described
 
 CAUSES = (*filters.CAUSES, filters.REWARD_FAILED, filters.ROLLOUT_FAILED)
 KEPT = "trained"  # the group passed: it is in this step's batch, or in a later one's
 SURPLUS = "surplus"  # it passed, and the batch was full without it
+
+DRAWN = "groups drawn since the last step"
+
+METRICS = (
+    Described("filter/acceptance_rate", "share that passed the filter", "1", DRAWN, "well above 0",
+              "as `reward/same_frac`. A run stops after `filter.max_batches` batches of one step"),
+    Described("filter/dropped_CAUSE", "number that was dropped for that cause: `same_reward`, `unscored`, "
+              "`reward_failed`, `rollout_failed`", "group", DRAWN, "",
+              "`same_reward`: as above. `unscored`: the reward had nothing to say. `reward_failed`: `run.log` says "
+              "what it raised. `rollout_failed`: the rollout function ended or blocked its process twice"),
+    Described("filter/rate_CAUSE", "share that was dropped for that cause", "1", DRAWN),
+    Described("filter/length_issued", "mean sampled tokens of a sample", "token", "all that were finished"),
+    Described("filter/length_trained", "mean sampled tokens of a sample", "token",
+              "those that passed, some of which are trained on in a later step with `max_staleness` above 0",
+              "near `filter/length_issued`",
+              "far from it: what is dropped is longer or shorter. The policy learns other lengths than it writes"),
+    Described("filter/length_CAUSE", "mean sampled tokens of a sample", "token", "those dropped for that cause"),
+    Described("filter/surplus", "over-sampled prompts that a full batch had no need of, running or finished. They "
+              "start again", "group", DRAWN, "", "large: a smaller `filter.oversample`"),
+    Described("filter/surplus_accepted", "groups among them that had passed the filter", "group", DRAWN, "",
+              "as `filter/surplus`"),
+    Described("filter/length_surplus", "mean sampled tokens of a sample", "token", "those among them"),
+    Described("driver/groups_dropped", "groups dropped in the whole run, before a resume too. A spare that starts "
+              "again and is dropped again counts twice", "group", "the run", "",
+              "grows fast: as `filter/acceptance_rate`"),
+)
 
 
 class DropStats:

@@ -41,6 +41,7 @@ class Entry:
     num_generated: int = 0  # parts that have come
     state: State = State.WAITING
     worker: int = NOBODY
+    engine: int = NOBODY  # that the last part was given to
     num_tokens: int = 0  # sampled
     start_s: float = 0.0  # on the driver's clock: the first part went to an engine
     end_s: float = 0.0  # the last part came

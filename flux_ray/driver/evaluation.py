@@ -16,6 +16,7 @@ from flux_ray.config import RolloutConfig
 from flux_ray.data import PromptSource
 from flux_ray.driver.stages import Stages
 from flux_ray.messages import GroupReady
+from flux_ray.observability.described import Described
 from flux_ray.observability.reward_metrics import length_metrics, reward_metrics
 from flux_ray.records import Prompt
 from flux_ray.rollout.dispatch import Lengths
@@ -24,6 +25,13 @@ NUM_ANSWERS = 16  # answers kept as text, for people
 
 #: Metrics; prompt, completion and reward of the first prompts.
 Evaluated = tuple[dict[str, float], list[dict[str, object]]]
+
+METRICS = (
+    Described("eval/prompts", "prompts that were scored", "prompt", "the evaluation"),
+    Described("eval/failed", "prompts whose reward failed (`reward.on_failure=drop`)", "prompt", "the evaluation", "0",
+              "`run.log` has what the reward function raised"),
+    Described("eval/s", "time of the evaluation", "s"),
+)
 
 
 class Evaluation:

@@ -79,8 +79,9 @@ class Ledger:
         self._evaluations[uid] = entry = Entry(uid, 0, step, num_parts)
         return entry
 
-    def running(self, entry: Entry, worker: int, now_s: float) -> None:
+    def running(self, entry: Entry, worker: int, now_s: float, *, engine: int = NOBODY) -> None:
         """A part goes to an engine, carried by the worker: WAITING ► RUNNING with the first part."""
+        entry.engine = engine
         if entry.state is State.WAITING:
             self.slots.move(entry, State.RUNNING)
             entry.worker, entry.start_s = worker, now_s

@@ -22,14 +22,32 @@ from flux_ray.data import PromptSource
 from flux_ray.driver.agreement import Agreement
 from flux_ray.driver.entry import Entry, Taken
 from flux_ray.driver.evaluation import Evaluated, Evaluation
-from flux_ray.driver.measure import batch_metrics
+from flux_ray.driver.measure import batch_metrics, group_spans
 from flux_ray.driver.ranks import Ranks
 from flux_ray.driver.stages import Stages
 from flux_ray.driver.versions import Versions
 from flux_ray.errors import UserError
+from flux_ray.observability.described import Described
 from flux_ray.observability.rollouts import KeptRollouts
+from flux_ray.observability.spans import WAIT, Phases, Span
 from flux_ray.records import KeptGroup, LoopState, Prompt, ScoredGroup
 from flux_ray.rollout.dispatch import Lengths
+
+METRICS = (
+    Described("driver/step_s", "time of the whole step, without evaluation and checkpoint", "s", "", "",
+              "compare with the rows below: what it consists of"),
+    Described("driver/wait_s", "the part of it in which the trainer waited for groups", "s", "", "",
+              "most of the step: more engines, or `driver.max_staleness=1`"),
+    Described("train/step_s", "the part of it for forward, backward and updates", "s", "", "",
+              "most of the step: more `train.num_ranks`, or fewer micro-batches"),
+    Described("weights/publish_s", "time from the last update until every engine has attested the new version, each of "
+              "its parameters included", "s", "", "",
+              "long: a larger `weights.bucket_mib`, `weights.staging`; room in `/dev/shm` on CPU"),
+    Described("driver/num_parts", "parts in which the batch came to the trainer; 1 is all at once", "part", "", "",
+              "1 with `driver.streaming=always`: groups come at once, or fit one micro-batch"),
+    Described("driver/version", "the version that the engines serve after the step. It counts publishes and never goes "
+              "back", "version"),
+)
 
 
 class Loop:
@@ -46,6 +64,8 @@ class Loop:
         self._lengths = Lengths(config.rollout.max_tokens)
         self._told: set[str] = set()  # why rollouts aren't written
         self._batch: list[Entry] = []  # of the last step
+        self._phases = Phases(now_s)  # of the last step
+        self._disagrees = False  # engines and trainer did, after the last step
         self._weights = asyncio.Lock()  # held while the trainer's weights are of no version
         self.is_settled = True  # the weights are those of `step`, and no rank is at work on a step
         stages.on_free_slot = self.go_on
@@ -87,22 +107,26 @@ class Loop:
     async def train(self) -> dict[str, float]:
         """One step: take ready groups (as they come, or a whole batch) ► train ► publish, while a critic learns."""
         start_s, step = now_s(), self.step
+        self._phases = phases = Phases(now_s)
         begun = await self._begin_step()
         self.is_settled = False
         async with self._weights:
-            report = await self.ranks.train(step, self._versions.holding(step))
+            report = await phases.of("train", self.ranks.train(step, self._versions.holding(step)))
             await self._quiet()
             train_s = now_s() - start_s - begun["driver/wait_s"]
-            publish = asyncio.ensure_future(self.ranks.publish(self._versions.publish(report.step), report.step))
-            learn = asyncio.ensure_future(self.ranks.learn(step))
+            published = self.ranks.publish(self._versions.publish(report.step), report.step)
+            publish = asyncio.ensure_future(phases.of("publish weights", published))
+            learning = self.ranks.learn(step)
+            learn = asyncio.ensure_future(phases.of("learn", learning, "critic") if self.ranks.critic else learning)
             give_back = [self.ranks.give_back()] if self.rollouts is not None else []
             await first_failure([publish, learn, *give_back])
         metrics = batch_metrics(self._batch, step, self._versions) | report.metrics | learn.result() | begun
         metrics |= {"train/step_s": train_s, "weights/publish_s": publish.result()} | self.ledger.drops.step_metrics()
         metrics |= await self._gap_after_publish()
         told = self._agreement.later(metrics)
-        if told is not None:
+        if told is not None and not self._disagrees:  # else it is told already
             self.stages.warn("logprob_gap", f"step {step + 1}: {told}")
+        self._disagrees = told is not None
         self.ledger.trained()
         self.stages.step = report.step
         if report.step == self._config.driver.num_steps:
@@ -150,15 +174,15 @@ class Loop:
         self.is_settled = True
         while True:
             start_s = now_s()
-            taken = await self._next_part()
+            taken = await self._phases.of(WAIT, self._next_part())
             num_parts, wait_s = num_parts + 1, wait_s + now_s() - start_s
-            if not await self._hold(taken.groups):
+            if not await self._phases.of("bring arrays to ranks", self._hold(taken.groups)):
                 continue
             self._batch += taken.groups
             if taken.complete:
                 return {"driver/wait_s": wait_s, "driver/num_parts": float(num_parts)}
             self.is_settled = False
-            await self.ranks.accumulate(self.step, self._versions.holding(self.step))
+            await self._phases.of("accumulate", self.ranks.accumulate(self.step, self._versions.holding(self.step)))
             self.is_settled = True
 
     async def _next_part(self) -> Taken:
@@ -179,6 +203,10 @@ class Loop:
 
     async def evaluate(self) -> Evaluated | None:
         return await self.evaluation.evaluate() if self.evaluation is not None else None
+
+    def timeline(self) -> list[Span]:
+        """Of the last step."""
+        return [*self._phases.spans, *group_spans(self._batch)]
 
     async def samples(self, count: int) -> list[tuple[Prompt, str, ScoredGroup]]:
         """Some of the last step's groups, with their first responses. Then the workers write the step's groups down,

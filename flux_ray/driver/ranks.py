@@ -21,12 +21,16 @@ from flux_ray.driver.entry import Entry
 from flux_ray.driver.workers import Workers
 from flux_ray.errors import UserError
 from flux_ray.messages import GroupAt
+from flux_ray.observability.described import Described
 from flux_ray.protocols import CriticRank, TrainingRank
 from flux_ray.records import ComparedTokens, Prompt, StepReport
 
 PUBLISH_PHASES = 3  # start, send, finish; gloo's first two are one
 DEATH_SHOWS_S = 5.0  # Ray tells of an engine's death 1 to 2 s later; what it broke fails at once
 HOLD_DEADLINE_S = 600.0  # for a rank to bring the arrays of its part of a step
+
+METRICS = (Described("critic/step_s", "time of the critic's step, beside the publishing of weights", "s", "", "",
+                     "as `train/step_s`"),)
 
 
 class Ranks:

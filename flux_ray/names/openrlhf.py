@@ -15,7 +15,7 @@ _ZERO = none("train.deepspeed takes any further option of DeepSpeed's own config
 _CKPT = none("a checkpoint always holds model, optimizer and position: checkpoint.every, checkpoint.keep")
 _EMA = none("no moving average of the weights is kept")
 _PACKED = none("batch.max_tokens_per_micro_batch bounds a micro-batch; model.layout says how samples lie in it")
-_WANDB = none("W&B isn't written; metrics lie in RUN/metrics.jsonl (observability.tensorboard=true adds TensorBoard)")
+_WANDB = none("observability.monitors=[wandb] writes to W&B, by its own variables (WANDB_PROJECT, WANDB_ENTITY, …)")
 _RING = none("a sequence stays on one rank: there is no sequence parallelism")
 _BATCH = none("batch.prompts_per_step prompts make a step, algo.mini_batches updates; train.num_ranks share each")
 _MUON = none("the optimizer is AdamW (train.adam_betas, train.adam_eps, train.weight_decay)")
@@ -115,7 +115,7 @@ PLAIN: dict[str, Counterpart] = {
     "seed": "seed", "full_determinism": none("runs of one seed are bit-equal on CPU"),
     "local_rank": none("Ray starts the ranks: train.num_ranks"),
     "use_wandb": _WANDB, "wandb_org": _WANDB, "wandb_group": _WANDB, "wandb_project": _WANDB, "wandb_run_name": _WANDB,
-    "use_tensorboard": values("observability.tensorboard", {"None": False}), "perf": none("every step has its times"),
+    "use_tensorboard": none("observability.monitors=[tensorboard] writes it"), "perf": none("every step has its times"),
     "use_ms": _MS, "loss_type": none("a reward model learns by Bradley-Terry"),
     "margin_loss": none("a column of margins is read where there is one: data.margin_column"),
     "compute_fp32_loss": none("losses are computed in fp32"), "pretrain_mode": none("sft learns completions alone"),

@@ -39,7 +39,7 @@ ALIASES = {
 }
 
 #: Old name of an option or a metric ► its name now, both in full. The old name is refused, and the new one told.
-RENAMED: dict[str, str] = {}
+RENAMED: dict[str, str] = {"observability.tensorboard": "observability.monitors"}
 
 #: Other spellings of an algorithm's name.
 ALGORITHM_ALIASES = {"drgrpo": "dr_grpo", "dr-grpo": "dr_grpo"}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from flux_ray.names.counterpart import Counterpart, none
 
-_WANDB = none("W&B isn't written; metrics lie in RUN/metrics.jsonl (observability.tensorboard=true adds TensorBoard)")
+_WANDB = none("observability.monitors=[wandb] writes to W&B, by its own variables (WANDB_PROJECT, WANDB_ENTITY, …)")
 
 TABLE: dict[str, Counterpart] = {
     "batch_size": none("batch.prompts_per_step prompts make a step, each with rollout.group_size responses"),

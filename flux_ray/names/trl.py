@@ -15,7 +15,7 @@ _FP = none("model.dtype=bfloat16 or float32 sets the type of weights and activat
 _FSDP = none("training is sharded by DeepSpeed: train.zero_stage")
 _TORCH = none("PyTorch's own setting; it isn't an option here")
 _WORKERS = none("there is no data loader: prompts are encoded once, at the start")
-_LOGGING = none("every step is logged, to RUN/metrics.jsonl (observability.tensorboard=true adds TensorBoard)")
+_LOGGING = none("every step is logged, to RUN/metrics.jsonl (observability.monitors=[wandb] adds W&B)")
 _PACKING = none("batch.max_tokens_per_micro_batch and model.layout say how samples are packed")
 _SERVER = none("engines are actors of the run's own Ray; there is no server to connect to (rollout.num_engines)")
 _OFF_POLICY = none("algo.off_policy=tis or icepop corrects the trainer's policy against the sampler's")
@@ -153,7 +153,7 @@ TABLE: dict[str, Counterpart] = {
     "log_on_each_node": _LOGGING, "logging_nan_inf_filter": _LOGGING, "include_num_input_tokens_seen": _LOGGING,
     "log_level": _LOGGING, "log_level_replica": _LOGGING,
     "disable_tqdm": none("observability.progress=false quiets the terminal"),
-    "report_to": none("observability.tensorboard=true writes TensorBoard; metrics.jsonl is always written"),
+    "report_to": none("observability.monitors=[wandb] writes to W&B, and others; metrics.jsonl is always written"),
     "run_name": none("run_dir names the run's folder"),
     "project": _TRACKIO, "trackio_space_id": _TRACKIO, "trackio_bucket_id": _TRACKIO,
     "trackio_static_space_id": _TRACKIO,

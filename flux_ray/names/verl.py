@@ -141,7 +141,7 @@ _TOP: dict[str, Counterpart] = {
     "trainer.experiment_name": _FOLDER, "trainer.default_local_dir": "run_dir", "trainer.default_hdfs_dir": _FOLDER,
     "trainer.resume_mode": none("resume=RUN goes on"), "trainer.resume_from_path": "resume",
     "trainer.max_actor_ckpt_to_keep": "checkpoint.keep", "trainer.max_critic_ckpt_to_keep": "checkpoint.keep",
-    "trainer.logger": none("metrics.jsonl is always written; observability.tensorboard=true adds TensorBoard"),
+    "trainer.logger": none("metrics.jsonl is always written; observability.monitors=[wandb] adds W&B, and others"),
     "trainer.log_val_generations": "observability.samples_per_step",
     "trainer.rollout_data_dir": none("observability.samples_per_step samples of each step are in RUN/samples.jsonl"),
     "trainer.n_gpus_per_node": _GPUS, "trainer.nnodes": _GPUS,

@@ -24,6 +24,7 @@ from flux_ray.observability import rollouts
 from flux_ray.run_dir import CONFIG, hidden, run_of
 
 METRICS, SAMPLES, EVAL, LOG = "metrics.jsonl", "samples.jsonl", "eval.jsonl", "run.log"
+TRACES = "traces"  # a step's time line as Chrome trace events
 REFERENCE = "reference.jsonl"  # the reference's log-probs of preference pairs
 
 
@@ -106,6 +107,11 @@ class RunFolder:
             if record["step"] == version:
                 return {name: value for name, value in record.items() if isinstance(value, float)}
         return None
+
+    def trace(self, step: int, trace: Mapping[str, object]) -> None:
+        folder = self.path / TRACES
+        folder.mkdir(exist_ok=True)
+        _replace(folder / f"step-{step:06d}.json", json.dumps(trace))
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:

@@ -1,7 +1,8 @@
 """What a person sees while a run goes on.
 
 Takes:  phases that start and end, a step's metrics.
-Gives:  calm lines on the terminal, in the run's log too; everything else that any library prints goes to the run's log.
+Gives:  calm lines, in the run's log too, below them a live display where the terminal is one; everything else that any
+        library prints goes to the run's log.
 Knows:  where the terminal was before the process's output was turned to the log.
 Never:  prints a library's noise, or anything twice.
 """
@@ -19,9 +20,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
+from flux_ray.observability.live import Display
+
 log = logging.getLogger(__name__)
 
 EVERY_S = 1.0  # lines of a kind that comes often: one in this time is shown
+
+COUNTS = ("prompts", "failed", "num_tokens")  # of an evaluation
 
 #: What a step's line shows: metric, label, format. Absent metrics are left out.
 STEP_COLUMNS = (
@@ -47,38 +52,78 @@ class Terminal:
         self._stream = stream
         self._enabled = enabled
         self._start = time.monotonic()
+        self._display = _display(stream) if enabled else None
         self._shown_s: dict[str, float] = {}  # when a line of the kind was, last
 
     def say(self, text: str, *, level: int = logging.INFO) -> None:
         log.log(level, text)
         self._show(text)
 
-    def say_of(self, kind: str, text: str, *, level: int = logging.INFO, in_any_case: bool = False) -> None:
-        """A line of a kind that comes often: the log gets all of them, the terminal one a second."""
+    def say_of(self, kind: str, text: str, *, level: int = logging.INFO, in_any_case: bool = False) -> bool:
+        """A line of a kind that comes often: the log gets all of them, the terminal one a second: whether this one."""
         log.log(level, text)
         now_s = time.monotonic()
         if in_any_case or now_s - self._shown_s.get(kind, -math.inf) >= EVERY_S:
             self._shown_s[kind] = now_s
             self._show(text)
+            return True
+        return False
 
     def _show(self, text: str) -> None:
         if not self._enabled:
             return
+        line = f"[{clock(time.monotonic() - self._start)}] {text}"
+        if self._display is not None:
+            return self._display.show(line)
         try:
-            print(f"[{clock(time.monotonic() - self._start)}] {text}", file=self._stream, flush=True)
+            print(line, file=self._stream, flush=True)
         except OSError:  # the reader (`| head`) or the terminal went away; the run goes on
             self._enabled = False
 
     @contextlib.contextmanager
     def shown(self) -> Iterator[None]:
         """What is printed within, by a user's callback, reaches the person; elsewhere prints go to the log."""
-        with contextlib.redirect_stdout(self._stream):
+        with contextlib.redirect_stdout(self._stream if self._display is None else self._display.above):
             yield
+
+    def evaluation(self, step: int, metrics: dict[str, float]) -> None:
+        shown = {name.removeprefix("eval/"): value for name, value in metrics.items() if name.startswith("eval/")}
+        if self._display is not None:
+            self._display.keep(metrics)
+        self.say(f"evaluation at step {step}: " + "  ".join(
+            f"{name} {value:.0f}" if name in COUNTS else f"{name} {value:.3f}"
+            for name, value in shown.items() if value or name != "failed"))
+
+    def time_went(self, step: int, most: str) -> None:
+        """`most`: what the step's time mostly went to."""
+        if most:
+            log.info("step %d: %s", step, most)
+        if self._display is not None:
+            self._display.time_went(most)
 
     def step(self, step: int, num_steps: int, metrics: dict[str, float]) -> None:
         shown = [f"{label} {form.format(metrics[name])}" for name, label, form in STEP_COLUMNS if name in metrics]
         line = f"step {step:>{len(str(num_steps))}}/{num_steps}  " + "  ".join(shown)
-        self.say_of("step", line, in_any_case=step == num_steps)
+        if self._display is None:
+            self.say_of("step", line, in_any_case=step == num_steps)
+        else:
+            log.info(line)
+            self._display.step(step, num_steps, metrics)
+
+    def close(self) -> None:
+        """Nothing is drawn any more; lines may yet be said."""
+        if self._display is not None:
+            self._display.close()
+            self._display = None
+
+
+def _display(stream: TextIO) -> Display | None:
+    """None where the stream is no terminal, or one that can't move its cursor."""
+    try:
+        is_terminal = stream.isatty() and os.environ.get("TERM", "dumb") != "dumb"
+    except ValueError:  # closed
+        return None
+    return Display(stream) if is_terminal else None
 
 
 def clock(seconds: float) -> str:
@@ -116,10 +161,12 @@ def quiet(log: Path, *, progress: bool) -> Iterator[Terminal]:
     sys.stdout = sys.stderr = file
     root.handlers[:], root.level = [handler], logging.INFO
     logging.captureWarnings(True)
+    shown = Terminal(terminal, enabled=progress)
     try:
         with warnings.catch_warnings():
-            yield Terminal(terminal, enabled=progress)
+            yield shown
     finally:
+        shown.close()
         logging.captureWarnings(False)
         root.handlers[:], root.level = handlers, level
         sys.stdout, sys.stderr = streams

@@ -20,6 +20,7 @@ from flux_ray.config import BatchConfig, Config, PairsConfig
 from flux_ray.data import GroupSource, PairSource, SftSource
 from flux_ray.observability.reward_metrics import length_metrics, reward_metrics
 from flux_ray.observability.run_folder import RunFolder
+from flux_ray.observability.spans import Phases, Span
 from flux_ray.offline.data import OfflineData
 from flux_ray.offline.kept_reference import KeptReference
 from flux_ray.offline.stages import OfflineStages
@@ -147,6 +148,7 @@ class OfflineLoop:
         """`size`: rows of a step."""
         self._learner, self._size, self.step = learner, size, start.step
         self.is_settled = False  # a step is nothing but the ranks' work
+        self._phases = Phases()  # of the last step
 
     async def begin(self, tasks: asyncio.TaskGroup) -> None: ...
 
@@ -155,8 +157,8 @@ class OfflineLoop:
     def end(self) -> None: ...
 
     async def train(self) -> dict[str, float]:
-        start_s = time.monotonic()
-        report = await self._learner.step(self.step)
+        start_s, self._phases = time.monotonic(), Phases()
+        report = await self._phases.of("train", self._learner.step(self.step))
         self.step = report.step
         return report.metrics | {"driver/step_s": time.monotonic() - start_s, "driver/version": float(report.step)}
 
@@ -167,6 +169,10 @@ class OfflineLoop:
         if measured is None:
             return None
         return measured | {"eval/s": time.monotonic() - start_s}, []
+
+    def timeline(self) -> list[Span]:
+        """Of the last step."""
+        return self._phases.spans
 
     async def samples(self, count: int) -> list[tuple[Prompt, str, ScoredGroup]]:
         """Nothing was sampled."""

@@ -107,11 +107,12 @@ def _recorded(prepared: Prepared, body: RunBody, callbacks: Sequence[Callback], 
             told = _told(error, folder.path / LOG)
             if isinstance(told, signals.Interrupted) and body is _train:
                 told = stopped(told, checkpoints, begun=prepared.start.step, done=recorder.steps_done)
+            how = "interrupted" if isinstance(told, KeyboardInterrupt) else "failed"
             if body is _train:
-                folder.end_ledger("interrupted" if isinstance(told, KeyboardInterrupt) else "failed")
+                folder.end_ledger(how)
+            recorder.ended(how, str(told))
             raise told from error
-        finally:
-            recorder.close()
+        recorder.ended("done")
         if body is _train:
             folder.end_ledger("done")
         terminal.say(f"done: model in {folder.model}" if body is _train else f"done: evaluation in {folder.path}")

@@ -39,7 +39,8 @@ class Numbers:
         norm = metrics.get("train/grad_norm")  # not there while a critic learns alone, or where the step was left out
         if norm is not None:
             self._without_gradient = 0 if norm else self._without_gradient + 1
-            if self._without_gradient == WITHOUT_GRADIENT:
+            # Where all rewards of each group are alike, that is told for itself (reward/same_frac).
+            if self._without_gradient == WITHOUT_GRADIENT and metrics.get("reward/same_frac") != 1.0:
                 self._recorder.warn(_nothing_to_learn(step, metrics))
 
     def _tell_skipped(self, step: int) -> None:
@@ -61,10 +62,7 @@ def _why(kept: Path) -> str:
 
 
 def _nothing_to_learn(step: int, metrics: Mapping[str, float]) -> str:
-    same = metrics.get("reward/same_frac")
-    if same == 1.0:
-        cause = "in each group all samples have the same reward (reward/same_frac is 1)"
-    elif not metrics.get("train/num_tokens", 1.0):
+    if not metrics.get("train/num_tokens", 1.0):
         cause = "no token is learned from (train/num_tokens is 0)"
     else:
         cause = ("mostly all samples of each group have the same reward, the loss is masked everywhere, or nothing "

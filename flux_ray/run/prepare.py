@@ -62,7 +62,7 @@ from flux_ray.reward.model import check_reward_models, have_same_tokens
 from flux_ray.reward.registry import Signature, load_functions, of_set
 from flux_ray.rollout.check import check_engine_args
 from flux_ray.rollout.functions import get_rollout
-from flux_ray.run import resume
+from flux_ray.run import monitoring, resume
 from flux_ray.train import check_deepspeed_options
 
 if TYPE_CHECKING:
@@ -138,6 +138,7 @@ def prepare(config: Config) -> Prepared:
 def _check_values(draft: Draft) -> None:
     load_plugins(draft.config.plugins)
     draft.config = validate(draft.config)
+    monitoring.check(draft.config)
     draft.warnings += check_algo(draft.config)
     try_registered(draft.config)
 

@@ -1,7 +1,8 @@
 """Writes what happens in a run, for people and for programs.
 
 Takes:  metrics, samples, answers of an evaluation, warnings.
-Gives:  lines in the run's folder, on the terminal and, if asked for, TensorBoard; calls of the user's callbacks.
+Gives:  lines in the run's folder and on the terminal; calls of the monitors and of the user's callbacks.
+Knows:  the folder's files come first: a run whose folder can't be written to ends. A monitor's fault ends none.
 Keeps:  the metrics of every step of this process (the TrainingResult's history) and of the last evaluation.
 """
 
@@ -9,21 +10,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from flux_ray import run_dir
 from flux_ray.accounts import Account
 from flux_ray.config import Config
-from flux_ray.errors import UserError
-from flux_ray.observability.callbacks import Callback
+from flux_ray.observability.callbacks import Callback, Control
 from flux_ray.observability.run_folder import EVAL, SAMPLES, RunFolder
+from flux_ray.observability.spans import Span, chrome_trace, where_time_went
 from flux_ray.observability.terminal import Terminal
 from flux_ray.records import Prompt, ScoredGroup
-
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
-
-COUNTS = ("prompts", "failed", "num_tokens")  # of an evaluation
+from flux_ray.run import monitoring
 
 
 class Recorder:
@@ -32,7 +28,9 @@ class Recorder:
         steps_done: int = 0,
     ) -> None:
         self.folder = folder
-        self._callbacks = callbacks
+        self._callbacks, self.control = callbacks, Control()
+        for callback in callbacks:
+            callback.control = self.control
         self.terminal = terminal
         self.history: list[dict[str, float]] = []
         self.last_evaluation: dict[str, float] = {}
@@ -40,7 +38,8 @@ class Recorder:
         self.was_ready = False  # all actors have stood once
         self._num_steps = config.driver.num_steps
         self._resume = config.resume
-        self._board = _tensorboard(folder) if config.observability.tensorboard else None
+        self._trace_steps = frozenset(config.observability.trace_steps)
+        self._monitors = monitoring.start(config, folder, first_step=steps_done, warn=self._show_warning)
 
     def ready(self) -> None:
         self.was_ready = True
@@ -60,10 +59,15 @@ class Recorder:
         self.steps_done = step + 1
         self.folder.metrics(step, metrics)
         self.terminal.step(step + 1, self._num_steps, metrics)
-        self._write_board(step, metrics)
+        self._monitors.step(step, metrics)
         with self.terminal.shown():
             for callback in self._callbacks:
                 callback.on_step(step, dict(metrics))
+
+    def time_went(self, step: int, timeline: Sequence[Span]) -> None:
+        self.terminal.time_went(step + 1, where_time_went(timeline))
+        if step in self._trace_steps:
+            self.folder.trace(step, chrome_trace(timeline, step=step))
 
     def sample(self, step: int, prompt: Prompt, text: str, scored: ScoredGroup) -> None:
         self.folder.append(
@@ -83,11 +87,8 @@ class Recorder:
         """`answers`: prompt, completion and reward of the first prompts."""
         self.last_evaluation = dict(metrics)
         self.folder.append(EVAL, {"step": version, **metrics, "answers": answers})
-        shown = {name.removeprefix("eval/"): value for name, value in metrics.items() if name.startswith("eval/")}
-        self.terminal.say(f"evaluation at step {version}: " + "  ".join(
-            f"{name} {value:.0f}" if name in COUNTS else f"{name} {value:.3f}"
-            for name, value in shown.items() if value or name != "failed"))
-        self._write_board(version, metrics)
+        self.terminal.evaluation(version, metrics)
+        self._monitors.evaluation(version, metrics)
         with self.terminal.shown():
             for callback in self._callbacks:
                 callback.on_evaluation(version, dict(metrics))
@@ -98,27 +99,17 @@ class Recorder:
         return next((found for folder in folders if (found := folder.evaluated(version)) is not None), None)
 
     def warn(self, text: str) -> None:
+        self._show_warning(text)
+        self._monitors.event("warning", text)
+
+    def _show_warning(self, text: str) -> None:
         self.terminal.say(f"warning: {text}", level=logging.WARNING)
 
     def warn_of(self, kind: str, text: str) -> None:
         """A warning of which many may come: the log has all of them, the terminal one of a kind each second."""
-        self.terminal.say_of(kind, f"warning: {text}", level=logging.WARNING)
+        if self.terminal.say_of(kind, f"warning: {text}", level=logging.WARNING):
+            self._monitors.event("warning", text)
 
-    def _write_board(self, step: int, metrics: dict[str, float]) -> None:
-        if self._board is not None:
-            for name, value in metrics.items():
-                self._board.add_scalar(name, value, step)
-
-    def close(self) -> None:
-        if self._board is not None:
-            self._board.close()
-
-
-def _tensorboard(folder: RunFolder) -> SummaryWriter:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise UserError(
-            "observability.tensorboard=true needs the tensorboard package: pip install tensorboard"
-        ) from None
-    return SummaryWriter(str(folder.path / "tensorboard"))
+    def ended(self, how: str, why: str = "") -> None:
+        """`how`: done, interrupted or failed. Waits for the monitors, for a bounded time."""
+        self._monitors.ended(how, why)

@@ -20,8 +20,11 @@ from typing import Literal, Protocol
 from flux_ray.accounts import Account
 from flux_ray.cluster.group import Group
 from flux_ray.config import Config, EvaluatedConfig, PolicyGradientConfig
+from flux_ray.observability.gpus import Gpus
+from flux_ray.observability.spans import Span
 from flux_ray.protocols import Trains
 from flux_ray.records import LoopState, Prompt, ScoredGroup
+from flux_ray.run.health import Health
 from flux_ray.run.numbers import Numbers
 from flux_ray.run.recorder import Recorder
 from flux_ray.run.saving import Saver
@@ -60,6 +63,9 @@ class Loop(Protocol):
     async def evaluate(self) -> tuple[dict[str, float], list[dict[str, object]]] | None:
         """Metrics and answers; None where there is nothing to evaluate on."""
 
+    def timeline(self) -> list[Span]:
+        """What was done in the last step, from when to when."""
+
     async def samples(self, count: int) -> list[tuple[Prompt, str, ScoredGroup]]:
         """At most so many of the last step's groups, each with its first response."""
 
@@ -74,6 +80,7 @@ class Training:
         self._saver = Saver(config, lambda: recorder.folder.checkpoints, trained, keep=loop.keep,
                             warn=lambda line: recorder.warn(line))
         self._progress, self._numbers, self._stopping = progress, Numbers(recorder), stopping
+        self._health, self._gpus = Health(recorder.warn), Gpus()
         self._state: LoopState | None = None  # after the last step of this process
         self._may_give_up = False  # beside a step: whatever is done may be broken off
         self._last_step = config.driver.num_steps  # less once an evaluation has reached eval.stop_at
@@ -90,9 +97,11 @@ class Training:
         try:
             async with asyncio.TaskGroup() as tasks:
                 self._saver.begin(tasks)
+                watching = tasks.create_task(self._gpus.watch())
                 await self._loop.begin(tasks)
                 await self._until_stopped()
                 self._loop.end()
+                watching.cancel()
         finally:
             gc.unfreeze()
 
@@ -157,19 +166,39 @@ class Training:
         step, metrics = self._loop.step, await self._loop.train()
         self._state = self._loop.state
         self._recorder.account(step, self._loop.account())
+        metrics |= self._gpus.step_metrics()
+        self._recorder.time_went(step, self._loop.timeline())
         self._recorder.step(step, metrics)
         self._numbers.after(self._loop.step, metrics)
+        self._health.after(self._loop.step, metrics)
         self._progress()
-        saves = self._saver.is_due(self._loop.step)
+        self._stop_if_asked()
+        saves = self._saver.is_due(self._loop.step) or self._asked("save")
         if saves:
-            await self._write_samples(step)
-            self._recorder.folder.sync()
-            await self._saver.save(self._loop.state)
+            await self._write_and_save(step)
         await self._evaluate_if_due()
+        if self._asked("save") and not saves:  # by a callback of the evaluation
+            saves = True
+            await self._write_and_save(step)
         if self._loop.step < self._last_step:
             self._loop.go_on()
         if not saves:
             await self._write_samples(step)
+
+    async def _write_and_save(self, step: int) -> None:
+        await self._write_samples(step)
+        self._recorder.folder.sync()
+        await self._saver.save(self._loop.state)
+
+    def _asked(self, wish: str) -> bool:
+        """Whether a callback has asked for it, just now."""
+        return self._recorder.control.take(wish) is not None
+
+    def _stop_if_asked(self) -> None:
+        why = self._recorder.control.take("stop")
+        if why is not None:
+            self._last_step = self._loop.step
+            self._recorder.terminal.say(f"a callback has ended the run{f': {why}' if why else ''}")
 
     async def _write_samples(self, step: int) -> None:
         for sample in await self._loop.samples(self._samples_per_step):
@@ -179,9 +208,12 @@ class Training:
         return bool(every) and self._loop.step % every == 0
 
     async def _evaluate_if_due(self) -> None:
-        """At the start, every eval.every steps and at the end, which comes where eval.stop_at is reached."""
-        step = self._loop.step
-        if step in (0, self._config.driver.num_steps) or self._is_due(self._eval_every):
+        """At the start, every eval.every steps, where a callback asks for it, and at the end.
+
+        The end comes early where a callback asks for it, or eval.stop_at is reached.
+        """
+        step, asked = self._loop.step, self._asked("evaluate")
+        if asked or step in (0, self._last_step) or self._is_due(self._eval_every):
             self._may_give_up = True
             evaluated = await self._loop.evaluate()
             self._may_give_up = False
@@ -189,6 +221,7 @@ class Training:
                 self._recorder.evaluation(step, *evaluated)
                 await self._saver.evaluated(self._loop.state, evaluated[0])
                 self._stop_if_reached(evaluated[0])
+                self._stop_if_asked()
 
     async def _evaluate_first(self) -> None:
         """Evaluate before the first step, unless the resumed run has done so at this step: then its result holds."""

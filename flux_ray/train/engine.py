@@ -22,6 +22,7 @@ from torch import Tensor
 from flux_ray.batch import MicroBatch, without_weight
 from flux_ray.config import TrainConfig
 from flux_ray.model import PackedModel, ScoreModel
+from flux_ray.observability.described import Described, renamed
 from flux_ray.observability.metrics import Max, Mean, Metric, merge
 from flux_ray.train import setup
 from flux_ray.train.skipped import Skipped, not_finite
@@ -31,6 +32,29 @@ T = TypeVar("T")
 #: (number of the micro-batch, the micro-batch, the model's output: log-probs (S,) and entropy (S,), or scores (S,))
 #: ► loss (a scalar), metrics
 Objective = Callable[..., tuple[Tensor, dict[str, Metric]]]
+
+#: Of the policy's updates, or of those of the one model that is trained.
+METRICS = (
+    Described("train/grad_norm", "norm of the gradient before clipping, mean over updates", "", "", "above 0",
+              "peaks far above `train.max_grad_norm` again and again: a lower learning rate, or more prompts a step. "
+              "0: there is nothing to learn"),
+    Described("train/learning_rate", "learning rate, mean over updates", "", "", "",
+              "not what you gave: `train.warmup_steps` and `train.schedule` count optimizer updates"),
+    Described("train/num_micro_batches", "micro-batches of an update on each rank; the most of any update",
+              "micro-batch", "", "",
+              "many on a GPU: raise `batch.max_tokens_per_micro_batch` as far as memory allows"),
+    Described("train/padding_frac", "share of no use: padding, and micro-batches that only keep ranks in step", "1",
+              "forwarded tokens", "below 0.1",
+              "a larger token budget, `model.layout=varlen` on a GPU, prompts that divide evenly over ranks"),
+    Described("train/skipped", "share that all ranks left out, because a log-prob, a loss or the gradient was nan or "
+              "infinite. Weights, AdamW's moments and the schedule stayed as they were, and nothing else is measured "
+              "of such an update. The unchanged weights are published as usual, and the groups count as trained", "1",
+              "updates of the step", "0",
+              "the warning names the number and the file of the batch. [What to "
+              "do](troubleshooting.md#while-it-runs)"),
+)
+#: The same of the critic's.
+OF_CRITIC = tuple(renamed(one, one.name.replace("train/", "critic/"), otherwise=f"as `{one.name}`") for one in METRICS)
 
 
 class Asked(TypedDict, total=False):

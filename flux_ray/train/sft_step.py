@@ -16,12 +16,16 @@ from torch import Tensor
 from flux_ray.algo import supervised
 from flux_ray.batch import MicroBatch, loss_weights
 from flux_ray.config import BatchConfig
+from flux_ray.observability.described import Described
 from flux_ray.observability.metrics import Mean, Metric, Sum, merge
 from flux_ray.records import Sample
 from flux_ray.train.engine import Asked, Engine
 from flux_ray.train.rank_batch import packed
 
 ASKED: Asked = {"temperature": 1.0, "with_entropy": False}  # of the policy
+
+METRICS = (Described("train/num_tokens", "tokens that were learned", "token", "completions' tokens", "",
+                     "less than you expect: rows are cut or left out; `run.log` counts them"),)
 
 
 def run(engine: Engine, config: BatchConfig, samples: Sequence[Sample], *, total_updates: int) -> dict[str, Metric]:

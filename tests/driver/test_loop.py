@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import json
 import random
 
 import pytest
@@ -13,7 +14,7 @@ from flux_ray.cluster.plan import ROLLOUT
 from flux_ray.config import from_dict
 from flux_ray.data import PromptSource
 from flux_ray.errors import UserError
-from flux_ray.observability.callbacks import as_callback
+from flux_ray.observability.callbacks import Callback, as_callback
 from flux_ray.observability.run_folder import EVAL, METRICS, SAMPLES, RunFolder, read_lines
 from flux_ray.observability.terminal import Terminal
 from flux_ray.records import LoopState
@@ -236,6 +237,56 @@ def test_callbacks_see_each_step_as_it_is_written_and_can_end_the_run(tmp_path):
 
 
 @pytest.mark.parametrize("max_staleness", [0, 1])
+def test_the_time_line_of_a_chosen_step_is_written(tmp_path, max_staleness):
+    run(tmp_path, lambda uid: [1, 0], seconds_of=lambda prompt: 0.01 * (1 + prompt.uid % 4), **{
+        "observability.trace_steps": [1, 77], "driver.max_staleness": max_staleness, "rollout.num_engines": 2})
+    (file,) = (tmp_path / "traces").iterdir()
+    assert file.name == "step-000001.json"
+    events = json.loads(file.read_text())["traceEvents"]
+    names = {event["pid"]: event["args"]["name"] for event in events if event["ph"] == "M"}
+    assert set(names.values()) >= {"driver", "engine 0", "engine 1", "rollout worker 0"}
+    sampled = [event for event in events if event["name"] == "generate"]
+    assert len(sampled) == 4 and all(event["dur"] >= 9_000 for event in sampled)
+    assert {"wait for groups", "train", "publish weights"} <= {
+        event["name"] for event in events if event["ph"] == "X" and names[event["pid"]] == "driver"}
+
+
+class Asks(Callback):
+    """Asks after step 2 for a checkpoint and an evaluation; after that evaluation, or after step `last`, for the end.
+    """
+
+    def __init__(self, *, last: int | None = None) -> None:
+        self._last = last
+
+    def on_step(self, step, metrics):
+        if step == 1:
+            self.control.save()
+            self.control.evaluate()
+        if step == self._last:
+            self.control.stop("it is enough")
+
+    def on_evaluation(self, step, metrics):
+        if step == 2 and self._last is None:
+            self.control.save()
+            self.control.stop()
+
+
+@pytest.mark.parametrize("max_staleness", [0, 1])
+def test_a_callback_asks_for_a_checkpoint_an_evaluation_and_the_end(tmp_path, max_staleness):
+    given = {"driver.num_steps": 9, "driver.max_staleness": max_staleness, "eval.every": 100}
+    shown = io.StringIO()
+    run(tmp_path / "a", differs_but_every_third, callbacks=[Asks(last=3)], terminal=shown, **given)
+    assert [line["step"] for line in read_lines(tmp_path / "a" / METRICS)] == [0, 1, 2, 3]
+    assert [line["step"] for line in read_lines(tmp_path / "a" / EVAL)] == [0, 2, 4]   # the end is evaluated too
+    assert [load(path).step for path in whole(tmp_path / "a" / "checkpoints")] == [2]
+    assert "a callback has ended the run: it is enough" in shown.getvalue()
+    run(tmp_path / "b", differs_but_every_third, callbacks=[Asks()], **given)
+    assert [line["step"] for line in read_lines(tmp_path / "b" / METRICS)] == [0, 1]
+    assert [line["step"] for line in read_lines(tmp_path / "b" / EVAL)] == [0, 2]
+    assert [load(path).step for path in whole(tmp_path / "b" / "checkpoints")] == [2]
+
+
+@pytest.mark.parametrize("max_staleness", [0, 1])
 def test_a_run_ends_at_the_evaluation_that_reaches_its_level(tmp_path, max_staleness):
     """Rewards are half right until four steps are done; evaluations are at every second step."""
     done = []
@@ -322,6 +373,7 @@ def test_a_gap_that_comes_later_is_told_at_every_step_and_the_run_goes_on(tmp_pa
     assert len(parts.trained) == 3
     assert [line["weights/logprob_gap_max"] for line in read_lines(tmp_path / METRICS)] == [0.25] * 3
     assert "step 1: weights/logprob_gap_mean is 2.5e-01" in log.getvalue()
+    assert log.getvalue().count("weights/logprob_gap_mean is") == 1   # an episode is told once
 
 
 def test_the_first_weights_are_published_too_and_a_resumed_run_publishes_above_all_of_before(tmp_path):

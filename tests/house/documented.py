@@ -1,29 +1,24 @@
-"""The metrics that docs/metrics.md explains.
+"""The metrics that have an entry in the catalogue, from which docs/metrics.md is made.
 
 Takes:  names that a run has written.
-Gives:  `undocumented`: those of them that the page doesn't have.
-Knows:  NAME, PART and CAUSE there stand for any name.
+Gives:  `undocumented`: those of them that have none; `names`: all that have one.
+Knows:  a placeholder for any word, as NAME, makes no misspelt `actor/` metric a known one.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
-from pathlib import Path
 
-PAGE = Path(__file__).parents[2] / "docs" / "metrics.md"
-METRIC = re.compile(r"`([a-z]+/[\w/]+)`")
+from flux_ray.run.catalogue import ALL, find
+
 PLAIN = ("step", "answers")  # fields of a line that are no metrics
+OF_A_USER = "actor/NAME"  # a policy loss of one's own
 
 
 def names() -> list[str]:
-    """In the first column of its tables; of the evaluations, in the text."""
-    lines = PAGE.read_text().splitlines()
-    rows = [line.split("|")[1] for line in lines if line.startswith("| `")]
-    text = [line for line in lines if "`eval/" in line and not line.startswith("|")]
-    return [name for line in [*rows, *text] for name in METRIC.findall(line)]
+    return [one.name for one in ALL]
 
 
 def undocumented(written: Iterable[str]) -> list[str]:
-    patterns = [re.compile(re.sub("NAME|PART|CAUSE", r"[^/]+", name)) for name in names()]
-    return sorted(name for name in set(written) if name not in PLAIN and not any(p.fullmatch(name) for p in patterns))
+    found = {name: find(name) for name in set(written) if name not in PLAIN}
+    return sorted(name for name, one in found.items() if one is None or one.name == OF_A_USER)

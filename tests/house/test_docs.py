@@ -5,6 +5,7 @@ docs/metrics.md names what is measured; the tests of whole runs hold what they w
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import subprocess
@@ -13,22 +14,23 @@ from xml.etree import ElementTree
 
 import pytest
 
-from flux_ray import algo
 from flux_ray import config as configs
 from flux_ray.__main__ import COMMANDS, COMPOSING, OVERRIDE, compose
-from flux_ray.algo import preferences
 from flux_ray.algo.table import with_tables
 from flux_ray.backends.trl import METRICS as OF_TRL
 from flux_ray.driver.drop_stats import CAUSES
 from flux_ray.errors import UserError
+from flux_ray.metrics import with_tables as with_metrics
 from flux_ray.names import RENAMED, sections_of
 from tests.house.commands import PAGES, REPO, commands
 from tests.house.documented import names, undocumented
+from tests.house.source import modules
 
 pytestmark = pytest.mark.unit
 
 MOST_README_LINES = 150
 FEWEST_COMMANDS = 30   # fewer found: the pages are written in a way that the search doesn't know
+GROUPS = "gpu|reward|rollout|reference|actor|critic|train|weights|driver|filter|pairs|eval"  # of metrics
 OF_THE_READER = ("experiment=mine", "algo=NAME")
 NAMED = re.compile(r"`[+']*([a-z]+(?:\.[a-z_0-9]+)+)(?==|`|'|,| )")
 #: A module, a script or a file of the repository that a page names.
@@ -40,7 +42,7 @@ LINK = re.compile(r"\]\(([^)#\s]+)[^)]*\)")
 
 
 def test_every_formula_s_name_is_on_the_page():
-    written = [*algo.METRICS, *preferences.METRICS, *OF_TRL.values()]
+    written = [*OF_TRL.values()]
     written += [f"filter/{what}_{cause}" for what in ("dropped", "rate", "length") for cause in CAUSES]
     assert undocumented(written) == []
 
@@ -51,8 +53,20 @@ def test_what_is_not_on_the_page_is_seen():
     assert undocumented(unknown) == unknown
 
 
-def test_the_page_says_nothing_twice():
-    assert len(names()) == len(set(names()))
+def test_the_page_is_made_from_the_catalogue_and_says_nothing_twice():
+    page = (REPO / "docs" / "metrics.md").read_text(encoding="utf-8")
+    assert page == with_metrics(page), "python -m flux_ray.metrics docs/metrics.md"
+    assert len(names()) == len(set(names())) > 90
+
+
+def test_every_metric_that_code_writes_has_its_entry():
+    """Names in the package's own text, which is what a run's metrics are called."""
+    left_out = ("flux_ray.names", "flux_ray.run.catalogue")
+    written = {(name, path.name) for module, path, tree in modules() if not module.startswith(left_out)
+               for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)
+               for name in [node.value] if re.fullmatch(f"({GROUPS})/[a-z_]+[a-z]", name)}
+    assert len(written) > 60
+    assert undocumented(name for name, _ in written) == []
 
 
 def test_every_command_on_a_page_has_options_that_exist():

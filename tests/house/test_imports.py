@@ -28,6 +28,7 @@ LEVELS = {
     "flux_ray.messages": 0,
     "flux_ray.protocols": 0,
     "flux_ray.observability.metrics": 0, "flux_ray.observability.rollouts": 0,
+    "flux_ray.observability.described": 0,
     "flux_ray.cluster.functions": 0, "flux_ray.cluster.group": 0,
     "flux_ray.model": 1,
     "flux_ray.algo": 1,
@@ -54,7 +55,7 @@ LEVELS = {
     "flux_ray.info": 1,
     "flux_ray.home": 0, "flux_ray.machine": 0, "flux_ray.held_folder": 0, "flux_ray.secrecy": 0,
     "flux_ray.help": 1,
-    "flux_ray.outside_loop": 6, "flux_ray.handed_over": 6, "flux_ray.checkpoints": 6,
+    "flux_ray.outside_loop": 6, "flux_ray.handed_over": 6, "flux_ray.checkpoints": 6, "flux_ray.metrics": 6,
     "flux_ray.further": 8,
     "flux_ray.__main__": 9,
 }
@@ -67,6 +68,7 @@ HOMES = {
     "hydra": {"__main__"},
     "peft": {"model"},
     "trl": {"backends"},
+    "wandb": {"observability"}, "mlflow": {"observability"}, "trackio": {"observability"},
     "unsloth": {"backends"},
     "math_verify": {"reward"},
     "omegaconf": {"config", "names", "run_dir", "observability"},   # the last two read and write config.yaml

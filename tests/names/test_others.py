@@ -80,7 +80,7 @@ def test_mapped_in_python(given, key, value):
     ({"use_peft": True}, "train.lora.rank=16"),
     ({"loss_type": "dapo"}, "algo.aggregation says how tokens weigh"),
     ({"batch_size": 8}, "batch.prompts_per_step prompts make a step"),
-    ({"wandb_project": "x"}, "W&B isn't written"),
+    ({"wandb_project": "x"}, "observability.monitors=[wandb] writes to W&B"),
     ({"trainer.nnodes": 2}, "actors are placed by their number"),
     ({"actor_rollout_ref.actor.fsdp_config.param_offload": True}, "training is sharded by DeepSpeed"),
     ({"transfer_queue.enable": True}, "groups stay with the rollout worker"),

@@ -61,6 +61,9 @@ class Steps:
         if self.step:
             await asyncio.sleep(self._evaluates_s)
 
+    def timeline(self) -> list[Any]:
+        return []
+
     async def samples(self, count: int) -> list[Any]:
         return []
 
