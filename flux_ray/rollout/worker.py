@@ -123,7 +123,7 @@ class RolloutWorker(Owned):
                 return self._drop(key, cause)
             carried.reference = await self._referenced(group)
         spanning = sum(t.oldest_version != t.newest_version for t in group.trajectories)
-        self.tell(GroupReady(*key, scored, carried.texts[0] if evaluates else "", spanning, scored_s - start_s,
+        self.tell(GroupReady(*key, scored, tuple(carried.texts) if evaluates else (), spanning, scored_s - start_s,
                              now_s() - scored_s))
         if evaluates:
             del self.carried[key]

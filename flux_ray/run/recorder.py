@@ -8,15 +8,17 @@ Keeps:  the metrics of every step of this process (the TrainingResult's history)
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from flux_ray import run_dir
 from flux_ray.accounts import Account
 from flux_ray.config import Config
 from flux_ray.errors import UserError
 from flux_ray.observability.callbacks import Callback
-from flux_ray.observability.run_folder import EVAL, SAMPLES, RunFolder
+from flux_ray.observability.eval_metrics import HIGH, LOW
+from flux_ray.observability.run_folder import EVAL, EVAL_SAMPLES, SAMPLES, RunFolder, read_lines
 from flux_ray.observability.terminal import Terminal
 from flux_ray.records import Prompt, ScoredGroup
 
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 COUNTS = ("prompts", "failed", "num_tokens")  # of an evaluation
+NUM_ANSWERS = 16  # of an evaluation, in its line
 
 
 class Recorder:
@@ -79,11 +82,14 @@ class Recorder:
             },
         )
 
-    def evaluation(self, version: int, metrics: dict[str, float], answers: list[dict[str, object]]) -> None:
-        """`answers`: prompt, completion and reward of the first prompts."""
+    def evaluation(self, version: int, metrics: dict[str, float], answers: list[dict[str, Any]]) -> None:
+        """`answers`: a line for each prompt (EvaluatedPrompt); the first samples of some stand beside them."""
         self.last_evaluation = dict(metrics)
-        self.folder.append(EVAL, {"step": version, **metrics, "answers": answers})
-        shown = {name.removeprefix("eval/"): value for name, value in metrics.items() if name.startswith("eval/")}
+        first = [{"prompt": answer["prompt"], "completion": answer["completions"][0], "reward": answer["rewards"][0]}
+                 for answer in answers[:NUM_ANSWERS]]
+        self.folder.append(EVAL, {"step": version, **metrics, "answers": first})
+        shown = {name.removeprefix("eval/"): value for name, value in metrics.items()
+                 if name.startswith("eval/") and not name.endswith((LOW, HIGH))}
         self.terminal.say(f"evaluation at step {version}: " + "  ".join(
             f"{name} {value:.0f}" if name in COUNTS else f"{name} {value:.3f}"
             for name, value in shown.items() if value or name != "failed"))
@@ -91,6 +97,18 @@ class Recorder:
         with self.terminal.shown():
             for callback in self._callbacks:
                 callback.on_evaluation(version, dict(metrics))
+
+    def answers(self, answers: list[dict[str, Any]]) -> None:
+        """All samples of an evaluation, a line a prompt."""
+        self.folder.write(EVAL_SAMPLES, answers)
+
+    def evaluations(self) -> list[dict[str, Any]]:
+        """All of this run so far, by their steps; of a run that it resumes, those before it began."""
+        lines = read_lines(self.folder.path / EVAL)
+        begun = min((line["step"] for line in lines), default=math.inf)
+        before = RunFolder(run_dir.run_of(self._resume)).path if self._resume else self.folder.path
+        earlier = read_lines(before / EVAL) if before != self.folder.path else []
+        return [line for line in earlier if line["step"] < begun] + lines
 
     def evaluated(self, version: int) -> dict[str, float] | None:
         """The evaluation's metrics at that version, by this run or the one that it resumes; None: there was none."""
