@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from flux_ray.api import FluxConfig, FluxTrainer, create_rl_trainer
     from flux_ray.config import Config
     from flux_ray.errors import UserError
+    from flux_ray.evaluations import evaluate
     from flux_ray.further import create_sft_trainer
     from flux_ray.observability.callbacks import Callback
     from flux_ray.observability.monitors import Monitor, register_monitor
@@ -32,6 +33,7 @@ _HOMES = {
     "UserError": "flux_ray.errors",
     "create_rl_trainer": "flux_ray.api",
     "create_sft_trainer": "flux_ray.further",
+    "evaluate": "flux_ray.evaluations",
     "register_adv_estimator": "flux_ray.algo",
     "register_monitor": "flux_ray.observability.monitors",
     "register_policy_loss": "flux_ray.algo",
@@ -50,6 +52,7 @@ __all__ = [
     "UserError",
     "create_rl_trainer",
     "create_sft_trainer",
+    "evaluate",
     "register_adv_estimator",
     "register_monitor",
     "register_policy_loss",

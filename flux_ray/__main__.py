@@ -142,7 +142,8 @@ def _explain(config: Config) -> None:
 COMPOSING: dict[str, Callable[[list[str]], None]] = {"train": train, "explain": explain}
 #: Other verbs ► the module whose `command` they are: from words to the exit code, or None for 0.
 COMMANDS = {"translate": "flux_ray.translate", "info": "flux_ray.info", "audit": "flux_ray.audit",
-            "checkpoint": "flux_ray.checkpoints", "replay": "flux_ray.replay", "metrics": "flux_ray.metrics"}
+            "checkpoint": "flux_ray.checkpoints", "replay": "flux_ray.replay", "metrics": "flux_ray.metrics",
+            "eval": "flux_ray.evaluations", "chat": "flux_ray.chat", "generate": "flux_ray.generate"}
 
 
 def _command(verb: str) -> Callable[[list[str]], int | None]:

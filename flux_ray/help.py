@@ -28,6 +28,9 @@ flux-ray trains language models by reinforcement learning, with vLLM, DeepSpeed 
   flux-ray explain OPTION=VALUE ...   prints the objective of these options as formulas; starts nothing
   flux-ray train --help               lists every option with its default and its meaning
   flux-ray translate FILE             turns a configuration of verl, OpenRLHF or TRL into options
+  flux-ray eval model=PATH data=FILE  evaluates a model, with intervals; --against BASE compares two
+  flux-ray chat MODEL                 talks with a model in the terminal
+  flux-ray generate MODEL FILE        writes responses to a file of prompts
   flux-ray checkpoint list RUN        shows a run's checkpoints; verify, export and prune do what they say
   flux-ray metrics                    tells what each metric is, and what to do when it is off
   flux-ray info                       shows versions, devices, and what is missing for what

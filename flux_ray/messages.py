@@ -122,7 +122,7 @@ class GroupReady:
     uid: int
     attempt: int
     scored: ScoredGroup
-    text: str  # of the first response, for people; empty in training, where it is asked for later
+    texts: tuple[str, ...]  # of all responses, in an evaluation; none in training, where they are asked for later
     num_spanning: int  # samples whose tokens are of more than one version
     score_s: float  # seconds that it took to be scored, waiting for a reward worker included
     reference_s: float

@@ -96,6 +96,8 @@ def _data_problems(data: DataConfig) -> Iterator[str]:
 def _evaluation_problems(evaluation: EvalConfig) -> Iterator[str]:
     if evaluation.every and not evaluation.data and not evaluation.share:
         yield f"eval.every={evaluation.every} needs eval.data: the prompts to evaluate on (or eval.share)"
+    if evaluation.patience and not evaluation.every:
+        yield f"eval.patience={evaluation.patience} needs eval.every: the steps between the evaluations that it counts"
     if evaluation.data and evaluation.share:
         yield f"eval.share={evaluation.share:g} beside eval.data={evaluation.data}: give one of them"
 
@@ -103,6 +105,9 @@ def _evaluation_problems(evaluation: EvalConfig) -> Iterator[str]:
 def _best_problems(config: Config) -> Iterator[str]:
     best = config.checkpoint.best
     if best is None:
+        if isinstance(config, EvaluatedConfig) and config.eval.patience:
+            yield (f"eval.patience={config.eval.patience} needs checkpoint.best: the metric that is to get better, as "
+                   "checkpoint.best=eval/task_mean or -eval/loss")
         return
     if not best.removeprefix("-").startswith("eval/"):
         yield f"checkpoint.best={best} must be a metric of evaluations: eval/..., or -eval/... where the least is best"

@@ -327,6 +327,8 @@ class EvalConfig:
     split: str = knob("test", "split to evaluate on, of a hub data set or a folder with splits")
     every: int = knob(0, "steps between evaluations; 0: only at start and end", least=0)
     max_rows: int | None = knob(None, "use only the first rows", least=1)
+    patience: int = knob(0, "end the run, with its model saved, after so many evaluations in a row that were no better "
+                         "than the best by checkpoint.best; 0: never", least=0)
 
 
 @dataclass(frozen=True)
@@ -335,8 +337,9 @@ class RolloutEvalConfig(EvalConfig):
 
     stop_at: float | None = knob(None, "end the run, with its model saved, once an evaluation's eval/task_mean is at "
                                  "least this; none: run all steps")
-    num_samples: int = knob(1, "samples per prompt", least=1)
-    temperature: float | None = knob(None, "none: the rollout's", least=0)
+    num_samples: int = knob(1, "samples per prompt; above 1 there are eval/pass@K and eval/maj@K", least=1)
+    temperature: float | None = knob(None, "none: the rollout's; 0: greedy", least=0)
+    pass_reward: float = knob(1.0, "a sample is right (pass@k, maj@k) where its task reward is at least this")
 
 
 @dataclass(frozen=True)

@@ -66,7 +66,7 @@ class Ledger:
         entry = Entry(kept.uid, 0, kept.born, self._num_parts, self._num_parts, worker=worker,
                       num_tokens=int(scored.num_loss_tokens.sum()), start_s=now_s, end_s=now_s + kept.generate_s)
         self.slots.add(entry)
-        self._is_ready(entry, GroupReady(*entry.key, scored, "", kept.num_spanning, kept.score_s, kept.reference_s))
+        self._is_ready(entry, GroupReady(*entry.key, scored, (), kept.num_spanning, kept.score_s, kept.reference_s))
         return entry
 
     @property

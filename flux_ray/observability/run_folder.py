@@ -25,6 +25,7 @@ from flux_ray.run_dir import CONFIG, hidden, run_of
 
 METRICS, SAMPLES, EVAL, LOG = "metrics.jsonl", "samples.jsonl", "eval.jsonl", "run.log"
 TRACES = "traces"  # a step's time line as Chrome trace events
+EVAL_SAMPLES = "eval_samples.jsonl"  # all of an evaluation on its own
 REFERENCE = "reference.jsonl"  # the reference's log-probs of preference pairs
 
 
@@ -98,6 +99,10 @@ class RunFolder:
         with (self.path / name).open("a", encoding="utf-8") as file:
             file.write(json.dumps(_plain(record)) + "\n")
 
+    def write(self, name: str, records: Iterable[Mapping[str, object]]) -> None:
+        """A file of JSON objects, a line each, in the place of what was there."""
+        _rewrite(self.path / name, map(_plain_record, records))
+
     def metrics(self, step: int, values: dict[str, float]) -> None:
         self.append(METRICS, {"step": step, **values})
 
@@ -145,6 +150,10 @@ def _replace(file: Path, text: str) -> None:
     temporary = file.with_suffix(".tmp")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, file)
+
+
+def _plain_record(record: Mapping[str, object]) -> dict[str, object]:
+    return {key: _plain(value) for key, value in record.items()}
 
 
 def _plain(value: object) -> object:

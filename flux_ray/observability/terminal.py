@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
+from flux_ray.observability.eval_metrics import HIGH, LOW
 from flux_ray.observability.live import Display
 
 log = logging.getLogger(__name__)
@@ -87,7 +88,8 @@ class Terminal:
             yield
 
     def evaluation(self, step: int, metrics: dict[str, float]) -> None:
-        shown = {name.removeprefix("eval/"): value for name, value in metrics.items() if name.startswith("eval/")}
+        shown = {name.removeprefix("eval/"): value for name, value in metrics.items()
+                 if name.startswith("eval/") and not name.endswith((LOW, HIGH))}
         if self._display is not None:
             self._display.keep(metrics)
         self.say(f"evaluation at step {step}: " + "  ".join(

@@ -9,6 +9,7 @@ Never:  needs an engine.
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
@@ -26,6 +27,8 @@ from flux_ray.offline.kept_reference import KeptReference
 from flux_ray.offline.stages import OfflineStages
 from flux_ray.protocols import LogprobSums
 from flux_ray.records import LoopState, PreferencePair, Prompt, ScoredGroup, StepReport
+
+MOST_NATS = 700.0  # e to this is still a float
 
 T = TypeVar("T")
 
@@ -60,7 +63,11 @@ class Examples:
 
     async def evaluate(self) -> dict[str, float] | None:
         source = self._evaluation
-        return await _of_each(source.all(), source.sizes, self._stages.sft_metrics) if source else None
+        if source is None:
+            return None
+        metrics = await _of_each(source.all(), source.sizes, self._stages.sft_metrics)
+        return metrics | {name.replace("/loss", "/perplexity"): perplexity(loss)
+                          for name, loss in metrics.items() if name.endswith("/loss")}
 
 
 class Pairs:
@@ -110,13 +117,22 @@ async def _of_each(
     everything: list[T], sizes: Mapping[str, int], measure: Callable[[list[T]], Awaitable[dict[str, float]]],
 ) -> dict[str, float]:
     """eval/NAME of all of the evaluation's data; eval/SET/NAME of each set too, where sets have names."""
-    metrics, start = {_evaluated(name): value for name, value in (await measure(everything)).items()}, 0
+    metrics, start = _named(await measure(everything)), 0
     for set_name, size in sizes.items():
         if set_name:
-            of_set = await measure(everything[start : start + size])
-            metrics |= {_evaluated(name).replace("/", f"/{set_name}/", 1): value for name, value in of_set.items()}
+            of_set = _named(await measure(everything[start : start + size]))
+            metrics |= {name.replace("/", f"/{set_name}/", 1): value for name, value in of_set.items()}
         start += size
     return metrics
+
+
+def perplexity(loss: float) -> float:
+    """e to the mean of -log π over tokens, in nats; inf where a float is too small for it."""
+    return math.exp(loss) if loss < MOST_NATS else math.inf
+
+
+def _named(metrics: Mapping[str, float]) -> dict[str, float]:
+    return {_evaluated(name): value for name, value in metrics.items()}
 
 
 def _evaluated(name: str) -> str:

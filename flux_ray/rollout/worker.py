@@ -137,7 +137,7 @@ class RolloutWorker(Owned):
             carried.reference = await self._referenced(group)
             carried.reference_s = now_s() - scored_s
         spanning = sum(t.oldest_version != t.newest_version for t in group.trajectories)
-        self.tell(GroupReady(*key, scored, carried.texts[0] if evaluates else "", spanning, carried.score_s,
+        self.tell(GroupReady(*key, scored, carried.texts if evaluates else (), spanning, carried.score_s,
                              carried.reference_s))
         if evaluates:
             del self.carried[key]

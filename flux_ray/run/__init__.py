@@ -249,6 +249,7 @@ async def _evaluate(prepared: Prepared, build: Build, recorder: Recorder, wish: 
         evaluation.end()
     if evaluated is not None:
         recorder.evaluation(0, *evaluated)
+        recorder.answers(evaluated[1])
 
 
 async def _unless_one_dies(supervisor: Supervisor, work: Awaitable[None]) -> None:

@@ -143,7 +143,7 @@ class Build:
         return loop
 
     def _evaluation(self, prompts: PromptSource, stages: Stages) -> Evaluation:
-        return Evaluation(self._sampling.rollout, prompts, stages, temperature=self._sampling.eval.temperature)
+        return Evaluation(self._sampling, prompts, stages)
 
     def _agreement(self, task: Rollouts) -> Agreement:
         config = self._sampling

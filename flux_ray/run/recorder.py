@@ -9,17 +9,21 @@ Keeps:  the metrics of every step of this process (the TrainingResult's history)
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
+from typing import Any
 
 from flux_ray import run_dir
 from flux_ray.accounts import Account
 from flux_ray.config import Config
 from flux_ray.observability.callbacks import Callback, Control
-from flux_ray.observability.run_folder import EVAL, SAMPLES, RunFolder
+from flux_ray.observability.run_folder import EVAL, EVAL_SAMPLES, SAMPLES, RunFolder, read_lines
 from flux_ray.observability.spans import Span, chrome_trace, where_time_went
 from flux_ray.observability.terminal import Terminal
 from flux_ray.records import Prompt, ScoredGroup
 from flux_ray.run import monitoring
+
+NUM_ANSWERS = 16  # of an evaluation, in its line
 
 
 class Recorder:
@@ -83,15 +87,29 @@ class Recorder:
             },
         )
 
-    def evaluation(self, version: int, metrics: dict[str, float], answers: list[dict[str, object]]) -> None:
-        """`answers`: prompt, completion and reward of the first prompts."""
+    def evaluation(self, version: int, metrics: dict[str, float], answers: list[dict[str, Any]]) -> None:
+        """`answers`: a line for each prompt (EvaluatedPrompt); the first samples of some stand beside them."""
         self.last_evaluation = dict(metrics)
-        self.folder.append(EVAL, {"step": version, **metrics, "answers": answers})
+        first = [{"prompt": answer["prompt"], "completion": answer["completions"][0], "reward": answer["rewards"][0]}
+                 for answer in answers[:NUM_ANSWERS]]
+        self.folder.append(EVAL, {"step": version, **metrics, "answers": first})
         self.terminal.evaluation(version, metrics)
         self._monitors.evaluation(version, metrics)
         with self.terminal.shown():
             for callback in self._callbacks:
                 callback.on_evaluation(version, dict(metrics))
+
+    def answers(self, answers: list[dict[str, Any]]) -> None:
+        """All samples of an evaluation, a line a prompt."""
+        self.folder.write(EVAL_SAMPLES, answers)
+
+    def evaluations(self) -> list[dict[str, Any]]:
+        """All of this run so far, by their steps; of a run that it resumes, those before it began."""
+        lines = read_lines(self.folder.path / EVAL)
+        begun = min((line["step"] for line in lines), default=math.inf)
+        before = RunFolder(run_dir.run_of(self._resume)).path if self._resume else self.folder.path
+        earlier = read_lines(before / EVAL) if before != self.folder.path else []
+        return [line for line in earlier if line["step"] < begun] + lines
 
     def evaluated(self, version: int) -> dict[str, float] | None:
         """The evaluation's metrics at that version, by this run or the one that it resumes; None: there was none."""

@@ -85,6 +85,7 @@ class Training:
         self._may_give_up = False  # beside a step: whatever is done may be broken off
         self._last_step = config.driver.num_steps  # less once an evaluation has reached eval.stop_at
         self._eval_every = config.eval.every if isinstance(config, EvaluatedConfig) else 0
+        self._patience = config.eval.patience if isinstance(config, EvaluatedConfig) else 0
         self._stop_at, self._samples_per_step = None, 0
         if isinstance(config, PolicyGradientConfig):
             self._stop_at, self._samples_per_step = config.eval.stop_at, config.observability.samples_per_step
@@ -222,6 +223,7 @@ class Training:
                 await self._saver.evaluated(self._loop.state, evaluated[0])
                 self._stop_if_reached(evaluated[0])
                 self._stop_if_asked()
+                self._stop_if_no_better()
 
     async def _evaluate_first(self) -> None:
         """Evaluate before the first step, unless the resumed run has done so at this step: then its result holds."""
@@ -231,9 +233,32 @@ class Training:
             await self._evaluate_if_due()
         else:
             self._stop_if_reached(before)
+            self._stop_if_no_better()
+
+    def _stop_if_no_better(self) -> None:
+        """By all evaluations so far, before a restart too."""
+        metric = self._config.checkpoint.best
+        if not self._patience or metric is None:
+            return
+        values = [line.get(metric.removeprefix("-")) for line in self._recorder.evaluations()]
+        scores = [-math.inf if value is None else -value if metric.startswith("-") else value for value in values]
+        count = evaluations_since_best(scores)
+        if count >= self._patience:
+            self._last_step = self._loop.step
+            self._recorder.terminal.say(f"{count} evaluations in a row were no better by checkpoint.best={metric} "
+                                        f"(eval.patience={self._patience})")
 
     def _stop_if_reached(self, evaluated: dict[str, float]) -> None:
         level, reached = self._stop_at, evaluated.get("eval/task_mean", -math.inf)
         if level is not None and reached >= level:
             self._last_step = self._loop.step
             self._recorder.terminal.say(f"eval/task_mean {reached:.3f} has reached eval.stop_at={level:g}")
+
+
+def evaluations_since_best(scores: Sequence[float]) -> int:
+    """Evaluations after the first that had the highest score.
+
+    >>> evaluations_since_best([0.1, 0.5, 0.5, 0.4])
+    2
+    """
+    return len(scores) - 1 - scores.index(max(scores)) if scores else 0

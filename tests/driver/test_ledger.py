@@ -68,7 +68,7 @@ def entry_of(ledger: Ledger, uid: int) -> Entry:
 def news_of(entry: Entry, num_tokens: int = 1) -> GroupReady:
     whole = np.full(1, num_tokens)
     scored = ScoredGroup(entry.uid, ONE, ONE, {}, whole, whole, ONE == 0, 0)
-    return GroupReady(entry.uid, entry.attempt, scored, "", 0, 0.0, 0.0)
+    return GroupReady(entry.uid, entry.attempt, scored, (), 0, 0.0, 0.0)
 
 
 def generate(ledger: Ledger, uid: int, *, worker: int = 0, num_tokens: int = 1) -> Entry:

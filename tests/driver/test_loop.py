@@ -11,7 +11,7 @@ import pytest
 
 from flux_ray.cluster.group import ActorError
 from flux_ray.cluster.plan import ROLLOUT
-from flux_ray.config import from_dict
+from flux_ray.config import check_values, from_dict
 from flux_ray.data import PromptSource
 from flux_ray.errors import UserError
 from flux_ray.observability.callbacks import Callback, as_callback
@@ -21,6 +21,7 @@ from flux_ray.records import LoopState
 from flux_ray.run.checkpoint import load, whole
 from flux_ray.run.recorder import Recorder
 from tests.fakes.local import Parts, train
+from tests.house.documented import undocumented
 from tests.tiny import tiny_tokenizer
 
 pytestmark = pytest.mark.unit
@@ -296,6 +297,42 @@ def test_a_run_ends_at_the_evaluation_that_reaches_its_level(tmp_path, max_stale
     evaluations = read_lines(tmp_path / "later" / EVAL)
     assert [(line["step"], line["eval/task_mean"]) for line in evaluations] == [(0, 0.5), (2, 0.5), (4, 1.0)]
     assert run(tmp_path / "at once", lambda uid: [1, 1], **given).trained == []
+
+
+def test_a_run_ends_where_evaluations_get_no_better(tmp_path):
+    """Rewards are right half the time until two steps are done, always for two more, then half the time again."""
+    done = []
+    given = {"driver.num_steps": 30, "eval.every": 2, "eval.patience": 3, "checkpoint.best": "eval/task_mean"}
+    run(tmp_path / "a", lambda uid: [1, 1] if 2 <= len(done) < 4 else [1, 0], callbacks=[noting(done)], **given)
+    evaluations = read_lines(tmp_path / "a" / EVAL)
+    assert [(line["step"], line["eval/task_mean"]) for line in evaluations] == [
+        (0, 0.5), (2, 1.0), (4, 0.5), (6, 0.5), (8, 0.5)]
+    done.clear()
+    run(tmp_path / "least", lambda uid: [1, 0], callbacks=[noting(done)],
+        **{**given, "eval.patience": 1, "checkpoint.best": "-eval/task_mean"})
+    assert done == [0, 1], "as good as the best is no better"
+
+
+def test_patience_needs_evaluations_and_a_metric():
+    with pytest.raises(UserError, match=r"eval.patience=2 needs checkpoint.best"):
+        check_values(from_dict({"eval.patience": 2, "eval.every": 1, "eval.data": "e"}))
+    with pytest.raises(UserError, match=r"eval.patience=2 needs eval.every"):
+        check_values(from_dict({"eval.patience": 2, "eval.data": "e", "checkpoint.best": "eval/mean"}))
+
+
+@pytest.mark.parametrize("num_samples", [1, 4])
+def test_an_evaluation_of_several_samples_tells_what_k_of_them_reach(tmp_path, num_samples):
+    rewards = [1, 0, 0, 1][:num_samples]
+    run(tmp_path, lambda uid: rewards, **{"eval.every": 1, "eval.num_samples": num_samples, "rollout.group_size": 4})
+    line = read_lines(tmp_path / EVAL)[0]
+    told = {name for name in line if "@" in name and not name.endswith(("_low", "_high"))}
+    if num_samples == 1:
+        assert told == set() and line["eval/task_mean_low"] == line["eval/task_mean"] == 1
+        return
+    assert told == {f"eval/{kind}@{k}" for kind in ("pass", "maj") for k in (1, 2, 4)}
+    assert line["eval/pass@1"] == 0.5 and line["eval/pass@2"] == pytest.approx(5 / 6)
+    assert line["eval/pass@4"] == line["eval/pass@4_low"] == 1.0
+    assert undocumented(line) == []
 
 
 @pytest.mark.parametrize("max_staleness", [0, 1, 4])

@@ -227,5 +227,5 @@ def make_loop(config: PolicyGradientConfig, groups: dict[str, Any], supervisor: 
                                   steps_of=start.steps_of),
                 agreement=Agreement(config.rollout, model="model", dtype="float32", context=200))
     if config.eval.every:
-        loop.evaluation = Evaluation(config.rollout, prompts, stages, temperature=config.eval.temperature)
+        loop.evaluation = Evaluation(config, prompts, stages)
     return loop

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +22,7 @@ from flux_ray.observability.terminal import Terminal
 from flux_ray.offline import kept_reference
 from flux_ray.offline.data import OfflineData
 from flux_ray.offline.kept_reference import KeptReference
-from flux_ray.offline.loop import OfflineLoop, make_learner
+from flux_ray.offline.loop import OfflineLoop, make_learner, perplexity
 from flux_ray.offline.stages import OfflineStages
 from flux_ray.records import LoopState, PreferencePair, RolloutGroup, StepReport
 from flux_ray.run.recorder import Recorder
@@ -169,6 +170,8 @@ def test_an_evaluation_of_several_sets(tmp_path):
         ("sft_metrics", 12), ("sft_metrics", 5), ("sft_metrics", 7)]
     line = read_lines(tmp_path / "run" / EVAL)[0]
     assert line["eval/loss"] == line["eval/a/loss"] == line["eval/b/loss"] == 0.4
+    assert line["eval/perplexity"] == line["eval/a/perplexity"] == pytest.approx(math.exp(0.4))
+    assert perplexity(1e4) == math.inf
 
 
 def test_given_groups(tmp_path):
