@@ -142,7 +142,9 @@ def _explain(config: Config) -> None:
 COMPOSING: dict[str, Callable[[list[str]], None]] = {"train": train, "explain": explain}
 #: Other verbs ► the module whose `command` they are: from words to the exit code, or None for 0.
 COMMANDS = {"translate": "flux_ray.translate", "info": "flux_ray.info", "audit": "flux_ray.audit",
-            "checkpoint": "flux_ray.checkpoints", "replay": "flux_ray.replay", "metrics": "flux_ray.metrics"}
+            "checkpoint": "flux_ray.checkpoints", "replay": "flux_ray.replay", "metrics": "flux_ray.metrics",
+            "view": "flux_ray.observability.page.view", "report": "flux_ray.observability.page.report",
+            "compare": "flux_ray.observability.page.compare"}
 
 
 def _command(verb: str) -> Callable[[list[str]], int | None]:
