@@ -49,7 +49,8 @@ def main() -> None:
     for name, wanted in LOOKS.items():
         start = time.perf_counter()
         page = table.page(wanted, first=0, size=50)
-        print(f"{name:<22} {time.perf_counter() - start:7.3f} s   {page['total']:>8} of {page['known']} rows", flush=True)
+        seconds = time.perf_counter() - start
+        print(f"{name:<22} {seconds:7.3f} s   {page['total']:>8} of {page['known']} rows", flush=True)
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     print(f"memory: {before / 1024:.0f} MiB before, {most / 1024:.0f} MiB at most")
 

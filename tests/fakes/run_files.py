@@ -51,8 +51,8 @@ def write_lines(file: Path, records: list[dict]) -> None:
 def write_metrics(path: Path, steps: int, *, first: int = 0, gain: float = 0.9) -> None:
     shares = [step / max(1, steps - 1) for step in range(first, steps)]
     write_lines(path / "metrics.jsonl", [{
-        "step": first + i, "reward/mean": gain * share, "reward/task_mean": gain * share, "actor/loss": 0.1 - share / 10,
-        "actor/entropy": 3 - 2 * share, "actor/grpo_kl": None if i == 0 else share / 5,
+        "step": first + i, "reward/mean": gain * share, "reward/task_mean": gain * share,
+        "actor/loss": 0.1 - share / 10, "actor/entropy": 3 - 2 * share, "actor/grpo_kl": None if i == 0 else share / 5,
         "rollout/response_length_mean": 100 + 50 * share, "rollout/tokens": 4096.0, "rollout/tokens_per_s": 800 + 9 * i,
         "driver/wait_s": 1.5, "train/step_s": 2.0, "weights/publish_s": 0.5, "driver/step_s": 4.0,
     } for i, share in enumerate(shares)])
@@ -82,7 +82,7 @@ def write_rollouts(path: Path, step: int, *, groups: int, group_size: int, num_t
         "response": [" ".join(WORDS[word] for word in line) for line in words],
         "token_ids": lists(rng.integers(0, 60, (rows, total)), pa.int32()),
         "prompt_length": [prompt_length] * rows, "loss_mask": lists(mask, pa.bool_()),
-        "versions": lists(np.where(np.arange(total) >= total // 2, step + 1, step) * np.ones((rows, 1), int), pa.int32()),
+        "versions": lists(np.tile(np.where(np.arange(total) >= total // 2, step + 1, step), (rows, 1)), pa.int32()),
         "sampler_logprobs": lists(logprobs, pa.float32()),
         "old_logprobs": lists(logprobs + np.float32(0.01), pa.float32()),
         "policy_logprobs": lists(logprobs + np.float32(0.05), pa.float32()), "reference_logprobs": nothing,
@@ -102,11 +102,13 @@ def write_rollouts(path: Path, step: int, *, groups: int, group_size: int, num_t
 
 def write_trace(path: Path, step: int) -> None:
     """Chrome's trace events: two actors, spans within spans."""
-    spans = [(1, 1, "step", 0, 4_000_000), (1, 1, "wait for groups", 0, 1_500_000), (1, 1, "train", 1_500_000, 2_000_000),
-             (1, 1, "publish", 3_500_000, 500_000), (2, 1, "generate", 0, 1_400_000), (2, 2, "generate", 100_000, 900_000)]
+    spans = [(1, 1, "step", 0, 4_000_000), (1, 1, "wait for groups", 0, 1_500_000),
+             (1, 1, "train", 1_500_000, 2_000_000), (1, 1, "publish", 3_500_000, 500_000),
+             (2, 1, "generate", 0, 1_400_000), (2, 2, "generate", 100_000, 900_000)]
     events = [{"ph": "X", "pid": pid, "tid": tid, "name": name, "ts": ts, "dur": dur, "args": {"tokens": dur // 1000}}
               for pid, tid, name, ts, dur in spans]
     names = [{"ph": "M", "pid": pid, "name": "process_name", "args": {"name": name}}
              for pid, name in ((1, "driver"), (2, "engine 0"))]
     (path / "traces").mkdir(exist_ok=True)
-    (path / "traces" / f"step-{step:06d}.json").write_text(json.dumps({"traceEvents": names + events}), encoding="utf-8")
+    text = json.dumps({"traceEvents": names + events})
+    (path / "traces" / f"step-{step:06d}.json").write_text(text, encoding="utf-8")

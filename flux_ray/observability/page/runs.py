@@ -67,12 +67,12 @@ class Run:
 
     @property
     def state(self) -> str:
-        """How it stands, as the end of a sentence."""
+        """How it stands, as the end of a sentence. A run that was resumed may have ended before."""
         if run_dir.is_held(self.path):
             return "goes on"
-        ends = [str(record["ended"]) for record in self.lines(LEDGER).records if "ended" in record]
-        if ends:
-            return ENDED.get(ends[-1], ends[-1])
+        last = self.lines(LEDGER).records[-1:]
+        if last and "ended" in last[0]:
+            return ENDED.get(str(last[0]["ended"]), str(last[0]["ended"]))
         return "was killed" if (self.path / LEDGER).exists() else "has ended"
 
     def options(self) -> dict[str, Any]:

@@ -169,11 +169,11 @@ class Parquet:
         if not new and len(there) == len(seen):
             return None
         end = time.monotonic() + budget_s
-        while self.unread and time.monotonic() < end:
-            begin = len(new) - self.unread
-            files = new[begin:begin + FILES_AT_ONCE]
-            self._read(files)
-            self.unread -= len(files)
+        for begin in range(0, len(new), FILES_AT_ONCE):
+            self._read(new[begin:begin + FILES_AT_ONCE])
+            self.unread = max(0, len(new) - begin - FILES_AT_ONCE)
+            if time.monotonic() >= end:
+                break
         return self._whole(there)
 
     def _whole(self, there: list[Path]) -> pa.Table:

@@ -5,7 +5,8 @@ import { ask, el, labelled, shown } from "./dom.js";
 
 const FIRST = ["reward/task_mean", "reward/mean", "actor/loss", "actor/entropy", "actor/grpo_kl",
   "rollout/response_length_mean", "rollout/truncated_frac", "train/grad_norm", "rollout/tokens_per_s", "driver/step_s"];
-const HEIGHT = 165;
+const HEIGHT = 178;
+const NEAR_PX = 300;   // charts so far outside of the window are drawn, too
 
 /** What is new of each run's metrics.jsonl; whether anything is. */
 async function follow(state) {
@@ -86,7 +87,7 @@ export async function curves(room, state, given) {
       card.visible = isIntersecting;
       if (isIntersecting && card.stale) draw(card);
     }
-  }, { rootMargin: "300px" });
+  }, { rootMargin: `${NEAR_PX}px` });
   const sized = new ResizeObserver(() => redraw());
   sized.observe(room_of_charts);
 
@@ -100,9 +101,9 @@ export async function curves(room, state, given) {
 
   function draw(made) {
     const { data, series, said } = drawn(state, made.name, share);
-    const style = getComputedStyle(document.body);
-    const axis = { stroke: style.color, grid: { stroke: style.getPropertyValue("--line"), width: 1 },
-      ticks: { stroke: style.getPropertyValue("--line"), width: 1 }, font: "11px system-ui" };
+    const { color, borderTopColor: line } = getComputedStyle(made.box);   // as light or dark has them
+    const axis = { stroke: color, grid: { stroke: line, width: 1 },
+      ticks: { stroke: line, width: 1 }, font: "11px system-ui" };
     made.plot?.destroy();
     made.stale = false;
     made.now.replaceChildren(...said.map(([run, last]) => {
@@ -141,6 +142,10 @@ export async function curves(room, state, given) {
     const boxes = wanted.map((name) => cards.get(name).box);
     if (boxes.length !== room_of_charts.children.length || boxes.some((box, i) => box !== room_of_charts.children[i])) {
       room_of_charts.replaceChildren(...boxes);
+    }
+    for (const made of wanted.map((name) => cards.get(name))) {
+      made.visible ||= made.box.getBoundingClientRect().top < innerHeight + NEAR_PX;
+      if (made.visible && made.stale) draw(made);
     }
     none.textContent = !all.length ? "no metrics yet" : wanted.length ? ""
       : `no metric has ${filter} in its name: there are ${all.length}, such as ${all.slice(0, 3).join(", ")}`;
