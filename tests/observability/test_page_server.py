@@ -104,7 +104,7 @@ pytest_browser = pytest.mark.skipif(CHROMIUM is None, reason="Chromium isn't ins
 @contextlib.asynccontextmanager
 async def looked_at(*folders: Path) -> AsyncIterator[tuple[Page, str]]:
     """A browser, and the address of the page."""
-    runner = web.AppRunner(application(*found_runs(folders)))
+    runner = web.AppRunner(application(*found_runs(folders)), shutdown_timeout=1)
     await runner.setup()
     with socket.create_server(("127.0.0.1", 0)) as listening:
         await web.SockSite(runner, listening).start()
@@ -124,7 +124,7 @@ async def test_every_view_shows_what_it_should_without_an_error(tmp_path):
     write_lines(one / "eval.jsonl", [{"step": 5, "eval/mean": 1.0, "answers": [
         {"prompt": "1+1=", "completion": EVIL, "reward": 1.0}]}])
     looks = {
-        "#curves": "document.querySelectorAll('canvas').length >= 8",
+        "#curves": "document.querySelectorAll('canvas').length >= 4",
         "#curves?filter=entropy": "document.querySelectorAll('canvas').length == 1",
         "#evaluations": f"document.body.innerText.includes({EVIL!r})",
         "#rollouts?sort=reward&search=7%2B7": "document.querySelectorAll('tbody tr').length == 4",

@@ -44,7 +44,7 @@ async def _serve(app: object, listening: socket.socket) -> None:
     from aiohttp import web
 
     assert isinstance(app, web.Application)
-    runner = web.AppRunner(app, access_log=None)
+    runner = web.AppRunner(app, access_log=None, shutdown_timeout=1)
     await runner.setup()
     try:
         await web.SockSite(runner, listening).start()
