@@ -202,7 +202,7 @@ class Parquet:
         number = _numbers(table["__fragment_index"])
         counts = np.bincount(number, minlength=len(files)).tolist()
         steps = np.repeat([_step(file) for file in files], counts)
-        offsets = np.concatenate([np.arange(count, dtype=np.int32) for count in counts]) if files else []
+        offsets = np.concatenate([np.arange(count, dtype=np.int32) for count in counts])
         columns = {name: table[name].cast(INDEXED.field(name).type) for name in INDEXED.names}
         columns |= {name: columns[name].dictionary_encode() for name in WORDS}
         whole = pa.table({"step": pa.array(steps, pa.int32()), **columns, "offset": pa.array(offsets, pa.int32())})
@@ -318,8 +318,8 @@ def _has(column: str, text: str) -> ds.Expression:
 
 
 def _parts(table: pa.Table, counts: list[int]) -> list[pa.Table]:
-    begins = np.cumsum([0, *counts[:-1]]) if counts else []
-    return [table.slice(begin, count) for begin, count in zip(begins, counts, strict=True)]
+    begins = [0, *np.cumsum(counts).tolist()]
+    return [table.slice(begin, count) for begin, count in zip(begins[:-1], counts, strict=True)]
 
 
 def _step(file: Path) -> int:

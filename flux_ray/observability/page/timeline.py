@@ -34,7 +34,8 @@ def timeline(run: Run, step: int) -> dict[str, Any]:
     spans = sorted(_spans(events), key=lambda span: -span["ms"])
     kept = spans[:MOST_SPANS]
     begin = min((span["begin_ms"] for span in kept), default=0.0)
-    names, lanes = _names(events), {}
+    names = _names(events)
+    lanes: dict[tuple[object, object], list[dict[str, Any]]] = {}
     for span in sorted(kept, key=lambda span: (span["begin_ms"], -span["ms"])):
         lane = lanes.setdefault(span.pop("lane"), [])
         span["begin_ms"] -= begin
