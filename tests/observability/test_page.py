@@ -169,9 +169,9 @@ def test_reading_stops_at_its_budget_and_goes_on_with_the_next_look(tmp_path):
     for step in range(40):   # more than are read at once
         write_rollouts(tmp_path, step, groups=1, group_size=1, num_tokens=1)
     table = table_of(Run(tmp_path, "many"))
-    first = table.page(Wanted(), first=0, size=1, budget_s=1e-9)
+    first = table.page(Wanted(), first=0, size=1, budget_s=0.0)
     assert (first["known"], first["unread"], first["rows"][0]["step"]) == (32, 8, 39)
-    second = table.page(Wanted(), first=0, size=1, budget_s=1e-9)
+    second = table.page(Wanted(), first=0, size=1, budget_s=0.0)
     assert (second["known"], second["unread"]) == (40, 0)
 
 

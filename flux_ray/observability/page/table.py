@@ -157,6 +157,7 @@ class Parquet:
         self.notes: list[str] = []
         self.unread = 0
         self._folder = folder
+        self._whole_s = 0.0  # to put the index together last: of a large one more is read before it is done again
         self._files: list[Path] = []  # by `file` of the index
         self._known: dict[Path, pa.Table] = {}
         self._broken: dict[Path, str] = {}
@@ -168,13 +169,16 @@ class Parquet:
         self.unread = len(new)
         if not new and len(there) == len(seen):
             return None
-        end = time.monotonic() + budget_s
+        end = time.monotonic() + max(budget_s, 3 * self._whole_s)
         for begin in range(0, len(new), FILES_AT_ONCE):
             self._read(new[begin:begin + FILES_AT_ONCE])
             self.unread = max(0, len(new) - begin - FILES_AT_ONCE)
             if time.monotonic() >= end:
                 break
-        return self._whole(there)
+        start = time.monotonic()
+        whole = self._whole(there)
+        self._whole_s = time.monotonic() - start
+        return whole
 
     def _whole(self, there: list[Path]) -> pa.Table:
         """The index of the files that are known and still there."""
