@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -18,6 +19,7 @@ import torch
 
 from examples.addition import make_addition
 from flux_ray.__main__ import main as flux_ray_command
+from flux_ray.observability.page.report import REPORT
 from flux_ray.observability.run_folder import EVAL, read_lines
 
 STARTED = "FLUX_RAY_STARTED_S"  # when the run began, in the environment: seconds since 1970
@@ -52,6 +54,7 @@ def quickstart(folder: Path, *, seed: int, overrides: list[str]) -> int:
     for old, new in list(zip(before["answers"], after["answers"], strict=True))[:NUM_SHOWN]:
         print(f"{old['prompt']:>8}  {_marked(old):>8}  {_marked(new):>8}")
     print(f"\nthe run: {folder / 'grpo'} (metrics.jsonl, eval.jsonl, model/)")
+    print(f"look at it: flux-ray view {shlex.quote(str(folder / 'grpo'))}   or open {folder / 'grpo' / REPORT}")
     print(
         f"accuracy {before['eval/mean']:.2f} -> {after['eval/mean']:.2f} in {time.time() - started_s:.0f} s", flush=True
     )

@@ -34,6 +34,9 @@ flux-ray trains language models by reinforcement learning, with vLLM, DeepSpeed 
   flux-ray checkpoint list RUN        shows a run's checkpoints; verify, export and prune do what they say
   flux-ray metrics                    tells what each metric is, and what to do when it is off
   flux-ray info                       shows versions, devices, and what is missing for what
+  flux-ray view RUN ...               shows runs on a page: curves, rollouts, time lines; while they go on, too
+  flux-ray report RUN                 writes one HTML file about a run
+  flux-ray compare A B                compares two runs, paired where their prompts are the same
   flux-ray audit RUN                  proves that no prompt of a run was lost, none trained on twice
   flux-ray replay RUN --step N        computes a step's numbers again from its rollouts, by other options
   flux-ray --version

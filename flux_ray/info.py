@@ -35,7 +35,10 @@ FEATURES = {"avx512f": "AVX-512", "avx512_bf16": "bf16", "amx_tile": "AMX"}
 GIB = 2**30
 
 
-def info() -> Iterator[tuple[str, str]]:
+def info(*, asks_gpus: bool = True) -> Iterator[tuple[str, str]]:
+    """Headings and their texts. To ask a GPU takes some of its memory as long as this process lives: a run names those
+    that the system tells of.
+    """
     yield "flux_ray", f"{flux_ray.__version__} in {Path(flux_ray.__file__).parent}"
     yield "python", f"{platform.python_version()} ({sys.executable})"
     yield "system", f"{platform.system()} {platform.release()} {platform.machine()}"
@@ -44,7 +47,7 @@ def info() -> Iterator[tuple[str, str]]:
     yield "cpu", _cpu()
     yield "memory", _memory()
     yield "/dev/shm", _shared_memory()
-    yield "gpu", _gpus()
+    yield "gpu", _gpus() if asks_gpus else _gpus_of_system()
     for package, what in OPTIONAL.items():
         found = _version(package)
         yield package, found or f"not installed; {what} needs it"
@@ -91,6 +94,12 @@ def _gpus() -> str:
     if not names:
         return f"a driver, but none that torch {torch.__version__} can use (CUDA_VISIBLE_DEVICES, torch's CUDA version)"
     return "; ".join(f"{gpu.name}, {gpu.total_memory / GIB:.0f} GiB" for gpu in names)
+
+
+def _gpus_of_system() -> str:
+    """Without a context on any of them."""
+    found = [_proc(str(file), "Model") for file in Path("/proc/driver/nvidia/gpus").glob("*/information")]
+    return "; ".join(sorted(name for name in found if name)) or "none that the system tells of"
 
 
 def _proc(file: str, key: str) -> str | None:

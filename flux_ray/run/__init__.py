@@ -77,6 +77,7 @@ def _whole_life(config: Config, body: RunBody, callbacks: Sequence[Callback]) ->
 def _recorded(prepared: Prepared, body: RunBody, callbacks: Sequence[Callback], own_cpus: float) -> Recorder:
     """Do the work, in a run's folder that nobody else writes to. Gives what was recorded."""
     from flux_ray.accounts import Account
+    from flux_ray.observability.page.report import at_end
     from flux_ray.observability.run_folder import LOG, RunFolder
     from flux_ray.observability.terminal import quiet
     from flux_ray.run.checkpoint import forget_newer
@@ -110,11 +111,13 @@ def _recorded(prepared: Prepared, body: RunBody, callbacks: Sequence[Callback], 
             how = "interrupted" if isinstance(told, KeyboardInterrupt) else "failed"
             if body is _train:
                 folder.end_ledger(how)
+                at_end(folder.path, how, say=terminal.say)
             recorder.ended(how, str(told))
             raise told from error
         recorder.ended("done")
         if body is _train:
             folder.end_ledger("done")
+            at_end(folder.path, "done", say=terminal.say)
         terminal.say(f"done: model in {folder.model}" if body is _train else f"done: evaluation in {folder.path}")
     return recorder
 

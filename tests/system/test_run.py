@@ -50,6 +50,8 @@ def test_the_run_folder(whole):
         assert sample["reward"] == pytest.approx(sum(c.isdigit() for c in sample["completion"]) / 16)
     assert "step 12/12" in (whole / "run.log").read_text()
     logs = {f"{role}-{i}.log" for role, count in (("engine", 2), ("trainer", 2), ("reward", 1)) for i in range(count)}
+    report = (whole / "report.html").read_text(encoding="utf-8")
+    assert "the run is done" in report and "reward/mean by step" in report and "vllm" in report
     assert logs <= {path.name for path in (whole / "logs").iterdir()}
 
 
