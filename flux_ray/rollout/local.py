@@ -31,7 +31,7 @@ class LocalEngine(RolloutEngine):
 
         params = self._params(request)
         params.output_kind, params.detokenize = RequestOutputKind.DELTA, True
-        params.skip_special_tokens = True
+        params.skip_special_tokens, params.logprobs = True, None
         pieces = self._vllm.generate(await self._tokens(request), params, f"chat-{next(self._request_ids)}")
         self.was_cut = False
         async for output in pieces:
