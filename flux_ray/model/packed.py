@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from flux_ray.model.hub_names import Parts
 from flux_ray.model.lora import Adapter
 from flux_ray.model.varlen import borders_of
 
@@ -44,7 +45,7 @@ class PackedModel(nn.Module):
         self.hf = hf
         self.layout = layout
         self.original_config: PretrainedConfig = hf.config  # what is saved beside the weights
-        self.checkpoint_names: dict[str, str] = {}  # of a parameter ► in the checkpoint, where they differ
+        self.parts: Parts = {}  # how a checkpoint keeps the weights
         self.adapter: Adapter | None = None  # with train.lora, what `adapt` gave
 
     def hidden_states(self, micro_batch: PackedTokens) -> tuple[Tensor, Tensor]:
