@@ -26,6 +26,11 @@ OTHERWISE = {"bloom": "is served with another activation than it has (the exact 
 ONE_KIND = ("qwen2", "qwen3")
 
 
+#: Model type ► why vLLM 0.32 can't give a running engine of it new weights.
+NOT_UPDATED = {"gpt_oss": "can't take new weights: vLLM's loader copies its experts and its attention sinks past vLLM's "
+                          "own reload, so that they would stay as they were loaded, on CPU and GPU alike"}
+
+
 def engine_args_of(model_path: str) -> dict[str, dict[str, int]]:
     """Options for AsyncEngineArgs; empty for most models."""
     config = _config(model_path)
@@ -43,6 +48,8 @@ def check_served(model_path: str, device: str, *, allow_gap: bool = False) -> No
         raise UserError(f"model.path={model_path} ({config.model_type}) has a sliding window in some layers alone: "
                         "vLLM serves this family with one in all layers or in none (use_sliding_window, "
                         "max_window_layers)")
+    if config.model_type in NOT_UPDATED:
+        raise UserError(f"model.path={model_path} ({config.model_type}) {NOT_UPDATED[config.model_type]}")
     if allow_gap:
         return
     what = OTHERWISE.get(config.model_type)
