@@ -87,7 +87,7 @@ FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
 }
 
 #: Those that are refused by their config, for what engines, on CPU at least, make of them.
-NOT_SERVED = ("Qwen 2 (window)", "Bloom", "LFM 2", "gpt-oss")
+NOT_SERVED = ("Qwen 2 (window)", "Bloom", "LFM 2", "DeepSeek-V3", "gpt-oss")
 #: Mixtures of experts.
 EXPERTS_FAMILIES = ("Mixtral", "Qwen 2 MoE", "Qwen 3 MoE", "OLMoE", "GLM-4 MoE", "DeepSeek-V3", "gpt-oss")
 

@@ -22,7 +22,8 @@ pytestmark = pytest.mark.unit
 TEMPERATURE = 0.7
 MAX_GAP = 1e-5  # of log-probs of down to -25, in float32
 #: Those that compute what others don't; the rest only where all are asked for.
-NOTABLE = ("Llama", "Gemma 2", "GPT-NeoX (Pythia)", "Bloom", "Cohere 2", "SmolLM 3", "LFM 2", "Phi", "Mixtral", "gpt-oss")
+NOTABLE = ("Llama", "Gemma 2", "GPT-NeoX (Pythia)", "Bloom", "Cohere 2", "SmolLM 3", "LFM 2", "Phi", "Mixtral",
+           "gpt-oss")
 LENGTHS = (CONTEXT - 20, WINDOW + 1, 17)
 
 
