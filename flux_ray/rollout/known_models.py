@@ -27,8 +27,8 @@ ONE_KIND = ("qwen2", "qwen3")
 
 
 #: Model type ► why vLLM 0.32 can't give a running engine of it new weights.
-NOT_UPDATED = {"gpt_oss": "can't take new weights: its loader copies its experts and its attention sinks past vLLM's own "
-                          "reload, so that they would stay as they were, on CPU and GPU alike"}
+NOT_UPDATED = {"gpt_oss": "can't take new weights: its loader copies its experts and its attention sinks past vLLM's "
+                          "own reload, so that they would stay as they were, on CPU and GPU alike"}
 
 
 def engine_args_of(model_path: str) -> dict[str, dict[str, int]]:
