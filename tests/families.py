@@ -74,18 +74,22 @@ FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
                    block_dim=64, block_auto_adjust_ff_dim=False),
     "Mixtral": _made("MixtralConfig", **HEADS, **EXPERTS),
     "Qwen 2 MoE": _made("Qwen2MoeConfig", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32,
-                        shared_expert_intermediate_size=32),
+                        shared_expert_intermediate_size=32, tie_word_embeddings=True),
     "Qwen 3 MoE": _made("Qwen3MoeConfig", **HEADS, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32),
+    "OLMoE": _made("OlmoeConfig", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32),
+    "GLM-4 MoE": _made("Glm4MoeConfig", **HEADS, n_routed_experts=4, num_experts_per_tok=2, n_shared_experts=1,
+                       n_group=1, topk_group=1, moe_intermediate_size=32, first_k_dense_replace=1),
     "DeepSeek-V3": _made("DeepseekV3Config", "num_key_value_heads", n_routed_experts=4, num_experts_per_tok=2,
-                         n_group=1, topk_group=1, moe_intermediate_size=32, first_k_dense_replace=1,
-                         q_lora_rank=None, kv_lora_rank=32, qk_rope_head_dim=16, qk_nope_head_dim=16, v_head_dim=32,
-                         num_key_value_heads=2),
+                         n_group=2, topk_group=1, moe_intermediate_size=32, first_k_dense_replace=1,
+                         q_lora_rank=None, kv_lora_rank=512, qk_rope_head_dim=64, qk_nope_head_dim=16, v_head_dim=32,
+                         num_key_value_heads=2, topk_method="noaux_tc", scoring_func="sigmoid"),
     "gpt-oss": _made("GptOssConfig", **HEADS, **EXPERTS, sliding_window=WINDOW, layer_types=LAYERS),
 }
 
-#: Those that are refused by their config: for what engines, on CPU at least, make of them; by the trainer.
-NOT_SERVED = ("Qwen 2 (window)", "Bloom", "LFM 2")
-EXPERTS_FAMILIES = ("Mixtral", "Qwen 2 MoE", "Qwen 3 MoE", "DeepSeek-V3", "gpt-oss")
+#: Those that are refused by their config, for what engines, on CPU at least, make of them.
+NOT_SERVED = ("Qwen 2 (window)", "Bloom", "LFM 2", "DeepSeek-V3", "gpt-oss")
+#: Mixtures of experts.
+EXPERTS_FAMILIES = ("Mixtral", "Qwen 2 MoE", "Qwen 3 MoE", "OLMoE", "GLM-4 MoE", "DeepSeek-V3", "gpt-oss")
 
 #: What is done otherwise for a family, as docs/models.md tells it.
 NOTES = {
@@ -93,7 +97,7 @@ NOTES = {
     "GPT-NeoX (Pythia)": "its head goes to engines as `embed_out`, as checkpoints call it",
     "Falcon": "its own attention",
     "Cohere 2": "vLLM lets a token see one token more than its window: it is told of one less",
-}
+} | dict.fromkeys(EXPERTS_FAMILIES, "experts go one by one, as checkpoints keep them")
 
 
 def make_family(name: str, folder: Path, *, seed: int = 0) -> Path:

@@ -250,6 +250,9 @@ class TrainConfig:
                              "algo.epochs x algo.mini_batches of them)", least=0)
     schedule: str = knob("constant", "the learning rate after the warm-up", choices=("constant", "linear", "cosine"))
     gradient_checkpointing: bool = knob(False, "recompute activations in backward: less memory, a third more compute")
+    router_balance_coef: float = knob(0.0, "mixtures of experts: weight of the loss that keeps routers even, in each "
+                                      "micro-batch (policies, sft); 0: none", least=0)
+    freeze_routers: bool = knob(False, "mixtures of experts: routers stay as they were loaded")
     num_threads: int = knob(1, "CPU threads of one rank", least=1)
     deadline_s: float = knob(1800.0, "longest time one training step may take, in seconds", above=0)
     deepspeed: dict[str, Any] = knob({}, "any further option of DeepSpeed's own config")

@@ -108,7 +108,7 @@ def load_policy(
     layout, attention = _layout_for(hf, traits, layout, attention)
     _ready_to_train(hf, traits, attention, gradient_checkpointing)
     policy = PolicyModel(hf, layout=layout, chunk_tokens=chunk_tokens, head=traits.head)
-    policy.checkpoint_names = traits.names
+    policy.parts = traits.parts
     policy.original_config = _open("model", path, transformers.AutoConfig.from_pretrained)
     policy.original_config.dtype = dtype
     return policy
@@ -142,7 +142,7 @@ def load_score(
     layout, attention = _layout_for(hf, traits, layout, attention)
     _ready_to_train(hf, traits, attention, gradient_checkpointing)
     model = ScoreModel(hf, layout=layout, has_new_head=not scores)
-    model.checkpoint_names = traits.names
+    model.parts = traits.parts
     original = _open("model", path, transformers.AutoConfig.from_pretrained, num_labels=1)
     original.architectures, original.dtype = [type(hf).__name__], dtype
     model.original_config = original

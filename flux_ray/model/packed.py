@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from flux_ray.model.hub_names import Parts
 from flux_ray.model.lora import Adapter
+from flux_ray.model.routing import Routing
 from flux_ray.model.varlen import borders_of
 
 LAYOUTS = ("padded", "block_diagonal", "varlen")
@@ -44,14 +46,17 @@ class PackedModel(nn.Module):
         self.hf = hf
         self.layout = layout
         self.original_config: PretrainedConfig = hf.config  # what is saved beside the weights
-        self.checkpoint_names: dict[str, str] = {}  # of a parameter ► in the checkpoint, where they differ
+        self.parts: Parts = {}  # how a checkpoint keeps the weights
         self.adapter: Adapter | None = None  # with train.lora, what `adapt` gave
+        self.routing: Routing | None = None  # of a mixture of experts, where it is measured
 
     def hidden_states(self, micro_batch: PackedTokens) -> tuple[Tensor, Tensor]:
         """Rows of hidden states (R, H), and the row (S,) of each token. A sequence's rows follow one another."""
-        if self.layout == "padded":
-            return self._hidden_padded(micro_batch.token_ids_S, micro_batch)
-        return self._hidden_flat(micro_batch.token_ids_S, micro_batch)
+        run = self._hidden_padded if self.layout == "padded" else self._hidden_flat
+        hidden_RH, rows_S = run(micro_batch.token_ids_S, micro_batch)
+        if self.routing is not None:
+            self.routing.take(rows_S)
+        return hidden_RH, rows_S
 
     def _hidden_padded(self, tokens_S: Tensor, micro_batch: PackedTokens) -> tuple[Tensor, Tensor]:
         """Hidden states of rows padded at their right, and where each flat token lies among them.

@@ -1,7 +1,7 @@
 """What a model computes that not every attention, head or engine has, read from its skeleton.
 
 Takes:  a transformers model on the meta device: modules without memory.
-Gives:  Traits: what it asks of its attention, how its head makes logits, under which names its checkpoint keeps it.
+Gives:  Traits: what it asks of its attention, how its head makes logits, how its checkpoint keeps it (hub_names.py).
 Knows:  one forward of the skeleton tells it: an attention notes what it is asked, and every operation on the head's
         output is noted. A field of a config counts where the model's own code acts on it, whatever it is called.
 Never:  reads a weight.
@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.core_model_loading import revert_weight_conversion
 
 from flux_ray.errors import UserError
 from flux_ray.model.head import HeadForm
+from flux_ray.model.hub_names import Parts, hub_parts
 
 EAGER = "eager"  # the attention that a model's own file has: it knows all that the model asks
 NUM_TOKENS = 8  # of the forward: nothing depends on how many
@@ -63,7 +63,7 @@ class Traits:
     asks: frozenset[str]
     own_attention: bool
     head: HeadForm | None  # None: the model has no head of its own, as a score model
-    names: dict[str, str] = field(default_factory=dict)  # of parameters ► in the checkpoint, where they differ
+    parts: Parts = field(default_factory=dict)
 
     def unheeded(self, attention: str) -> list[str]:
         """What the model asks that this attention would pass over, in words."""
@@ -75,9 +75,7 @@ class Traits:
 def traits_of(skeleton: PreTrainedModel, name: str) -> Traits:
     """UserError, which says `name` and the reason, for a model that can't be trained or served as it computes."""
     kind = skeleton.config.model_type
-    if any(_holds_experts(module) for module in skeleton.modules()):
-        raise UserError(f"{name} ({kind}) is a mixture of experts: such models are not supported yet")
-    names = checkpoint_names(skeleton, name)
+    parts = hub_parts(skeleton, name)
     head = skeleton.get_output_embeddings()
     if head is not None and type(head) is not nn.Linear:
         raise UserError(f"{name} ({kind}): its head is {type(head).__name__}: only a linear layer is supported")
@@ -89,28 +87,7 @@ def traits_of(skeleton: PreTrainedModel, name: str) -> Traits:
         reason = f"{error}".partition("\n")[0] or type(error).__name__
         raise UserError(f"{name} ({kind}): what it computes can't be read from its skeleton: {reason}") from error
     form = None if head is None else _head_form(operations, head, f"{name} ({kind})")
-    return Traits(asks, own_attention, form, names)
-
-
-def _holds_experts(module: nn.Module) -> bool:
-    """Experts are kept as one tensor of three axes; else convolutions alone have such."""
-    is_convolution = isinstance(module, nn.modules.conv._ConvNd)
-    return not is_convolution and any(p.dim() == 3 for p in module.parameters(recurse=False))
-
-
-def checkpoint_names(skeleton: PreTrainedModel, name: str) -> dict[str, str]:
-    """Parameter ► its name in a checkpoint, where the two differ. UserError where a tensor itself does."""
-    state = {key: tensor.to("meta") for key, tensor in skeleton.state_dict().items()}
-    of_tensor = {id(tensor): key for key, tensor in state.items()}
-    names = {}
-    for kept, tensor in revert_weight_conversion(skeleton, dict(state)).items():
-        ours = of_tensor.get(id(tensor))
-        if ours is None:
-            raise UserError(f"{name} ({skeleton.config.model_type}) trains some weights as one tensor which its "
-                            f"checkpoint keeps as several ({kept} …): such models are not supported yet")
-        if ours != kept:
-            names[ours] = kept
-    return names
+    return Traits(asks, own_attention, form, parts)
 
 
 def _trace(skeleton: PreTrainedModel, head: nn.Module | None) -> tuple[frozenset[str], bool, Operations]:

@@ -22,7 +22,7 @@ _MUON = none("the optimizer is AdamW (train.adam_betas, train.adam_eps, train.we
 _EPOCHS = none("the length is in steps: driver.num_steps (an epoch is rows / batch.prompts_per_step)")
 _WARMUP = none("the warm-up is in optimizer updates: train.warmup_steps")
 _QUANTIZED = none("weights aren't quantized: train.lora.rank=16 trains an adapter alone")
-_MOE = none("mixtures of experts aren't trained yet")
+_BALANCE = none("train.router_balance_coef weighs a loss that is 1 where experts get equally much")
 _FAST = none("the tokenizer is opened as its folder says")
 _LENGTH = none("rollout.max_model_len is the longest text, prompt and response together")
 _BF16 = none("model.dtype=bfloat16 or float32 sets the type of weights and activations")
@@ -72,7 +72,7 @@ PLAIN: dict[str, Counterpart] = {
     "nll_loss_coef": none("pairs have no further term in the loss"), "ptx_coef": none("no pre-training loss is added"),
     "eps_clip": "algo.clip_range", "eps_clip_low_high": _NO_MEANING_TWICE, "dual_clip": "algo.dual_clip",
     "value_clip": "critic.clip_range", "lambd": "algo.gae_lambda", "gamma": "algo.gamma",
-    "entropy_loss_coef": "algo.entropy_coef", "aux_loss_coef": _MOE,
+    "entropy_loss_coef": "algo.entropy_coef", "aux_loss_coef": _BALANCE,
     "policy_loss_type": none("the algorithm has its loss (algo=gspo, ...); algo.policy_loss chooses another"),
     "enable_vllm_is_correction": values("algo.off_policy", {"True": "tis", "False": "none"}),
     "vllm_is_truncated_threshold": none("algo.tis_cap for algo.off_policy=tis; algo.icepop_low and algo.icepop_high"),
@@ -209,7 +209,7 @@ TABLE: dict[str, Counterpart] = {
     "actor.freeze_visual_encoder": none("prompts are texts"),
     "ckpt.best_metric_key": none("eval.stop_at ends a run at a score; a best checkpoint isn't chosen"),
     "data.dataloader_num_workers": none("there is no data loader: prompts are encoded once, at the start"),
-    "ds.experts_implementation": _MOE,
+    "ds.experts_implementation": none("experts are computed as transformers chooses"),
     **{f"critic.{name}": _SHARED for name in (
         "adam.betas", "adam.eps", "adam.weight_decay", "lr_scheduler", "lr_warmup_ratio", "min_lr_ratio", "max_norm")},
     **{f"{prefix}muon.{name}": _MUON for prefix in ("", "actor.", "critic.") for name in (

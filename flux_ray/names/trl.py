@@ -93,7 +93,7 @@ TABLE: dict[str, Counterpart] = {
     "reward_clip_range": _REWARD_TRICK,
     "model_init_kwargs": none("model.dtype and model.attention say how the model is opened"),
     "trust_remote_code": none("models with code of their own aren't loaded"),
-    "router_aux_loss_coef": none("mixtures of experts aren't trained yet"),
+    "router_aux_loss_coef": none("train.router_balance_coef weighs a loss that is 1 where experts get equally much"),
     "disable_dropout": none("dropout is always off, but train.lora.dropout"),
     "cast_lm_head_to_fp32": none("log-probs are computed in fp32 whatever the type of the weights"),
     # DPO, SFT, reward models

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from flux_ray.names.counterpart import Counterpart, Missing, none, values
 
+_REPLAY = none("the trainer's routers choose by themselves: vLLM 0.32 gives the experts that it chose only under its "
+               "second model runner, which needs Triton")
 _LOG_PROB = none("batch.max_tokens_per_micro_batch bounds each forward of the trainer, "
                  "reference.max_tokens_per_forward the reference's")
 _WARMUP = none("the warm-up is in optimizer updates: train.warmup_steps")
@@ -162,9 +164,10 @@ PATTERNS: dict[str, Missing] = {
     "*.fsdp_config.*": none("training is sharded by DeepSpeed: train.zero_stage, train.deepspeed"),
     "*.megatron.*": none("training is sharded by DeepSpeed: train.zero_stage, train.deepspeed"),
     "*.log_prob_*": _LOG_PROB,
-    "*.router_replay.*": none("mixtures of experts aren't trained yet"),
-    "*.enable_rollout_routing_replay": none("mixtures of experts aren't trained yet"),
-    "*expert_parallel_size": none("mixtures of experts aren't trained yet"),
+    "*.router_replay.*": _REPLAY,
+    "*.enable_rollout_routing_replay": _REPLAY,
+    "*expert_parallel_size": none("rollout.engine_args.enable_expert_parallel=true splits an engine by experts, "
+                                  "train.zero_stage the training"),
     "*pipeline_model_parallel_size": none("an engine is split by rollout.tensor_parallel_size alone"),
     "*ulysses_sequence_parallel_size": none("a sequence stays on one rank: there is no sequence parallelism"),
     "*.mtp*": none("no further tokens are predicted"),

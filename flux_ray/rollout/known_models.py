@@ -26,6 +26,11 @@ OTHERWISE = {"bloom": "is served with another activation than it has (the exact 
 ONE_KIND = ("qwen2", "qwen3")
 
 
+#: Model type ► why vLLM 0.32 can't give a running engine of it new weights.
+NOT_UPDATED = {"gpt_oss": "can't take new weights: its loader copies its experts and its attention sinks past vLLM's "
+                          "own reload, so that they would stay as they were, on CPU and GPU alike"}
+
+
 def engine_args_of(model_path: str) -> dict[str, dict[str, int]]:
     """Options for AsyncEngineArgs; empty for most models."""
     config = _config(model_path)
@@ -43,11 +48,13 @@ def check_served(model_path: str, device: str, *, allow_gap: bool = False) -> No
         raise UserError(f"model.path={model_path} ({config.model_type}) has a sliding window in some layers alone: "
                         "vLLM serves this family with one in all layers or in none (use_sliding_window, "
                         "max_window_layers)")
+    if config.model_type in NOT_UPDATED:
+        raise UserError(f"model.path={model_path} ({config.model_type}) {NOT_UPDATED[config.model_type]}")
     if allow_gap:
         return
     what = OTHERWISE.get(config.model_type)
     if what is None and device == "cpu":
-        what = _state(config)
+        what = _state(config) or _latent(config)
     if what is not None:
         raise UserError(f"model.path={model_path} ({config.model_type}) {what}. weights.allow_logprob_gap=true trains "
                         "all the same")
@@ -65,6 +72,17 @@ def _state(config: PretrainedConfig) -> str | None:
         return None
     return (f"has layers that keep a state ({', '.join(kinds or options[:1])}): vLLM's engine on CPU computes them "
             "otherwise than the trainer, one on a GPU may not (cluster.device=cuda)")
+
+
+def _latent(config: PretrainedConfig) -> str | None:
+    """What to say of an attention over compressed keys and values (MLA); None where a model has none.
+
+    vLLM 0.32 on CPU turns queries by their positions with a kernel that takes those of one head for those of all.
+    """
+    if not getattr(config, "kv_lora_rank", None):
+        return None
+    return ("has latent attention (MLA): vLLM's engine on CPU gives queries other rotary positions than the trainer, "
+            "and log-probs are off by nats; one on a GPU may not (cluster.device=cuda)")
 
 
 def _config(model_path: str) -> PretrainedConfig:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from flux_ray import algo
 from flux_ray.algo import preferences
 from flux_ray.driver import drop_stats, evaluation, loop, measure, ranks
+from flux_ray.model import routing
 from flux_ray.observability import gpus, reward_metrics
 from flux_ray.observability.described import Described, renamed
 from flux_ray.train import engine, sft_step
@@ -43,6 +44,7 @@ _AGREE = ("weights/logprob_gap", "weights/publish_s")
 SECTIONS: dict[str, tuple[Described, ...]] = {
     "Rewards and responses, of the step's batch": _starting("reward/", "rollout/", "reference/"),
     "The policy": _starting("actor/") + engine.METRICS,
+    "The routers of a mixture of experts": routing.METRICS,
     "The critic (PPO)": _starting("critic/"),
     "Whether engine and trainer agree": _starting(*_AGREE),
     "Time, staleness, what was dropped": _starting(*_TIMES),

@@ -37,6 +37,7 @@ from flux_ray.data.prompts import PromptSet
 from flux_ray.data.sets import TRAIN, map_paths, read_sets
 from flux_ray.errors import UserError
 from flux_ray.model import (
+    check_routers,
     check_targets,
     context_length,
     load_tokenizer,
@@ -364,7 +365,9 @@ def _check_context(config: Config) -> None:
 
 
 def _check_targets(config: Config) -> None:
-    """UserError for train.lora.targets that the model, or the critic's, doesn't have."""
+    """UserError for train.lora.targets that the model, or the critic's, doesn't have; for options of routers."""
+    if config.train.freeze_routers or config.train.router_balance_coef:
+        check_routers(skeleton(str(config.model.path)), config.train, learns_from=config.learns_from)
     critic = config.critic.path if isinstance(config, PPOConfig) else None
     for path in filter(None, (config.model.path, critic) if config.train.lora.rank else ()):
         check_targets(skeleton(path), config.train.lora)

@@ -22,6 +22,7 @@ from torch import Tensor
 from flux_ray.batch import MicroBatch, without_weight
 from flux_ray.config import TrainConfig
 from flux_ray.model import PackedModel, ScoreModel
+from flux_ray.model.routing import load_metrics
 from flux_ray.observability.described import Described, renamed
 from flux_ray.observability.metrics import Max, Mean, Metric, merge
 from flux_ray.train import setup
@@ -136,6 +137,7 @@ class Engine:
         """
         metrics = self.accumulate(micro_batches, objective, last=True, **asked)
         num_micro_batches, taken, why = self._num_accumulated, self._taken, self._why
+        loads = self._load_metrics() if num_micro_batches else {}
         self._begin_update()
         if not num_micro_batches:
             return {}
@@ -147,13 +149,14 @@ class Engine:
             return {"train/skipped": Mean(1.0)}
         assert why is None, f"training update {self.num_updates} was made, though this is not finite: {why}"
         self.num_updates += 1
-        return metrics | {"train/grad_norm": Mean(norm), "train/learning_rate": Mean(rate),
+        return metrics | loads | {"train/grad_norm": Mean(norm), "train/learning_rate": Mean(rate),
                           "train/num_micro_batches": Max(num_micro_batches), "train/skipped": Mean(0.0)}
 
     def _begin_update(self) -> None:
         self._num_accumulated = 0  # micro-batches since the last update
         self._taken: list[MicroBatch] = []  # this rank's own of them
         self._why: str | None = None  # what isn't finite in them
+        self._choices: Tensor | int = 0  # (layers, E) of a mixture's experts in them
 
     def accumulate(
         self, micro_batches: Sequence[MicroBatch], objective: Objective, *, last: bool = False,
@@ -172,6 +175,7 @@ class Engine:
                 wanted, measured = objective(i, moved, *given)
                 loss = loss + wanted
                 metrics.append(measured)
+                loss = loss + self._balance(moved, metrics)
             if not bool(torch.isfinite(loss)):
                 output = "scores" if isinstance(self.model, ScoreModel) else "log-probs"
                 self._why = self._why or not_finite(moved, given, output=output)
@@ -183,6 +187,23 @@ class Engine:
         self._num_accumulated += len(in_step)
         self._taken += micro_batches
         return merge([*metrics, {"train/padding_frac": self._unused(in_step, of_use=micro_batches)}])
+
+    def _balance(self, micro_batch: MicroBatch, metrics: list[dict[str, Metric]]) -> Tensor | float:
+        """The weighted loss that keeps a mixture's routers even, of the last forward; what it measures is added."""
+        routing, coef = self.model.routing, self.config.router_balance_coef
+        if routing is None:
+            return 0.0
+        num_tokens = micro_batch.num_tokens
+        self._choices = routing.counts_LE + self._choices
+        metrics.append({"router/balance": Mean(float(routing.balance.detach()) * num_tokens, num_tokens)})
+        return coef * micro_batch.loss_weights_S.sum() * routing.balance if coef else 0.0
+
+    def _load_metrics(self) -> dict[str, Metric]:
+        """Of all ranks' micro-batches since the last update. Collective, where there are routers."""
+        if self.model.routing is None:
+            return {}
+        choices_LE = self.sum(self._choices + torch.zeros_like(self.model.routing.counts_LE))
+        return {name: Mean(load) for name, load in load_metrics(choices_LE).items()}
 
     def _in_lockstep(self, micro_batches: Sequence[MicroBatch], at_least: int = 0) -> list[MicroBatch]:
         """As many micro-batches as the rank with the most has: those added have no weight."""

@@ -17,16 +17,19 @@ from torch import Tensor, nn
 
 from flux_ray.model import PackedModel
 from flux_ray.model.finite import not_finite
+from flux_ray.model.hub_names import Part
 from flux_ray.model.lora import Factors
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of the model's checkpoint, as the engine keeps it; `factors`: its adapter, where it has one."""
+    """One tensor as the engine keeps it; `factors`: its adapter, where it has one; `parts`: a checkpoint's, where it
+    keeps the tensor otherwise."""
 
     name: str
     tensor: Tensor
     factors: Factors | None
+    parts: list[Part] | None
 
     @property
     def num_bytes(self) -> int:
@@ -34,11 +37,23 @@ class Entry:
 
     @property
     def kept(self) -> list[Tensor]:
-        """The tensors that `weight` needs whole."""
+        """The tensors that `given` needs whole."""
         return [self.tensor, *([] if self.factors is None else (self.factors.a_RI, self.factors.b_OR))]
 
-    def weight(self) -> Tensor:
-        return self.tensor.detach() if self.factors is None else self.factors.merged(self.tensor.detach())
+    def described(self) -> Iterator[tuple[str, torch.dtype, torch.Size]]:
+        """(name, type, shape) of what a checkpoint has of it."""
+        if self.parts is None:
+            yield self.name, self.tensor.dtype, whole_shape(self.tensor)
+        for part in self.parts or ():
+            yield part.name, self.tensor.dtype, torch.Size(part.shape)
+
+    def given(self) -> Iterator[tuple[str, Tensor]]:
+        """The same, with their numbers, while `kept` is whole."""
+        weight = self.tensor.detach() if self.factors is None else self.factors.merged(self.tensor.detach())
+        if self.parts is None:
+            yield self.name, weight
+        for part in self.parts or ():
+            yield part.name, part.of(weight)
 
 
 def parameters(model: PackedModel) -> list[tuple[str, nn.Parameter]]:
@@ -67,7 +82,7 @@ def first_not_finite(model: PackedModel) -> int | None:
 
 def metadata(model: PackedModel) -> list[tuple[str, torch.dtype, torch.Size]]:
     """(name, type, shape) of every tensor that `iter_weights` gives, in its order."""
-    return [(entry.name, entry.tensor.dtype, whole_shape(entry.tensor)) for entry in _checkpoint_entries(model)]
+    return [described for entry in _checkpoint_entries(model) for described in entry.described()]
 
 
 def iter_weights(model: PackedModel, bucket_bytes: int) -> Iterator[tuple[str, Tensor]]:
@@ -93,7 +108,7 @@ def iter_trained(model: PackedModel) -> Iterator[tuple[str, Tensor]]:
 def _gathered(bucket: list[Entry]) -> Iterator[tuple[str, Tensor]]:
     with whole([tensor for entry in bucket for tensor in entry.kept]):
         for entry in bucket:
-            yield entry.name, entry.weight()
+            yield from entry.given()
 
 
 def _checkpoint_entries(model: PackedModel) -> Iterator[Entry]:
@@ -105,4 +120,4 @@ def _checkpoint_entries(model: PackedModel) -> Iterator[Entry]:
         name = adapter.checkpoint_name(kept_name) if adapter else kept_name
         if name is not None and id(tensor) not in seen:
             seen.add(id(tensor))
-            yield Entry(model.checkpoint_names.get(name, name), tensor, factors.get(name))
+            yield Entry(name, tensor, factors.get(name), model.parts.get(name))

@@ -31,6 +31,8 @@ from flux_ray.model import (
     resolve_dtype,
     save_model,
 )
+from flux_ray.model.policy import PolicyModel
+from flux_ray.model.routing import Routing, routers_of
 from flux_ray.model.save import UNWRITTEN, why_unwritten
 from flux_ray.records import ScoredGroup
 from flux_ray.train import checkpoint, full_weights, setup, skipped
@@ -62,6 +64,10 @@ class Rank:
         if config.train.lora.rank:
             self.model.adapter = adapt(self.model.hf, config.train.lora, seed=config.seed,
                                        train_head=isinstance(self.model, ScoreModel))
+        if isinstance(self.model, PolicyModel) and routers_of(self.model.hf):
+            self.model.routing = Routing(self.model.hf)
+            if config.train.freeze_routers:
+                self.model.routing.freeze()
         self.engine = Engine(self.model, config.train, deepspeed=deepspeed, dtype=dtype, device=device)
         self._writing: Future[None] | None = None  # of the last checkpoint
 

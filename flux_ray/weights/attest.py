@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from flux_ray.weights.attest_experts import ExpertReceipts
 from flux_ray.weights.buckets import Param
 from flux_ray.weights.checksum import checksum
 
@@ -56,11 +57,14 @@ class Receipts:
         self._places: dict[str, Place] = {}
         self._placed: dict[str, Param] = {}  # those that `_places` was made for
         self._update = Update()
+        self._experts = ExpertReceipts(model) if num_workers == 1 else None
         self._turn = 0
 
     def begin(self) -> None:
         """An update begins; what was known of one that broke off is forgotten."""
         self._turn += 1
+        if self._experts is not None:
+            self._experts.begin()
         self._update = Update(packed={module: weakref.ref(module.cpu_linear) for module in self._model.modules()
                                       if _is_packed(module)})
 
@@ -72,6 +76,9 @@ class Receipts:
     def take(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
         """The bytes that came, before they are loaded."""
         self._update.sees_bytes = True
+        tensors = list(tensors)
+        if self._experts is not None:
+            self._experts.take(tensors)
         for name, tensor in tensors:
             self._update.received[name] = checksum(tensor)
             place = self._places.get(name)
@@ -97,6 +104,8 @@ class Receipts:
                       if not right and (check == NOT_PACKED or (_kind(name), check) in self._right)]
             if failed:
                 wrong[name] = failed[0]
+        if self._experts is not None:
+            wrong |= dict.fromkeys(self._experts.wrong(), "is not what was sent in the experts that the engine uses")
         return [f"{name} {why}" for name, why in list(wrong.items())[:MOST_NAMES]]
 
     def _which(self, tensor: Tensor) -> Tensor:

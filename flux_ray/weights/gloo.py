@@ -25,6 +25,7 @@ from flux_ray.weights.attest import Receipts
 from flux_ray.weights.background import in_background
 from flux_ray.weights.bucket_channel import BucketChannel, join_group, map_memory
 from flux_ray.weights.buckets import Announcement, Invitation, Param, buckets, num_rounds, size_of, unpack
+from flux_ray.weights.cpu.experts import pack_anew
 from flux_ray.weights.cpu.shadow_model import ShadowModel, TiedHead, can_have_shadow, tied_heads
 
 BACKEND = "gloo"
@@ -151,6 +152,8 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
     def _start_load(self) -> None:
         from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
 
+        if self.device.type == "cpu":
+            pack_anew(self.model)
         initialize_layerwise_reload(self.model)
 
     def _load(self, buckets: Iterable[Bucket]) -> None:

@@ -6,7 +6,10 @@ Gives:  what vLLM calls a WeightSource: the same names and shapes, in the type t
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Iterator
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -34,6 +37,15 @@ class TrainerSource:
         return self.sums.watch((name, tensor.to(self._send_dtype(tensor.dtype)))
                                for name, tensor in self._weights.iter_weights(self._bucket_bytes))
 
+    @cached_property
+    def _usual(self) -> torch.dtype:
+        """What the trainer keeps most of its numbers in."""
+        numbers: Counter[torch.dtype] = Counter()
+        for _, dtype, shape in self._weights.weight_metadata():
+            numbers[dtype] += math.prod(shape)
+        return numbers.most_common(1)[0][0]
+
     def _send_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """Floating-point weights travel as the engines hold them (half the bytes for bfloat16); others as they are."""
-        return self._dtype if dtype.is_floating_point else dtype
+        """Weights travel as the engines hold them (half the bytes for bfloat16). What the trainer keeps in another type
+        than most travels as it is: a router's correction, which is float32 beside bfloat16, would choose otherwise."""
+        return self._dtype if dtype == self._usual else dtype

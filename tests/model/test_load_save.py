@@ -18,8 +18,8 @@ from transformers import (
     Cohere2Config,
     GPT2Config,
     GraniteConfig,
+    HrmTextConfig,
     Lfm2Config,
-    MixtralConfig,
 )
 
 from flux_ray.errors import UserError
@@ -89,14 +89,12 @@ def test_weights_that_are_not_finite_are_refused(tmp_path, value: float) -> None
         load.load_score(path, dtype=torch.float32)
 
 
-@pytest.mark.parametrize(("config", "words"), [
-    (MixtralConfig(**SIZES, num_local_experts=2), "a mixture of experts"),
-])
-def test_models_that_are_not_supported_are_refused_by_name(tmp_path, config, words: str) -> None:
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+def test_a_model_whose_checkpoint_keeps_several_weights_as_one_is_refused(tmp_path) -> None:
+    """What is trained can't be given part by part where a checkpoint's tensor is made of several."""
+    HrmTextConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_attention_heads=2).save_pretrained(tmp_path)
     with pytest.raises(UserError) as error:
         load_policy(tmp_path, dtype=torch.float32, chunk_tokens=8)
-    assert words in one_line(error)
+    assert "its checkpoint keeps model.H_module.layers.0.mlp.gate_up_proj.weight otherwise than it" in one_line(error)
 
 
 @pytest.mark.parametrize("layout", ["auto", "padded", "block_diagonal"])

@@ -11,18 +11,18 @@ from transformers import FalconH1Config
 
 from flux_ray.errors import UserError
 from flux_ray.rollout.known_models import check_served, engine_args_of
-from tests.families import EXPERTS_FAMILIES, FAMILIES, NOT_SERVED, WINDOW
+from tests.families import FAMILIES, NOT_SERVED, WINDOW
 from tests.family_gaps import BEGIN, DOCS, END, measure, rows_of
 
 MAX_GAP = 2e-5  # of log-probs of down to -10 between engine and trainer, in float32
-#: Two caps and a window; a head that checkpoints call otherwise; a window that vLLM reads otherwise.
-A_FEW = ("Gemma 2", "GPT-NeoX (Pythia)", "Cohere 2")
+#: Two caps and a window; a head that checkpoints call otherwise; a window that vLLM reads otherwise; experts.
+A_FEW = ("Gemma 2", "GPT-NeoX (Pythia)", "Cohere 2", "Qwen 2 MoE")
 
 
 @pytest.mark.system
 @pytest.mark.parametrize("name", [
     name if name in A_FEW else pytest.param(name, marks=pytest.mark.all)
-    for name in FAMILIES if name not in (*EXPERTS_FAMILIES, *NOT_SERVED)])
+    for name in FAMILIES if name not in NOT_SERVED])
 def test_engine_and_trainer_agree_over_two_updates(tmp_path: Path, name: str) -> None:
     gaps = asyncio.run(measure(name, tmp_path))
     assert gaps.pop("moved") > 0.05, "the weights hardly moved: agreement says nothing"
@@ -42,6 +42,13 @@ def test_a_model_that_vllm_computes_otherwise_is_refused(tmp_path: Path) -> None
             check_served(str(tmp_path / name), "cpu")
     check_served(str(tmp_path / "conv"), "cuda")
     check_served(str(tmp_path / "conv"), "cpu", allow_gap=True)
+    FAMILIES["DeepSeek-V3"]().save_pretrained(tmp_path / "mla")
+    with pytest.raises(UserError, match=r"latent attention \(MLA\): vLLM's engine on CPU gives queries other rotary"):
+        check_served(str(tmp_path / "mla"), "cpu")
+    check_served(str(tmp_path / "mla"), "cuda")
+    FAMILIES["gpt-oss"]().save_pretrained(tmp_path / "gpt-oss")
+    with pytest.raises(UserError, match="copies its experts and its attention sinks past vLLM's own"):
+        check_served(str(tmp_path / "gpt-oss"), "cuda", allow_gap=True)
     FAMILIES["Qwen 2 (window)"]().save_pretrained(tmp_path / "some layers")
     with pytest.raises(UserError, match="has a sliding window in some layers alone"):
         check_served(str(tmp_path / "some layers"), "cuda", allow_gap=True)
@@ -62,7 +69,7 @@ def test_the_page_has_a_row_for_every_family() -> None:
     assert list(rows) == list(FAMILIES)
     for name, line in rows.items():
         gap, rest = line.strip("| ").split(" | ")[1:]
-        if name in (*EXPERTS_FAMILIES, *NOT_SERVED):
+        if name in NOT_SERVED:
             assert gap == "—" and "refused at start" in rest
         else:
             assert float(gap) < MAX_GAP

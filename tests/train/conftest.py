@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from tests.families import make_family
 from tests.model.test_score import written
 from tests.tiny import tiny_model
 from tests.train.ranks import launch
@@ -17,6 +18,7 @@ SCENARIOS: dict[str, dict[int, str]] = {
     "test_pair_step": {2: "pairs_two", 1: "pairs_one"},
     "test_critic": {2: "critic_two_ranks"},
     "test_skipped": {2: "skips"},
+    "test_mixture": {2: "mixture"},
 }
 REPEATS = "stages_between"  # on two ranks, for tests that are marked `all`
 
@@ -26,6 +28,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("ranks")
     tiny_model(folder / "tied", tied=True)
     tiny_model(folder / "untied", tied=False)
+    make_family("Qwen 3 MoE", folder / "mixture")
     written(folder / "tied", folder / "scorer")
     return folder
 

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from tests.train import critic_scenarios, pair_scenarios, scenarios, skip_scenarios
+from tests.train import critic_scenarios, mixture_scenarios, pair_scenarios, scenarios, skip_scenarios
 
 SCENARIOS = {**scenarios.SCENARIOS, **critic_scenarios.SCENARIOS, **pair_scenarios.SCENARIOS,
-             **skip_scenarios.SCENARIOS}
+             **skip_scenarios.SCENARIOS, **mixture_scenarios.SCENARIOS}
 
 
 def main() -> None:
