@@ -127,7 +127,17 @@ def saved_config(resume: str) -> dict[str, object]:
     if not isinstance(loaded, DictConfig) or "algo" not in loaded:   # each run's has it
         raise UserError(f"resume={resume}: {file} holds no run's options: it was cut, or another file has its place")
     values = OmegaConf.to_container(loaded)
-    return {**values, "run_dir": str(run_of(resume))}  # type: ignore[dict-item]  # where it lies now
+    return {**_as_now(values), "run_dir": str(run_of(resume))}  # type: ignore[arg-type]  # where it lies now
+
+
+def _as_now(values: dict[str, object]) -> dict[str, object]:
+    """Options of an earlier version by those that took their place."""
+    observability = values.get("observability")
+    if not isinstance(observability, dict) or "tensorboard" not in observability:
+        return values
+    others = {name: value for name, value in observability.items() if name != "tensorboard"}
+    monitors = {"monitors": ["tensorboard"]} if observability["tensorboard"] else {}
+    return {**values, "observability": monitors | others}
 
 
 def check_seen(run_dir: str) -> None:

@@ -14,18 +14,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from flux_ray.observability.rollouts import SCHEMA
+
 FLOATS = pa.list_(pa.float32())
-SCHEMA = pa.schema([
-    ("uid", pa.int64()), ("attempt", pa.int32()), ("sample", pa.int32()), ("row", pa.int64()),
-    ("data_set", pa.string()), ("prompt", pa.string()), ("response", pa.string()),
-    ("token_ids", pa.list_(pa.int32())), ("prompt_length", pa.int32()), ("loss_mask", pa.list_(pa.bool_())),
-    ("versions", pa.list_(pa.int32())), ("sampler_logprobs", FLOATS), ("old_logprobs", FLOATS),
-    ("policy_logprobs", FLOATS), ("reference_logprobs", FLOATS), ("advantages", FLOATS),
-    ("num_turns", pa.int32()), ("finish_reason", pa.string()), ("truncated", pa.bool_()), ("num_tokens", pa.int32()),
-    ("reward", pa.float64()), ("task_reward", pa.float64()), ("advantage", pa.float64()),
-    ("parts", pa.map_(pa.string(), pa.float64())), ("outcome", pa.string()), ("generate_s", pa.float64()),
-    ("score_s", pa.float64()), ("reference_s", pa.float64()), ("worker", pa.int32()), ("engine", pa.int32()),
-])
+
 WORDS = ("the", "sum", "of", "seven", "and", "nine", "is", "sixteen", "so", "answer", "<b>bold</b>", "carry", "one")
 
 
@@ -89,7 +81,8 @@ def write_rollouts(path: Path, step: int, *, groups: int, group_size: int, num_t
         "advantages": lists(advantages, pa.float32()),
         "num_turns": [1] * rows, "finish_reason": ["stop"] * rows, "truncated": samples == group_size - 1,
         "num_tokens": [num_tokens] * rows, "reward": rewards, "task_reward": rewards,
-        "advantage": rewards - rewards.mean(), "parts": [[("exact", r), ("format", 1.0)] for r in rewards.tolist()],
+        "advantage": rewards - rewards.mean(), "entropy": [0.5] * rows, "update": [0] * rows,
+        "parts": [[{"key": "exact", "value": r}, {"key": "format", "value": 1.0}] for r in rewards.tolist()],
         "outcome": np.where(dropped, "same_reward", "trained").tolist(), "generate_s": rng.random(rows),
         "score_s": rng.random(rows) / 9, "reference_s": [None] * rows, "worker": [0] * rows, "engine": samples % 2,
     }

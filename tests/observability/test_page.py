@@ -6,7 +6,6 @@ import json
 import re
 import socket
 
-import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
@@ -14,7 +13,7 @@ from flux_ray import __main__ as cli
 from flux_ray import run_dir
 from flux_ray.errors import UserError
 from flux_ray.observability.page import html
-from flux_ray.observability.page.figures import cost, first_of_tail, paired_interval, series, tail_mean
+from flux_ray.observability.page.figures import cost, first_of_tail, series, tail_mean
 from flux_ray.observability.page.report import ENVIRONMENT, REPORT, at_end, report
 from flux_ray.observability.page.runs import Run, differences, found_runs
 from flux_ray.observability.page.table import Wanted, table_of
@@ -254,15 +253,6 @@ def test_cost_is_in_time_and_tokens():
     assert cost(metrics) == [("steps", "2"), ("time in steps", "8 s (0.00 h)"), ("· training", "2 s, 25 %"),
                              ("tokens sampled", "400, 50 a second of a step")]
     assert cost({}) == [("steps", "0")]
-
-
-def test_the_paired_interval_is_that_of_the_normal_law_for_many_pairs():
-    differences = np.random.default_rng(0).normal(0.3, 1.0, 2_000)
-    low, high = paired_interval(differences.tolist())
-    half = 1.96 * differences.std() / np.sqrt(len(differences))
-    assert low == pytest.approx(differences.mean() - half, abs=0.006)
-    assert high == pytest.approx(differences.mean() + half, abs=0.006)
-    assert paired_interval([0.5, 0.5]) == (0.5, 0.5)
 
 
 # ---- report and compare

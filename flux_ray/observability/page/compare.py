@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 
 from flux_ray.errors import UserError
+from flux_ray.observability.estimates import interval
 from flux_ray.observability.page import html
-from flux_ray.observability.page.figures import Points, first_of_tail, paired_interval, series, tail_mean
+from flux_ray.observability.page.figures import Points, first_of_tail, series, tail_mean
 from flux_ray.observability.page.report import FIRST, as_text
 from flux_ray.observability.page.runs import Run, differences, found_runs
 from flux_ray.observability.page.table import table_of
@@ -153,7 +154,7 @@ def _paired(heading: str, remark: str, of_a: Mapping[str, float], of_b: Mapping[
               f"A has {len(of_a)} prompts, B {len(of_b)}, and none is in both"
         return Part(heading, why)
     a, b = (np.array([of[prompt] for prompt in both]) for of in (of_a, of_b))
-    low, high = paired_interval(b - a)
+    low, high = interval(b - a)
     row = (len(both), a.mean(), b.mean(), (b - a).mean(), f"{low:.4g} to {high:.4g}",
            f"{(b > a).sum()} / {(b == a).sum()} / {(b < a).sum()}")
     names = ("prompts in both", "A", "B", "B less A", "95 % interval", "better / same / worse")

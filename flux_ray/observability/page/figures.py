@@ -1,7 +1,7 @@
 """What a report and a comparison compute of a run's files.
 
 Takes:  the lines of metrics.jsonl and eval.jsonl, rewards by prompt.
-Gives:  `series`, `tail_mean`, `cost`, `paired_interval`.
+Gives:  `series`, `tail_mean`, `cost`.
 Never:  counts a value that isn't a finite number.
 """
 
@@ -15,8 +15,6 @@ import numpy as np
 
 Points = list[tuple[float, float]]
 TAIL = 0.1  # the share of a run's steps that its end is the mean of
-CONFIDENCE = 0.95
-RESAMPLES = 10_000
 HOUR_S = 3600.0
 
 
@@ -68,15 +66,3 @@ def cost(metrics: Mapping[str, Points]) -> list[tuple[str, str]]:
 
 def _sum(metrics: Mapping[str, Points], name: str) -> float:
     return math.fsum(value for _, value in metrics.get(name, []))
-
-
-def paired_interval(differences: Sequence[float], *, seed: int = 0) -> tuple[float, float]:
-    """The 95 % interval of the mean of paired differences, by the bootstrap over pairs (percentiles).
-
-    Efron and Tibshirani, An Introduction to the Bootstrap (1993), section 13.3.
-    """
-    values, rng = np.asarray(differences, dtype=float), np.random.default_rng(seed)
-    means = [values[rng.integers(0, len(values), len(values))].mean() for _ in range(RESAMPLES)]
-    tail = 100 * (1 - CONFIDENCE) / 2
-    low, high = np.percentile(means, [tail, 100 - tail])
-    return float(low), float(high)

@@ -248,7 +248,7 @@ class Parquet:
                 rows = pq.read_table(file, filters=[("uid", "=", uid), ("attempt", "=", attempt)], partitioning=None)
             except (OSError, pa.ArrowException):
                 continue  # the table tells of it
-            found += [{"step": step, **row} for row in rows.to_pylist(maps_as_pydicts="lossy")]
+            found += [{"step": step, **_with_parts(row)} for row in rows.to_pylist()]
         return found
 
     def _rows(self, number: int, offsets: np.ndarray, columns: Sequence[str]) -> list[dict[str, Any]]:
@@ -260,8 +260,8 @@ class Parquet:
                 table = opened.read(columns=[name for name in columns if name in there])
         except (OSError, pa.ArrowException):
             return [{} for _ in offsets]
-        rows = table.take(pa.array(offsets)).to_pylist(maps_as_pydicts="lossy")
-        return [{"step": _step(file), **row} for row in rows]
+        rows = table.take(pa.array(offsets)).to_pylist()
+        return [{"step": _step(file), **_with_parts(row)} for row in rows]
 
 
 class Samples:
@@ -305,6 +305,11 @@ def _as_rollout(record: Mapping[str, Any]) -> dict[str, Any]:
     return {"step": _number(record.get("step")), "row": record.get("row"), "data_set": record.get("set"),
             "prompt": str(record.get("prompt", "")), "response": str(record.get("completion", "")),
             "reward": _number(record.get("reward")), "parts": record.get("parts")}
+
+
+def _with_parts(row: dict[str, Any]) -> dict[str, Any]:
+    """The rewards' parts by their names."""
+    return row | {"parts": {part["key"]: part["value"] for part in row.get("parts") or ()}}
 
 
 def _number(value: object) -> Any:
