@@ -21,9 +21,9 @@ from flux_ray.observability.described import Described
 #: Over all tokens that are trained on.
 METRICS = (
     Described("router/balance", "mean over micro-batches of what `train.router_balance_coef` multiplies: E·Σ f·P over "
-              "a layer's E experts, f the share of choices, P the mean probability; mean over layers. 1: all get equally "
-              "much", "1", "trained tokens", "near 1", "grows step by step: set `train.router_balance_coef`, or "
-              "`train.freeze_routers=true`"),
+              "a layer's E experts, f the share of choices, P the mean probability; mean over layers. 1: all get "
+              "equally much", "1", "trained tokens", "near 1", "grows step by step: set "
+              "`train.router_balance_coef`, or `train.freeze_routers=true`"),
     Described("router/load_max/NAME", "of the layer with this number among those with experts: the busiest expert's "
               "share of the choices, times E", "1", "choices", "well below E / k, for k choices a token",
               "near it the layer uses k experts alone"),
