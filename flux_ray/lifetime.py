@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 
 LOOK_EVERY_S = 1.0  # a parent's death shows that late: runs promise to be gone within 15 s
+OWN_GROUP = "FLUX_RAY_OWN_GROUP"  # set: a terminal's Ctrl-C is for who started vLLM's processes, not for those
 PLUGIN = "flux_ray_lifetime"  # as pyproject.toml names the entry point
 
 
@@ -29,6 +30,8 @@ def register() -> None:
     starter = multiprocessing.parent_process()  # who asked for it: what forked it may be another process
     if starter is None or PLUGIN not in os.environ.get("VLLM_PLUGINS", "").split(","):
         return
+    if OWN_GROUP in os.environ:
+        os.setpgid(0, 0)
 
     import psutil
 

@@ -7,11 +7,13 @@ Knows:  vLLM reads its environment when it is imported.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import AsyncIterator
 
 from flux_ray.config import PolicyGradientConfig, changed
 from flux_ray.errors import UserError
+from flux_ray.lifetime import OWN_GROUP
 from flux_ray.records import FINISH_LENGTH, SamplingRequest
 from flux_ray.rollout.check import check_kv_cache
 from flux_ray.rollout.engine import RolloutEngine, engine_env
@@ -32,13 +34,14 @@ class LocalEngine(RolloutEngine):
         params = self._params(request)
         params.output_kind, params.detokenize = RequestOutputKind.DELTA, True
         params.skip_special_tokens, params.logprobs = True, None
-        pieces = self._vllm.generate(await self._tokens(request), params, f"chat-{next(self._request_ids)}")
+        outputs = self._vllm.generate(await self._tokens(request), params, f"chat-{next(self._request_ids)}")
         self.was_cut = False
-        async for output in pieces:
-            (sample,) = output.outputs
-            self.was_cut = sample.finish_reason == FINISH_LENGTH
-            if sample.text:
-                yield sample.text
+        async with contextlib.aclosing(outputs):  # vLLM ends the request as it is closed, not when it is collected
+            async for output in outputs:
+                (sample,) = output.outputs
+                self.was_cut = sample.finish_reason == FINISH_LENGTH
+                if sample.text:
+                    yield sample.text
 
 
 def local_config(config: PolicyGradientConfig) -> PolicyGradientConfig:
@@ -71,6 +74,7 @@ def local_engine(config: PolicyGradientConfig) -> LocalEngine:
         check_kv_cache(str(config.model.path), context=config.rollout.max_model_len or 0, dtype_bytes=dtype.itemsize,
                        kv_cache_gib=config.rollout.kv_cache_gib)
     # VLLM_CONFIGURE_LOGGING=0: what vLLM logs goes where this process's own logging goes.
-    os.environ.update(engine_env(device, config.rollout) | {"VLLM_CONFIGURE_LOGGING": "0"} | config.cluster.env)
+    os.environ.update(engine_env(device, config.rollout) | {"VLLM_CONFIGURE_LOGGING": "0", OWN_GROUP: "1"}
+                      | config.cluster.env)
     return LocalEngine(config, index=0, device=device, dtype=str(dtype).removeprefix("torch."),
                        weights_backend="gloo" if device == "cpu" else "nccl")
