@@ -79,6 +79,10 @@ VLLM_INTERNALS = (
     Internal("vllm.model_executor.layers.vocab_parallel_embedding", "ParallelLMHead", "tied heads are packed again"),
     Internal("vllm.model_executor.layers.vocab_parallel_embedding", "UnquantizedEmbeddingMethod",
              "which models can have a shadow"),
+    # Mixtures of experts on CPU.
+    Internal("vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method", "UnquantizedFusedMoEMethod",
+             "experts are packed again after an update"),
+    Internal("vllm._custom_ops", "cpu_prepack_moe_weight", "whether they hold what was sent, as they are packed"),
     # The start of an engine on CPU.
     Internal("vllm.engine.arg_utils", "", "imported beforehand"),
     Internal("vllm.v1.engine.async_llm", "", "imported beforehand"),

@@ -38,6 +38,7 @@ from flux_ray.driver.stages import Stages
 from flux_ray.driver.staleness import Bound
 from flux_ray.driver.versions import Versions
 from flux_ray.messages import Attested, GroupAt, Orders
+from flux_ray.observability.callbacks import Control
 from flux_ray.records import (
     FINISH_STOP,
     ComparedTokens,
@@ -431,7 +432,7 @@ class Noted:
 
     def __init__(self, world: World) -> None:
         self._world = world
-        self.terminal = SimpleNamespace(say=print)
+        self.terminal, self.control = SimpleNamespace(say=print), Control()
 
     def account(self, step: int, account: Account) -> None:
         self._world.ledger_lines.append(as_line(step, account))
@@ -444,7 +445,11 @@ class Noted:
 
     def evaluated(self, version: int) -> None: ...
 
+    def warn(self, text: str) -> None: ...
+
     def warn_of(self, kind: str, text: str) -> None: ...
+
+    def time_went(self, step: int, timeline: Sequence[Any]) -> None: ...
 
 
 def simulate(config: PolicyGradientConfig, world: World, *, clock: SimulatedTime, start: LoopState | None = None,
