@@ -48,6 +48,7 @@ def compare(path: Path) -> dict[str, Any]:
     from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
     from vllm.model_executor.model_loader.reload.layerwise import LAYERWISE_INFO
 
+    from flux_ray.weights.cpu.experts import pack_anew
     from flux_ray.weights.cpu.shadow_model import ShadowModel, can_have_shadow, tied_heads
 
     llm = LLM(model=str(path), dtype="float32", enforce_eager=True, kv_cache_memory_bytes=2**26, max_model_len=128,
@@ -69,6 +70,7 @@ def compare(path: Path) -> dict[str, Any]:
 
     def reload() -> None:
         with set_current_vllm_config(worker.vllm_config):
+            pack_anew(model)
             initialize_layerwise_reload(model)
             model.load_weights(weights.items())
             finalize_layerwise_reload(model, worker.model_config)
