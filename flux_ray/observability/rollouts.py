@@ -119,8 +119,8 @@ def table_of(rollouts: Sequence[Rollout]) -> Table:
     def scores(name: str) -> list[object]:
         return each(lambda r, i, t: None if r.scored is None else _number(getattr(r.scored, name)[i]))
 
-    def mean(name: str) -> list[object]:
-        return [_mean(values, t.loss_mask) for values, (_, _, t) in zip(made(name), rows, strict=True)]
+    def mean(name: str) -> list[float | None]:
+        return _means(made(name), [t.loss_mask for _, _, t in rows])
 
     columns: dict[str, object] = {
         "uid": each(lambda r, i, t: r.group.prompt.uid), "sample": each(lambda r, i, t: i),
@@ -169,8 +169,23 @@ def _number(value: float) -> float | None:
     return None if math.isnan(value) else float(value)
 
 
-def _mean(values_T: Any, loss_mask: np.ndarray) -> float | None:
-    return float(values_T[loss_mask].mean(dtype=np.float64)) if values_T is not None and loss_mask.any() else None
+def _means(values: Sequence[np.ndarray | None], loss_masks: Sequence[np.ndarray]) -> list[float | None]:
+    """Of each row (T,) over its mask; None where it has no values, or the mask nothing. All rows at once: a call of
+    numpy's for each would cost a third of the whole writing.
+
+    >>> _means([np.float32([1, 2, 6]), None, np.float32([5])], [np.array([0, 1, 1], bool)] * 2 + [np.zeros(1, bool)])
+    [4.0, None, None]
+    """
+    known = [i for i, row in enumerate(values) if row is not None]
+    found: list[float | None] = [None] * len(values)
+    if known:
+        mask_S = np.concatenate([loss_masks[i] for i in known])
+        values_S = np.where(mask_S, np.concatenate([values[i] for i in known]), 0.0).astype(np.float64)  # type: ignore[arg-type]
+        starts = np.cumsum([0, *(len(loss_masks[i]) for i in known[:-1])])
+        sums, counts = np.add.reduceat(values_S, starts), np.add.reduceat(mask_S.astype(np.int64), starts)
+        for i, total, count in zip(known, sums.tolist(), counts.tolist(), strict=True):
+            found[i] = total / count if count else None
+    return found
 
 
 def _lists(arrays: Sequence[Any], kind: pa.DataType) -> pa.Array:
