@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 
 from flux_ray.observability.page.figures import Points
 
-WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 360, 150, 52, 22, 8  # of a curve, in pixels
+WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 360, 150, 60, 22, 8  # of a curve, in pixels
 MOST_POINTS = 300  # of a curve: a longer one is drawn by means of neighbours
 COLOURS = ("#2a7fd4", "#d9822b")
 STYLE = """
@@ -25,7 +25,8 @@ p,.faint{color:var(--faint)}.curves{display:grid;grid-template-columns:repeat(au
 figure{margin:0;border:1px solid var(--line);border-radius:.4em;padding:.5em .6em}svg{width:100%;height:auto}
 svg text{font-size:10px;fill:var(--faint)}svg .axis{stroke:var(--line)}.scroll{overflow-x:auto}
 table{border-collapse:collapse;font-size:.93em}th,td{text-align:left;padding:.25em .7em;vertical-align:top;
-border-bottom:1px solid var(--line);white-space:pre-wrap;overflow-wrap:anywhere}th{background:var(--raised)}
+border-bottom:1px solid var(--line);white-space:pre-wrap;overflow-wrap:anywhere}
+th{background:var(--raised);white-space:nowrap}
 td.n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}summary{cursor:pointer;margin:.8em 0}
 """
 
@@ -97,7 +98,7 @@ def curve(name: str, of_runs: Sequence[Points]) -> str:
                     for i, points in enumerate(lines) if points)
     heights = {y: at(left, y).partition(",")[2] for y in (low, (low + high) / 2, high)}
     marks = "".join(f'<line class="axis" x1="{LEFT}" x2="{WIDTH}" y1="{at_y}" y2="{at_y}"/>'
-                    f'<text x="{LEFT - 4}" y="{at_y}" dy="3" text-anchor="end">{shown(y)}</text>'
+                    f'<text x="{LEFT - 4}" y="{at_y}" dy="3" text-anchor="end">{y:.3g}</text>'
                     for y, at_y in heights.items())
     steps = (f'<text x="{LEFT}" y="{HEIGHT - 6}">{shown(left)}</text>'
              f'<text x="{WIDTH - 4}" y="{HEIGHT - 6}" text-anchor="end">{shown(right)}</text>')

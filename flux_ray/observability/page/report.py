@@ -17,6 +17,7 @@ from typing import Any
 from flux_ray import config as configs
 from flux_ray import info
 from flux_ray.errors import UserError
+from flux_ray.observability.eval_metrics import HIGH, LOW
 from flux_ray.observability.page import html
 from flux_ray.observability.page.figures import cost, series, tail_mean
 from flux_ray.observability.page.runs import ENDED, Run, found_runs
@@ -27,6 +28,7 @@ REPORT, ENVIRONMENT = "report.html", "environment.json"
 FIRST = ("reward/task_mean", "reward/mean", "actor/loss", "actor/entropy", "actor/grpo_kl",
          "rollout/response_length_mean", "rollout/truncated_frac", "train/grad_norm", "rollout/tokens_per_s",
          "driver/step_s")
+MOST_EVALUATIONS = 6
 MOST_ANSWERS = 16
 
 
@@ -97,12 +99,23 @@ def _parts(run: Run) -> Iterator[str]:
 
 
 def _evaluations(evaluations: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    found = series(evaluations)
-    if found:
-        yield html.heading("Evaluations")
-        steps = sorted({step for points in found.values() for step, _ in points})
-        rows = [(step, *(dict(points).get(step) for points in found.values())) for step in steps]
-        yield html.table(("step", *(name.removeprefix("eval/") for name in found)), rows)
+    """A line a metric, a column a step: evenly chosen ones, with the first and the last, where there are many."""
+    found = {name.removeprefix("eval/"): dict(points) for name, points in series(evaluations).items()}
+    steps = sorted({step for points in found.values() for step in points})
+    if not steps:
+        return
+    chosen = [steps[round(i * (len(steps) - 1) / (MOST_EVALUATIONS - 1))] for i in range(MOST_EVALUATIONS)]
+    shown_steps = steps if len(steps) <= MOST_EVALUATIONS else chosen
+    yield html.heading("Evaluations")
+    yield html.table(("", *(f"step {html.shown(step)}" for step in shown_steps)),
+                     [(name, *(_with_interval(found, name, step) for step in shown_steps))
+                      for name in found if not name.endswith((LOW, HIGH))])
+
+
+def _with_interval(found: Mapping[str, Mapping[float, float]], name: str, step: float) -> object:
+    low, high = (found.get(name + end, {}).get(step) for end in (LOW, HIGH))
+    value = found[name].get(step)
+    return value if low is None or high is None else f"{html.shown(value)} ({html.shown(low)} to {html.shown(high)})"
 
 
 def _same_prompts(evaluations: Sequence[Mapping[str, Any]], samples: Sequence[Mapping[str, Any]]) -> Iterator[str]:
