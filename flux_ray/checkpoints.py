@@ -120,7 +120,7 @@ def export(checkpoint: str | Path, folder: str | Path) -> Path:
     problem = saved.verify(source).problem
     if problem is not None:
         raise UserError(f"{checkpoint} is broken: {problem}")
-    config = configs.from_dict({}, before=run_dir.saved_config(str(source)))
+    config = configs.from_dict({}, before=run_dir.saved_config(str(source), named=""))
     from flux_ray.train import full_weights
     from flux_ray.train.rank import SAVED_AT_ONCE_BYTES, write_model
 

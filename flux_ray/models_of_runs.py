@@ -61,7 +61,7 @@ def config_for(model: str, options: Mapping[str, Any]) -> Config:
     if not path.is_dir():
         raise UserError(f"{model}: the run has no {MODEL}/ yet: it goes on, or it ended before its last step "
                         f"(flux-ray checkpoint export makes a model of a checkpoint)")
-    before = names.flatten({name: value for name, value in run_dir.saved_config(str(run)).items()
+    before = names.flatten({name: value for name, value in run_dir.saved_config(str(run), named="").items()
                             if name not in OF_TRAINING}, options=keys)
     if flat.get("algo.name", before.get("algo.name")) != before.get("algo.name"):
         before = {key: value for key, value in before.items() if not key.startswith("algo.")} | _preset(flat, keys)
@@ -77,7 +77,7 @@ def sampling_config_for(model: str, options: Mapping[str, Any]) -> PolicyGradien
     if run is None:
         config: Config = config_for(model, options)
     else:
-        saved = run_dir.saved_config(str(run))
+        saved = run_dir.saved_config(str(run), named="")
         of_run = configs.objective_of(str(names.flatten(saved, options=[key for key, _ in configs.options()])
                                           .get("algo.name", configs.DEFAULT_ALGORITHM)))
         if of_run.is_score:

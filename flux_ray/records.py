@@ -353,9 +353,6 @@ class KeptGroup(NamedTuple):
     file: str  # in the checkpoint's folder of groups
     born: int  # steps done when it got its slot
     generate_s: float  # that it took
-    score_s: float
-    reference_s: float
-    num_spanning: int  # samples whose tokens are of more than one version
 
 
 @dataclass(frozen=True)

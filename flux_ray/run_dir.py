@@ -115,17 +115,20 @@ def run_of(resume: str) -> Path:
     return path.parent.parent if path.parent.name == "checkpoints" else path
 
 
-def saved_config(resume: str) -> dict[str, object]:
-    """The options of the run to resume, as it saved them. UserError where there is no such run."""
+def saved_config(resume: str, *, named: str = "resume=") -> dict[str, object]:
+    """The options of a run, as it saved them. UserError where there is no such run.
+
+    `named`: what stands before it in a message.
+    """
     file = run_of(resume) / CONFIG
     if not file.is_file():
-        raise UserError(f"resume={resume}: there is no {file}, so no run to go on with")
+        raise UserError(f"{named}{resume}: there is no {file}, so no run")
     try:
         loaded = OmegaConf.load(file)
     except (OSError, UnicodeDecodeError, YAMLError, OmegaConfBaseException) as error:
-        raise UserError(f"resume={resume}: {file} can't be read: {' '.join(str(error).split())}") from None
+        raise UserError(f"{named}{resume}: {file} can't be read: {' '.join(str(error).split())}") from None
     if not isinstance(loaded, DictConfig) or "algo" not in loaded:   # each run's has it
-        raise UserError(f"resume={resume}: {file} holds no run's options: it was cut, or another file has its place")
+        raise UserError(f"{named}{resume}: {file} holds no run's options: it was cut, or another file has its place")
     values = OmegaConf.to_container(loaded)
     return {**_as_now(values), "run_dir": str(run_of(resume))}  # type: ignore[arg-type]  # where it lies now
 

@@ -312,3 +312,20 @@ def test_version_and_info(capsys):
     lines = dict(line.split(None, 1) for line in capsys.readouterr().out.splitlines())
     assert lines["torch"].startswith(version("torch")) and lines["gpu"] and lines["cpu"].split()[1] == "cores,"
     assert cli.main(["info", "x"]) == 2
+
+
+@pytest.mark.parametrize(("words", "told"), [
+    (["compare", "a"], "the following arguments are required: RUN"),
+    (["replay", "/nothing", "--step", "1"], "flux-ray: /nothing: there is no /nothing/config.yaml, so no run"),
+    (["view", "/nothing"], "there is no folder /nothing"),
+    (["report", "/nothing"], "there is no folder /nothing"),
+    (["chat", "/nothing"], "model '/nothing': no such folder"),
+    (["eval", "data=x"], "model is missing"),
+])
+def test_a_command_about_no_run_is_one_line(capsys, words, told):
+    try:
+        code = cli.main(words)
+    except SystemExit as ended:  # argparse
+        code = ended.code
+    error = capsys.readouterr().err
+    assert code == 2 and told in error and "Traceback" not in error

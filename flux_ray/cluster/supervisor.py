@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Coroutine
 from typing import Any
 
+from flux_ray.background import in_background
 from flux_ray.cluster.group import Actor, ActorDied, Group, Members, first_failure
 from flux_ray.cluster.heartbeat import Heartbeat
 from flux_ray.protocols import Meets
@@ -161,15 +162,8 @@ class Supervisor:
             # else the actor's own watch sees to it
 
     def _in_background(self, work: Coroutine[object, object, None]) -> None:
-        """For as long as the run lives. What the work raises ends the run: nobody else would ever see it."""
-        task = asyncio.create_task(work)
-        task.add_done_callback(self._ended)
-        self._tasks.append(task)
-
-    def _ended(self, task: asyncio.Task[None]) -> None:
-        error = None if task.cancelled() else task.exception()
-        if isinstance(error, Exception):
-            self.fail(error)
+        """For as long as the run lives. What the work raises ends the run."""
+        self._tasks.append(in_background(work, self.fail))
 
     def fail(self, error: Exception) -> None:
         """It ends the run, unless something else did before."""

@@ -16,7 +16,7 @@ from flux_ray.driver.entry import NOBODY, Entry, State, Taken
 from flux_ray.driver.slots import Slots, ready_tokens
 from flux_ray.driver.staleness import Bound, chosen
 from flux_ray.messages import GroupReady
-from flux_ray.records import KeptGroup, ScoredGroup
+from flux_ray.records import KeptGroup
 
 
 class Ledger:
@@ -60,13 +60,13 @@ class Ledger:
         self.slots.add(entry)
         return entry, not self._bound.in_time(step, len(self.slots) - 1, step)
 
-    def restore(self, kept: KeptGroup, scored: ScoredGroup, worker: int, now_s: float) -> Entry:
+    def restore(self, kept: KeptGroup, news: GroupReady, worker: int, now_s: float) -> Entry:
         """A group that an earlier life of the run has finished: READY, in the slot that it had."""
         self._queue.remove((kept.uid, 0))
         entry = Entry(kept.uid, 0, kept.born, self._num_parts, self._num_parts, worker=worker,
-                      num_tokens=int(scored.num_loss_tokens.sum()), start_s=now_s, end_s=now_s + kept.generate_s)
+                      num_tokens=int(news.scored.num_loss_tokens.sum()), start_s=now_s, end_s=now_s + kept.generate_s)
         self.slots.add(entry)
-        self._is_ready(entry, GroupReady(*entry.key, scored, (), kept.num_spanning, kept.score_s, kept.reference_s))
+        self._is_ready(entry, news)
         return entry
 
     @property

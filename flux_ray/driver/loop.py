@@ -112,8 +112,9 @@ class Loop:
         self.is_settled = False
         async with self._weights:
             report = await phases.of("train", self.ranks.train(step, self._versions.holding(step)))
-            await self._quiet()
             train_s = now_s() - start_s - begun["driver/wait_s"]
+            if self._config.driver.deterministic:
+                await phases.of(WAIT, self._quiet())
             published = self.ranks.publish(self._versions.publish(report.step), report.step)
             publish = asyncio.ensure_future(phases.of("publish weights", published))
             learning = self.ranks.learn(step)
@@ -134,12 +135,12 @@ class Loop:
         return metrics | {"driver/version": float(self._versions.highest), "driver/step_s": now_s() - start_s}
 
     async def _quiet(self) -> None:
-        """Of a deterministic run, waits for all that was started, before the engines get other weights.
+        """Waits for all that was started, before the engines get other weights.
 
         Where no engine has the weights of before any more, there is nothing to wait for.
         """
         engines = self.ranks.engines
-        while self._config.driver.deterministic and engines.serving and not self.ledger.is_quiet:
+        while engines.serving and not self.ledger.is_quiet:
             self.stages.changed.clear()
             await self.stages.changed.wait()
 

@@ -85,9 +85,9 @@ class Stages:
         brought = await first_failure([
             self.workers.bring(worker, folder / file, [prompt for one, prompt in of_uid.values() if one.file == file])
             for file, worker in worker_of.items()])
-        for scored in sorted(itertools.chain(*brought), key=lambda scored: scored.uid):
-            one, prompt = of_uid[scored.uid]
-            entry = self.ledger.restore(one, scored, worker_of[one.file], now_s())
+        for ready in sorted(itertools.chain(*brought), key=lambda ready: ready.uid):
+            one, prompt = of_uid[ready.uid]
+            entry = self.ledger.restore(one, ready, worker_of[one.file], now_s())
             self._assigning.hold(entry, prompt, lengths=lengths)
 
     def start_again(self, entries: Iterable[Entry]) -> None:
@@ -163,6 +163,4 @@ class Stages:
 
 
 def _kept(entry: Entry, file: str) -> KeptGroup:
-    ready = entry.ready
-    return KeptGroup(entry.uid, file, entry.born, entry.end_s - entry.start_s, ready.score_s, ready.reference_s,
-                     ready.num_spanning)
+    return KeptGroup(entry.uid, file, entry.born, entry.end_s - entry.start_s)

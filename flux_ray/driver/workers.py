@@ -18,9 +18,9 @@ from flux_ray.cluster.group import ActorDied, ActorError, Call, Group
 from flux_ray.cluster.plan import ROLLOUT
 from flux_ray.cluster.supervisor import Supervisor
 from flux_ray.driver.entry import Key
-from flux_ray.messages import Assignment, GroupAt, News, Orders, Written
+from flux_ray.messages import Assignment, GroupAt, GroupReady, News, Orders, Written
 from flux_ray.protocols import RolloutWorker
-from flux_ray.records import Prompt, ScoredGroup
+from flux_ray.records import Prompt
 
 LOOK_EVERY_S = 0.1  # whether the supervisor has seen a death
 KEEP_S = 300.0  # until a worker has written its finished groups, or has read them
@@ -102,7 +102,7 @@ class Workers:
         except (ActorError, TimeoutError):  # they are sampled again
             return []
 
-    async def bring(self, index: int, file: Path, prompts: Sequence[Prompt]) -> list[ScoredGroup]:
+    async def bring(self, index: int, file: Path, prompts: Sequence[Prompt]) -> list[GroupReady]:
         """Has the worker own the groups of these prompts that the file has."""
         return await self._workers[index].call(RolloutWorker.bring, str(file), prompts).within(KEEP_S)
 

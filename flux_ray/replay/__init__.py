@@ -97,7 +97,7 @@ def _config(path: Path, options: Mapping[str, object]) -> tuple[PolicyGradientCo
         if key.partition(".")[0] not in SECTIONS:
             raise UserError(f"{key}: what was sampled stays as it is, so a replay takes options of "
                             f"{' and '.join(SECTIONS)} alone")
-    before = names.flatten(run_dir.saved_config(str(path)), options=keys)
+    before = names.flatten(run_dir.saved_config(str(path), named=""), options=keys)
     algorithm = flat.get("algo.name", before["algo.name"])
     if algorithm != before["algo.name"]:
         before = {key: value for key, value in before.items() if not key.startswith("algo.")}

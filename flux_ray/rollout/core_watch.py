@@ -13,10 +13,17 @@ from collections.abc import Callable
 
 import psutil
 
+from flux_ray.background import in_background
 from flux_ray.clock import now_s
 
 LOOK_EVERY_S = 2.0
 STILL_S = 15.0  # without any processor time, while requests wait
+
+
+def watch(is_awaited: Callable[[], bool]) -> asyncio.Task[None]:
+    """Begins to watch, until the task is cancelled."""
+    return in_background(end_if_still(is_awaited), lambda error: logging.getLogger(__name__).error(
+        "nobody sees any more whether vLLM stands still", exc_info=error))
 
 
 async def end_if_still(is_awaited: Callable[[], bool]) -> None:

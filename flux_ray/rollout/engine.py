@@ -24,7 +24,7 @@ from flux_ray.lifetime import PLUGIN
 from flux_ray.messages import Attested
 from flux_ray.records import FINISH_LENGTH, FINISH_STOP, Completion, Sampled, SamplingRequest
 from flux_ray.rollout.check import ENTRY_POINT, check_engine_args, check_installed
-from flux_ray.rollout.core_watch import end_if_still
+from flux_ray.rollout.core_watch import watch
 from flux_ray.rollout.cpu_startup.forking import fork_engine_core
 from flux_ray.rollout.known_models import engine_args_of
 
@@ -123,7 +123,7 @@ class RolloutEngine:
         check_installed()
         self._engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**self._engine_args()))
         await self._vllm.update_weight_version(str(self._version))
-        self._watch = asyncio.ensure_future(end_if_still(lambda: bool(self._running) and self._serves))
+        self._watch = watch(lambda: bool(self._running) and self._serves)
         self._stop_ids = stop_token_ids(self._config.model.path, self._vllm.get_tokenizer())
 
     def _engine_args(self) -> dict[str, object]:

@@ -136,9 +136,7 @@ class RolloutWorker(Owned):
                 return self._drop(key, cause)
             carried.reference = await self._referenced(group)
             carried.reference_s = now_s() - scored_s
-        spanning = sum(t.oldest_version != t.newest_version for t in group.trajectories)
-        self.tell(GroupReady(*key, scored, carried.texts if evaluates else (), spanning, carried.score_s,
-                             carried.reference_s))
+        self.tell(_ready(carried, scored))
         if evaluates:
             del self.carried[key]
 
@@ -169,7 +167,7 @@ class RolloutWorker(Owned):
             await asyncio.to_thread(kept.write, Path(file), groups)
         return list(found)
 
-    async def bring(self, file: str, prompts: Sequence[Prompt]) -> list[ScoredGroup]:
+    async def bring(self, file: str, prompts: Sequence[Prompt]) -> list[GroupReady]:
         """Own the groups of these prompts that such a file has, as if they had been made here."""
         found = await asyncio.to_thread(kept.read, Path(file), prompts)
         for one in found:
@@ -179,7 +177,7 @@ class RolloutWorker(Owned):
                 Assignment(prompt, 0, NO_ENGINE, prompt.num_samples), group=one.group, step=one.step, texts=one.texts,
                 reference=one.reference, scored=one.scored, sample_engines=one.engines, generate_s=generate_s,
                 score_s=score_s, reference_s=reference_s)
-        return [one.scored for one in found]
+        return [_ready(self.carried[one.group.prompt.uid, 0], one.scored) for one in found]
 
     async def take_back(self, trained: TrainedTokens) -> None:
         self._files.trained(self.carried, trained)
@@ -203,3 +201,10 @@ class RolloutWorker(Owned):
 
     def close(self) -> None:
         self._sampling.close()
+
+
+def _ready(carried: Carried, scored: ScoredGroup) -> GroupReady:
+    assert carried.group is not None, carried.first.key
+    spanning = sum(t.oldest_version != t.newest_version for t in carried.group.trajectories)
+    texts = carried.texts if carried.first.evaluates else ()
+    return GroupReady(*carried.first.key, scored, tuple(texts), spanning, carried.score_s, carried.reference_s)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flux_ray import machine, signals
+from flux_ray.background import in_background
 from flux_ray.cluster.group import ActorDied, ActorError
 from flux_ray.config import Config
 from flux_ray.errors import RunFailed, UserError
@@ -203,7 +204,7 @@ async def _live(prepared: Prepared, recorder: Recorder, body: RunBody, own_cpus:
             cluster.connect(config.cluster.address, cpus=own_cpus, gpus=_visible_gpus(config),
                             allow_open=config.cluster.allow_open)
             signals.again()  # connecting puts a handler of Ray's own in the place of ours
-            watching = asyncio.ensure_future(_watch(cluster, supervisor))
+            watching = in_background(_watch(cluster, supervisor), supervisor.fail)
             plan = _plan(prepared, gpus=cluster.num_gpus(), trains=body is _train)
             await cluster.place(plan, deadline_s=config.cluster.placement_deadline_s)
             say("starting " + ", ".join(f"{role.count} {role.name}" for role in plan.roles) + f" on {plan.device}")

@@ -160,7 +160,7 @@ def _check_model(draft: Draft) -> None:
     _check_context(draft.config)
     _check_weights("model.path", draft.path)
     _check_traits(draft.config)
-    _check_targets(draft.config)
+    _check_parts_of_model(draft.config)
     draft.tokenizer = load_tokenizer(draft.config.model.tokenizer or draft.path)
 
 
@@ -364,8 +364,8 @@ def _check_context(config: Config) -> None:
                         f"set it to {longest} at most")
 
 
-def _check_targets(config: Config) -> None:
-    """UserError for train.lora.targets that the model, or the critic's, doesn't have; for options of routers."""
+def _check_parts_of_model(config: Config) -> None:
+    """UserError for options of parts that the model, or the critic's, doesn't have: train.lora.targets, routers."""
     if config.train.freeze_routers or config.train.router_balance_coef:
         check_routers(skeleton(str(config.model.path)), config.train, learns_from=config.learns_from)
     critic = config.critic.path if isinstance(config, PPOConfig) else None

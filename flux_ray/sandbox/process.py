@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 
 import psutil
 
+from flux_ray.background import in_background
 from flux_ray.cluster.group import CallFailed
 from flux_ray.errors import UserError
 from flux_ray.held_folder import HeldFolder
@@ -187,7 +188,8 @@ class Child:
     def _watch(self) -> None:
         """Count the child's processes, as long as calls run in it."""
         if self._limits is not None and (self._watching is None or self._watching.done()):
-            self._watching = asyncio.create_task(self._count_processes())
+            self._watching = in_background(self._count_processes(), lambda error: self.kill(
+                f"its processes could not be counted: {error}"))
 
     async def _count_processes(self) -> None:
         assert self._limits is not None and self._process.pid is not None

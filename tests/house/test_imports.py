@@ -24,7 +24,7 @@ LEVELS = {
     "flux_ray.plugins": 0,
     "flux_ray.ports": 0,
     "flux_ray.run_dir": 0, "flux_ray.signals": 0,
-    "flux_ray.accounts": 0, "flux_ray.clock": 0, "flux_ray.vllm_internals": 0,
+    "flux_ray.accounts": 0, "flux_ray.clock": 0, "flux_ray.background": 0, "flux_ray.vllm_internals": 0,
     "flux_ray.messages": 0,
     "flux_ray.protocols": 0,
     "flux_ray.observability.metrics": 0, "flux_ray.observability.rollouts": 0,

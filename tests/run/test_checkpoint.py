@@ -67,7 +67,7 @@ def test_nothing_newer_nothing_forgotten(checkpoints):
 
 def test_what_is_saved_is_read_again(tmp_path):
     state = LoopState(step=3, next_uid=17, unfinished=(9, 12), prompts_dropped=5, version=7,
-                      kept=(KeptGroup(9, "0.safetensors", 2, 1.5, 0.1, 0.0, 3),), steps_of={6: 2, 7: 3})
+                      kept=(KeptGroup(9, "0.safetensors", 2, 1.5),), steps_of={6: 2, 7: 3})
     save(tmp_path, state)
     assert load(tmp_path) == state
 

@@ -121,7 +121,7 @@ def test_seed_and_batch_may_change_and_are_named(run):
     ("algo.beta", 0.5, False),
 ])
 def test_finished_groups_are_trained_on_unless_an_option_shapes_others_now(run, option, value, are_kept):
-    kept = (KeptGroup(2, "0.safetensors", 1, 1.0, 0.1, 0.0, 0),)
+    kept = (KeptGroup(2, "0.safetensors", 1, 1.0),)
     checkpointed(run, 3, kept=kept)
     start = resume.start(FluxConfig(resume=str(run), **{option: value}))
     assert start.state.unfinished == (2,) and start.state.kept == (kept if are_kept else ())

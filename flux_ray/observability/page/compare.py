@@ -39,7 +39,7 @@ class Part:
 def command(arguments: Sequence[str]) -> None:
     """UserError where one of the folders is no run's, or the file can't be written."""
     parser = argparse.ArgumentParser(prog="flux-ray compare", description="Compares two runs: B's less A's.")
-    parser.add_argument("runs", nargs=2, metavar=("A", "B"), help="folders of runs")
+    parser.add_argument("runs", nargs=2, metavar="RUN", help="folders of runs, A and B")
     parser.add_argument("--html", metavar="FILE", help="write it there, with the curves")
     asked = parser.parse_args(list(arguments))
     runs, wrong = found_runs(asked.runs)
