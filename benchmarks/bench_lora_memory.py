@@ -75,11 +75,12 @@ def measure(folder: Path, zero_stage: int, rank: int, length: int) -> dict[str, 
     mask = np.arange(length) > 0
     ids = np.random.default_rng(0).integers(0, 4096, (SEQUENCES, length)).astype(np.int32)
     samples = [Sample(row, mask, np.zeros(length, np.float32)) for row in ids]
-    step, before_step = trainer.engine._optimizer_step, []
+    step = trainer.engine._optimizer_step
+    before_step: list[float] = []
 
-    def watched(rate: float) -> float:
+    def watched(rate: float, divisor: float) -> float:
         before_step.append(alive_mib())
-        return step(rate)
+        return step(rate, divisor)
 
     trainer.engine._optimizer_step = watched  # type: ignore[method-assign]
     before = resident_mib("VmRSS")

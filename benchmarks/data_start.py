@@ -57,13 +57,14 @@ def main() -> None:
     parser.add_argument("--chat", action="store_true", help="data.as_chat=true: each prompt goes through a template")
     given = parser.parse_args()
 
-    from flux_ray.config import from_dict
+    from flux_ray.config import PolicyGradientConfig, from_dict
     from flux_ray.data import PromptSource
 
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "rows.jsonl")
         tokenizer = tokenizer_of(make_rows(given.source, file, given.rows))
         config = from_dict({"data.train": str(file), "data.prompt_column": "question", "data.as_chat": given.chat})
+        assert isinstance(config, PolicyGradientConfig)
         before, start_s = peak_mib(), time.perf_counter()
         prompts = PromptSource.from_config(config, tokenizer, context_length=4096)
         took_s = time.perf_counter() - start_s

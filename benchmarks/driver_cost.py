@@ -107,10 +107,10 @@ def memory(session: Session) -> list[Measured]:
     return [Measured.of("memory", [grown], unit="MB", goal="<= 20", steps=len(steps))]
 
 
-def run(folder: Path, work: Path, *, groups: int, steps: int, tokens: int, hold_s: float, num_workers: int = 0,
-        made_rewards: bool = False) -> list[dict[str, float]]:
+def run(folder: Path, work: Path, *, groups: int, steps: int, tokens: int, hold_s: float,
+        num_workers: int | None = None, made_rewards: bool = False) -> list[dict[str, float]]:
     """After each step: CPU seconds and calls since the one before, resident memory, now and then the bytes of all
-    TCP sockets; with `num_workers` the CPU seconds of rollout and reward workers."""
+    TCP sockets; with `num_workers` the CPU seconds of those rollout workers and of reward workers."""
     from flux_ray.config import from_dict
     from flux_ray.observability.callbacks import as_callback
     from flux_ray.run import run as train
@@ -130,9 +130,8 @@ def run(folder: Path, work: Path, *, groups: int, steps: int, tokens: int, hold_
     train(from_dict(options(folder, dtype="float32", phases=[phase]) | {
         "data.train": str(work / "data.jsonl"), "run_dir": str(work / "run"),
         "rollout.max_tokens": tokens, "batch.prompts_per_step": groups, "rollout.num_engines": 2,
-        "rollout.num_workers": num_workers, "rollout.max_num_seqs": 100_000,
-        "rollout.max_model_len": PROMPT_TOKENS + tokens,
-    }), callbacks=[as_callback(stepped)])
+        "rollout.max_num_seqs": 100_000, "rollout.max_model_len": PROMPT_TOKENS + tokens,
+    } | ({"rollout.num_workers": num_workers} if num_workers else {})), callbacks=[as_callback(stepped)])
     before = [seen[0], *seen]
     counted = {"cpu_s", "calls", *CARRIERS}
     return [{name: value - then[name] if name in counted else value for name, value in now.items()}

@@ -145,7 +145,8 @@ def summary(entries: dict[str, Any]) -> dict[str, float]:
     figures = {name: entry.get("figures", {}) for name, entry in entries.items()}
     synchronous, asynchronous, rows, lora = (
         figures.get(name, {}) for name in ("synchronous", "asynchronous", "packed_rows", "lora"))
-    product, found = figures.get(MACHINE, {}).get("product_tflops"), {}
+    product = figures.get(MACHINE, {}).get("product_tflops")
+    found: dict[str, float] = {}
     for name, of in (("synchronous", synchronous), ("asynchronous", asynchronous)):
         found |= {f"{name}_{key}": of[key] for key in ("step_s", "tokens_per_s", "generation_share", "trainer_peak_gib")
                   if key in of}

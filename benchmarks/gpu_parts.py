@@ -244,7 +244,7 @@ def our_steps(options: dict[str, Any], size: Size, *, device: str) -> dict[str, 
 
     groups, scores = made_groups(size, log_normal(size.train_tokens))
     trainer = Trainer(from_dict(options), rank=0, world_size=1, master_address="127.0.0.1",
-                      master_port=ports.reserve(), device=device if device == "cpu" else f"{device}:0")
+                      master_port=ports.reserve("127.0.0.1"), device=device if device == "cpu" else f"{device}:0")
     reports: list[Any] = []
 
     def step() -> None:

@@ -24,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ NUM_FOLDS = 5
 JUDGES = ("reward_model", "dpo", "dpo_logprob", "shorter")
 
 
-def folds_of(rows: list[dict[str, str]], num_folds: int) -> list[list[int]]:
+def folds_of(rows: Sequence[Mapping[str, Any]], num_folds: int) -> list[list[int]]:
     """Row numbers of each held-out fold. Rows of one conversation (the same first words) stay in one fold."""
     openings = sorted({row["chosen"].split("\n\nAssistant:")[0] for row in rows})
     fold_of = {opening: i % num_folds for i, opening in enumerate(openings)}
@@ -41,7 +42,7 @@ def folds_of(rows: list[dict[str, str]], num_folds: int) -> list[list[int]]:
             for fold in range(num_folds)]
 
 
-def make_model(rows: list[dict[str, str]], folder: Path, given: argparse.Namespace) -> None:
+def make_model(rows: Sequence[Mapping[str, Any]], folder: Path, given: argparse.Namespace) -> None:
     from examples.gsm8k import byte_level_bpe
     from examples.tiny_model import Sizes, save_model
 
@@ -56,7 +57,7 @@ def run_fold(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Judgements of the held-out pairs, +1 right, 0 a tie, -1 wrong, by judge and time."""
     from flux_ray.data.sources import load_rows
 
-    rows = load_rows(given.data, split="train", max_rows=None).rows
+    rows = list(load_rows(given.data, split="train", max_rows=None).rows)
     held_out = set(folds_of(rows, given.folds)[given.fold])
     sides = {"train": [r for i, r in enumerate(rows) if i not in held_out],
              "test": [r for i, r in enumerate(rows) if i in held_out]}
@@ -194,9 +195,9 @@ def main() -> None:
     parser.add_argument("--fold", type=int, help=argparse.SUPPRESS)
     for name, default in {"vocab": 2048, "hidden": 128, "layers": 3}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
-    for name, default in {"sft-epochs": 2.0, "sft-rate": 2e-3, "dpo-epochs": 2.0, "dpo-rate": 2e-4, "beta": 0.1,
+    for name, value in {"sft-epochs": 2.0, "sft-rate": 2e-3, "dpo-epochs": 2.0, "dpo-rate": 2e-4, "beta": 0.1,
                           "rm-epochs": 2.0, "rm-rate": 3e-4, "weight-decay": 0.1}.items():
-        parser.add_argument(f"--{name}", type=float, default=default)
+        parser.add_argument(f"--{name}", type=float, default=value)
     given = parser.parse_args()
     if given.fold is not None:
         with tempfile.TemporaryDirectory() as folder:
@@ -205,7 +206,9 @@ def main() -> None:
     if not Path(given.data).is_file():
         parser.exit(0, f"{given.data} isn't here: nothing to do\n")
     start_s = time.monotonic()
-    waiting, running, parts = list(range(given.only or given.folds)), [], []
+    waiting = list(range(given.only or given.folds))
+    running: list[tuple[int, subprocess.Popen[str]]] = []
+    parts: list[dict[str, Any]] = []
     while waiting or running:
         while waiting and len(running) < given.processes:
             fold = waiting.pop(0)

@@ -56,7 +56,8 @@ def force_lengths() -> None:
     """
     from flux_ray.rollout.engine import RolloutEngine
 
-    generate, lengths = RolloutEngine.generate, {}
+    generate = RolloutEngine.generate
+    lengths: dict[int, int] = {}
     watched = bool(os.environ.get(WATCHED))
 
     async def sample(engine: RolloutEngine, request: SamplingRequest, is_first: bool) -> Sampled:
@@ -93,7 +94,9 @@ async def _streamed(engine: Any, request: SamplingRequest) -> Completion:
 
     params = SamplingParams(seed=request.seed, max_tokens=request.max_tokens, ignore_eos=True, logprobs=0,
                             flat_logprobs=True, detokenize=False, output_kind=RequestOutputKind.CUMULATIVE)
-    tokens, times_s, final = {"prompt_token_ids": request.token_ids.tolist()}, [], None
+    tokens = {"prompt_token_ids": request.token_ids.tolist()}
+    times_s: list[float] = []
+    final = None
     async for final in engine._engine.generate(tokens, params, f"watched-{request.seed}"):
         new = len(final.outputs[0].token_ids) - len(times_s)
         times_s += [time.monotonic()] * new

@@ -208,7 +208,7 @@ def bare_deepspeed(folder: Path, work: Path, *, phases: list[dict[str, Any]], dt
     from flux_ray.train import setup
     from tests.train.ranks import free_port
 
-    config = from_dict({"model.path": str(folder / "29M"), "model.dtype": dtype})
+    config = from_dict({"model.path": str(folder / "29M"), "model.dtype": dtype}).train
     deepspeed = setup.join(config, rank=0, world_size=1, master_address="127.0.0.1", master_port=free_port(),
                            device="cpu")
     kind = getattr(torch, dtype)
@@ -217,7 +217,7 @@ def bare_deepspeed(folder: Path, work: Path, *, phases: list[dict[str, Any]], dt
         model.set_attn_implementation(attention.CAUSAL_BLOCKS)
         norm.put_in_place(model)
     engine, *_ = deepspeed.initialize(model=model, optimizer=torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True),
-                                      config=setup.deepspeed_config(config.train, kind))
+                                      config=setup.deepspeed_config(config, kind))
 
     async def step(name: str, phase: Phase) -> float:
         start = time.perf_counter()

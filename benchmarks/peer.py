@@ -68,7 +68,7 @@ def limit(session: Session) -> list[Measured]:
     if session.quick:
         generation_s, training_s = session.floors()[EQUAL]
     else:
-        asked = {"phases": _few(session), "dtype": session.dtype}
+        asked: dict[str, Any] = {"phases": _few(session), "dtype": session.dtype}
         generation = session.part("vllm", enforce_eager=not COMPILED, **asked)
         training = session.part("deepspeed", our_layers=True, env=KEEP_MEMORY, **asked)
         generation_s, training_s = (statistics.median(of[EQUAL]) for of in (generation, training))
@@ -109,7 +109,7 @@ def _trainer(folder: Path, work: Path, values: dict[str, Any], callback: Any) ->
     from flux_ray.driver.recorder import Recorder
 
     from flux_ray.backends.trl import make_trainer
-    from flux_ray.config import from_dict
+    from flux_ray.config import PolicyGradientConfig, from_dict
     from flux_ray.data import PromptSource
     from flux_ray.model import load_tokenizer
     from flux_ray.observability.callbacks import as_callback
@@ -117,6 +117,7 @@ def _trainer(folder: Path, work: Path, values: dict[str, Any], callback: Any) ->
     from flux_ray.observability.terminal import Terminal
 
     config = from_dict(values | {"data.train": str(work / "data.jsonl"), "run_dir": str(work / "run")})
+    assert isinstance(config, PolicyGradientConfig)
     run = RunFolder(work / "run")
     run.create(config, resume_step=None)
     prompts = PromptSource.from_config(config, load_tokenizer(str(folder / "29M")), context_length=2048)
@@ -241,7 +242,7 @@ def _our_loss(values: dict[str, Any], groups: list[Any], scores: list[Any]) -> d
 
     trainer = Trainer(from_dict(values), rank=0, world_size=1, master_address="127.0.0.1", master_port=free_port(),
                       device="cpu")
-    metrics = trainer.train_step(groups=groups, scores=scores, reference_logprobs=None, version=0).metrics
+    metrics = trainer.train_step(groups=groups, scores=scores, reference_logprobs=None, step=0).metrics
     trainer.close()
     return {"loss": metrics["actor/loss"], "grad_norm": metrics["train/grad_norm"]}
 

@@ -34,8 +34,9 @@ def publish(session: Session) -> list[Measured]:
     results, lengths = [], []
     for staging in stagings()[-1 if session.quick else 0:]:
         for kv in AFTER_UPDATE[: 1 if session.quick else None]:
-            gave = session.part("publish", steps=WARM_UP + (QUICK if session.quick else max(FEWEST, 2 * session.runs)),
-                                **{"weights.staging": staging, "rollout.kv_after_update": kv})
+            asked: dict[str, Any] = {"weights.staging": staging, "rollout.kv_after_update": kv}
+            steps = WARM_UP + (QUICK if session.quick else max(FEWEST, 2 * session.runs))
+            gave = session.part("publish", steps=steps, **asked)
             lengths += gave["lengths"]
             about = {"staging": staging, "kv_after_update": kv, "megabytes": 240, "engines": 2, "dtype": "float32"}
             ending = f"_{staging}" + "_keep" * (kv == "keep")

@@ -117,7 +117,8 @@ class Session:
 
     def _bare(self, again: int, runs: int) -> tuple[Seconds, Seconds]:
         """Seconds by phase of (generation, training)."""
-        asked = {"phases": dataclasses.replace(self, runs=runs).phases(), "dtype": self.dtype, "again": again}
+        phases = dataclasses.replace(self, runs=runs).phases()
+        asked: dict[str, Any] = {"phases": phases, "dtype": self.dtype, "again": again}
         generation, training = BARE
         return self.part(generation, **asked), self.part(training, env=KEEP_MEMORY, **asked)  # as our ranks have it
 

@@ -43,7 +43,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 def run_schedules(first: int, count: int) -> None:
-    clock, counts, start_s = SimulatedTime(), Counter(), time.process_time()
+    counts: Counter[str] = Counter()
+    clock, start_s = SimulatedTime(), time.process_time()
     for seed in range(first, first + count):
         world = check(RandomSchedule(seed), clock=clock)
         counts["steps"] += len(world.batches)

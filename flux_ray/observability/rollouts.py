@@ -13,7 +13,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -72,7 +72,7 @@ class Rollout:
     score_s: float
     reference_s: float
     update: int | None = None  # which of the step's updates in a pass took it
-    made: dict[str, list[np.ndarray] | None] | None = None  # by the names MADE, and entropies
+    made: Mapping[str, list[np.ndarray] | None] | None = None  # by the names MADE, and entropies
 
 
 def is_kept(uid: int, share: float) -> bool:

@@ -12,7 +12,6 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -70,7 +69,7 @@ def compare(a: Run, b: Run) -> Iterator[Part]:
     yield _rollouts(a, b)
 
 
-def _value(options: Mapping[str, Any], key: str) -> str:
+def _value(options: Mapping[str, object], key: str) -> str:
     return as_text(options[key]) if key in options else "–"
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
@@ -18,7 +17,7 @@ TAIL = 0.1  # the share of a run's steps that its end is the mean of
 HOUR_S = 3600.0
 
 
-def series(lines: Sequence[Mapping[str, Any]]) -> dict[str, Points]:
+def series(lines: Sequence[Mapping[str, object]]) -> dict[str, Points]:
     """Metric ► its (step, value), in the order of the lines."""
     found: dict[str, Points] = {}
     for line in lines:

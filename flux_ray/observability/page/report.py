@@ -12,7 +12,6 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from flux_ray import config as configs
 from flux_ray import info
@@ -20,7 +19,7 @@ from flux_ray.errors import UserError
 from flux_ray.observability.eval_metrics import HIGH, LOW
 from flux_ray.observability.page import html
 from flux_ray.observability.page.figures import cost, series, tail_mean
-from flux_ray.observability.page.runs import ENDED, Run, found_runs
+from flux_ray.observability.page.runs import ENDED, Record, Run, found_runs
 from flux_ray.observability.run_folder import EVAL, METRICS, SAMPLES
 
 REPORT, ENVIRONMENT = "report.html", "environment.json"
@@ -98,7 +97,7 @@ def _parts(run: Run) -> Iterator[str]:
     yield from _environment(run)
 
 
-def _evaluations(evaluations: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+def _evaluations(evaluations: Sequence[Record]) -> Iterator[str]:
     """A line a metric, a column a step: evenly chosen ones, with the first and the last, where there are many."""
     found = {name.removeprefix("eval/"): dict(points) for name, points in series(evaluations).items()}
     steps = sorted({step for points in found.values() for step in points})
@@ -118,7 +117,7 @@ def _with_interval(found: Mapping[str, Mapping[float, float]], name: str, step: 
     return value if low is None or high is None else f"{html.shown(value)} ({html.shown(low)} to {html.shown(high)})"
 
 
-def _same_prompts(evaluations: Sequence[Mapping[str, Any]], samples: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+def _same_prompts(evaluations: Sequence[Record], samples: Sequence[Record]) -> Iterator[str]:
     """The first and last answers to the same prompts: of evaluations; without them, of what was sampled."""
     answered = [(line.get("step"), line["answers"]) for line in evaluations if isinstance(line.get("answers"), list)]
     if answered:
@@ -143,7 +142,7 @@ def as_text(value: object) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-def _config(options: Mapping[str, Any]) -> Iterator[str]:
+def _config(options: Mapping[str, object]) -> Iterator[str]:
     if not options:
         return
     defaults = {key: configs.default_of(field) for key, field in configs.options()}

@@ -27,6 +27,7 @@ from flux_ray.observability.run_folder import EVAL, METRICS, SAMPLES
 ROLLOUTS, TRACES = "rollouts", "traces"
 #: A folder with one of these is a run's.
 SIGNS = (run_dir.CONFIG, METRICS, EVAL, SAMPLES, ROLLOUTS)
+Record = dict[str, Any]  # a JSON object, or a row by its columns
 ENDED = {"done": "is done", "failed": "failed", "interrupted": "was interrupted"}
 MOST_NAMED = 5  # runs that a message names
 
@@ -35,7 +36,7 @@ MOST_NAMED = 5  # runs that a message names
 class Lines:
     """What a look at a .jsonl file gave."""
 
-    records: list[dict[str, Any]]
+    records: list[Record]
     cursor: str  # where the next look begins
     anew: bool  # these are the file's first lines: what was known of it before no longer holds
     broken: int  # lines that hold no JSON object
@@ -75,7 +76,7 @@ class Run:
             return ENDED.get(str(last[0]["ended"]), str(last[0]["ended"]))
         return "was killed" if (self.path / LEDGER).exists() else "has ended"
 
-    def options(self) -> dict[str, Any]:
+    def options(self) -> Record:
         """Option ► value, dotted, as config.yaml has them; none where it can't be read."""
         return _options(self.path / run_dir.CONFIG)[0]
 
@@ -101,7 +102,7 @@ class Run:
         return [*found, *([trouble] if trouble else [])]
 
 
-def _object(line: bytes) -> dict[str, Any] | None:
+def _object(line: bytes) -> Record | None:
     try:
         record = json.loads(line)
     except ValueError:  # UnicodeDecodeError is one
@@ -109,7 +110,7 @@ def _object(line: bytes) -> dict[str, Any] | None:
     return record if isinstance(record, dict) else None
 
 
-def _options(file: Path) -> tuple[dict[str, Any], str]:
+def _options(file: Path) -> tuple[Record, str]:
     """The options, and why there are none."""
     if not file.is_file():
         return {}, f"no config: {file.name} is not there"
@@ -122,7 +123,7 @@ def _options(file: Path) -> tuple[dict[str, Any], str]:
     return dict(_leaves(configs.as_written(tree), "")), ""
 
 
-def _leaves(values: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+def _leaves(values: Record, prefix: str) -> Iterator[tuple[str, object]]:
     """Dotted, by the names that stand there: an older run may have options that are no more."""
     for name, value in values.items():
         if isinstance(value, dict) and value:
@@ -175,7 +176,7 @@ def _short_names(paths: Sequence[Path]) -> list[str]:
     return [str(path) for path in paths]
 
 
-def differences(of_runs: Iterable[dict[str, Any]]) -> list[str]:
+def differences(of_runs: Iterable[Record]) -> list[str]:
     """The options that don't have one value in all of these configs."""
     every = list(of_runs)
     keys = sorted({key for options in every for key in options})

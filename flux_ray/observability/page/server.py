@@ -15,12 +15,11 @@ import json
 import math
 from collections.abc import Awaitable, Callable
 from importlib.resources import files
-from typing import Any
 
 from aiohttp import web
 
 from flux_ray.errors import UserError, unknown
-from flux_ray.observability.page.runs import Run, differences
+from flux_ray.observability.page.runs import Record, Run, differences
 from flux_ray.observability.page.table import SORTABLE, Table, Wanted, table_of
 from flux_ray.observability.page.timeline import timeline
 from flux_ray.observability.page.tokens import Texts
@@ -50,12 +49,12 @@ class Looks:
         self._tables: dict[int, Table] = {}
         self._texts: dict[int, Texts] = {}
 
-    def runs(self) -> dict[str, Any]:
+    def runs(self) -> Record:
         return {"notes": self._wrong, "runs": [
             {"id": number, "name": run.name, "path": str(run.path), "state": run.state, "notes": run.notes(),
              "traces": run.trace_steps()} for number, run in enumerate(self._runs)]}
 
-    def metrics(self, asked: dict[str, str]) -> dict[str, Any]:
+    def metrics(self, asked: dict[str, str]) -> Record:
         """The lines since `cursor`: by metric, a value for each of `steps`."""
         lines = self._run(asked).lines(METRICS, asked.get("cursor", ""))
         names = sorted({name for record in lines.records for name in record} - {"step"})
@@ -63,14 +62,14 @@ class Looks:
         return {"cursor": lines.cursor, "anew": lines.anew, "values": values,
                 "steps": [_number(record.get("step")) for record in lines.records]}
 
-    def evaluations(self, asked: dict[str, str]) -> dict[str, Any]:
+    def evaluations(self, asked: dict[str, str]) -> Record:
         return {"evaluations": self._run(asked).lines(EVAL).records}
 
-    def rollouts(self, asked: dict[str, str]) -> dict[str, Any]:
+    def rollouts(self, asked: dict[str, str]) -> Record:
         size = min(_int(asked, "size", 50), MOST_ROWS)
         return self._table(asked).page(_wanted(asked), first=max(0, _int(asked, "first", 0)), size=max(1, size))
 
-    def group(self, asked: dict[str, str]) -> dict[str, Any]:
+    def group(self, asked: dict[str, str]) -> Record:
         """Its samples, with texts of their tokens, of which each has at most `tokens` (0: all)."""
         step, uid, attempt = (_int(asked, name, 0) for name in ("step", "uid", "attempt"))
         rows = self._table(asked).group(step, uid, attempt)
@@ -89,10 +88,10 @@ class Looks:
             row["texts"] = texts.of(row.get("token_ids") or [])
         return {"samples": rows, "note": texts.note}
 
-    def timeline(self, asked: dict[str, str]) -> dict[str, Any]:
+    def timeline(self, asked: dict[str, str]) -> Record:
         return timeline(self._run(asked), _int(asked, "step", 0))
 
-    def config(self) -> dict[str, Any]:
+    def config(self) -> Record:
         of_runs = [run.options() for run in self._runs]
         return {"options": sorted({key for options in of_runs for key in options}), "values": of_runs,
                 "differ": differences(of_runs)}
@@ -115,7 +114,7 @@ def _wanted(asked: dict[str, str]) -> Wanted:
     sort = asked.get("sort", "step")
     if sort not in SORTABLE:
         raise unknown("column", sort, SORTABLE)
-    values: dict[str, Any] = {}
+    values: Record = {}
     for field in dataclasses.fields(Wanted):
         text = asked.get(field.name, "")
         if text:
@@ -151,7 +150,7 @@ def _number(value: object) -> object:
     return value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     """As JSON has it: nan and inf become null."""
     if isinstance(value, dict):
         return {str(key): _plain(item) for key, item in value.items()}
@@ -163,7 +162,7 @@ def _plain(value: Any) -> Any:
 def application(runs: list[Run], wrong: list[str]) -> web.Application:
     """`wrong`: lines about folders that hold no run, which the page shows."""
     looks = Looks(runs, wrong)
-    answers: dict[str, Callable[[dict[str, str]], dict[str, Any]]] = {
+    answers: dict[str, Callable[[dict[str, str]], Record]] = {
         "runs": lambda asked: looks.runs(), "metrics": looks.metrics, "evaluations": looks.evaluations,
         "rollouts": looks.rollouts, "group": looks.group, "timeline": looks.timeline,
         "config": lambda asked: looks.config()}
@@ -175,7 +174,7 @@ def application(runs: list[Run], wrong: list[str]) -> web.Application:
     return app
 
 
-async def _answer(answer: Callable[[dict[str, str]], dict[str, Any]], request: web.Request) -> web.Response:
+async def _answer(answer: Callable[[dict[str, str]], Record], request: web.Request) -> web.Response:
     """What it gives, worked out beside the loop; a mistake in what was asked is a line with status 400."""
     try:
         status, value = 200, await asyncio.to_thread(answer, dict(request.query))

@@ -24,7 +24,7 @@ import pyarrow.compute as pc
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
-from flux_ray.observability.page.runs import ROLLOUTS, Run
+from flux_ray.observability.page.runs import ROLLOUTS, Record, Run
 from flux_ray.observability.run_folder import SAMPLES
 
 #: What the index has of a rollout, beside its step. A table may be sorted by any of them.
@@ -73,10 +73,10 @@ class Source(Protocol):
     def hits(self, text: str, rows: np.ndarray, index: pa.Table) -> np.ndarray:
         """Those of these rows, by number, whose prompt or response has the text, in whatever case."""
 
-    def read(self, rows: np.ndarray, index: pa.Table, columns: Sequence[str]) -> list[dict[str, Any]]:
+    def read(self, rows: np.ndarray, index: pa.Table, columns: Sequence[str]) -> list[Record]:
         """These rows with these columns."""
 
-    def group(self, step: int, uid: int, attempt: int) -> list[dict[str, Any]]:
+    def group(self, step: int, uid: int, attempt: int) -> list[Record]:
         """All that is known of each sample of a group."""
 
 
@@ -89,7 +89,7 @@ class Table:
         self._index = _empty()
         self._searched: dict[str, tuple[np.ndarray, np.ndarray]] = {}  # text ► which rows were looked at; which have it
 
-    def page(self, wanted: Wanted, *, first: int, size: int, budget_s: float = BUDGET_S) -> dict[str, Any]:
+    def page(self, wanted: Wanted, *, first: int, size: int, budget_s: float = BUDGET_S) -> Record:
         """`total` rows are wanted, of `known`; `rows` are those from `first` on; `outcomes` and `data_sets` there are.
 
         After about `budget_s` of reading, newest first, it answers with what is known, and says how many files are
@@ -103,7 +103,7 @@ class Table:
                     "unread": self._source.unread, "rows": [_short(row) for row in shown],
                     **{f"{name}s": _choices(self._index[name]) for name in WORDS}}
 
-    def group(self, step: int, uid: int, attempt: int) -> list[dict[str, Any]]:
+    def group(self, step: int, uid: int, attempt: int) -> list[Record]:
         """All that is known of each sample of a group, in their order; empty where there is no such group."""
         return sorted(self._source.group(step, uid, attempt), key=lambda row: row.get("sample") or 0)
 
@@ -113,7 +113,7 @@ class Table:
             self._refresh(math.inf)
             return {name: _numbers(self._index[name]) for name in names}
 
-    def read(self, rows: np.ndarray, columns: Sequence[str]) -> list[dict[str, Any]]:
+    def read(self, rows: np.ndarray, columns: Sequence[str]) -> list[Record]:
         """Rows by their numbers in `columns`."""
         with self._lock:
             return self._source.read(rows, self._index, columns)
@@ -232,17 +232,17 @@ class Parquet:
                 return np.zeros(int((of_file == numbers[0]).sum()), dtype=bool)
             return np.concatenate([self._have(numbers[i:i + 1], of_file, text) for i in range(len(numbers))])
 
-    def read(self, rows: np.ndarray, index: pa.Table, columns: Sequence[str]) -> list[dict[str, Any]]:
+    def read(self, rows: np.ndarray, index: pa.Table, columns: Sequence[str]) -> list[Record]:
         files, offsets = _numbers(index["file"])[rows], _numbers(index["offset"])[rows]
-        found: list[dict[str, Any]] = [{} for _ in rows]
+        found: list[Record] = [{} for _ in rows]
         for number in np.unique(files):
             places = np.flatnonzero(files == number)
             for place, row in zip(places, self._rows(int(number), offsets[places], columns), strict=True):
                 found[place] = row
         return [row for row in found if row]
 
-    def group(self, step: int, uid: int, attempt: int) -> list[dict[str, Any]]:
-        found: list[dict[str, Any]] = []
+    def group(self, step: int, uid: int, attempt: int) -> list[Record]:
+        found: list[Record] = []
         for file in sorted(self._folder.glob(f"step={step:06d}/[!.]*.parquet")):
             try:
                 rows = pq.read_table(file, filters=[("uid", "=", uid), ("attempt", "=", attempt)], partitioning=None)
@@ -251,7 +251,7 @@ class Parquet:
             found += [{"step": step, **_with_parts(row)} for row in rows.to_pylist()]
         return found
 
-    def _rows(self, number: int, offsets: np.ndarray, columns: Sequence[str]) -> list[dict[str, Any]]:
+    def _rows(self, number: int, offsets: np.ndarray, columns: Sequence[str]) -> list[Record]:
         """Of one file; empty ones where it has gone since."""
         file = self._files[number]
         try:
@@ -272,7 +272,7 @@ class Samples:
         self.unread = 0
         self._run = run
         self._cursor = ""
-        self._records: list[dict[str, Any]] = []
+        self._records: list[Record] = []
 
     def read_new(self, budget_s: float) -> pa.Table | None:
         lines = self._run.lines(SAMPLES, self._cursor)
@@ -289,10 +289,10 @@ class Samples:
                f"{self._records[row]['response']}".casefold()]
         return np.array(has, dtype=np.int64)
 
-    def read(self, rows: np.ndarray, index: pa.Table, columns: Sequence[str]) -> list[dict[str, Any]]:
+    def read(self, rows: np.ndarray, index: pa.Table, columns: Sequence[str]) -> list[Record]:
         return [self._records[row] for row in rows.tolist()]
 
-    def group(self, step: int, uid: int, attempt: int) -> list[dict[str, Any]]:
+    def group(self, step: int, uid: int, attempt: int) -> list[Record]:
         return []
 
 
@@ -301,13 +301,13 @@ def table_of(run: Run) -> Table:
     return Table(Parquet(folder) if folder.is_dir() else Samples(run))
 
 
-def _as_rollout(record: Mapping[str, Any]) -> dict[str, Any]:
+def _as_rollout(record: Mapping[str, object]) -> Record:
     return {"step": _number(record.get("step")), "row": record.get("row"), "data_set": record.get("set"),
             "prompt": str(record.get("prompt", "")), "response": str(record.get("completion", "")),
             "reward": _number(record.get("reward")), "parts": record.get("parts")}
 
 
-def _with_parts(row: dict[str, Any]) -> dict[str, Any]:
+def _with_parts(row: Record) -> Record:
     """The rewards' parts by their names."""
     return row | {"parts": {part["key"]: part["value"] for part in row.get("parts") or ()}}
 
@@ -370,5 +370,5 @@ def _choices(column: pa.ChunkedArray) -> list[str]:
     return sorted(value for value in values if value is not None)
 
 
-def _short(row: dict[str, Any]) -> dict[str, Any]:
+def _short(row: Record) -> Record:
     return {**row, **{name: str(row.get(name) or "")[:MOST_SHOWN] for name in ("prompt", "response")}}

@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from typing import Any
 
 from flux_ray.errors import UserError
-from flux_ray.observability.page.runs import TRACES, Run
+from flux_ray.observability.page.runs import TRACES, Record, Run
 
 MOST_SPANS = 5_000  # the longest stay
 
 
-def timeline(run: Run, step: int) -> dict[str, Any]:
+def timeline(run: Run, step: int) -> Record:
     """`lanes`: {name, spans}; a span: name, begin and length in ms, how deep it lies in others, its `args`.
 
     UserError where there is no such file, or it can't be read.
@@ -35,7 +34,7 @@ def timeline(run: Run, step: int) -> dict[str, Any]:
     kept = spans[:MOST_SPANS]
     begin = min((span["begin_ms"] for span in kept), default=0.0)
     names = _names(events)
-    lanes: dict[tuple[object, object], list[dict[str, Any]]] = {}
+    lanes: dict[tuple[object, object], list[Record]] = {}
     for span in sorted(kept, key=lambda span: (span["begin_ms"], -span["ms"])):
         lane = lanes.setdefault(span.pop("lane"), [])
         span["begin_ms"] -= begin
@@ -46,8 +45,8 @@ def timeline(run: Run, step: int) -> dict[str, Any]:
     return {"step": step, "file": str(file), "note": left_out, "lanes": sorted(named, key=lambda lane: lane["name"])}
 
 
-def _spans(events: Iterable[dict[str, Any]]) -> Iterable[dict[str, Any]]:
-    begun: dict[tuple[object, object], list[dict[str, Any]]] = {}
+def _spans(events: Iterable[Record]) -> Iterable[Record]:
+    begun: dict[tuple[object, object], list[Record]] = {}
     for event in events:
         lane, kind = (event.get("pid"), event.get("tid")), event.get("ph")
         if kind == "X":
@@ -59,13 +58,13 @@ def _spans(events: Iterable[dict[str, Any]]) -> Iterable[dict[str, Any]]:
             yield _span(lane, first, float(event["ts"]) - float(first["ts"]))
 
 
-def _span(lane: tuple[object, object], event: dict[str, Any], us: float) -> dict[str, Any]:
+def _span(lane: tuple[object, object], event: Record, us: float) -> Record:
     args = event.get("args")
     return {"lane": lane, "name": str(event.get("name", "")), "begin_ms": float(event.get("ts", 0)) / 1000,
             "ms": us / 1000, "args": args if isinstance(args, dict) else {}}
 
 
-def _names(events: Iterable[dict[str, Any]]) -> dict[tuple[object, object], str]:
+def _names(events: Iterable[Record]) -> dict[tuple[object, object], str]:
     """Of (process, None) and of (process, thread)."""
     found = {}
     for event in events:
@@ -80,7 +79,7 @@ def _lane_name(lane: tuple[object, object], names: dict[tuple[object, object], s
     return " · ".join([names.get((process, None), str(process)), names.get(lane, str(thread))])
 
 
-def _depth(lane: list[dict[str, Any]], span: dict[str, Any]) -> int:
+def _depth(lane: list[Record], span: Record) -> int:
     """Below the spans of its lane that have not ended when it begins: the least depth that is free."""
     taken = {other["depth"] for other in lane if other["begin_ms"] + other["ms"] > span["begin_ms"] + 1e-9}
     return next(depth for depth in range(len(taken) + 1) if depth not in taken)
