@@ -131,6 +131,7 @@ def run(folder: Path, work: Path, *, groups: int, steps: int, tokens: int, hold_
         "data.train": str(work / "data.jsonl"), "run_dir": str(work / "run"),
         "rollout.max_tokens": tokens, "batch.prompts_per_step": groups, "rollout.num_engines": 2,
         "rollout.max_num_seqs": 100_000, "rollout.max_model_len": PROMPT_TOKENS + tokens,
+        "observability.rollouts_max_gib": 0.0,  # benchmarks.rollouts_cost measures that
     } | ({"rollout.num_workers": num_workers} if num_workers else {})), callbacks=[as_callback(stepped)])
     before = [seen[0], *seen]
     counted = {"cpu_s", "calls", *CARRIERS}

@@ -2,7 +2,8 @@
 
 Takes:  the arguments that engines and training ranks are built with.
 Gives:  InstantEngine, InstantRank and their like; `put_in_place`, which lets a run of this process build them.
-Knows:  BENCH_HOLD_S: how long an engine holds a group, so that as many as the slots let in are in flight.
+Knows:  what a protocol has and a class here doesn't is there, and answers None.
+        BENCH_HOLD_S: how long an engine holds a group, so that as many as the slots let in are in flight.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import numpy as np
 from flux_ray.cluster.group import all_within
 from flux_ray.config import Config
 from flux_ray.messages import Attested, GroupAt
-from flux_ray.protocols import Engine
+from flux_ray.protocols import Engine, ReferenceScorer, RewardScorer, TrainingRank
 from flux_ray.records import (
     FINISH_LENGTH,
     ComparedTokens,
@@ -36,7 +37,7 @@ HOLD_S = "BENCH_HOLD_S"
 NUM_METRICS = 30  # as many as a training step of GRPO reports
 
 
-class InstantEngine:
+class InstantEngine(Engine):
     """Answers each request with responses of its max_tokens tokens, all alike."""
 
     def __init__(self, config: Config, *, index: int, **_: Any) -> None:
@@ -64,7 +65,7 @@ class InstantEngine:
         return Attested(str(version))
 
 
-class InstantReward:
+class InstantReward(RewardScorer):
     """Scores each group at once, its samples unlike."""
 
     def __init__(self, config: Config) -> None: ...
@@ -76,14 +77,14 @@ class InstantReward:
         return Scores(values, values, {"made": values})
 
 
-class InstantReference:
+class InstantReference(ReferenceScorer):
     def __init__(self, **_: Any) -> None: ...
 
     async def group_logprobs(self, groups: list[RolloutGroup]) -> list[list[np.ndarray]]:
         return [[np.full(t.num_tokens, -0.5, np.float32) for t in group.trajectories] for group in groups]
 
 
-class InstantRank:
+class InstantRank(TrainingRank):
     """Holds its groups as a rank does, and reports at once."""
 
     def __init__(self, config: Config, **_: Any) -> None:
