@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -45,6 +45,7 @@ class Update:
     received: dict[str, Tensor] = field(default_factory=dict)  # checksums, where the bytes were seen
     columns: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)  # which ones, and (rows, columns) of them
     packed: dict[nn.Module, weakref.ref[Any]] = field(default_factory=dict)  # copies of before
+    read_ahead: dict[tuple[str, nn.Module], Any] = field(default_factory=dict)  # copies that were found to be right
     sees_bytes: bool = False
 
 
@@ -88,6 +89,18 @@ class Receipts:
                 self._update.columns[name] = which, tensor[:, which].clone()
 
     @torch.no_grad()
+    def read_ahead(self, shadow_of: Callable[[nn.Module], nn.Module]) -> None:
+        """Read back the packed copies while they wait for their place in the model, whose engine doesn't wait for it.
+
+        `shadow_of`: the module that holds what a module of the model will hold.
+        """
+        for name, (which, columns) in self._update.columns.items():
+            for module in self._sharing(self._places[name]):
+                shadow = shadow_of(module)
+                if _read_back(shadow, which, columns, start=self._places[name].start):
+                    self._update.read_ahead[name, module] = shadow.cpu_linear
+
+    @torch.no_grad()
     def wrong(self, sent: Mapping[str, int]) -> list[str]:
         """What isn't as it was sent, now that all is loaded; some names of it where there are many."""
         update, self._update = self._update, Update()
@@ -121,7 +134,7 @@ class Receipts:
         if place is None:
             return {}
         checks = {}
-        for module in (place.module, *(self._tied.get(place.module, ()) if place.attribute == "weight" else ())):
+        for module in self._sharing(place):
             of = "" if module is place.module else " in a tied module"
             held = self._held(place._replace(module=module), update.params[name])
             if held is not None:
@@ -129,10 +142,16 @@ class Receipts:
             if place.attribute == "weight" and module in update.packed and name in update.received:
                 checks[NOT_PACKED] = checks.get(NOT_PACKED, True) and update.packed[module]() is not module.cpu_linear
             if name in update.columns:
-                read = _read_back(module, *update.columns[name], start=place.start)
+                known = update.read_ahead.get((name, module))
+                read = known is not None and known is module.cpu_linear or _read_back(
+                    module, *update.columns[name], start=place.start)
                 if read is not None:
                     checks[f"has a packed copy{of} that is not what was sent"] = read
         return checks
+
+    def _sharing(self, place: Place) -> list[nn.Module]:
+        """The module, and those that have the same weight."""
+        return [place.module, *(self._tied.get(place.module, ()) if place.attribute == "weight" else ())]
 
     def _held(self, place: Place, param: Param) -> Tensor | None:
         """The tensor of the model that should have the same bytes; None where it is kept in another form."""

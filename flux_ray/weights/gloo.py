@@ -120,7 +120,7 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
             self._shadow = ShadowModel(self.model, self._tied)  # now, while the trainer still packs
 
     def _make_ready(self) -> None:
-        assert self._arriving is not None, "an update comes first"
+        assert self._arriving is not None and self.receipts is not None, "an update comes first"
         if self._shadow is None:
             return
         if not self._each_round:
@@ -131,6 +131,7 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
             self._shadow.load(unpack(place, run))
         if part and not self._left:
             self._shadow.finish()
+            self.receipts.read_ahead(self._shadow.of)
 
     def finish_weight_update(self) -> None:
         """The engine is paused. What could not be made ready before is loaded now."""

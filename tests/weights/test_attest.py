@@ -57,8 +57,9 @@ class Run:
         spoil(packed)
         return sums.given(), [unpack(place, run) for run, place in packed]
 
-    def update(self, *, spoil=lambda packed: None, stale=(), come=None):
-        """What is told of an update. `come`: buckets that come; the others are never there."""
+    def update(self, *, spoil=lambda packed: None, stale=(), come=None, ahead=False):
+        """What is told of an update. `come`: buckets that come; the others are never there. `ahead`: packed copies are
+        read back before all else is looked at."""
         sent, came = self.sent(spoil=spoil)
         self.receipts.begin()
         self.receipts.expect(self.params)
@@ -66,6 +67,8 @@ class Run:
         for bucket in came[:come]:
             self.receipts.take(bucket)
         self.model.load(there, stale=stale)
+        if ahead:
+            self.receipts.read_ahead(lambda module: module)
         return self.receipts.wrong(sent)
 
 
@@ -147,10 +150,11 @@ def test_a_fault_is_told_each_time_and_a_right_update_never_is(fault, dtype):
     missed, false_alarms = [], []
     for time in range(TIMES):
         run.step()
-        if run.update():
+        ahead = time % 2 == 1
+        if run.update(ahead=ahead):
             false_alarms.append(time)
         run.step()
-        if not run.update(**fault(run)):
+        if not run.update(**fault(run), ahead=ahead):
             missed.append(time)
         run.mend()
     print(f"{fault.__name__}, seed {seed}: {TIMES} times, missed {missed}, false alarms {false_alarms}")
@@ -165,6 +169,22 @@ def test_what_takes_the_weights_again_is_right_again():
     (told,) = run.update(stale=["layers.1.o_proj"])
     assert told == "layers.1.o_proj.weight was not packed anew"
     assert run.update() == []
+
+
+def test_a_copy_that_was_read_ahead_and_is_not_the_one_in_place_is_told():
+    run = Run(torch.float32, 8)
+    layer = run.model.layers[0].o_proj
+    old = layer.cpu_linear
+    run.step()
+    sent, came = run.sent()
+    run.receipts.begin()
+    run.receipts.expect(run.params)
+    for bucket in came:
+        run.receipts.take(bucket)
+    run.model.load(dict(pair for bucket in came for pair in bucket))
+    run.receipts.read_ahead(lambda module: module)
+    layer.cpu_linear = lambda x, weight, bias: old(x, weight, bias)
+    assert run.receipts.wrong(sent) == ["layers.0.o_proj.weight has a packed copy that is not what was sent"]
 
 
 def test_the_first_update_of_an_engine_has_checks_too():

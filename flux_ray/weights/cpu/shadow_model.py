@@ -88,6 +88,10 @@ class ShadowModel:
                 shadow._modules[name] = None if child is None else self._shadow_of(child)
         return self._shadows[module]
 
+    def of(self, module: nn.Module) -> nn.Module:
+        """The shadow of one of the model's modules."""
+        return self._shadows[module]
+
     @torch.no_grad()
     def load(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
         from vllm.model_executor.model_loader.mtp_validation import disable_mtp_completeness_check
