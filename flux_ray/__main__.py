@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import importlib
 import io
 import os
@@ -157,6 +158,14 @@ def _command(verb: str) -> Callable[[list[str]], int | None]:
     return command
 
 
+@functools.cache
+def _store_schema() -> None:
+    """Give Hydra our options and their types, once a process. It copies them for each command."""
+    from hydra.core.config_store import ConfigStore
+
+    ConfigStore.instance().store(name="defaults_in_config_py", node=configs.schema())
+
+
 def compose(overrides: list[str], *, then: Callable[[Config], None]) -> None:
     """Hydra's command line over `overrides`; `then` gets the Config it composed (each of them in a --multirun).
 
@@ -164,7 +173,6 @@ def compose(overrides: list[str], *, then: Callable[[Config], None]) -> None:
     Raises UserError for whatever Hydra, or OmegaConf, refuses.
     """
     import hydra
-    from hydra.core.config_store import ConfigStore
     from hydra.core.hydra_config import HydraConfig
     from hydra.errors import HydraException
     from hydra.types import RunMode
@@ -183,7 +191,7 @@ def compose(overrides: list[str], *, then: Callable[[Config], None]) -> None:
             words = configs.as_written(settings.overrides.task)
             composed.append((given, [word.replace(OVER_ALL, "", 1) for word in words]))
 
-    ConfigStore.instance().store(name="defaults_in_config_py", node=configs.schema())
+    _store_schema()
     application = hydra.main(version_base="1.3", config_path=str(configs.CONF.resolve()), config_name="config")(task)
     with _command_line(_by_our_names(overrides)):
         try:

@@ -143,7 +143,7 @@ class Receipts:
                 checks[NOT_PACKED] = checks.get(NOT_PACKED, True) and update.packed[module]() is not module.cpu_linear
             if name in update.columns:
                 known = update.read_ahead.get((name, module))
-                read = known is not None and known is module.cpu_linear or _read_back(
+                read = (known is not None and known is module.cpu_linear) or _read_back(
                     module, *update.columns[name], start=place.start)
                 if read is not None:
                     checks[f"has a packed copy{of} that is not what was sent"] = read
