@@ -7,13 +7,14 @@ import json
 
 import pytest
 
-from benchmarks import data_start
+from benchmarks import data_start, recorder_cost
 from benchmarks.bench import main
 from benchmarks.driver_cost import count_bytes
 from benchmarks.figures import FIGURES, Failed, Measured, as_json, chosen, meets, quartiles, table
 from benchmarks.publish import first_token_s, waits_s
 from benchmarks.session import EQUAL, UNEQUAL, Session
 from benchmarks.work import NUM_SEQUENCES, Phase, equal, log_normal, make_data, micro_batches
+from flux_ray import Monitor, register_monitor
 from flux_ray.errors import UserError
 
 pytestmark = pytest.mark.unit
@@ -136,3 +137,12 @@ def test_what_data_cost_at_a_start(tmp_path, monkeypatch, capsys):
     data_start.main()
     measured = json.loads(capsys.readouterr().out)
     assert measured["rows"] == 30 and measured["tokens_mean"] > 5 and measured["bytes_per_row"] >= 0
+
+
+def test_what_a_recorder_costs(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["recorder_cost", "--steps", "1", "--monitors", "jsonl_of_a_test"])
+    monkeypatch.setattr(recorder_cost, "STEP_S", 0.0)
+    register_monitor("jsonl_of_a_test")(Monitor)
+    recorder_cost.main()
+    measured = json.loads(capsys.readouterr().out)
+    assert measured["metrics"] == 90 and min(measured[name] for name in ("files_ms", "live_ms", "all_ms")) > 0
