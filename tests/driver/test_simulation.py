@@ -13,7 +13,7 @@ from tests.fakes.simulated import Costs, Deadlock, SimulatedTime, World, simulat
 
 pytestmark = pytest.mark.unit
 
-NUM_SCHEDULES = 500  # 4 s; many more: python -m benchmarks.simulate --schedules 100000
+NUM_SCHEDULES = 200  # many more: python -m benchmarks.simulate --schedules 100000
 
 
 @pytest.fixture(scope="module")

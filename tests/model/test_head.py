@@ -82,6 +82,7 @@ def test_compiled_on_a_gpu_it_gives_what_it_gives_on_a_cpu(dtype: torch.dtype) -
         assert (cpu - gpu).norm() < (1e-4 if dtype == torch.float32 else 2e-2) * cpu.norm()
 
 
+@pytest.mark.all  # GPUs alone run what is compiled
 def test_where_it_is_compiled_sizes_change_and_nothing_else_does(monkeypatch) -> None:
     """What GPUs run, through the compiler that processors have: a first size, others, one row, the entropy trained."""
     if shutil.which("g++") is None or not Path(sysconfig.get_paths()["include"], "Python.h").exists():

@@ -177,11 +177,12 @@ def test_made_answers_rewritten_are_right_and_changed_are_wrong(rule):
 
 
 @pytest.mark.system
+@pytest.mark.parametrize("one_of", [8, pytest.param(1, marks=pytest.mark.all)])
 @pytest.mark.parametrize("rule", MADE_RULES)
-def test_gsm8k_s_answers_rewritten_are_right_and_changed_are_wrong(rule):
+def test_gsm8k_s_answers_rewritten_are_right_and_changed_are_wrong(rule, one_of):
     numbers = [number for number in real_numbers() if number]
     assert len(numbers) > 800
-    assert wrong_and_accepted(rule, numbers, of_each=12, chance=random.Random(0)) == ([], [])
+    assert wrong_and_accepted(rule, numbers[::one_of], of_each=12, chance=random.Random(0)) == ([], [])
 
 
 # What math-verify adds, and what it must not.
