@@ -33,6 +33,7 @@ def last_line(program, exit_code: int, *, deadline_s: float = END_DEADLINE_S) ->
     return program.shown.splitlines()[-1]
 
 
+@pytest.mark.all
 def test_a_trainer_rank_that_is_killed_ends_a_run_that_is_not_to_go_on(toys, tmp_path, start):
     """Rank 0 fails too, as its peer is gone; the run names the rank that died, and where its log is."""
     program = start(*supervised(toys, tmp_path / "run", "driver.num_steps=1000000", "cluster.max_restarts=0"),
@@ -46,10 +47,16 @@ def test_a_trainer_rank_that_is_killed_ends_a_run_that_is_not_to_go_on(toys, tmp
 
 
 def test_a_run_goes_on_after_a_rank_and_after_rays_own_server(toys, tmp_path, start):
-    """From its last checkpoint, to the weights of one that nothing disturbed."""
+    """From its last checkpoint, to the weights of one that nothing disturbed, whose secrets and temporary files don't
+    stay."""
     asked = ("driver.num_steps=160", "checkpoint.every=20")
-    undisturbed = start(*supervised(toys, tmp_path / "undisturbed", *asked), folder=tmp_path / "one")
+    canary, temporary = "canary-4711", tmp_path / "temporary"
+    temporary.mkdir()
+    undisturbed = start(*supervised(toys, tmp_path / "undisturbed", *asked, f"cluster.env.X_KEY={canary}"),
+                        folder=tmp_path / "one", HF_TOKEN=canary, WANDB_API_KEY=canary, TMPDIR=str(temporary))
     assert undisturbed.end(deadline_s=END_DEADLINE_S) == 0, undisturbed.shown
+    assert_is_kept_secret(canary, undisturbed, tmp_path / "undisturbed")
+    assert list(temporary.glob("flux_ray-*")) == []
     run_dir = tmp_path / "run"
     program = start(*supervised(toys, run_dir, *asked), folder=tmp_path / "other")
     program.wait_for_steps(30, run_dir=run_dir)
@@ -60,6 +67,14 @@ def test_a_run_goes_on_after_a_rank_and_after_rays_own_server(toys, tmp_path, st
     assert program.end(deadline_s=2 * END_DEADLINE_S) == 0, program.shown
     assert re.search(r"Ray's gcs_server \(process \d+\) died: going on from step \d*0", program.shown)
     assert_same(run_dir, tmp_path / "undisturbed")
+
+
+def assert_is_kept_secret(canary, program, run_dir):
+    """Neither in what a run writes, its checkpoints and logs too, nor on the terminal."""
+    written = [path for path in run_dir.rglob("*") if path.is_file()]
+    assert len(written) > 8 and run_dir / "config.yaml" in written
+    assert [path for path in written if canary.encode() in path.read_bytes()] == []
+    assert canary not in program.shown
 
 
 def assert_same(run_dir, undisturbed):
@@ -104,6 +119,7 @@ def test_sigterm_to_the_driver(toys, tmp_path, start, when):
         assert line == "flux-ray: interrupted: no step was done"
 
 
+@pytest.mark.all  # tests/run/test_stopping.py shows it on a process without actors
 def test_a_second_signal_ends_it_at_once(toys, tmp_path, start):
     """Its processes too; SIGHUP is the first, as of a terminal that closes."""
     program = start(*supervised(toys, tmp_path / "run", "driver.num_steps=1000000"), folder=tmp_path)
@@ -135,22 +151,7 @@ def test_a_driver_that_is_killed_leaves_no_process(toys, tmp_path, start):
     assert_moved(toys.untied, {name.removeprefix("master."): tensor for name, tensor in stored.items()})
 
 
-def test_secrets_and_temporary_files_do_not_stay(toys, tmp_path, start):
-    """Neither in what a run writes, its checkpoints and logs too, nor on the terminal."""
-    canary, temporary = "canary-4711", tmp_path / "temporary"
-    temporary.mkdir()
-    program = start(*supervised(toys, tmp_path / "run", "driver.num_steps=2", "checkpoint.every=1",
-                                f"cluster.env.X_KEY={canary}"),
-                    folder=tmp_path, HF_TOKEN=canary, WANDB_API_KEY=canary, TMPDIR=str(temporary))
-    assert program.end() == 0, program.shown
-    written = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
-    assert len(written) > 8 and (tmp_path / "run" / "config.yaml") in written
-    assert [path for path in written if canary.encode() in path.read_bytes()] == []
-    assert canary not in program.shown
-    assert list(temporary.glob("flux_ray-*")) == []
-
-
-@pytest.mark.parametrize("when", ["run folder", "starting"])
+@pytest.mark.parametrize("when", [pytest.param("run folder", marks=pytest.mark.all), "starting"])
 def test_ctrl_c_while_it_starts(toys, tmp_path, start, when):
     program = start(*supervised(toys, tmp_path / "run"), "algo=grpo", "reward.functions=[numeric]", "data.max_rows=8",
                     "rollout.max_tokens=8", folder=tmp_path)

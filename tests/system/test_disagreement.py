@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from flux_ray import FluxConfig, FluxTrainer
+from flux_ray.cluster.plan import ENGINE
 from flux_ray.errors import UserError
 from tests.families import WINDOW, make_family
 from tests.system.program import metrics
@@ -12,14 +13,14 @@ from tests.system.program import metrics
 pytestmark = [pytest.mark.system, pytest.mark.timeout(300)]
 
 
-def test_a_window_that_engine_and_trainer_read_differently_ends_the_run(toys, tmp_path):
+def test_a_window_that_engine_and_trainer_read_differently_ends_the_run(kept, toys, tmp_path):
     """The engine is told of a window of half the length, by an option that users have."""
     model = make_family("Mistral", tmp_path / "model")
     config = FluxConfig(algorithm="grpo", run_dir=str(tmp_path / "run"), **{
         "model.path": str(model), "rollout.max_tokens": 32, "batch.prompts_per_step": 4, "driver.num_steps": 1,
         "rollout.kv_cache_gib": 0.1, "algo.beta": 0.0, "reward.functions": [f"{toys.rewards}:digits"],
         "rollout.engine_args.hf_overrides": {"sliding_window": WINDOW // 2}})
-    with pytest.raises(UserError) as told:
+    with kept(anew=[ENGINE]), pytest.raises(UserError) as told:
         FluxTrainer(config).fit(prompts=str(toys.data))
     text = str(told.value)
     assert text.startswith("engine 0 and the trainer give the same tokens other log-probs under the same weights")
