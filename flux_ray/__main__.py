@@ -144,7 +144,7 @@ COMPOSING: dict[str, Callable[[list[str]], None]] = {"train": train, "explain": 
 #: Other verbs ► the module whose `command` they are: from words to the exit code, or None for 0.
 COMMANDS = {"translate": "flux_ray.translate", "info": "flux_ray.info", "audit": "flux_ray.audit",
             "checkpoint": "flux_ray.checkpoints", "replay": "flux_ray.replay", "metrics": "flux_ray.metrics",
-            "eval": "flux_ray.evaluations", "chat": "flux_ray.chat", "generate": "flux_ray.generate",
+            "passrates": "flux_ray.pass_rates", "eval": "flux_ray.evaluations", "chat": "flux_ray.chat", "generate": "flux_ray.generate",
             "view": "flux_ray.observability.page.view", "report": "flux_ray.observability.page.report",
             "compare": "flux_ray.observability.page.compare"}
 

@@ -359,8 +359,8 @@ def _write(prompts: Prompts | None, config: Config, *, evaluation: bool = False)
         return None
     assert config.run_dir is not None
     file = Path(config.run_dir, "eval_data.jsonl" if evaluation else "data.jsonl")
-    split = config.eval.split if evaluation and isinstance(config, configs.EvaluatedConfig) else config.data.split
-    memory.write_rows(prompts, file, column=config.data.prompt_column, split=split)
+    of_eval = config.eval if evaluation and isinstance(config, configs.EvaluatedConfig) else config.data
+    memory.write_rows(prompts, file, column=config.data.prompt_column, split=of_eval.split, max_rows=of_eval.max_rows)
     return str(file)
 
 

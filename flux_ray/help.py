@@ -29,6 +29,7 @@ flux-ray trains language models by reinforcement learning, with vLLM, DeepSpeed 
   flux-ray train --help               lists every option with its default and its meaning
   flux-ray translate FILE             turns a configuration of verl, OpenRLHF or TRL into options
   flux-ray eval model=PATH data=FILE  evaluates a model, with intervals; --against BASE compares two
+  flux-ray passrates RUN -o FILE      writes how often each prompt was answered right, for a curriculum
   flux-ray chat MODEL                 talks with a model in the terminal
   flux-ray generate MODEL FILE        writes responses to a file of prompts
   flux-ray checkpoint list RUN        shows a run's checkpoints; verify, export and prune do what they say

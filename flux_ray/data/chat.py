@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from jinja2 import TemplateError
 
 from flux_ray.config import DataConfig
-from flux_ray.data.forms import parsed
+from flux_ray.data.forms import parsed, without_none
 from flux_ray.data.rows import BadCell, Row, first_line
 from flux_ray.errors import UserError
 from flux_ray.hugging_face import Tokenizer
@@ -94,7 +94,7 @@ def row_kwargs(row: Row, data: DataConfig) -> dict[str, object]:
         tools = parsed(tools)
         if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
             raise BadCell("must be a list of tools' schemas", TOOLS)
-        kwargs[TOOLS] = tools
+        kwargs[TOOLS] = without_none(tools)
     return kwargs
 
 

@@ -1,7 +1,8 @@
 """From a row of data to the text of its prompt, and how long that may be.
 
 Takes:  a row, the config of its set.
-Gives:  the prompt as text or messages (template and system prompt applied); the longest that a prompt may be.
+Gives:  the prompt as text or messages (template and system prompt applied); `asked`: what of it a policy is asked; the
+        longest that a prompt may be.
 Never:  makes tokens (tokens.py does).
 """
 
@@ -11,13 +12,30 @@ import string
 from collections.abc import Mapping, Sequence
 
 from flux_ray.config import DataConfig, PromptDataConfig, SampledConfig
-from flux_ray.data.chat import checked_messages, with_system
+from flux_ray.data.chat import ASSISTANT, checked_messages, with_system, without_reply
 from flux_ray.data.forms import as_chat
-from flux_ray.data.rows import BadCell, Row, inside
+from flux_ray.data.preferences import CHOSEN, REJECTED, shared_prompt
+from flux_ray.data.rows import BadCell, Row, Rows, inside
 from flux_ray.errors import UserError, unknown
 from flux_ray.records import Message
 
 Text = str | list[Message]
+
+
+def are_pairs(rows: Rows, data: DataConfig) -> bool:
+    """Whether rows are pairs without a prompt of their own: the prompt is what both responses share."""
+    return data.prompt_column not in rows.columns and {CHOSEN, REJECTED} <= set(rows.columns)
+
+
+def asked(row: Row, data: PromptDataConfig, *, pairs: bool) -> tuple[Text, bool]:
+    """What a policy is asked in a row, and whether a reply at its end was left out (data.prefill goes on with it).
+
+    pairs: as `are_pairs` says of the rows. Errors as of prompt_text.
+    """
+    text = prompt_text({**row, data.prompt_column: shared_prompt(row)} if pairs else row, data)
+    if isinstance(text, str) or data.prefill or text[-1]["role"] != ASSISTANT:
+        return text, False
+    return without_reply(text), True
 
 
 def prompt_text(row: Row, data: DataConfig) -> Text:

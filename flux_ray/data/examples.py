@@ -126,9 +126,10 @@ def encode_examples(tokenizer: Tokenizer, examples: Iterable[Example], *, model_
 
 def _sample(example: Example, pieces: list[np.ndarray], stops: np.ndarray, end: int) -> Sample:
     ids, masks = [], []
-    last = len(pieces) - 1
+    last, is_open = len(pieces) - 1, False
     for place, (piece, (_, learned)) in enumerate(zip(pieces, example.pieces, strict=True)):
-        num_learned = len(piece) if learned else 0
+        # A template may end a turn by what opens the next one (GLM's <|user|>): a rollout samples that token.
+        num_learned = len(piece) if learned else int(is_open and bool(np.isin(piece[:1], stops).any()))
         ends = np.flatnonzero(np.isin(piece, stops)) if learned and example.is_chat else np.zeros(0, np.int64)
         if len(ends):
             num_learned = int(ends[0]) + 1
@@ -136,6 +137,7 @@ def _sample(example: Example, pieces: list[np.ndarray], stops: np.ndarray, end: 
         elif learned and place == last and not (len(piece) and piece[-1] == end):
             piece = np.append(piece, np.int32(end))
             num_learned += 1
+        is_open = learned and example.is_chat and not len(ends)
         ids.append(piece)
         masks.append(np.arange(len(piece)) < num_learned)
     token_ids = np.concatenate(ids).astype(np.int32)

@@ -85,7 +85,7 @@ def parsed(value: object) -> object:
 def as_chat(value: object) -> object:
     """A cell with ShareGPT's messages as a chat's; a message alone as a list of it; anything else as it is.
 
-    Content in parts becomes one text. Fields that are None, as tables fill them in, are left out.
+    Content in parts becomes one text. Fields that are None, as tables fill them in, are left out at any depth.
 
     >>> as_chat([{"from": "human", "value": "hi"}, {"from": "gpt", "value": "Hello", "tool_calls": None}])
     [{'role': 'user', 'content': 'hi'}, {'role': 'assistant', 'content': 'Hello'}]
@@ -103,11 +103,23 @@ def _as_message(message: object) -> object:
     if _is_sharegpt(message):
         who = message["from"]
         message = {"role": ROLES.get(who, who) if isinstance(who, str) else who, "content": message["value"]}
-    given = {name: value for name, value in message.items() if value is not None or name in ("role", "content")}
+    given = {name: without_none(value) for name, value in message.items()
+             if value is not None or name in ("role", "content")}
     parts = given.get("content")
     if isinstance(parts, list) and parts and all(_is_text(part) for part in parts):
         given["content"] = "".join(part["text"] for part in parts)
     return given
+
+
+def without_none(value: object) -> object:
+    """Without the fields that are None, at any depth: tables give every row's calls of tools the fields of all.
+
+    >>> without_none([{"name": "add", "arguments": {"a": 1, "city": None}}])
+    [{'name': 'add', 'arguments': {'a': 1}}]
+    """
+    if isinstance(value, dict):
+        return {name: without_none(inner) for name, inner in value.items() if inner is not None}
+    return [without_none(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _is_text(part: object) -> bool:

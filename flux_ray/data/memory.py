@@ -8,9 +8,12 @@ Never:  imports any of these libraries: it knows their tables by what they can d
 
 from __future__ import annotations
 
+import datetime
+import decimal
 import json
 import math
 from collections.abc import Iterable, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -47,11 +50,14 @@ def as_named(prompts: object) -> object:
     return [as_named(item) for item in prompts] if isinstance(prompts, (list, tuple)) else prompts
 
 
-def write_rows(prompts: object, file: Path, *, column: str, split: str) -> None:
-    """The rows as a .jsonl file; a text becomes a row with that text under `column`. UserError for what is none."""
+def write_rows(prompts: object, file: Path, *, column: str, split: str, max_rows: int | None = None) -> None:
+    """The rows as a .jsonl file; a text becomes a row with that text under `column`. UserError for what is none.
+
+    max_rows: the first ones alone, as of a stream without an end.
+    """
     number = 0
     with file.open("w", encoding="utf-8") as out:
-        for number, item in enumerate(_rows(prompts, split), start=1):
+        for number, item in enumerate(islice(_rows(prompts, split), max_rows), start=1):
             where = f"prompts, row {number - 1}"
             if not isinstance(item, (str, Mapping)):
                 raise UserError(f"{where}: must be a text or a dict, not {type(item).__name__}")
@@ -69,7 +75,9 @@ def _line(columns: Row, where: str) -> str:
 
 
 def _plain(value: object, where: str) -> object:
-    """Numpy's numbers and arrays as Python's; nan, by which tables say that a cell is empty, as None."""
+    """Numpy's numbers and arrays as Python's, dates and decimals as text; nan, by which tables say that a cell is
+    empty, as None.
+    """
     if isinstance(value, Mapping):
         return {str(key): _plain(one, where) for key, one in value.items()}
     if isinstance(value, (list, tuple)):
@@ -78,7 +86,11 @@ def _plain(value: object, where: str) -> object:
         return _plain(value.tolist(), where)
     if isinstance(value, float) and math.isnan(value):
         return None
-    return None if type(value).__name__ in ("NAType", "NaTType") else value
+    if type(value).__name__ in ("NAType", "NaTType"):
+        return None
+    if isinstance(value, (datetime.date, datetime.time)):
+        return value.isoformat()
+    return str(value) if isinstance(value, decimal.Decimal) else value
 
 
 def _rows(prompts: Any, split: str) -> Iterable[object]:

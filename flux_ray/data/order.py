@@ -18,6 +18,7 @@ BLOCK = 1024  # draws over which sets have exactly their shares, to a draw
 
 #: data.curriculum ► what it does with rows' pass rates.
 EASY_FIRST, UNSURE_FIRST = "easy_first", "unsure_first"
+UNKNOWN_RATE = 0.5  # of a row that nobody has sampled: it may be either
 
 
 def stable_seed(*parts: int | str) -> int:

@@ -15,10 +15,9 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from flux_ray.config import PolicyGradientConfig
-from flux_ray.data.chat import ASSISTANT, check_template_kwargs, render, require_template, row_kwargs, without_reply
-from flux_ray.data.encode import Text, prompt_limit, prompt_text
-from flux_ray.data.order import EpochOrder, MixedOrder, stable_seed
-from flux_ray.data.preferences import CHOSEN, REJECTED, shared_prompt
+from flux_ray.data.chat import check_template_kwargs, render, require_template, row_kwargs
+from flux_ray.data.encode import Text, are_pairs, asked, prompt_limit
+from flux_ray.data.order import UNKNOWN_RATE, EpochOrder, MixedOrder, stable_seed
 from flux_ray.data.rows import BadCell, BadRows, Row
 from flux_ray.data.sets import EVAL, TRAIN, LoadedSet, read_sets
 from flux_ray.data.tokens import encode_starts, not_in_embedding
@@ -40,11 +39,12 @@ class PromptSet:
     def __init__(self, loaded: LoadedSet[PolicyGradientConfig], tokenizer: Tokenizer, *, context_length: int) -> None:
         rows, self.data_set, self.config = loaded.rows, loaded.data_set, loaded.data_set.config
         self._column = column = self.config.data.prompt_column
-        self._shared = column not in rows.columns and {CHOSEN, REJECTED} <= set(rows.columns)
-        if not self._shared:
+        self._pairs = are_pairs(rows, self.config.data)
+        if not self._pairs:
             rows.require(column, "data.prompt_column")
         self.source, self.columns, self._rows = rows.source, frozenset(rows.columns) - {column}, rows
         self.num_without_reply = 0  # prompts of which the assistant's last message was left out
+        self.num_unrated = 0  # rows without a pass rate, where a curriculum goes by it
         bad = BadRows(rows, column, self.config.data.on_bad_row)
         read: list[int] = []  # numbers of the rows that give a text
         tokens = encode_starts(tokenizer, self._written(tokenizer, bad, read))
@@ -68,8 +68,7 @@ class PromptSet:
         """What the tokenizer gets of each good row, and whether the template wrote it."""
         for number, row in enumerate(self._rows.rows):
             try:
-                whole = self._whole(row)
-                text = self._cut(whole)
+                text, was_cut = asked(row, self.config.data, pairs=self._pairs)
                 if isinstance(text, str):
                     written = text, False
                 else:
@@ -81,17 +80,8 @@ class PromptSet:
                 bad.add(number, error)
                 continue
             read.append(number)
-            self.num_without_reply += text is not whole
+            self.num_without_reply += was_cut
             yield written
-
-    def _whole(self, row: Row) -> Text:
-        return prompt_text({**row, self._column: shared_prompt(row)} if self._shared else row, self.config.data)
-
-    def _cut(self, text: Text) -> Text:
-        """Without the reply that it ends with, unless that is to be gone on with."""
-        if isinstance(text, str) or self.config.data.prefill or text[-1]["role"] != ASSISTANT:
-            return text
-        return without_reply(text)
 
     def column(self, name: str) -> list[object]:
         """The cells of a column, of the rows in use."""
@@ -102,19 +92,28 @@ class PromptSet:
         number = int(self._kept[place])
         row = self._rows.rows[number]
         columns = {name: value for name, value in row.items() if name in self.columns}
-        text, token_ids = self._cut(self._whole(row)), self._tokens[self._places[place]]
+        text, _ = asked(row, self.config.data, pairs=self._pairs)
+        token_ids = self._tokens[self._places[place]]
         return int(self._rows.numbers[number]) - 1, text, token_ids, columns
 
     def pass_rates(self) -> np.ndarray:
-        """(num_rows,) float64, of the rows in use. UserError where the column is missing, or a cell is no pass rate."""
+        """(num_rows,) float64, of the rows in use; UNKNOWN_RATE where a row has none.
+
+        UserError where the column is missing or has no rate at all, or a cell is no pass rate.
+        """
         name = self.config.data.pass_rate_column
         self._rows.require(name, "data.pass_rate_column")
         rates = self.column(name)
         for number, rate in zip(self._kept.tolist(), rates, strict=True):
-            if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 <= rate <= 1:
-                raise UserError(f"{self._rows.where(number)}: column {name!r} must be a number from 0 to 1, got "
-                                f"{rate!r:.60} (data.curriculum={self.config.data.curriculum} orders by it)")
-        return np.array(rates, np.float64)
+            if rate is not None and (isinstance(rate, bool) or not isinstance(rate, (int, float))
+                                     or not 0 <= rate <= 1):
+                raise UserError(f"{self._rows.where(number)}: column {name!r} must be a number from 0 to 1, or null, "
+                                f"got {rate!r:.60} (data.curriculum={self.config.data.curriculum} orders by it)")
+        self.num_unrated = rates.count(None)
+        if self.num_unrated == self.num_rows:
+            raise UserError(f"{self.source}: column {name!r} holds no rate, and "
+                            f"data.curriculum={self.config.data.curriculum} orders by it")
+        return np.array([UNKNOWN_RATE if rate is None else rate for rate in rates], np.float64)
 
     def warnings(self) -> list[str]:
         """What was left out, in a line each."""
@@ -124,6 +123,9 @@ class PromptSet:
         if self.num_without_reply:
             lines.append(f"{self.source}: {self.num_without_reply} prompts end with a message of the assistant's, "
                          "which is left out (data.prefill=true goes on with it)")
+        if self.num_unrated:
+            lines.append(f"{self.source}: {self.num_unrated} of {self.num_rows} rows have no pass rate: they count as "
+                         f"{UNKNOWN_RATE:g}")
         return lines
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import json
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from flux_ray.config import from_dict, validate
@@ -115,6 +117,19 @@ def test_a_template_that_rewrites_earlier_turns_gives_a_sample_for_each(chat_tok
     ]
 
 
+def test_what_opens_the_next_turn_may_be_what_ends_one(chat_tokenizer, tmp_path):
+    """GLM's turns have no end of their own: engines stop at the next one's first token."""
+    tokenizer = copy.deepcopy(chat_tokenizer)
+    tokenizer.chat_template = ("{% for m in messages %}{% if m.role == 'assistant' %}!{% else %}?{% endif %}"
+                               "{{ m.content }}{% endfor %}{% if add_generation_prompt %}!{% endif %}")
+    ends = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("?")]
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+    config = from_dict({"algo.name": "sft", "data.learn_turns": "all", "model.path": str(tmp_path)})
+    (sample,) = SftSource.from_config(config, tokenizer, context_length=64, rows=[{"messages": SHAREGPT}]).all()
+    assert parts(tokenizer, sample) == ("?1+1!2+2!", "2?4<eos>")
+    assert tokenizer.decode(sample.token_ids) == "?1+1!2?2+2!4<eos>"
+
+
 def test_a_chat_without_a_turn_to_learn_is_bad(chat_tokenizer):
     good, bad = {"messages": SHAREGPT}, {"messages": SHAREGPT[1:2]}
     with pytest.raises(UserError, match=r"row 2 .*no message of the assistant's after another's"):
@@ -187,6 +202,21 @@ def test_tools_and_a_row_s_own_arguments_reach_the_template(chat_tokenizer):
         prompts(tokenizer, [{"prompt": chat, "tools": "a calculator"}])
     with pytest.raises(UserError, match="has no 'tools' in its chat template"):
         prompts(chat_tokenizer, rows[1:])
+
+
+def test_fields_that_a_table_fills_in_reach_no_template(chat_tokenizer, tmp_path):
+    """A Parquet file gives each call of a tool, and each tool, the fields of all."""
+    tokenizer = copy.deepcopy(chat_tokenizer)
+    tokenizer.chat_template = "{{ tools | tojson }}{{ messages | tojson }}"
+    rows = [{"tools": [{"name": "add", "parameters": {"a": {"type": "int"}}}],
+             "prompt": [{"role": "assistant", "content": "",
+                         "tool_calls": [{"name": "add", "arguments": {"a": 1}}]}, {"role": "tool", "content": "2"}]},
+            {"tools": [{"name": "say", "parameters": {"text": {"type": "str"}}}],
+             "prompt": [{"role": "user", "content": "hi"}, {"role": "user", "content": "ho"}]}]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    source = prompts(tokenizer, str(tmp_path / "rows.parquet"))
+    assert [tokenizer.decode(source.prompt(uid).token_ids) for uid in range(2)] == [
+        json.dumps(row["tools"]) + json.dumps(row["prompt"]) for row in rows]
 
 
 @pytest.mark.parametrize("write", [json.dumps, str], ids=["json", "python"])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+from decimal import Decimal
 from pathlib import Path
 
 import numpy as np
@@ -44,12 +46,25 @@ def test_iterators_and_texts(tmp_path):
     assert written(pd.Series(["a", "b"]), tmp_path) == [{"prompt": "a"}, {"prompt": "b"}]
 
 
+def test_of_a_stream_without_an_end_the_first_rows_are_taken(tmp_path):
+    stream = IterableDataset.from_generator(lambda: itertools.cycle(ROWS))
+    write_rows(stream, tmp_path / "rows.jsonl", column="prompt", split="train", max_rows=3)
+    assert [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()] == [*ROWS, ROWS[0]]
+
+
 def test_numpy_s_numbers_and_empty_cells(tmp_path):
     frame = pd.DataFrame({"prompt": ["a", "b"], "answer": [1.5, np.nan], "level": [1, 2]})
     assert written(frame, tmp_path) == [
         {"prompt": "a", "answer": 1.5, "level": 1}, {"prompt": "b", "answer": None, "level": 2}]
     rows = [{"prompt": "a", "ids": np.arange(3), "n": np.int64(4), "x": np.float32(0.5)}]
     assert written(rows, tmp_path) == [{"prompt": "a", "ids": [0, 1, 2], "n": 4, "x": 0.5}]
+
+
+def test_dates_and_decimals_are_texts(tmp_path):
+    frame = pd.DataFrame({"prompt": ["a", "b"], "made": [pd.Timestamp("2026-11-29 01:30"), pd.NaT],
+                          "price": [Decimal("1.50"), None]})
+    assert written(frame, tmp_path) == [{"prompt": "a", "made": "2026-11-29T01:30:00", "price": "1.50"},
+                                        {"prompt": "b", "made": None, "price": None}]
 
 
 @pytest.mark.parametrize(("prompts", "why"), [

@@ -171,7 +171,18 @@ def test_a_curriculum_goes_by_recorded_pass_rates(plain_tokenizer, shuffle):
     assert order(UNSURE_FIRST) == unsure
 
 
-@pytest.mark.parametrize("rate", [None, "0.5", -0.1, 1.5, True])
+def test_a_row_without_a_rate_is_as_unsure_as_can_be_and_is_told(plain_tokenizer):
+    rows = [{"prompt": f"{i}=", "pass_rate": rate} for i, rate in enumerate([0.9, None, 0.1, 1.0])]
+    config = from_dict({"data.curriculum": UNSURE_FIRST, "data.shuffle": False, "rollout.max_tokens": 8})
+    source = PromptSource.from_config(config, plain_tokenizer, context_length=64, prompts=rows)
+    assert [source.prompt(uid).row for uid in range(4)] == [1, 0, 2, 3]
+    assert source.warnings() == ["prompts in memory: 1 of 4 rows have no pass rate: they count as 0.5"]
+    with pytest.raises(UserError, match="column 'pass_rate' holds no rate"):
+        PromptSource.from_config(config, plain_tokenizer, context_length=64,
+                                 prompts=[{"prompt": "a", "pass_rate": None}])
+
+
+@pytest.mark.parametrize("rate", ["0.5", -0.1, 1.5, True])
 def test_a_pass_rate_is_a_number_from_0_to_1(plain_tokenizer, rate):
     config = from_dict({"data.curriculum": EASY_FIRST, "rollout.max_tokens": 8})
     rows = [{"prompt": "a", "pass_rate": 0.5}, {"prompt": "b", "pass_rate": rate}]

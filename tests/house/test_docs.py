@@ -32,7 +32,7 @@ MOST_README_LINES = 150
 FEWEST_COMMANDS = 30   # fewer found: the pages are written in a way that the search doesn't know
 GROUPS = "gpu|reward|rollout|reference|actor|critic|train|weights|driver|filter|pairs|eval"  # of metrics
 OF_THE_READER = ("experiment=mine", "algo=NAME")
-OF_THE_VERB = {"eval": ("model=", "data=")}   # words that are no options
+OF_THE_VERB = {"eval": ("model=", "data="), "passrates": ("data=",)}   # words that are no options
 NAMED = re.compile(r"`[+']*([a-z]+(?:\.[a-z_0-9]+)+)(?==|`|'|,| )")
 #: A module, a script or a file of the repository that a page names.
 PROGRAM = re.compile(r"python -m ((?:examples|benchmarks)\.\w+)|\b((?:launch|examples|benchmarks)/[\w/]+\.(?:sh|py))")

@@ -56,7 +56,7 @@ LEVELS = {
     "flux_ray.home": 0, "flux_ray.machine": 0, "flux_ray.held_folder": 0, "flux_ray.secrecy": 0,
     "flux_ray.help": 1,
     "flux_ray.outside_loop": 6, "flux_ray.handed_over": 6, "flux_ray.checkpoints": 6, "flux_ray.metrics": 6,
-    "flux_ray.models_of_runs": 6, "flux_ray.evaluations": 8,
+    "flux_ray.models_of_runs": 6, "flux_ray.pass_rates": 7, "flux_ray.evaluations": 8,
     "flux_ray.local_models": 6, "flux_ray.chat": 7, "flux_ray.generate": 7,
     "flux_ray.further": 8,
     "flux_ray.__main__": 9,
