@@ -26,7 +26,7 @@ from flux_ray import help as helps
 from flux_ray import names, run_dir, settings, signals
 from flux_ray.config import Config
 from flux_ray.errors import CheckFailed, RunFailed, UserError, unknown
-from flux_ray.names.words import hydra_value
+from flux_ray.names.words import as_hydra_reads, hydra_value
 
 RUN_FAILED = 1        # exit code: something broke; the line says what and where the log is
 USER_ERROR = 2        # exit code: the user can mend it
@@ -36,6 +36,9 @@ OVERRIDE = re.compile(r"(?P<sign>\+\+|\+|~|)(?P<key>[^=@~+]+)(?P<value>=.*)?", r
 
 #: Hydra's flags that take a value.
 HYDRA_FLAGS = ("--config-dir", "-cd", "--config-path", "-cp", "--config-name", "-cn", "--package", "-p")
+#: Those that take none, or whose value is a word of its own.
+OTHER_FLAGS = ("--help", "-h", "--hydra-help", "--version", "--cfg", "-c", "--resolve", "--run", "-r", "--multirun", "-m",
+               "--shell-completion", "-sc", "--info", "-i", "--experimental-rerun")
 #: An experiment's options lie over the whole config, whatever its first line says (conf/config.yaml).
 EXPERIMENT, OVER_ALL = re.compile(r"\A(\+\+|\+|~|)experiment(?=\Z|=)"), "@_global_"
 
@@ -180,6 +183,7 @@ def compose(overrides: list[str], *, then: Callable[[Config], None]) -> None:
     composed: list[tuple[dict[str, Any], list[str]]] = []
 
     overrides = _with_given(_joined(overrides))
+    _refuse_dashes(overrides)
     written = [match["key"] for match in map(OVERRIDE.fullmatch, overrides) if match]
 
     def task(tree: Any) -> None:
@@ -273,38 +277,35 @@ def _by_our_names(overrides: list[str]) -> list[str]:
 
 
 def _quoted(override: str, *, several: bool) -> str:
-    """With the quotes that Hydra's grammar wants around a text: a path, a prompt, a pattern may have any character.
+    """In Hydra's grammar: a path, a prompt, a pattern may have any character, and one value of a list no brackets.
 
     Where several values may be meant (--multirun), a comma divides them as ever.
     """
     match = OVERRIDE.fullmatch(override)
     value = (match["value"] or "")[1:] if match else ""
-    if not match or match["key"] not in _texts() or not value or "${" in value:
+    kind = _kind(match["key"]) if match else ""
+    if not match or not value or not kind or "${" in value:
         return override
-    if _arrives(override, value, several=several):
-        return override
-    return f"{match['sign']}{match['key']}={hydra_value(value)}"
+    meant = as_hydra_reads(value, kind=kind, key=match["key"], several=several, parse=_parsed)
+    return override if meant == value else f"{match['sign']}{match['key']}={meant}"
 
 
-def _arrives(override: str, text: str, *, several: bool) -> bool:
-    """Whether Hydra takes it for that text, for a text in quotes, for null, or for several values where there may be.
-    """
+def _kind(key: str) -> str:
+    """An option's type, as it is written; Any within an open mapping; "" for a choice, and for what is no option."""
+    if key.startswith(tuple(f"{name}." for name in configs.open_options())):
+        return "Any"
+    return next((str(f.type) for name, f in configs.options() if name == key and not f.metadata["choices"]), "")
+
+
+def _parsed(override: str) -> Any:
+    """As Hydra reads it; None where it can't."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
     try:
-        parsed = OverridesParser.create().parse_override(override)
+        return OverridesParser.create().parse_override(override)
     except HydraException:
-        return False
-    if parsed.is_sweep_override():
-        return several
-    value, in_quotes = parsed.value(), text.strip()[:1] in ("'", '"')
-    return value is None or in_quotes or value == text   # 007 and 1e5 are folders' names too
-
-
-def _texts() -> set[str]:
-    """The options that hold a text."""
-    return {key for key, f in configs.options() if str(f.type) in ("str", "str | None") and not f.metadata["choices"]}
+        return None
 
 
 def _by_our_name(override: str) -> str:
@@ -342,6 +343,15 @@ def _refuse_disagreement(overrides: list[str]) -> None:
         name, value = said.setdefault(ours["key"], (match["key"], match["value"]))
         if name != match["key"] and value != match["value"]:
             raise UserError(f"{ours['key']}: {name}{value} and {match['key']}{match['value']}; give one of them")
+
+
+def _refuse_dashes(words: list[str]) -> None:
+    """UserError for an option as most programs have them: --learning_rate 1e-6."""
+    for word in words:
+        flag, equals, value = word.partition("=")
+        if word.startswith("-") and flag not in (*HYDRA_FLAGS, *OTHER_FLAGS):
+            key = names.canonical(flag.lstrip("-").replace("-", "_"), options=_keys())
+            raise UserError(f"{word}: options have no dashes, and one word: {key}={value if equals else 'VALUE'}")
 
 
 def _refuse_deletion(overrides: list[str]) -> None:

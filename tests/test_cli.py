@@ -9,6 +9,7 @@ import sys
 import zipfile
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -284,6 +285,40 @@ def test_a_text_needs_no_quotes(text):
     configs: list[Config] = []
     cli.compose([f"data.system_prompt={text}", f"model.path={text}"], then=configs.append)
     assert configs[0].data.system_prompt == text and configs[0].model.path == text
+
+
+@pytest.mark.parametrize(("override", "value"), [
+    ("rollout.stop=[</answer>]", ["</answer>"]), ("rollout.stop=</s>", ["</s>"]), ("rollout.stop=['a, b',c]", ["a, b", "c"]),
+    ("reward.functions=numeric", ["numeric"]), ("reward.weights=1.0,0.5", [1.0, 0.5]),
+    ("reward.functions=[/p/lr=1e-5/my rewards.py:f,numeric]", ["/p/lr=1e-5/my rewards.py:f", "numeric"]),
+    ("plugins=~/x.py", ["~/x.py"]), ("observability.monitors=wandb", ["wandb"]),
+    ("reward.options.regex.pattern=(?s)^<think>.*</think>$", "(?s)^<think>.*</think>$"),
+    ("reward.options.regex.pattern=[^,]+", "[^,]+"), ("cluster.env.JAVA=-Da=b -Dc=d", "-Da=b -Dc=d"),
+    ("data.train=/a b/c=d/[x],y.jsonl", "/a b/c=d/[x],y.jsonl"), ("data.train=[a=1.jsonl,b.jsonl]", ["a=1.jsonl", "b.jsonl"]),
+    ("data.train={math: {path: /lr=1e-5/x.jsonl, weight: 2}}", {"math": {"path": "/lr=1e-5/x.jsonl", "weight": 2}}),
+    ("data.train={math:{path:a.jsonl}}", {"math": {"path": "a.jsonl"}}), ("data.max_rows=None", None),
+    ("eval.data=None", None), ("data.system_prompt=None", None), ("resume=None", None),
+])
+def test_any_value_can_be_typed_as_it_is(override, value):
+    configs: list[Config] = []
+    cli.compose([override], then=configs.append)
+    found: Any = configs[0]
+    for name in override.partition("=")[0].split("."):
+        found = found[name] if isinstance(found, dict) else getattr(found, name)
+    assert found == value
+
+
+@pytest.mark.parametrize(("word", "said"), [
+    ("--learning_rate=1e-6", "options have no dashes, and one word: train.learning_rate=1e-6"),
+    ("--num-generations", "--num-generations: options have no dashes, and one word: rollout.group_size=VALUE"),
+    ("--per_device_train_batch_size=4", "a step takes batch.prompts_per_step prompts"),
+    ("--nonsense", "unknown option 'nonsense'"),
+    ("data.train={math:{path:/lr=1e-5/x.jsonl}}", "no mapping that can be read: put a blank after each colon"),
+])
+def test_words_of_another_kind_are_answered(capsys, word, said):
+    assert cli.main(["train", word]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert said in line
 
 
 def test_quotes_and_sweeps_are_hydras():

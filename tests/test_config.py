@@ -66,6 +66,11 @@ def test_spellings_of_an_algorithm(spelling):
     assert from_dict({"algorithm": spelling}).algo.name == "dr_grpo"
 
 
+@pytest.mark.parametrize("name", ["GRPO", "PPO", "DPO", "SFT"])
+def test_an_algorithm_in_capitals(name):
+    assert from_dict({"algorithm": name}).algo.name == name.lower()
+
+
 def test_two_names_that_disagree():
     assert refusal({"epsilon": 0.1, "clip_ratio": 0.2}) == (
         "algo.clip_range: epsilon says 0.1 and clip_ratio says 0.2; give one of them")

@@ -1,6 +1,6 @@
 """The rows of one data file, whatever its format.
 
-Takes:  a path: .jsonl, .json, .csv, .tsv, .txt, .parquet or .arrow (each also with .gz).
+Takes:  a path: .jsonl, .json, .csv, .tsv, .txt, .parquet or .arrow, or by another name of these (each with .gz too).
 Gives:  `read_file`: its rows one after another, as they are read; `format_of`: the ending that says how.
 Knows:  what can be wrong with a file: UserError, or a Broken row, names file, line and column.
 Never:  holds a file of lines in memory.
@@ -30,7 +30,8 @@ Reader = Callable[[Path, IO[bytes], str], Iterator[Row | Broken | None]]
 def format_of(path: Path) -> str | None:
     """The ending that says how to read the file, .gz aside; None where it isn't one of ours."""
     endings = [suffix.lower() for suffix in path.suffixes if suffix.lower() != ".gz"]
-    return endings[-1] if endings and endings[-1] in READERS else None
+    ending = ALSO.get(endings[-1], endings[-1]) if endings else None
+    return ending if ending in READERS else None
 
 
 def known_formats() -> str:
@@ -165,3 +166,5 @@ READERS: dict[str, Reader] = {
     ".jsonl": _read_jsonl, ".json": _read_json, ".csv": partial(_read_csv, delimiter=","),
     ".tsv": partial(_read_csv, delimiter="\t"), ".txt": _read_txt, ".parquet": _read_parquet, ".arrow": _read_arrow,
 }
+#: Other endings of the same.
+ALSO = {".ndjson": ".jsonl", ".jsonlines": ".jsonl", ".pq": ".parquet", ".feather": ".arrow"}

@@ -42,7 +42,9 @@ ALIASES = {
 RENAMED: dict[str, str] = {"observability.tensorboard": "observability.monitors"}
 
 #: Other spellings of an algorithm's name.
-ALGORITHM_ALIASES = {"drgrpo": "dr_grpo", "dr-grpo": "dr_grpo"}
+ALGORITHM_ALIASES = {"drgrpo": "dr_grpo", "dr-grpo": "dr_grpo", "Dr. GRPO": "dr_grpo", "GRPO": "grpo", "DAPO": "dapo",
+                     "PPO": "ppo", "RLOO": "rloo", "GSPO": "gspo", "CISPO": "cispo", "DPO": "dpo", "IPO": "ipo",
+                     "SFT": "sft", "REINFORCE": "reinforce"}
 
 #: Sections by the names that people give them. `algorithm_config` may hold any option by its short name.
 SECTION_ALIASES = {"algorithm": "algo", "algorithm_config": "algo", "lora": "train.lora"}

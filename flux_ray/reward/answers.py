@@ -85,6 +85,8 @@ PLAIN: tuple[tuple[re.Pattern[str], str], ...] = tuple((re.compile(pattern), mea
     (r"(\A|[$=])(\s*)([-+]?[\d.,]+)\s*\\over\s*([-+]?[\d.,]+)(?=\s*(?:\Z|\$))", r"\1\2\\frac{\3}{\4}"),
     (r"(\A\s*)(?![\s\S]*(?<![\\A-Za-z])[A-Za-z]{2})([^{}$]+?)\\over(?![A-Za-z])([^{}$]+)\Z", r"\1\\frac{\2}{\3}"),
 ))  # fmt: skip
+#: Without any of these a text has nothing that the patterns above undo.
+LATEX_OR_UNICODE = re.compile(r"[*<{\\~^]|[^\x00-\x7f]")
 #: 0.1\overline{6}: the digits before, those that don't repeat, those that do.
 REPEATING = re.compile(r"(?<![\w.])(\d{1,3}(?:[, ]\d{3})+|\d*)\.(\d*)\\(?:overline|bar|dot)\s*\{?(\d+)\}?")
 WRAPPED: tuple[tuple[re.Pattern[str], str], ...] = ((re.compile(TEXTS), r" \1 "), (re.compile(FONTS), r"\1"))
@@ -99,14 +101,18 @@ SIMPLE = re.compile(r"\s*[-+]?\s*[\d.,]+\s*")
 def golds(cell: object) -> list[str]:
     """The right answers of a cell: any of a list's is right. None, nan and an empty list say nothing.
 
-    >>> golds(42), golds(["42", None, "forty-two"]), golds(None)
-    (['42'], ['42', 'forty-two'], [])
+    A column of whole numbers with a gap in it is one of floats in most tables, so 42.0 is 42 too.
+
+    >>> golds(42), golds(["42", None, "forty-two"]), golds(None), golds(42.0), golds(True)
+    (['42'], ['42', 'forty-two'], [], ['42.0', '42'], ['True', 'true'])
     """
     if isinstance(cell, (list, tuple)):
         return [gold for one in cell for gold in golds(one)]
     if cell is None or (isinstance(cell, float) and math.isnan(cell)):
         return []
-    return [str(cell)]
+    if isinstance(cell, bool):
+        return [str(cell), str(cell).lower()]
+    return [str(cell), str(int(cell))] if isinstance(cell, float) and cell.is_integer() else [str(cell)]
 
 
 def plain(text: str) -> str:
@@ -115,6 +121,8 @@ def plain(text: str) -> str:
     >>> plain("-\\frac{1}{2}"), plain("10{,}000"), plain("\\text{B}"), plain("−5½")
     ('-1/2', '10,000', ' B ', '-5 1/2')
     """
+    if not LATEX_OR_UNICODE.search(text):
+        return text
     if not text.isascii():
         text = VULGAR.sub(_vulgar, text.translate(WIDE))
         text = SUPERSCRIPT.sub(lambda match: "^{" + match[0].translate(SUPERSCRIPTS) + "}", text)

@@ -83,7 +83,9 @@ def numeric_or_exact(
 
 
 def numbers_or_texts_agree(text: str, gold: str, close: Callable[[Fraction, Fraction], bool]) -> bool:
-    """`numeric_or_exact` of one completion and one answer."""
+    """`numeric_or_exact` of one completion and one answer. An empty completion answers nothing."""
+    if not text.strip():
+        return not gold.strip()
     part, (gold, _) = answer_part(text)[0], answer_part(gold)
     right = whole_number(gold)
     if right is not None:

@@ -172,7 +172,7 @@ def test_a_curriculum_goes_by_recorded_pass_rates(plain_tokenizer, shuffle):
 
 
 def test_a_row_without_a_rate_is_as_unsure_as_can_be_and_is_told(plain_tokenizer):
-    rows = [{"prompt": f"{i}=", "pass_rate": rate} for i, rate in enumerate([0.9, None, 0.1, 1.0])]
+    rows = [{"prompt": f"{i}=", "pass_rate": rate} for i, rate in enumerate([0.8, None, 0.1, 1.0])]
     config = from_dict({"data.curriculum": UNSURE_FIRST, "data.shuffle": False, "rollout.max_tokens": 8})
     source = PromptSource.from_config(config, plain_tokenizer, context_length=64, prompts=rows)
     assert [source.prompt(uid).row for uid in range(4)] == [1, 0, 2, 3]
