@@ -1,7 +1,8 @@
 """What the data of a run cost at its start: time and memory of reading and encoding its prompts.
 
 Takes:  a number of rows; a file of GSM8K's form, whose problems are repeated under running numbers.
-Gives:  one line of JSON: seconds, rows a second, peak resident memory of the process before and after, bytes a row.
+Gives:  one line of JSON: seconds, of all threads too, rows a second, peak resident memory of the process before and
+        after, bytes a row.
 Knows:  a tokenizer's threads (RAYON_NUM_THREADS) and a byte-level BPE of 16,000 tokens trained on the file.
 Never:  starts a model, Ray or an engine: this is what `PromptSource` does before anything starts.
 
@@ -65,12 +66,13 @@ def main() -> None:
         tokenizer = tokenizer_of(make_rows(given.source, file, given.rows))
         config = from_dict({"data.train": str(file), "data.prompt_column": "question", "data.as_chat": given.chat})
         assert isinstance(config, PolicyGradientConfig)
-        before, start_s = peak_mib(), time.perf_counter()
+        before, start_s, start_cpu_s = peak_mib(), time.perf_counter(), time.process_time()
         prompts = PromptSource.from_config(config, tokenizer, context_length=4096)
-        took_s = time.perf_counter() - start_s
+        took_s, cpu_s = time.perf_counter() - start_s, time.process_time() - start_cpu_s
     tokens = sum(len(prompts.prompt(uid).token_ids) for uid in range(1000)) / 1000
     print(json.dumps({
-        "rows": prompts.num_rows, "chat": given.chat, "tokens_mean": round(tokens, 1), "seconds": round(took_s, 1),
+        "rows": prompts.num_rows, "chat": given.chat, "tokens_mean": round(tokens, 1),
+        "seconds": round(took_s, 1), "cpu_s": round(cpu_s, 1),
         "rows_per_s": round(prompts.num_rows / took_s), "peak_mib_before": round(before), "peak_mib": round(peak_mib()),
         "bytes_per_row": round((peak_mib() - before) * 2**20 / prompts.num_rows)}))
 

@@ -288,13 +288,15 @@ def test_a_text_needs_no_quotes(text):
 
 
 @pytest.mark.parametrize(("override", "value"), [
-    ("rollout.stop=[</answer>]", ["</answer>"]), ("rollout.stop=</s>", ["</s>"]), ("rollout.stop=['a, b',c]", ["a, b", "c"]),
+    ("rollout.stop=[</answer>]", ["</answer>"]), ("rollout.stop=</s>", ["</s>"]),
+    ("rollout.stop=['a, b',c]", ["a, b", "c"]),
     ("reward.functions=numeric", ["numeric"]), ("reward.weights=1.0,0.5", [1.0, 0.5]),
     ("reward.functions=[/p/lr=1e-5/my rewards.py:f,numeric]", ["/p/lr=1e-5/my rewards.py:f", "numeric"]),
     ("plugins=~/x.py", ["~/x.py"]), ("observability.monitors=wandb", ["wandb"]),
     ("reward.options.regex.pattern=(?s)^<think>.*</think>$", "(?s)^<think>.*</think>$"),
     ("reward.options.regex.pattern=[^,]+", "[^,]+"), ("cluster.env.JAVA=-Da=b -Dc=d", "-Da=b -Dc=d"),
-    ("data.train=/a b/c=d/[x],y.jsonl", "/a b/c=d/[x],y.jsonl"), ("data.train=[a=1.jsonl,b.jsonl]", ["a=1.jsonl", "b.jsonl"]),
+    ("data.train=/a b/c=d/[x],y.jsonl", "/a b/c=d/[x],y.jsonl"),
+    ("data.train=[a=1.jsonl,b.jsonl]", ["a=1.jsonl", "b.jsonl"]),
     ("data.train={math: {path: /lr=1e-5/x.jsonl, weight: 2}}", {"math": {"path": "/lr=1e-5/x.jsonl", "weight": 2}}),
     ("data.train={math:{path:a.jsonl}}", {"math": {"path": "a.jsonl"}}), ("data.max_rows=None", None),
     ("eval.data=None", None), ("data.system_prompt=None", None), ("resume=None", None),

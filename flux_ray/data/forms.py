@@ -101,8 +101,10 @@ def _as_message(message: object) -> object:
     if not isinstance(message, dict):
         return message
     if _is_sharegpt(message):
-        who = message["from"]
-        message = {"role": ROLES.get(who, who) if isinstance(who, str) else who, "content": message["value"]}
+        message = {"role": message["from"], "content": message["value"]}
+    role = message.get("role")
+    if isinstance(role, str) and role in ROLES:
+        message = {**message, "role": ROLES[role]}
     given = {name: without_none(value) for name, value in message.items()
              if value is not None or name in ("role", "content")}
     parts = given.get("content")

@@ -23,7 +23,7 @@ from flux_ray.data.encode import checked_text, prompt_text
 from flux_ray.data.examples import Example, Limits, as_example, check_examples, encode_examples
 from flux_ray.data.forms import MESSAGES, as_chat
 from flux_ray.data.order import EpochOrder, MixedOrder
-from flux_ray.data.preferences import CHOSEN, REJECTED, shared_prompt
+from flux_ray.data.preferences import CHOSEN, REJECTED, shared_prompt, warning_of_repeats
 from flux_ray.data.rows import BadCell, BadRows, Row, Rows
 from flux_ray.data.sets import EVAL, TRAIN, LoadedSet, read_sets
 from flux_ray.data.tokens import Tokens
@@ -93,6 +93,8 @@ class PairSource:
     ) -> None:
         check_examples(tokenizer, config.data)
         self.source, self.skipped = ", ".join(one.rows.source for one in sets), Counter[str]()
+        self._warnings = [line for one in sets for line in warning_of_repeats(
+            one.rows, one.data_set.config.data.prompt_column, CHOSEN, REJECTED)]
         self.has_margins = any(one.data_set.config.data.margin_column in one.rows.columns for one in sets)
         parts = [StoredPairs.of(self._load(one, tokenizer, context_length)) for one in sets]
         self._pairs = StoredPairs.joined(parts)
@@ -164,8 +166,9 @@ class PairSource:
         return list(self._pairs)
 
     def warnings(self) -> list[str]:
-        """What was left out, in a line."""
-        return [f"{self.source}: pairs left out: {_counts(self.skipped)}"] if self.num_skipped else []
+        """What was left out, and what may be a mistake, in a line each."""
+        left_out = [f"{self.source}: pairs left out: {_counts(self.skipped)}"] if self.num_skipped else []
+        return [*left_out, *self._warnings]
 
 
 def _counts(skipped: Counter[str]) -> str:

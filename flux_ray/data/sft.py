@@ -19,7 +19,7 @@ from flux_ray.data.encode import Text, checked_text, prompt_text
 from flux_ray.data.examples import Example, Limits, as_example, check_examples, encode_examples, turns
 from flux_ray.data.forms import MESSAGES, as_chat
 from flux_ray.data.order import EpochOrder, MixedOrder
-from flux_ray.data.preferences import CHOSEN, REJECTED
+from flux_ray.data.preferences import CHOSEN, REJECTED, warning_of_repeats
 from flux_ray.data.rows import BadCell, BadRows, Row, Rows
 from flux_ray.data.sets import EVAL, TRAIN, LoadedSet, read_sets
 from flux_ray.data.tokens import Tokens
@@ -51,6 +51,7 @@ class SftSource:
         self._learned = np.concatenate([one.learned for one in read])
         self._ends = np.cumsum(self._tokens.lengths)
         self.num_skipped = sum(one.num_skipped for one in read)
+        self._warnings = [line for one in read for line in one.warnings]
         self.sizes = {one.name: len(one.tokens) for one in read}   # set ► samples
         self.source = ", ".join(loaded.rows.source for loaded in sets)
         self.num_rows = len(self._tokens)
@@ -88,9 +89,10 @@ class SftSource:
         return Sample(token_ids, learned, np.zeros(len(token_ids), np.float32))
 
     def warnings(self) -> list[str]:
-        """What was left out, in a line."""
+        """What was left out, and what may be a mistake, in a line each."""
         bad = self.num_skipped
-        return [f"{self.source}: {bad} bad rows skipped (data.on_bad_row=skip)"] if bad else []
+        skipped = [f"{self.source}: {bad} bad rows skipped (data.on_bad_row=skip)"] if bad else []
+        return [*skipped, *self._warnings]
 
 
 class _Samples:
@@ -99,6 +101,7 @@ class _Samples:
     def __init__(self, loaded: LoadedSet[SFTConfig], tokenizer: Tokenizer, *, context_length: int) -> None:
         self._rows, self.name, config = loaded.rows, loaded.data_set.name, loaded.data_set.config
         column, self._read = _reader(self._rows, config.data, tokenizer)
+        self.warnings = warning_of_repeats(self._rows, config.data.prompt_column, config.data.completion_column)
         self._bad = BadRows(self._rows, column, config.data.on_bad_row)
         self._of_row: list[int] = []   # the row of each sample
         limits = Limits(context_length, vocabulary_size(config.model.path))

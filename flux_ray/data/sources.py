@@ -84,6 +84,8 @@ def _opened(source: str, split: str, column: str) -> list[tuple[str, Iterator[Ro
         if not files:
             raise UserError(f"{source}: no file matches")
         return [(str(file), read_file(file, column)) for file in files]
+    if "://" in source:
+        raise UserError(f"{source}: addresses aren't read: fetch it first (a hub's data set is NAME or NAME:SUBSET)")
     if format_of(path) is not None or source.startswith(("/", ".", "~")):
         raise UserError(f"{source}: no such file or folder")
     return [(f"{source} [{split}]", _read_hub(source, split))]

@@ -14,7 +14,7 @@ import numpy as np
 
 from flux_ray.observability.estimates import interval, ks, majority_at_k, pass_at_k
 from flux_ray.records import FAILED, Prompt, ScoredGroup
-from flux_ray.reward.answers import answer_part, parse_number
+from flux_ray.reward.answers import answer_part, parse_number, said
 
 LOW, HIGH = "_low", "_high"  # endings of an interval's ends
 CLOSE = 1e-9                 # a sum of weighted parts may miss the level by rounding
@@ -49,6 +49,7 @@ def answer_of(text: str) -> str:
     >>> answer_of("so it is 1,000."), answer_of("\\boxed{1000}"), answer_of(" yes ")
     ('1000', '1000', 'yes')
     """
+    text = said(text)
     number = parse_number(text)
     return str(number) if number is not None else " ".join(answer_part(text)[0].split())
 

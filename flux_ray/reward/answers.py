@@ -1,8 +1,8 @@
 r"""How people and models write an answer.
 
 Takes:  a text: a completion, or the cell of an answer column.
-Gives:  `golds`, the right answers of a cell; `answer_part`, `expression_in`, `parse_number`, `whole_number`;
-        `same_answer`.
+Gives:  `golds`, the right answers of a cell; `said`, what follows a reasoning; `answer_part`, `expression_in`,
+        `parse_number`, `whole_number`; `same_answer`.
 Knows:  `#### x`, `\boxed{x}`, the last number of a text; LaTeX, separators of thousands, fractions, mixed numbers,
         powers of ten, currency, percent and degree signs, Unicode's minus signs and blanks.
 Never:  takes part of an expression for a number: the 5 of \sqrt{5}, of 2^5, of (3, 5), of x > 5.
@@ -16,6 +16,7 @@ import unicodedata
 from collections.abc import Callable
 from fractions import Fraction
 
+REASONED = "</think>"  # what follows is the answer
 MAX_NUMBER_CHARS = 64  # a longer run of digits is babble, and Fraction would be slow on it
 MAX_POWER = 400  # of ten
 MAX_NESTING = 8  # of LaTeX commands around one another
@@ -70,10 +71,11 @@ PLAIN: tuple[tuple[re.Pattern[str], str], ...] = tuple((re.compile(pattern), mea
     (r"</?[A-Za-z][\w-]*>|<\|[^|<>\n]*\|>", " "),                         # tags, special tokens
     (r"\{\s*,\s*\}|,\\[,!]", ","),                                        # 10{,}000
     (r"\\!|\\(?:left|right|[bB]igg?[lr]?|displaystyle|textstyle|limits)(?![A-Za-z])\.?", ""),
-    (r"\\[,;: ]|\\(?:quad|qquad|thinspace|enspace|hfill|newline|therefore)(?![A-Za-z])|~|\{\\[,;:]\}"
+    (r"(?<!\\)\\[,;: ]|\\(?:quad|qquad|thinspace|enspace|hfill|newline|therefore)(?![A-Za-z])|~|\{\\[,;:]\}"
      r"|[\u00a0\u2000-\u200a\u202f\u205f\u3000]|\\[()\[\]]", " "),
     (r"[\u200b-\u200d\u2060\ufeff]|\\displaystyle", ""),                  # of no width
     (r"[\u2212\uff0d\ufe63]|[\u2010\u2011\u2013](?=[\d.$\\])", "-"),      # minus signs; dashes and hyphens used as one
+    (r"(?<=[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af])(?=-?\d)", " "),    # no blanks between words and numbers
     (r"\\([%$€£#&])", r"\1"),
     (r"\\(?:pounds|euro|yen|dollar)(?![A-Za-z])", "$"),
     (r"\^\s*(?:\\circ|\{\s*\\circ\s*\}|\\degree)(?![A-Za-z])|°|\\degree(?![A-Za-z])", " "),
@@ -113,6 +115,16 @@ def golds(cell: object) -> list[str]:
     if isinstance(cell, bool):
         return [str(cell), str(cell).lower()]
     return [str(cell), str(int(cell))] if isinstance(cell, float) and cell.is_integer() else [str(cell)]
+
+
+def said(text: str) -> str:
+    """What a completion says after its reasoning, where it says anything there.
+
+    >>> said("<think>7? no</think> It is 5."), said("<think>It is 5.</think>")
+    (' It is 5.', '<think>It is 5.</think>')
+    """
+    after = text.rpartition(REASONED)[2]
+    return after if after.strip() else text
 
 
 def plain(text: str) -> str:
@@ -247,7 +259,8 @@ def _only_number(part: str) -> Fraction | None:
         return None
     numbers = list(NUMBER.finditer(right))
     if len(numbers) != 1 or "\\" in right or right.strip().startswith(tuple(BRACKETS)) or "!" in right:
-        return whole_number(right)
+        counted = _counted(_bare(right))   # 10 km^2
+        return counted[0] if counted else whole_number(right)
     return _value(numbers[0]) if _stands_alone(right, numbers[0]) else None
 
 

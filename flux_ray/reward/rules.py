@@ -13,7 +13,15 @@ from collections.abc import Callable, Sequence
 from fractions import Fraction
 
 from flux_ray.records import Message
-from flux_ray.reward.answers import answer_part, expression_in, golds, parse_number, same_answer, whole_number
+from flux_ray.reward.answers import (
+    answer_part,
+    expression_in,
+    golds,
+    parse_number,
+    said,
+    same_answer,
+    whole_number,
+)
 from flux_ray.reward.symbols import same_expression
 
 #: The default format: the response ends in `####` and one number, as GSM8K's solutions do.
@@ -194,7 +202,7 @@ def _graded(completions: Texts, answer: Column, is_right: Callable[[str, str], b
     """
     rewards: list[Reward] = []
     for completion, cell in zip(completions, answer, strict=True):
-        text = text_of(completion)
+        text = said(text_of(completion))
         found = [is_right(text, gold) for gold in golds(cell)]
         rewards.append(float(any(found)) if any(one is not None for one in found) else None)
     return rewards

@@ -73,6 +73,25 @@ def test_instruction_rows_may_be_chats(chat_tokenizer):
     assert parts(chat_tokenizer, sample) == ("[user]Add.\n\n1+1<eos>\n[assistant]", "2<eos>")
 
 
+def test_sharegpt_s_roles_are_a_chat_s_under_a_chat_s_names_too(chat_tokenizer):
+    chat = [{"role": "human", "content": "1+1"}, {"role": "gpt", "content": "2"}]
+    (sample,) = sft(chat_tokenizer, [{"messages": chat}]).all()
+    assert parts(chat_tokenizer, sample) == ("[user]1+1<eos>\n[assistant]", "2<eos>")
+
+
+@pytest.mark.parametrize(("kind", "replies"), [("sft", ["completion"]), ("dpo", ["chosen", "rejected"])])
+def test_replies_that_all_begin_with_their_prompts_are_told(plain_tokenizer, kind, replies):
+    make = {"sft": SftSource, "dpo": PairSource}[kind]
+
+    def warnings(begin):
+        rows = [{"prompt": f"Q: {i}", **{name: f"{begin(i)} {name}" for name in replies}} for i in range(12)]
+        return make.from_config(from_dict({"algo.name": kind}), plain_tokenizer, context_length=64, rows=rows).warnings()
+
+    (warning,) = warnings(lambda i: f"Q: {i}")
+    assert f"every {' and '.join(replies)} begins with its prompt, which the model reads twice then" in warning
+    assert warnings(lambda i: f"Q: {i}" if i else "Q: 9") == []
+
+
 @pytest.mark.parametrize("column", ["conversations", "conversation", "messages"])
 def test_sharegpt_rows_are_chats(chat_tokenizer, column):
     (sample,) = sft(chat_tokenizer, [{column: SHAREGPT, "system": "Add."}]).all()

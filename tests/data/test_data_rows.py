@@ -98,6 +98,8 @@ def test_a_folder_and_a_hub_name_that_cannot_be_had_are_refused_in_one_line(tmp_
     with pytest.raises(UserError, match="neither a file here nor a data set") as error:
         load("no such name!")
     assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match=r"s3://bucket/a\.jsonl: addresses aren't read: fetch it first"):
+        load("s3://bucket/a.jsonl")
 
 
 def test_a_data_set_with_subsets_names_them(monkeypatch):

@@ -51,6 +51,9 @@ NUMBERS_AGREE = [
     ("Left: 437 + 2*234 = 905.\n\nFinal Answer: **73**", "73"), (r"\boxed{28 pct}", r"28\%"), ("28 percentage", "28"),
     ("5!", "5"), (r"\boxed{3 \times 4 = 12}", "12"), (r"\boxed{0.\overline{3}}", "1/3"), (r"\frac13", r"0.\bar{3}"),
     (r"-2.1\overline{6}", "-13/6"), (r"1,234.\overline{5}", "11111/9"), (r"\boxed{{1 \over 2}}", "0.5"),
+    (r"\boxed{10\text{ km}^2}", "10"), ("答案是42。", "42"), ("所以答案是 -5", "-5"), ("정답은42입니다", "42"),
+    ("<think>maybe \\boxed{7}</think> It is 5.", "5"), ("#### 42\n" + "The reasoning confirms this. " * 20, "42"),
+    ("So, Josh made a profit of **$70,000**.", "70000"), ("42", 42.0), (r"\fbox{42}", "42"), ("42 个", "42"),
     (r"\boxed{1 \over 2}", "0.5"), (r"It is $1 \over 2$", "0.5"), (r"-{1 \over 2}", "-0.5"), (r"2{1\over 2}", "2.5"),
 ]  # fmt: skip
 NUMBERS_DIFFER = [
@@ -70,6 +73,8 @@ NUMBERS_DIFFER = [
     (r"\boxed{\{5\}}", "5"), (r"\boxed{5 + x}", "5"), ("10-3", "3"), (r"\boxed{|5|}", "5"),
 ]  # fmt: skip
 TEXTS_AGREE = [
+    (r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", r"\begin{pmatrix}1\\2\end{pmatrix}"), ("true", True),
+    ("<think>A or B?</think>\n\n**B**", "B"), ("[8.124,12.852]", "[8.124, 12.852]"),
     (r"\frac12", r"\frac{1}{2}"), (r"\text{B}", "B"), ("B", r"\text{B}"), ("(3, 4)", "(3,4)"), ("(B)", "B"),
     (r"\boxed{\textbf{(B)}}", "B"), ("Paris.", "Paris"), (r"(0.5, 1)", r"\left(\frac12, 1\right)"), ("x=5", "5"),
     (r"\frac{\sqrt{3}}{2}", r"\dfrac{\sqrt3}{2}"), ("5", "x = 5"), ("x^2 + 1", "x^2+1"), ("[0, 1)", "[0,1)"),
@@ -78,6 +83,8 @@ TEXTS_AGREE = [
     (r"x\in[-2,7]", "[-2,7]"), (r"{x+1 \over 2}", r"\frac{x+1}{2}"), (r"(3,0.\overline{3})", r"(3, \frac13)"),
 ]  # fmt: skip
 TEXTS_DIFFER = [
+    ("<think>B</think> C", "B"),
+    (r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", r"\begin{pmatrix} 1 \\ 3 \end{pmatrix}"),
     ("x=5", "y=5"), ("1 2", "12"), ("(3,4)", "(4,3)"), ("(3,4)", "[3,4]"), ("(3,4", "(3,4)"), ("A", "B"), ("a", "A"),
     ("12", "Apollo 12"), ("5 apples", "6 apples"), ("(3,-4)", "(3,4)"), ("(1,2)", "(1,2,3)"), ("x+1", "x-1"),
     ("5 cm", r"5\text{ m}"), ("3,5", "3.5"), ("12:00", "1:00"), (r"7_{10}", r"7_{8}"), ("31/2", "3 1/2"),
@@ -188,6 +195,8 @@ def test_gsm8k_s_answers_rewritten_are_right_and_changed_are_wrong(rule, one_of)
 # What math-verify adds, and what it must not.
 
 SYMBOLS_AGREE = [
+    (r"\boxed{\begin{pmatrix} 1 \\ 2 \end{pmatrix}}", r"\begin{pmatrix}\frac{2}{2}\\2\end{pmatrix}"),
+    (r"\boxed{b+a}", "a+b"),
     (r"\boxed{x^2+2x+1}", "(x+1)^2"), (r"\boxed{\sqrt{25}}", "5"), (r"\boxed{3\pi}", r"\pi \cdot 3"),
     (r"\boxed{\{2,1\}}", r"\{1,2\}"), (r"So it is $2\sqrt{2}$.", r"\sqrt{8}"), (r"\boxed{x\le 5}", r"x \leq 5"),
     (r"\boxed{\begin{pmatrix}1&2\end{pmatrix}}", r"\begin{pmatrix}1 & 2\end{pmatrix}"), ("$x^2+1$", "1+x^2"),
