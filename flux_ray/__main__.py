@@ -37,8 +37,8 @@ OVERRIDE = re.compile(r"(?P<sign>\+\+|\+|~|)(?P<key>[^=@~+]+)(?P<value>=.*)?", r
 #: Hydra's flags that take a value.
 HYDRA_FLAGS = ("--config-dir", "-cd", "--config-path", "-cp", "--config-name", "-cn", "--package", "-p")
 #: Those that take none, or whose value is a word of its own.
-OTHER_FLAGS = ("--help", "-h", "--hydra-help", "--version", "--cfg", "-c", "--resolve", "--run", "-r", "--multirun", "-m",
-               "--shell-completion", "-sc", "--info", "-i", "--experimental-rerun")
+OTHER_FLAGS = ("--help", "-h", "--hydra-help", "--version", "--cfg", "-c", "--resolve", "--run", "-r", "--multirun",
+               "-m", "--shell-completion", "-sc", "--info", "-i", "--experimental-rerun")
 #: An experiment's options lie over the whole config, whatever its first line says (conf/config.yaml).
 EXPERIMENT, OVER_ALL = re.compile(r"\A(\+\+|\+|~|)experiment(?=\Z|=)"), "@_global_"
 
@@ -147,7 +147,8 @@ COMPOSING: dict[str, Callable[[list[str]], None]] = {"train": train, "explain": 
 #: Other verbs ► the module whose `command` they are: from words to the exit code, or None for 0.
 COMMANDS = {"translate": "flux_ray.translate", "info": "flux_ray.info", "audit": "flux_ray.audit",
             "checkpoint": "flux_ray.checkpoints", "replay": "flux_ray.replay", "metrics": "flux_ray.metrics",
-            "passrates": "flux_ray.pass_rates", "eval": "flux_ray.evaluations", "chat": "flux_ray.chat", "generate": "flux_ray.generate",
+            "eval": "flux_ray.evaluations", "chat": "flux_ray.chat", "generate": "flux_ray.generate",
+            "passrates": "flux_ray.pass_rates",
             "view": "flux_ray.observability.page.view", "report": "flux_ray.observability.page.report",
             "compare": "flux_ray.observability.page.compare"}
 

@@ -101,8 +101,9 @@ class Rated:
 
     def __str__(self) -> str:
         known = [rate for rate in self.rates if rate is not None]
-        return (f"{self.file}: {len(known)} of {len(self.rates)} rows have a pass rate, {sum(known) / len(known):.3g} in "
-                f"the mean; {known.count(1.0)} are always right, {known.count(0.0)} never")
+        mean = sum(known) / len(known)
+        return (f"{self.file}: {len(known)} of {len(self.rates)} rows have a pass rate, {mean:.3g} in the mean; "
+                f"{known.count(1.0)} are always right, {known.count(0.0)} never")
 
 
 def _key(prompt: object) -> str:

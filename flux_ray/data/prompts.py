@@ -10,6 +10,7 @@ Never:  draws at random: order and seeds are hashes of the run's seed.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -46,7 +47,7 @@ class PromptSet:
         self.num_without_reply = 0  # prompts of which the assistant's last message was left out
         self.num_unrated = 0  # rows without a pass rate, where a curriculum goes by it
         bad = BadRows(rows, column, self.config.data.on_bad_row)
-        read: list[int] = []  # numbers of the rows that give a text
+        read = array("q")  # numbers of the rows that give a text
         tokens = encode_starts(tokenizer, self._written(tokenizer, bad, read))
         limit, reason = prompt_limit(self.config.data, self.config.rollout, context_length)
         keep = (tokens.lengths > 0) & (tokens.lengths <= limit)
@@ -64,7 +65,7 @@ class PromptSet:
         self.num_rows = len(self._kept)
         self.longest_prompt = int(tokens.lengths[self._places].max())
 
-    def _written(self, tokenizer: Tokenizer, bad: BadRows, read: list[int]) -> Iterator[tuple[str, bool]]:
+    def _written(self, tokenizer: Tokenizer, bad: BadRows, read: array[int]) -> Iterator[tuple[str, bool]]:
         """What the tokenizer gets of each good row, and whether the template wrote it."""
         for number, row in enumerate(self._rows.rows):
             try:

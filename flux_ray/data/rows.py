@@ -10,6 +10,7 @@ Never:  looks into a column: what a prompt or a completion must be is said by pr
 from __future__ import annotations
 
 import logging
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -97,7 +98,7 @@ class Rows:
         """
         columns: dict[str, int] = {}
         cells: list[tuple[object, ...]] = []
-        numbers: list[int] = []
+        numbers = array("q")
         broken: list[Broken] = []
         files: list[tuple[int, str]] = []
         number = 0

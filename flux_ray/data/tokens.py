@@ -46,10 +46,16 @@ class Tokens:
         return cls(flat, lengths)
 
     @classmethod
-    def joined(cls, parts: Sequence[Tokens]) -> Tokens:
-        if not parts:
-            return cls.of([])
-        return cls(np.concatenate([part.flat for part in parts]), np.concatenate([part.lengths for part in parts]))
+    def joined(cls, parts: list[Tokens]) -> Tokens:
+        """One after another. `parts` is empty afterwards: each is freed once it is copied, or all would be there twice.
+        """
+        lengths = np.concatenate([part.lengths for part in parts]) if parts else np.zeros(0, np.int64)
+        flat, end = np.empty(int(lengths.sum()), np.int32), int(lengths.sum())
+        while parts:
+            part = parts.pop()
+            flat[end - len(part.flat) : end] = part.flat
+            end -= len(part.flat)
+        return cls(flat, lengths)
 
     def __len__(self) -> int:
         return len(self.lengths)

@@ -88,6 +88,6 @@ def _of_yaml(key: str, text: str) -> object:
     if isinstance(found, (list, dict)) and all(map(KEY.fullmatch, _keys(found))):
         return found
     if text[:1] == "{" and text[-1:] == "}":
-        raise UserError(f"{key}={text}: no mapping that can be read: put a blank after each colon, and texts with other "
-                        "signs than letters, digits and / . _ - in quotes")
+        raise UserError(f"{key}={text}: no mapping that can be read: put a blank after each colon, and texts with "
+                        "other signs than letters, digits and / . _ - in quotes")
     return text

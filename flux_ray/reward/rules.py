@@ -118,8 +118,8 @@ def math(
     close = close_within(tolerance)
 
     def is_right(text: str, gold: str) -> bool:
-        if numbers_or_texts_agree(text, gold, close):
-            return True
+        if not text.strip() or numbers_or_texts_agree(text, gold, close):
+            return bool(text.strip()) or not gold.strip()
         gold = answer_part(gold)[0]
         if whole_number(gold) is not None and parse_number(text) is not None:
             return False

@@ -85,7 +85,8 @@ def test_replies_that_all_begin_with_their_prompts_are_told(plain_tokenizer, kin
 
     def warnings(begin):
         rows = [{"prompt": f"Q: {i}", **{name: f"{begin(i)} {name}" for name in replies}} for i in range(12)]
-        return make.from_config(from_dict({"algo.name": kind}), plain_tokenizer, context_length=64, rows=rows).warnings()
+        config = from_dict({"algo.name": kind})
+        return make.from_config(config, plain_tokenizer, context_length=64, rows=rows).warnings()
 
     (warning,) = warnings(lambda i: f"Q: {i}")
     assert f"every {' and '.join(replies)} begins with its prompt, which the model reads twice then" in warning
