@@ -46,9 +46,10 @@ def test_a_long_tmpdir_few_files_no_gpu_and_ray_s_own_word_for_a_ray_of_the_run_
 
 
 @pytest.mark.all
-def test_two_runs_at_once_have_a_ray_each(toys, tmp_path, start):
-    programs = [start(*small(toys, tmp_path / name), folder=tmp_path / f"of_{name}") for name in ("first", "second")]
-    for program, name in zip(programs, ("first", "second"), strict=True):
+def test_two_runs_at_once_have_a_ray_each_whatever_their_folders_are_called(toys, tmp_path, start):
+    names = ("my run, lr=1e-5", "[é] #2")
+    programs = [start(*small(toys, tmp_path / name), folder=tmp_path / f"of {name}") for name in names]
+    for program, name in zip(programs, names, strict=True):
         assert_trained(program, tmp_path / name)
 
 

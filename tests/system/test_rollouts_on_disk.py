@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
+import pandas
 import pytest
 
 from flux_ray.__main__ import main
@@ -31,6 +34,14 @@ def test_every_sample_of_every_step_is_there(whole):
             assert np.abs(row.policy_logprobs[mask] - row.sampler_logprobs[mask]).max(initial=0) < 2e-5
             assert set(row.versions[mask]) <= {line["step"]}
             assert row.generate_s > 0 and row.score_s > 0
+
+
+def test_each_row_is_rated_by_the_samples_of_all_steps(whole, tmp_path):
+    assert main(["passrates", str(whole), "-o", str(tmp_path / "rated.jsonl"), "eval.pass_reward=0.25"]) == 0
+    samples = pandas.concat([rollouts.read(whole, step).to_pandas() for step in range(NUM_STEPS)])
+    expected = (samples["task_reward"] >= 0.25).groupby(samples["row"]).mean()
+    rates = [json.loads(line)["pass_rate"] for line in (tmp_path / "rated.jsonl").read_text().splitlines()]
+    assert len(rates) == 40 and rates == [expected.get(row) for row in range(40)] and 0 < samples["task_reward"].max()
 
 
 def test_a_replayed_step_has_the_run_s_numbers(whole):
