@@ -14,6 +14,7 @@ import contextlib
 import functools
 import logging
 import os
+import socket
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 
 LOCAL_OBJECT_STORE_BYTES = 512 * 2**20  # of a Ray of the run's own, on CPU
 MAX_CONCURRENT_CALLS = 100_000  # of one actor. Never reached: a call that frees others must not queue behind them
+CONNECT_DEADLINE_S = 10.0  # for a cluster's port to take a connection
 CLOSE_DEADLINE_S = 5.0  # for an actor to end its own children before it is killed
 
 T = TypeVar("T")
@@ -110,6 +112,22 @@ async def _quietly(actor: RayActor, deadline_s: float) -> None:
         await actor.host(Host.close).within(deadline_s)
 
 
+def _closed(address: str) -> str | None:
+    """Why nobody is reached at HOST:PORT; None where somebody listens. Ray itself would go on trying for minutes."""
+    host, _, port = address.rpartition(":")
+    if not port.isdecimal():   # Ray's own word
+        return None
+    why = ""
+    for name in dict.fromkeys((host.strip("[]"), services.resolve_ip_for_localhost(host))):
+        try:
+            socket.create_connection((name, int(port)), timeout=CONNECT_DEADLINE_S).close()
+        except (OSError, OverflowError) as error:
+            why = getattr(error, "strerror", None) or str(error)
+        else:
+            return None
+    return why
+
+
 @contextlib.contextmanager
 def _own_session() -> Iterator[None]:
     """Ray's processes that start within are in a session of their own.
@@ -174,6 +192,9 @@ class Cluster:
         UserError where nobody answers, or anybody would be answered (unless `allow_open`).
         """
         address = self.wanted_address(address)
+        closed = _closed(address) if address else None
+        if closed:
+            raise UserError(f"no Ray cluster answers at cluster.address={address}: {closed}")
         options: dict[str, object] = {
             "log_to_driver": False, "logging_level": logging.ERROR, "ignore_reinit_error": True}
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import socket
+from pathlib import Path
+
 import pytest
 
 from flux_ray.cluster.groups import Cluster
@@ -31,3 +34,15 @@ def test_a_client_s_address_is_refused(monkeypatch, configured, from_environment
     monkeypatch.setenv("RAY_ADDRESS", from_environment)
     with pytest.raises(UserError, match=f"{named}: a run joins a cluster from one of its machines"):
         Cluster.wanted_address(configured)
+
+
+def test_an_address_where_nobody_listens_is_refused_at_once():
+    """Ray would try it for minutes."""
+    with socket.socket() as taken:   # bound, and not listening
+        taken.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        cluster = Cluster(log_dir=Path("/nowhere"), plugins=[])
+        with pytest.raises(UserError, match=rf"no Ray cluster answers at cluster\.address={address}: Connection refused"):
+            cluster.connect(address, cpus=1)
+    with pytest.raises(UserError, match=r"no Ray cluster answers at cluster\.address=no\.such\.host:6379: "):
+        cluster.connect("no.such.host:6379", cpus=1)
