@@ -23,7 +23,7 @@ LOSS = "eval/loss"
 def test_auto_goes_on_from_what_is_whole_and_the_best_is_kept(kept, toys, tmp_path):
     def trained(name, callback=None):
         config = FluxConfig(resume="auto", model_path=str(toys.untied), algorithm="sft", **{
-            "run_dir": str(tmp_path / name), "train.num_ranks": 1, "train.learning_rate": 1e-3,
+            "run_dir": str(tmp_path / name), "train.num_ranks": 2, "train.learning_rate": 1e-3,
             "train.warmup_steps": 0, "batch.prompts_per_step": 8, "num_steps": NUM_STEPS, "eval.data": str(toys.data),
             "eval.every": 1, "checkpoint.every": 2, "checkpoint.keep": 2, "checkpoint.best": f"-{LOSS}"})
         with kept():
