@@ -149,6 +149,7 @@ class Cluster:
         self._placements: dict[str, list[PlacementGroup]] = {}
         self._own: OwnRay | None = None  # where Ray is the run's own
         self._scratch: Scratch | None = None  # of its actors
+        self.stands = False  # actors of a life that is over stand here, and wait for the next one
 
     @staticmethod
     def wanted_address(address: str | None) -> str | None:
@@ -249,6 +250,18 @@ class Cluster:
         group.of_one_machine = self._own is not None
         self._groups.append(group)
         return group
+
+    def standing(self, role: str) -> RayGroup[Any] | None:
+        """The actors of that role, where there are any."""
+        return next((group for group in self._groups if group.role == role), None)
+
+    def end(self, role: str) -> None:
+        """End the actors of that role at once, where there are any. Their places stay."""
+        group = self.standing(role)
+        if group is not None:
+            self._groups.remove(group)
+            for actor in group:
+                actor.kill()
 
     def _options(self, role: Role, index: int) -> dict[str, object]:
         placements = self._placements[role.inside or role.name]

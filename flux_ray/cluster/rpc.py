@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 from flux_ray import ports
-from flux_ray.cluster.group import ActorDied, ActorError, CallFailed
+from flux_ray.cluster.group import ActorDied, ActorError, ActorLate, CallFailed
 from flux_ray.cluster.together import Answer, Desk, Line, LineCall, Lost, Sent
 from flux_ray.errors import UserError
 from flux_ray.lifetime import end_with_parent
@@ -153,9 +153,9 @@ class RayActor:
         return ActorError(f"{self.role} {self.index}, {what}: {type(cause).__name__}: {cause}", role=self.role,
                           index=self.index, log_file=self.log_file, raised=type(cause).__name__)
 
-    def late(self, what: str, deadline_s: float) -> TimeoutError:
-        return TimeoutError(f"{self.role} {self.index} did not finish {what} within {deadline_s:g} s; its log: "
-                            f"{self.log_file}")
+    def late(self, what: str, deadline_s: float) -> ActorLate:
+        return ActorLate(f"{self.role} {self.index} did not finish {what} within {deadline_s:g} s; its log: "
+                         f"{self.log_file}", role=self.role, index=self.index)
 
 
 @dataclass(frozen=True)

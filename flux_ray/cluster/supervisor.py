@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import enum
+import itertools
 from collections import Counter
 from collections.abc import Callable, Coroutine
 from typing import Any
@@ -19,6 +20,7 @@ from flux_ray.cluster.group import Actor, ActorDied, Group, Members, first_failu
 from flux_ray.cluster.heartbeat import Heartbeat
 from flux_ray.protocols import Meets
 
+_epochs = itertools.count(1)  # of this process: actors may know the members of an earlier supervisor
 MOST_DEATHS = 10  # of one role without a step in between: a role that dies so often will go on dying
 
 
@@ -28,7 +30,7 @@ class OnDeath(enum.Enum):
 
 
 class Supervisor:
-    """Of one run; it lives in the driver's process."""
+    """Of one life of a run; it lives in the driver's process."""
 
     def __init__(self, *, start_deadline_s: float, heartbeat: bool = True) -> None:
         """`heartbeat`: whether those that answer nothing are ended."""
@@ -82,6 +84,11 @@ class Supervisor:
     def _ended_silent(self, actor: Actor[Any], silent_s: float) -> None:
         why = f"{actor.role} {actor.index}: the process did not answer for {silent_s:.0f} s and was ended"
         self.end_silent(actor.role, actor.index, actor.incarnation, why)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether nobody is being replaced."""
+        return not self._replacing
 
     def progress(self) -> None:
         """A step is done: count deaths anew."""
@@ -147,7 +154,7 @@ class Supervisor:
         replaced(index)
 
     async def _tell_everybody(self) -> None:
-        members = Members(self.members.epoch + 1, {role: tuple(group) for role, group in self._groups.items()})
+        members = Members(next(_epochs), {role: tuple(group) for role, group in self._groups.items()})
         self.members = members
         await first_failure([self._tell(actor, members) for role in sorted(self._informed)
                              for actor in self._groups[role]])
