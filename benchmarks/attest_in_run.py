@@ -21,8 +21,8 @@ from typing import Any
 
 import psutil
 
-from flux_ray import FluxConfig
 from benchmarks.work import Phase, equal, make_data, make_model, options
+from flux_ray import FluxConfig
 from tests.system.program import Program
 
 WARM_UP = 2  # steps

@@ -11,8 +11,8 @@ from flux_ray.cluster.group import ActorDied, ActorError, ActorLate, CallFailed
 from flux_ray.errors import UserError
 from flux_ray.observability.run_folder import RunFolder
 from flux_ray.records import LoopState
-from flux_ray.run.prepare import Prepared
 from flux_ray.run.numbers import NumbersWentWrong
+from flux_ray.run.prepare import Prepared
 from flux_ray.run.restarts import Restarts, is_fault
 
 pytestmark = pytest.mark.unit
