@@ -23,6 +23,7 @@ import psutil
 
 from benchmarks.work import Phase, equal, make_data, make_model, options
 from flux_ray import FluxConfig
+from flux_ray.api import to_yaml
 from tests.system.program import Program
 
 WARM_UP = 2  # steps
@@ -93,7 +94,7 @@ def main() -> None:
         values = options(folder, dtype="float32", phases=[phase]) | {
             "data.train": str(folder / "data.jsonl"), "run_dir": str(folder / "run"),
             "plugins": [str(folder / "plugin.py")]}
-        FluxConfig(algorithm="grpo", **values).to_yaml(folder / "run.yaml")
+        to_yaml(FluxConfig(algorithm="grpo", **values), folder / "run.yaml")
         program = Program(["--config", str(folder / "run.yaml")], folder=folder)
         try:
             program.wait_for_steps(WARM_UP, run_dir=folder / "run", deadline_s=START_S)

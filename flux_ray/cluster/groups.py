@@ -150,6 +150,7 @@ class Cluster:
         self._own: OwnRay | None = None  # where Ray is the run's own
         self._scratch: Scratch | None = None  # of its actors
         self.stands = False  # actors of a life that is over stand here, and wait for the next one
+        self.epoch = 0  # of the members that they know
 
     @staticmethod
     def wanted_address(address: str | None) -> str | None:
@@ -255,7 +256,7 @@ class Cluster:
         """The actors of that role, where there are any."""
         return next((group for group in self._groups if group.role == role), None)
 
-    def end(self, role: str) -> None:
+    def end_role(self, role: str) -> None:
         """End the actors of that role at once, where there are any. Their places stay."""
         group = self.standing(role)
         if group is not None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import enum
-import itertools
 from collections import Counter
 from collections.abc import Callable, Coroutine
 from typing import Any
@@ -20,7 +19,6 @@ from flux_ray.cluster.group import Actor, ActorDied, Group, Members, first_failu
 from flux_ray.cluster.heartbeat import Heartbeat
 from flux_ray.protocols import Meets
 
-_epochs = itertools.count(1)  # of this process: actors may know the members of an earlier supervisor
 MOST_DEATHS = 10  # of one role without a step in between: a role that dies so often will go on dying
 
 
@@ -32,8 +30,8 @@ class OnDeath(enum.Enum):
 class Supervisor:
     """Of one life of a run; it lives in the driver's process."""
 
-    def __init__(self, *, start_deadline_s: float, heartbeat: bool = True) -> None:
-        """`heartbeat`: whether those that answer nothing are ended."""
+    def __init__(self, *, start_deadline_s: float, heartbeat: bool = True, epoch: int = 0) -> None:
+        """`heartbeat`: whether those that answer nothing are ended. `epoch`: of the members that actors know."""
         self._start_deadline_s, self._heartbeat = start_deadline_s, heartbeat
         self._groups: dict[str, Group[Any]] = {}
         self._policies: dict[str, OnDeath] = {}
@@ -49,7 +47,7 @@ class Supervisor:
         self.warn: Callable[[str], None] = lambda text: None
         #: What is done, in a thread, before an actor that answers nobody is ended: its stack is written down.
         self.look_at: Callable[[Actor[Any]], None] | None = None
-        self.members = Members()
+        self.members = Members(epoch)
         self._told = Members()  # the newest that every informed actor has
         #: The error that ends the run.
         self.failure: asyncio.Future[Exception] = asyncio.get_running_loop().create_future()
@@ -154,7 +152,7 @@ class Supervisor:
         replaced(index)
 
     async def _tell_everybody(self) -> None:
-        members = Members(next(_epochs), {role: tuple(group) for role, group in self._groups.items()})
+        members = Members(self.members.epoch + 1, {role: tuple(group) for role, group in self._groups.items()})
         self.members = members
         await first_failure([self._tell(actor, members) for role in sorted(self._informed)
                              for actor in self._groups[role]])

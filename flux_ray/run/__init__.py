@@ -208,7 +208,7 @@ async def _live(prepared: Prepared, body: RunBody, recorder: Recorder, cluster: 
 
     config = prepared.config
     wish, build, leaves_others = _interruptible(), None, False
-    supervisor = Supervisor(start_deadline_s=config.cluster.start_deadline_s)
+    supervisor = Supervisor(start_deadline_s=config.cluster.start_deadline_s, epoch=cluster.epoch)
     supervisor.warn = recorder.warn
     supervisor.look_at = lambda actor: write_stacks([recorder.folder.logs / f"{actor.role}-{actor.index}.log"])
     watching = None

@@ -129,13 +129,13 @@ class Build:
         """The life is over, and its ranks end. The other actors let go of all that it has asked of them; then they
         stand in the cluster for the next one, unless one of them fails."""
         for role in (TRAINER, CRITIC):
-            self._cluster.end(role)
+            self._cluster.end_role(role)
         try:
             await all_within([worker.call(Worker.let_go) for worker in self._groups.get(ROLLOUT, ())], LET_GO_S)
         except (ActorError, TimeoutError) as error:
             logging.getLogger(__name__).warning("all actors are started anew: %s", error)
         else:
-            self._cluster.stands = True
+            self._cluster.stands, self._cluster.epoch = True, self.supervisor.members.epoch
 
     async def _rollout_loop(self, task: Rollouts, recorder: Recorder) -> Loop:
         """All roles, started side by side; then the weight channel from trainer to engines."""
