@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import ray
-from ray._private import services, utils
+from ray._private import ray_constants, services, utils
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -126,6 +126,20 @@ def _own_session() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def _on_loopback() -> Iterator[None]:
+    """A Ray that starts within listens on 127.0.0.1 alone, with the ports of its metrics too.
+
+    It does so by itself on Windows and macOS. Where it is asked for that address, it takes the machine's instead.
+    """
+    clusters = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = clusters
+
+
+@contextlib.contextmanager
 def _own_signals() -> Iterator[None]:
     """Ray, which starts within, leaves SIGTERM to this process.
 
@@ -187,7 +201,7 @@ class Cluster:
                     tokens.check_closed(address)
             else:
                 starts = not ray.is_initialized()
-                with _own_session(), _own_signals():
+                with _own_session(), _own_signals(), _on_loopback():
                     ray.init(
                         address="local",  # without it Ray looks for a cluster itself: RAY_ADDRESS, or what runs here
                         num_cpus=max(1, round(cpus + 0.5)),
