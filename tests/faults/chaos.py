@@ -233,6 +233,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path)
     asked = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended from outside"))  # else its runs would go on
     if unknown := set(asked.rows) - set(ROWS):
         parser.error(f"no row {sorted(unknown)[0]!r}; there are: {', '.join(ROWS)}")
     lines, failed = [], 0
