@@ -144,9 +144,13 @@ def _lives(prepared: Prepared, recorder: Recorder, body: RunBody, own_cpus: floa
             goes_on = cluster.stands
         finally:
             if not goes_on:
-                with signals.asks(lambda: None, kill=cluster.kill):
-                    asyncio.run(cluster.close())
+                _close(cluster)
                 cluster = None
+
+
+def _close(cluster: Cluster) -> None:
+    with signals.asks(lambda: None, kill=cluster.kill):
+        asyncio.run(cluster.close())
 
 
 def _above_all_versions(prepared: Prepared) -> Prepared:
