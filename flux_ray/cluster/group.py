@@ -43,6 +43,14 @@ class ActorDied(ActorError):
     """The actor is gone, or was ended because it answered nobody: no further call to it can succeed."""
 
 
+class ActorLate(TimeoutError):
+    """An actor has not answered a call within its deadline: it is stuck, or somebody whom it waits for is."""
+
+    def __init__(self, message: str, *, role: str, index: int) -> None:
+        super().__init__(message)
+        self.role, self.index = role, index
+
+
 class CallFailed(Exception):
     """What a call raised in its actor, as text: not every exception can travel. `__str__` is the actor's traceback."""
 
@@ -87,7 +95,7 @@ class Call(Protocol[R_co]):
         """The result. `what` names the call in an error, in place of the method's name.
 
         Raises ActorError where the call failed, ActorDied where the actor died, UserError as it was raised there,
-        TimeoutError after the deadline. A caller that is cancelled, or passes the deadline, cancels the call.
+        ActorLate after the deadline. A caller that is cancelled, or passes the deadline, cancels the call.
         """
 
     def cancel(self) -> None:

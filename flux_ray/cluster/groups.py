@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import ray
-from ray._private import services, utils
+from ray._private import ray_constants, services, utils
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -144,6 +144,20 @@ def _own_session() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def _on_loopback() -> Iterator[None]:
+    """A Ray that starts within listens on 127.0.0.1 alone, with the ports of its metrics too.
+
+    It does so by itself on Windows and macOS. Where it is asked for that address, it takes the machine's instead.
+    """
+    clusters = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = clusters
+
+
+@contextlib.contextmanager
 def _own_signals() -> Iterator[None]:
     """Ray, which starts within, leaves SIGTERM to this process.
 
@@ -167,6 +181,8 @@ class Cluster:
         self._placements: dict[str, list[PlacementGroup]] = {}
         self._own: OwnRay | None = None  # where Ray is the run's own
         self._scratch: Scratch | None = None  # of its actors
+        self.stands = False  # actors of a life that is over stand here, and wait for the next one
+        self.epoch = 0  # of the members that they know
 
     @staticmethod
     def wanted_address(address: str | None) -> str | None:
@@ -206,7 +222,7 @@ class Cluster:
                     tokens.check_closed(address)
             else:
                 starts = not ray.is_initialized()
-                with _own_session(), _own_signals():
+                with _own_session(), _own_signals(), _on_loopback():
                     ray.init(
                         address="local",  # without it Ray looks for a cluster itself: RAY_ADDRESS, or what runs here
                         num_cpus=max(1, round(cpus + 0.5)),
@@ -270,6 +286,18 @@ class Cluster:
         group.of_one_machine = self._own is not None
         self._groups.append(group)
         return group
+
+    def standing(self, role: str) -> RayGroup[Any] | None:
+        """The actors of that role, where there are any."""
+        return next((group for group in self._groups if group.role == role), None)
+
+    def end_role(self, role: str) -> None:
+        """End the actors of that role at once, where there are any. Their places stay."""
+        group = self.standing(role)
+        if group is not None:
+            self._groups.remove(group)
+            for actor in group:
+                actor.kill()
 
     def _options(self, role: Role, index: int) -> dict[str, object]:
         placements = self._placements[role.inside or role.name]

@@ -2,7 +2,7 @@
 
 Takes:  a folder, and the sessions of Ray's processes (arguments); a pipe from the driver as its standard input.
 Knows:  the pipe ends with the driver, however that ended. Ray's agents would stay for a minute, with their ports; the
-        folder, which is of temporary files, for ever.
+        folder, which is of temporary files, for ever, and so would semaphores that bear its name (scratch.py).
 """
 
 import os
@@ -12,6 +12,7 @@ import sys
 import time
 
 GRACE_S = 4.0  # for those that end by themselves
+SHARED = "/dev/shm"
 
 
 def sessions() -> dict[int, int]:
@@ -42,6 +43,9 @@ def main() -> None:
             except ProcessLookupError:
                 continue
     shutil.rmtree(folder, ignore_errors=True)
+    for name in os.listdir(SHARED) if os.path.isdir(SHARED) else ():
+        if name.startswith(f"sem.{os.path.basename(folder)}-"):
+            os.unlink(os.path.join(SHARED, name))
 
 
 if __name__ == "__main__":

@@ -26,7 +26,8 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 from flux_ray import ports
-from flux_ray.cluster.group import ActorDied, ActorError, CallFailed
+from flux_ray.cluster.group import ActorDied, ActorError, ActorLate, CallFailed
+from flux_ray.cluster.scratch import name_semaphores
 from flux_ray.cluster.together import Answer, Desk, Line, LineCall, Lost, Sent
 from flux_ray.errors import UserError
 from flux_ray.lifetime import end_with_parent
@@ -47,6 +48,7 @@ class Host:
         redirect_output(log_file)
         # Ray asks a worker whose raylet died to end, but an object's threads may keep it from ending.
         end_with_parent()
+        name_semaphores()
         # Our own code talks to the log through logging; Ray and vLLM write to the file descriptors.
         logging.basicConfig(
             level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
@@ -153,9 +155,9 @@ class RayActor:
         return ActorError(f"{self.role} {self.index}, {what}: {type(cause).__name__}: {cause}", role=self.role,
                           index=self.index, log_file=self.log_file, raised=type(cause).__name__)
 
-    def late(self, what: str, deadline_s: float) -> TimeoutError:
-        return TimeoutError(f"{self.role} {self.index} did not finish {what} within {deadline_s:g} s; its log: "
-                            f"{self.log_file}")
+    def late(self, what: str, deadline_s: float) -> ActorLate:
+        return ActorLate(f"{self.role} {self.index} did not finish {what} within {deadline_s:g} s; its log: "
+                         f"{self.log_file}", role=self.role, index=self.index)
 
 
 @dataclass(frozen=True)

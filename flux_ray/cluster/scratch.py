@@ -1,12 +1,13 @@
 """The folder for temporary files of a run's actors, where Ray is the run's own.
 
-Gives:  `Scratch`, a HeldFolder; what the actors' environment says of it.
+Gives:  `Scratch`, a HeldFolder; what the actors' environment says of it; `name_semaphores`, for an actor.
 Knows:  libraries leave sockets and folders there when they are ended. A path of a socket has 107 characters at most.
 """
 
 from __future__ import annotations
 
 import getpass
+import multiprocessing
 import os
 import re
 import tempfile
@@ -32,3 +33,14 @@ class Scratch(HeldFolder):
         user = re.sub(r'[\\/:*?"<>|]', "_", getpass.getuser())
         compiled = os.environ.get("TORCHINDUCTOR_CACHE_DIR") or f"{tempfile.gettempdir()}/torchinductor_{user}"
         return {"TMPDIR": str(self.folder), "TORCHINDUCTOR_CACHE_DIR": compiled}
+
+
+def name_semaphores() -> None:
+    """Those that libraries make in this actor bear the folder's name: who removes it finds them in /dev/shm.
+
+    Else one of each engine stays there, for Ray ends the process that would remove it.
+    """
+    folder = Path(os.environ.get("TMPDIR", "")).name
+    if folder.startswith(PREFIX):
+        # Nothing public sets it. Processes that this one starts take it over.
+        multiprocessing.current_process()._config["semprefix"] = f"/{folder}"  # type: ignore[attr-defined]

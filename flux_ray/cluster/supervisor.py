@@ -28,10 +28,10 @@ class OnDeath(enum.Enum):
 
 
 class Supervisor:
-    """Of one run; it lives in the driver's process."""
+    """Of one life of a run; it lives in the driver's process."""
 
-    def __init__(self, *, start_deadline_s: float, heartbeat: bool = True) -> None:
-        """`heartbeat`: whether those that answer nothing are ended."""
+    def __init__(self, *, start_deadline_s: float, heartbeat: bool = True, epoch: int = 0) -> None:
+        """`heartbeat`: whether those that answer nothing are ended. `epoch`: of the members that actors know."""
         self._start_deadline_s, self._heartbeat = start_deadline_s, heartbeat
         self._groups: dict[str, Group[Any]] = {}
         self._policies: dict[str, OnDeath] = {}
@@ -47,7 +47,7 @@ class Supervisor:
         self.warn: Callable[[str], None] = lambda text: None
         #: What is done, in a thread, before an actor that answers nobody is ended: its stack is written down.
         self.look_at: Callable[[Actor[Any]], None] | None = None
-        self.members = Members()
+        self.members = Members(epoch)
         self._told = Members()  # the newest that every informed actor has
         #: The error that ends the run.
         self.failure: asyncio.Future[Exception] = asyncio.get_running_loop().create_future()
@@ -82,6 +82,11 @@ class Supervisor:
     def _ended_silent(self, actor: Actor[Any], silent_s: float) -> None:
         why = f"{actor.role} {actor.index}: the process did not answer for {silent_s:.0f} s and was ended"
         self.end_silent(actor.role, actor.index, actor.incarnation, why)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether nobody is being replaced."""
+        return not self._replacing
 
     def progress(self) -> None:
         """A step is done: count deaths anew."""

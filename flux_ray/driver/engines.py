@@ -27,7 +27,8 @@ class Engines:
         self._dead: set[int] = set()  # no other one stands there yet
         self._serving = {actor.incarnation for actor in group}
         self._connected: tuple[str, ...] = ()
-        self._asked: tuple[str, ...] = ()  # to take the version that is being published
+        #: To take the version that is being published. At first all: an earlier life may have ended as it asked them.
+        self._asked = tuple(actor.incarnation for actor in group)
         self._changed = asyncio.Event()
         self.joined = asyncio.Event()  # one waits for weights
         self.on_change: Callable[[], None] = lambda: None  # who serves has changed

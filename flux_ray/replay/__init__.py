@@ -19,7 +19,7 @@ import yaml
 
 from flux_ray import config as configs
 from flux_ray import names, run_dir
-from flux_ray.config import PolicyGradientConfig, PPOConfig, changed
+from flux_ray.config import Config, PolicyGradientConfig, PPOConfig, changed
 from flux_ray.errors import UserError
 from flux_ray.observability import rollouts
 from flux_ray.observability.reward_metrics import length_metrics, reward_metrics
@@ -28,8 +28,9 @@ from flux_ray.observability.run_folder import METRICS, read_lines
 from flux_ray.plugins import load_plugins
 from flux_ray.replay.again import NORM, gradient_norm, scored_again
 from flux_ray.replay.formulas import metrics_of, scores_of
+from flux_ray.replay.left_out import left_out
 
-USAGE = "flux-ray replay RUN --step N [--score] [--gradient] [OPTION=VALUE ...]"
+USAGE = "flux-ray replay RUN --step N [--score] [--gradient] [--left-out] [OPTION=VALUE ...]"
 SECTIONS = ("algo", "reward")  # whose options may be others than the run's
 WITHOUT_SCORING = ("reward.combine",)  # it is applied to parts that are known
 
@@ -63,6 +64,8 @@ def replay(
     """
     path = Path(run).expanduser().absolute()
     config, given = _config(path, options or {})
+    if not isinstance(config, PolicyGradientConfig):
+        raise UserError(f"algo.name={config.algo.name}: only runs that roll out keep rollouts to replay")
     load_plugins(config.plugins)
     found = rollouts.groups_of(rollouts.read(path, step))
     trained = [one for one in found if one.outcome == TRAINED]
@@ -89,7 +92,7 @@ def replay(
     return Replayed(step, metrics, own, notes)
 
 
-def _config(path: Path, options: Mapping[str, object]) -> tuple[PolicyGradientConfig, set[str]]:
+def _config(path: Path, options: Mapping[str, object]) -> tuple[Config, set[str]]:
     """The run's config with these options, and which ones they are."""
     keys = [key for key, _ in configs.options()]
     flat = names.flatten(options, options=keys)
@@ -105,8 +108,6 @@ def _config(path: Path, options: Mapping[str, object]) -> tuple[PolicyGradientCo
         if configs.objective_of(algorithm) is PPOConfig:
             raise UserError(f"algo.name={algorithm}: its advantages need a critic's values, which the run hasn't")
     config = configs.check_values(configs.from_dict(flat, before={**before, "run_dir": None, "resume": None}))
-    if not isinstance(config, PolicyGradientConfig):
-        raise UserError(f"algo.name={config.algo.name}: only runs that roll out keep rollouts to replay")
     return config, set(flat)
 
 
@@ -128,6 +129,7 @@ def command(arguments: list[str]) -> int:
     parser.add_argument("--step", type=int)
     parser.add_argument("--score", action="store_true")
     parser.add_argument("--gradient", action="store_true")
+    parser.add_argument("--left-out", action="store_true")
     words = [word for word in arguments if "=" not in word or word.startswith("-")]
     try:
         asked, unknown = parser.parse_known_args(words)
@@ -136,9 +138,15 @@ def command(arguments: list[str]) -> int:
     if asked.run is None or asked.step is None or unknown:
         raise UserError(USAGE)
     overrides = [word for word in arguments if word not in words]
-    found = replay(asked.run, step=asked.step, score=asked.score, gradient=asked.gradient, options=_given(overrides))
-    for line in told(found):
-        print(line)
+    options = _given(overrides)
+    if asked.left_out:
+        path = Path(asked.run).expanduser().absolute()
+        config, _ = _config(path, options)
+        load_plugins(config.plugins)
+        lines = left_out(config, path, asked.step)
+    else:
+        lines = told(replay(asked.run, step=asked.step, score=asked.score, gradient=asked.gradient, options=options))
+    print("\n".join(lines))
     return 0
 
 

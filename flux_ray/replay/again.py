@@ -1,14 +1,15 @@
 """What a replay does anew: the rewards of stored texts, the gradient at the weights before the step.
 
 Takes:  a config; groups from disk; the run's folder.
-Gives:  `scored_again`; `gradient_norm`, or why there is none.
+Gives:  `scored_again`; `gradient_norm`, or why there is none; `trainer_at` some weights.
 Never:  changes the run's folder.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from flux_ray.cluster.plan import TRAINER
-from flux_ray.config import PolicyGradientConfig, PPOConfig, changed
+from flux_ray.config import Config, PolicyGradientConfig, PPOConfig, changed
 from flux_ray.data import PromptSource
 from flux_ray.errors import UserError
 from flux_ray.model import context_length, load_tokenizer
@@ -74,19 +75,26 @@ def gradient_norm(config: PolicyGradientConfig, run: Path, trained: Sequence[Rol
     why = _why_not(config, checkpoint, trained, step)
     if why is not None:
         return why
-    device = "cuda" if config.cluster.device != "cpu" and torch.cuda.is_available() else "cpu"
-    alone = changed(config, {"run_dir": None, "train.num_ranks": 1, "train.zero_stage": 0})
-    trainer = Trainer(alone, rank=0, world_size=1, master_address=LOCAL, master_port=reserve(LOCAL), device=device)
-    try:
-        if step:
-            trainer.load_checkpoint(checkpoint / TRAINER)
+    with trainer_at(config, checkpoint if step else None) as trainer:
         trainer.kl_coef = config.algo.kl_coef
         batch = batch_of(config, trained, step)
         report = trainer.train_step(groups=batch.groups, scores=batch.scores,
                                     reference_logprobs=batch.reference_logprobs, step=step)
+    return report.metrics.get(NORM, f"the update isn't finite at {checkpoint.name}")
+
+
+@contextlib.contextmanager
+def trainer_at(config: Config, checkpoint: Path | None) -> Iterator[Trainer]:
+    """One rank alone with a checkpoint's weights; None: with those of model.path."""
+    device = "cuda" if config.cluster.device != "cpu" and torch.cuda.is_available() else "cpu"
+    alone = changed(config, {"run_dir": None, "train.num_ranks": 1, "train.zero_stage": 0})
+    trainer = Trainer(alone, rank=0, world_size=1, master_address=LOCAL, master_port=reserve(LOCAL), device=device)
+    try:
+        if checkpoint is not None:
+            trainer.load_checkpoint(checkpoint / TRAINER)
+        yield trainer
     finally:
         trainer.close()
-    return report.metrics.get(NORM, f"the update isn't finite at {checkpoint.name}")
 
 
 def _why_not(

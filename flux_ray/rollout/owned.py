@@ -2,15 +2,17 @@
 
 Takes:  news; the work on each group.
 Gives:  news to the driver, many at once; arrays to training ranks; texts.
-Keeps:  each group until the driver has it forgotten, which cancels the work on it.
+Keeps:  each group until the driver has it forgotten, which cancels the work on it. What it told a life of the run that
+        is over, or was about to tell it, reaches no other one.
 Never:  waits for another actor.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -24,6 +26,7 @@ GROUPS_PER_WINDOW, MOST_WINDOWS = 16, 10
 NEWS_AT_LEAST_EVERY_S = 10.0  # an answer without news tells the driver that this process lives
 
 Key = tuple[int, int]  # uid and attempt
+R = TypeVar("R")
 
 
 @dataclass
@@ -65,7 +68,8 @@ class Carried:
 class Owned:
     def __init__(self) -> None:
         self.carried: dict[Key, Carried] = {}
-        self._num_running = 0
+        self._running: set[asyncio.Task[None]] = set()
+        self._writing: set[asyncio.Task[Any]] = set()
         self._news: list[News] = []
         self._has_news = asyncio.Event()
 
@@ -73,7 +77,7 @@ class Owned:
         """Work on a group. What the work raises becomes news: GroupFailed."""
         def ended(task: asyncio.Task[None]) -> None:
             carried.tasks.discard(task)
-            self._num_running -= 1
+            self._running.discard(task)
 
         async def guarded() -> None:
             try:
@@ -82,9 +86,9 @@ class Owned:
                 row = carried.first.prompt.where
                 self.tell(GroupFailed(*carried.first.key, f"{what} of {row}", CallFailed.of(error)))
 
-        self._num_running += 1
         task = asyncio.create_task(guarded())
         carried.tasks.add(task)
+        self._running.add(task)
         task.add_done_callback(ended)
 
     def forget(self, key: Key) -> None:
@@ -92,21 +96,40 @@ class Owned:
         for task in carried.tasks if carried else ():
             task.cancel()
 
+    async def to_its_end(self, work: Coroutine[object, object, R]) -> R:
+        """`work` writes files: it goes on where its caller is gone."""
+        task = asyncio.create_task(work)
+        self._writing.add(task)
+        task.add_done_callback(self._writing.discard)
+        return await asyncio.shield(task)
+
+    async def let_go(self) -> None:
+        """The life of the run is over that has asked for all this. Nothing of it goes on when this returns."""
+        self.carried.clear()
+        self._news, self._has_news = [], asyncio.Event()
+        for task in self._running:
+            task.cancel()
+        if going_on := self._running | self._writing:
+            await asyncio.wait(going_on)
+
     def tell(self, news: News) -> None:
         self._news.append(news)
         self._has_news.set()
 
     async def news(self) -> list[News]:
         """What has become of groups since the last call, as soon as there is any."""
+        has_news = self._has_news
         try:
             async with asyncio.timeout(NEWS_AT_LEAST_EVERY_S):
-                await self._has_news.wait()
+                await has_news.wait()
         except TimeoutError:
             return []
-        if self._num_running:
-            windows = min(MOST_WINDOWS, max(1, self._num_running // GROUPS_PER_WINDOW))
+        if self._running:
+            windows = min(MOST_WINDOWS, max(1, len(self._running) // GROUPS_PER_WINDOW))
             await asyncio.sleep(windows * BATCHING_WINDOW_S)
-        self._has_news.clear()
+        if has_news is not self._has_news:  # whoever asked is gone
+            return []
+        has_news.clear()
         news, self._news = self._news, []
         return news
 

@@ -52,6 +52,10 @@ class RolloutFiles:
             return Written(0)
         return await asyncio.to_thread(_written, self._folder, step, waiting)
 
+    def forget(self) -> None:
+        """The step that is under way will never be."""
+        self._waiting = []
+
     def _keeps(self, uid: int) -> bool:
         return self._folder is not None and rollouts.is_kept(uid, self._share)
 

@@ -164,7 +164,7 @@ class RolloutWorker(Owned):
                              (one.generate_s, one.score_s, one.reference_s))
                   for one in found.values() if one.group is not None and one.scored is not None]
         if groups:
-            await asyncio.to_thread(kept.write, Path(file), groups)
+            await self.to_its_end(asyncio.to_thread(kept.write, Path(file), groups))
         return list(found)
 
     async def bring(self, file: str, prompts: Sequence[Prompt]) -> list[GroupReady]:
@@ -184,7 +184,11 @@ class RolloutWorker(Owned):
 
     async def write_rollouts(self, step: int) -> Written:
         """The step's groups, and those that were dropped since the step before. Gives why, where that can't be."""
-        return await self._files.write(step)
+        return await self.to_its_end(self._files.write(step))
+
+    async def let_go(self) -> None:
+        await super().let_go()
+        self._files.forget()
 
     async def probe(self, prompts: Sequence[Prompt], engine: int) -> list[GroupAt]:
         """Have the engine sample a few tokens after each prompt, by the weights that it serves now.

@@ -27,11 +27,12 @@ from flux_ray.run.result import TrainingResult
 
 if TYPE_CHECKING:
     from flux_ray.cluster.groups import Cluster
-    from flux_ray.cluster.plan import Plan
+    from flux_ray.cluster.plan import Plan, Role
     from flux_ray.cluster.supervisor import Supervisor
     from flux_ray.run.build import Build
     from flux_ray.run.prepare import Prepared
     from flux_ray.run.recorder import Recorder
+    from flux_ray.run.restarts import Restarts
     from flux_ray.run.stopping import Stopping
 
 #: What is done with actors that have been spawned: (prepared, build, recorder, stopping).
@@ -124,17 +125,32 @@ def _recorded(prepared: Prepared, body: RunBody, callbacks: Sequence[Callback], 
 
 
 def _lives(prepared: Prepared, recorder: Recorder, body: RunBody, own_cpus: float) -> None:
-    """The work; after a fault again, from the last checkpoint."""
+    """The work; after a fault again, from the last checkpoint. Then, whatever happened, every process of the run ends.
+    """
+    from flux_ray.cluster.groups import Cluster
     from flux_ray.run.restarts import Restarts
 
     restarts = Restarts(prepared, recorder)
+    cluster: Cluster | None = None
     while True:
+        cluster = cluster or Cluster(log_dir=recorder.folder.logs, plugins=list(prepared.config.plugins))
+        goes_on = False  # with the actors that stand
         try:
-            return asyncio.run(_live(prepared, recorder, body, own_cpus))
+            return asyncio.run(_live(prepared, body, recorder, cluster, restarts, own_cpus))
         except Exception as error:
             if body is not _train or signals.came():  # it was about to end anyway
                 raise
             prepared = restarts.after(error)
+            goes_on = cluster.stands
+        finally:
+            if not goes_on:
+                _close(cluster)
+                cluster = None
+
+
+def _close(cluster: Cluster) -> None:
+    with signals.asks(lambda: None, kill=cluster.kill):
+        asyncio.run(cluster.close())
 
 
 def _above_all_versions(prepared: Prepared) -> Prepared:
@@ -183,46 +199,59 @@ def _plan(prepared: Prepared, *, gpus: int, trains: bool) -> Plan:
     return plan
 
 
-async def _live(prepared: Prepared, recorder: Recorder, body: RunBody, own_cpus: float) -> None:
-    """Connect, place, do the work; then, whatever happened, end every process of the run."""
-    from flux_ray.cluster.groups import Cluster
+async def _live(prepared: Prepared, body: RunBody, recorder: Recorder, cluster: Cluster, restarts: Restarts,
+                own_cpus: float) -> None:
+    """Connect and place, unless actors stand there already; do the work.
+
+    Where ranks alone were lost, the other actors are brought to where the next life can go on with them.
+    """
     from flux_ray.cluster.stacks import write_stacks
     from flux_ray.cluster.supervisor import Supervisor
-    from flux_ray.model import slow_dtype
     from flux_ray.run.build import Build
     from flux_ray.run.restarts import first_cause
 
-    config, say = prepared.config, recorder.terminal.say
-    wish = _interruptible()
-    cluster = Cluster(log_dir=recorder.folder.logs, plugins=list(config.plugins))
-    supervisor = Supervisor(start_deadline_s=config.cluster.start_deadline_s)
+    config = prepared.config
+    wish, build, leaves_others = _interruptible(), None, False
+    supervisor = Supervisor(start_deadline_s=config.cluster.start_deadline_s, epoch=cluster.epoch)
     supervisor.warn = recorder.warn
     supervisor.look_at = lambda actor: write_stacks([recorder.folder.logs / f"{actor.role}-{actor.index}.log"])
     watching = None
     with signals.asks(wish.ask, kill=cluster.kill):
         try:
-            cluster.connect(config.cluster.address, cpus=own_cpus, gpus=_visible_gpus(config),
-                            allow_open=config.cluster.allow_open)
-            signals.again()  # connecting puts a handler of Ray's own in the place of ours
+            if not cluster.stands:
+                cluster.connect(config.cluster.address, cpus=own_cpus, gpus=_visible_gpus(config),
+                                allow_open=config.cluster.allow_open)
+                signals.again()  # connecting puts a handler of Ray's own in the place of ours
             watching = in_background(_watch(cluster, supervisor), supervisor.fail)
             plan = _plan(prepared, gpus=cluster.num_gpus(), trains=body is _train)
-            await cluster.place(plan, deadline_s=config.cluster.placement_deadline_s)
-            say("starting " + ", ".join(f"{role.count} {role.name}" for role in plan.roles) + f" on {plan.device}")
-            slow = slow_dtype(config.model.dtype, plan.device)
-            if slow:
-                recorder.warn(slow)
+            if not cluster.stands:
+                await cluster.place(plan, deadline_s=config.cluster.placement_deadline_s)
             build = Build(prepared, cluster, plan, supervisor)
+            _say_what_starts(prepared, plan, build.starting, recorder)
             await _unless_one_dies(supervisor, body(prepared, build, recorder, wish))
         except Exception as error:
             if isinstance(first_cause(error), TimeoutError):  # somebody is stuck: where?
                 await asyncio.to_thread(write_stacks, list(recorder.folder.logs.glob("*.log")))
+            leaves_others = restarts.leaves_others(error) and supervisor.is_whole
             raise
         finally:
             wish.closing()
             if watching is not None:
                 watching.cancel()
             supervisor.close()
-            await cluster.close()
+            if build is not None and leaves_others:
+                await build.lay_down()
+
+
+def _say_what_starts(prepared: Prepared, plan: Plan, starting: Sequence[Role], recorder: Recorder) -> None:
+    from flux_ray.model import slow_dtype
+
+    others = "; the other actors go on" if len(starting) < len(plan.roles) else ""
+    recorder.terminal.say("starting " + ", ".join(f"{role.count} {role.name}" for role in starting)
+                          + f" on {plan.device}{others}")
+    slow = slow_dtype(prepared.config.model.dtype, plan.device)
+    if slow and not recorder.was_ready:
+        recorder.warn(slow)
 
 
 async def _watch(cluster: Cluster, supervisor: Supervisor) -> None:

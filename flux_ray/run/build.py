@@ -3,17 +3,19 @@
 Takes:  Prepared, a Cluster that is connected and has placed the plan, the supervisor.
 Gives:  a Loop, an Evaluation or an OfflineLoop on actors that are loaded and connected; the cluster ends them.
 Knows:  which class runs in which role, its arguments, and what its death means. Whatever can start at once does.
+        Actors of a life that is over are taken over as they stand.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 from flux_ray import algo
-from flux_ray.cluster.group import Actor, Group, all_within
+from flux_ray.cluster.group import Actor, ActorError, Group, all_within
 from flux_ray.cluster.groups import Cluster, RayGroup
 from flux_ray.cluster.plan import CRITIC, ENGINE, REFERENCE, REWARD, REWARD_MODEL, ROLLOUT, TRAINER, Plan, Role
 from flux_ray.cluster.supervisor import OnDeath, Supervisor
@@ -47,6 +49,7 @@ from flux_ray.offline.data import OfflineData
 from flux_ray.offline.loop import OfflineLoop, make_learner
 from flux_ray.offline.stages import OfflineStages
 from flux_ray.protocols import Engine, Trains
+from flux_ray.protocols import RolloutWorker as Worker
 from flux_ray.protocols import TrainingRank as Rank
 from flux_ray.reward import RewardWorker, Surroundings
 from flux_ray.reward.model import RewardModel
@@ -64,6 +67,7 @@ from flux_ray.run.recorder import Recorder
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40), "MALLOC_ARENA_MAX": "1"}
 FORWARDING = (TRAINER, CRITIC, REFERENCE, REWARD_MODEL)  # roles that run a transformers model
 INFORMED = (ENGINE, ROLLOUT, REWARD, TRAINER, CRITIC)  # roles that are told who is alive
+LET_GO_S = 30.0  # for a rollout worker to stop all that it does
 
 
 
@@ -86,15 +90,20 @@ class Build:
 
     def __init__(self, prepared: Prepared, cluster: Cluster, plan: Plan, supervisor: Supervisor) -> None:
         self._prepared, self._plan, self.supervisor = prepared, plan, supervisor
-        self._config = prepared.config
-        self._groups = {role.name: self._spawn(cluster, role) for role in plan.roles}
+        self._config, self._cluster = prepared.config, cluster
+        self._takes_over, cluster.stands = cluster.stands, False
+        self.starting = [role for role in plan.roles if cluster.standing(role.name) is None]
+        self._groups = {role.name: self._standing(role) for role in plan.roles}
 
     @property
     def _start_engine(self) -> Callable[[Engine], Awaitable[None]]:
         return Engine.start if self._plan.role(TRAINER) is None else Engine.start_for_training
 
-    def _spawn(self, cluster: Cluster, role: Role) -> RayGroup[Any]:
-        group = cluster.spawn(role, env=_env(self._config, self._plan, role.name), plugins=role.name != ROLLOUT)
+    def _standing(self, role: Role) -> RayGroup[Any]:
+        group = self._cluster.standing(role.name)
+        if group is None:
+            env = _env(self._config, self._plan, role.name)
+            group = self._cluster.spawn(role, env=env, plugins=role.name != ROLLOUT)
         self.supervisor.add(group, on_death(self._config)[role.name], informed=role.name in INFORMED,
                             start=self._start_engine if role.name == ENGINE else None)
         return group
@@ -116,18 +125,33 @@ class Build:
         await self.supervisor.begin()
         return self._evaluation(task.evaluation, self._stages(recorder))
 
+    async def lay_down(self) -> None:
+        """The life is over, and its ranks end. The other actors let go of all that it has asked of them; then they
+        stand in the cluster for the next one, unless one of them fails."""
+        for role in (TRAINER, CRITIC):
+            self._cluster.end_role(role)
+        try:
+            await all_within([worker.call(Worker.let_go) for worker in self._groups.get(ROLLOUT, ())], LET_GO_S)
+        except (ActorError, TimeoutError) as error:
+            logging.getLogger(__name__).warning("all actors are started anew: %s", error)
+        else:
+            self._cluster.stands, self._cluster.epoch = True, self.supervisor.members.epoch
+
     async def _rollout_loop(self, task: Rollouts, recorder: Recorder) -> Loop:
         """All roles, started side by side; then the weight channel from trainer to engines."""
         config, groups, start = self._sampling, self._groups, self._prepared.start
         async with asyncio.TaskGroup() as tasks:
-            await self._begin_sampling(task, tasks)
+            if not self._takes_over:
+                await self._begin_sampling(task, tasks)
             tasks.create_task(self._build_sender())
-            if REFERENCE in groups:
+            if REFERENCE in groups and not self._takes_over:
                 tasks.create_task(self._build_reference())
             if CRITIC in groups:
                 tasks.create_task(self._build_ranks(CRITIC, CriticRank, config=critic_config(config)))
         await self.supervisor.begin()
         stages = self._stages(recorder, connect=self._connect)
+        if self._takes_over:  # in the middle of an update, maybe
+            await stages.engines.abandon_update(config.weights.deadline_s)
         loop = Loop(config, stages=stages, prompts=task.train,
                     ranks=Ranks(config, trainer=groups[TRAINER], critic=groups.get(CRITIC), engines=stages.engines),
                     versions=Versions(max_staleness=config.driver.max_staleness, highest=start.version,
@@ -168,7 +192,7 @@ class Build:
         """The training ranks, and reference actors where they are asked for."""
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._build_trainer())
-            if REFERENCE in self._groups:
+            if REFERENCE in self._groups and not self._takes_over:
                 tasks.create_task(self._build_reference())
         await self.supervisor.begin()
         config = self._config

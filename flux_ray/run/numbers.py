@@ -8,6 +8,7 @@ Knows:  a step is left out where one of its updates is, the policy's or a critic
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -51,6 +52,9 @@ class Numbers:
         if self._skipped == MOST_SKIPPED:
             raise NumbersWentWrong(f"{told}; {MOST_SKIPPED} steps in a row were left out (their batches: {folder})")
         where = f"; its batch: {folder}/step-{step:06d}-*.safetensors" if kept else ""
+        if (folder / f"step-{step:06d}-trainer.json") in kept:
+            run = shlex.quote(str(self._recorder.folder.path))
+            where += f"; `flux-ray replay {run} --step {step - 1} --left-out` computes it again"
         self._recorder.warn(f"{told}. The update is left out, the weights stay{where} ({self._skipped} in a row, at "
                             f"{MOST_SKIPPED} the run goes back)")
 

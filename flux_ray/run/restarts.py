@@ -1,8 +1,9 @@
 """What a run does when something of it died that nobody can replace: it goes on from its last checkpoint.
 
 Takes:  what ended a life of the run; the checkpoints in its folder.
-Gives:  `Restarts.after`: what the next life begins with.
-Knows:  a life is all actors, from their start to their end. The next one builds them anew; the driver's process stays.
+Gives:  `Restarts.after`: what the next life begins with; `leaves_others`: whether actors go on in it.
+Knows:  a life is one group of training ranks, from its start to its end. Where it alone was lost, all other actors go
+        on in the next life; else they are built anew as well. The driver's process stays.
         A synchronous run that is restarted ends with the weights of one that was never disturbed.
         Numbers that are not finite, step after step, are a fault the first time.
 Never:  restarts for a mistake of the user's, or again and again at the same step.
@@ -14,7 +15,7 @@ import logging
 import re
 from dataclasses import replace
 
-from flux_ray.cluster.group import ActorDied, ActorError
+from flux_ray.cluster.group import ActorDied, ActorError, ActorLate
 from flux_ray.cluster.plan import CRITIC, ENGINE, REFERENCE, REWARD_MODEL, TRAINER
 from flux_ray.observability.run_folder import METRICS, read_lines
 from flux_ray.run import checkpoint as saved
@@ -24,7 +25,7 @@ from flux_ray.run.recorder import Recorder
 
 OURS = (TRAINER, CRITIC, ENGINE, REFERENCE, REWARD_MODEL)  # roles that run no code of the user's
 #: What a peer of a dead or silent process raises.
-BROKEN_OFF = ("CoreDied", "TimeoutError", "ConnectionError", "ConnectionResetError", "DistBackendError",
+BROKEN_OFF = ("CoreDied", "TimeoutError", "ActorLate", "ConnectionError", "ConnectionResetError", "DistBackendError",
               "DistNetworkError")
 BROKEN_OFF_TEXT = re.compile(r"[Cc]onnection (closed|reset|refused)|[Tt]imed out|[Bb]roken pipe")
 
@@ -36,6 +37,12 @@ class Restarts:
         self._first, self._recorder = first, recorder
         self._furthest, self._in_a_row = first.start.step, 0
         self._numbers_went_wrong = False  # before
+
+    def leaves_others(self, error: BaseException) -> bool:
+        """Whether a life that this ended lost its ranks alone. Not twice at the same step: others may be to blame."""
+        recorder = self._recorder
+        gets_further = recorder.steps_done > self._furthest or not self._in_a_row
+        return recorder.was_ready and gets_further and is_of_ranks(first_cause(error))
 
     def after(self, error: BaseException) -> Prepared:
         """What the next life begins with. Raises `error` where the run is to end."""
@@ -74,6 +81,12 @@ def first_cause(error: BaseException) -> BaseException:
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     return error
+
+
+def is_of_ranks(cause: BaseException) -> bool:
+    """Whether it says nothing against any actor but those that train."""
+    of_ranks = isinstance(cause, (ActorError, ActorLate)) and cause.role in (TRAINER, CRITIC)
+    return of_ranks or isinstance(cause, NumbersWentWrong)
 
 
 def is_fault(cause: BaseException) -> bool:

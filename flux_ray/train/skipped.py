@@ -1,7 +1,8 @@
 """Updates that were left out, because a number in them was not finite: which number it was, and the batch on disk.
 
 Takes:  micro-batches, the model's output on them; the scores of their groups.
-Gives:  `not_finite` (the name of the number), Skipped, `keep` (the batch as safetensors, a JSON beside it).
+Gives:  `not_finite` (the name of the number), Skipped, `keep` (the batch as safetensors, a JSON beside it); `read`,
+        which gives its sequences.
 Knows:  each rank writes its own share; rank 0 writes the JSON, which the driver reads.
 Never:  ends a run because a batch can't be written.
 """
@@ -16,11 +17,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from flux_ray.batch import MicroBatch
-from flux_ray.records import ScoredGroup
+from flux_ray.batch import MicroBatch, make_micro_batch
+from flux_ray.records import Sample, ScoredGroup
 
 #: Name in the file ► the field of a micro-batch.
 KEPT = {"token_ids": "token_ids_S", "loss_mask": "loss_mask_S", "loss_weights": "loss_weights_S",
@@ -41,6 +42,20 @@ class Skipped:
         named = {name: [getattr(m, field) for m in self.micro_batches] for name, field in KEPT.items()}
         return {name: torch.cat(parts).cpu().contiguous() for name, parts in named.items()
                 if parts and all(part is not None for part in parts)}
+
+
+@dataclass(frozen=True)
+class KeptSequence:
+    """A sequence of a batch that was left out."""
+
+    place: int  # among the rank's samples of the update
+    values: dict[str, Tensor]  # (T,) each, by the names of a Sample
+
+    @property
+    def micro_batch(self) -> MicroBatch:
+        """Of it alone."""
+        sample = Sample(**{name: values.numpy() for name, values in self.values.items()})
+        return make_micro_batch([sample], sample_ids=[self.place])
 
 
 def not_finite(micro_batch: MicroBatch, given: Sequence[Tensor | None], *, output: str) -> str:
@@ -72,3 +87,14 @@ def keep(
             (folder / f"{stem}.json").write_text(json.dumps(told), encoding="utf-8")
     except OSError as error:
         logging.getLogger(__name__).warning("the batch of step %d could not be kept: %s", step, error)
+
+
+def read(file: Path, number: int) -> list[KeptSequence]:
+    """A rank's share of one of the updates that the step left out, from 0; it may be empty."""
+    stored = load_file(file)
+    of_update = {name: stored[f"{number}.{name}"] for name in KEPT if f"{number}.{name}" in stored}
+    if not of_update:
+        return []
+    lengths, places = of_update.pop("lengths").tolist(), of_update.pop("samples").tolist()
+    rows = {name: values.split(lengths) for name, values in of_update.items()}
+    return [KeptSequence(place, {name: of[i] for name, of in rows.items()}) for i, place in enumerate(places)]

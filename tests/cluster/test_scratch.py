@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import multiprocessing
 import subprocess
 import sys
 import tempfile
@@ -49,6 +51,9 @@ def test_sockets_fit_in_where_temporary_files_lie_deep(around, monkeypatch):
 def test_it_is_removed_when_the_driver_is_killed(tmp_path):
     (tmp_path / "scratch").mkdir()
     (tmp_path / "scratch" / "socket").touch()
+    semaphore, another = (Path(f"/dev/shm/sem.{name}-{tmp_path.parent.name}") for name in ("scratch", "scratch2"))
+    semaphore.touch()
+    another.touch()
     script = Path(scratch.__file__).with_name("reaper.py")
     reaper = subprocess.Popen([sys.executable, "-I", "-S", str(script), str(tmp_path / "scratch")],
                               stdin=subprocess.PIPE)
@@ -56,3 +61,18 @@ def test_it_is_removed_when_the_driver_is_killed(tmp_path):
     assert (tmp_path / "scratch").is_dir()
     reaper.stdin.close()
     assert reaper.wait(timeout=60) == 0 and not (tmp_path / "scratch").exists()
+    assert not semaphore.exists() and another.exists()
+    another.unlink()
+
+
+def test_semaphores_of_an_actor_bear_the_folder_s_name(around, monkeypatch):
+    of_run = Scratch()
+    monkeypatch.setenv("TMPDIR", of_run.env["TMPDIR"])
+    monkeypatch.setitem(multiprocessing.current_process()._config, "semprefix", "/mp")
+    scratch.name_semaphores()
+    semaphore = multiprocessing.get_context("spawn").Semaphore()
+    found = list(Path("/dev/shm").glob(f"sem.{of_run.folder.name}-*"))
+    del semaphore
+    gc.collect()
+    assert len(found) == 1
+    of_run.remove()

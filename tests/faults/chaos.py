@@ -1,9 +1,11 @@
-"""Real faults in real runs: `python -m tests.faults.chaos [ROW ...] [--seed N]`, or launch/chaos.sh.
+"""Real faults in real runs: `python -m tests.faults.chaos [ROW ...] [--seed N] [--folder F]`, or launch/chaos.sh.
 
-Takes:  names of rows, all of them without any; a seed, which the moments of all faults follow from.
+Takes:  names of rows, all of them without any; a seed, which the moments of all faults follow from; a folder, where
+        undisturbed runs stay for the next time.
 Gives:  a row of a table for each: what was done, how the run ended, what the audit says, whether the weights are those
         of the undisturbed run. The exit code is 1 where one didn't end as it must.
-Knows:  a run is a small one with a real engine, two ranks, and a checkpoint every few steps.
+Knows:  a run is a small one with a real engine, two ranks, and a checkpoint every few steps. Goodput: of the steps that
+        were done, the share that counts: those that were done again don't.
 """
 
 from __future__ import annotations
@@ -11,18 +13,22 @@ from __future__ import annotations
 import argparse
 import hashlib
 import random
+import re
+import shutil
 import signal
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import psutil
 
 from flux_ray.audit import audit
+from tests.faults import points
+from tests.faults.points import DRIVER, POINTS
 from tests.system.conftest import make_toys
 from tests.system.program import Program, actor_of, metrics
 from tests.system.small_run import options
@@ -30,7 +36,9 @@ from tests.system.small_run import options
 STEPS, CHECKPOINT_EVERY = 24, 4
 DEADLINE_S = 1500.0  # of a run, all its faults included
 KILL, STOP = signal.SIGKILL, signal.SIGSTOP
-CORE, GCS, RAYLET, DRIVER = "core", "gcs_server", "raylet", "driver"
+CORE, GCS, RAYLET = "core", "gcs_server", "raylet"
+LOOK_EVERY_S = 0.05
+NO_MODEL = "no model"
 
 
 @dataclass(frozen=True)
@@ -46,6 +54,7 @@ class Row:
     asks: dict[str, object] = field(default_factory=dict)  # further options
     same_weights: bool = True  # as of the undisturbed run with these options
     steps: int = STEPS
+    points: tuple[str, ...] = ()  # where processes end themselves, instead
 
 
 @dataclass
@@ -57,6 +66,7 @@ class Outcome:
     verdict: str
     weights: str
     audited: str
+    goodput: float = 1.0
 
 
 def _one(target: str, number: signal.Signals = KILL) -> Callable[[random.Random], list[Fault]]:
@@ -75,6 +85,16 @@ def _of_all_kinds(count: int) -> Callable[[random.Random], list[Fault]]:
         return [Fault(chance.choice(targets), chance.choice([KILL, KILL, KILL, STOP]), at) for at in moments]
 
     return faults
+
+
+def _none(chance: random.Random) -> list[Fault]:
+    return []
+
+
+def _at(process: str, what: str) -> Row:
+    """The process ends itself at each of the points of that kind."""
+    found = [name for name, point in POINTS.items() if point.process == process and name.startswith(f"{what}: ")]
+    return Row(_none, steps=60, points=tuple(found))
 
 
 REFERENCE = {"algo.beta": 0.01}
@@ -98,50 +118,86 @@ ROWS: dict[str, Row] = {
     "kill driver, asynchronous": Row(_several(DRIVER, 2), {"driver.max_staleness": 1}, same_weights=False),
     "kill driver, deterministic asynchronous": Row(
         _several(DRIVER, 2), {"driver.max_staleness": 1, "driver.deterministic": True}),
+    "kill rank 0 in a publish": _at("trainer-0", "publish"),
+    "kill engine in a publish": _at("engine-0", "publish"),
+    "kill rank 1 in a step": _at("trainer-1", "rank"),
+    "kill rank 0 in a checkpoint": _at("trainer-0", "rank"),
+    "kill driver in a step": _at(DRIVER, "step"),
+    "kill driver at a step's end": _at(DRIVER, "end"),
+    "kill driver in a checkpoint": _at(DRIVER, "commit"),
     "soak": Row(_of_all_kinds(30), REFERENCE, steps=300),
+    "short soak": Row(_of_all_kinds(8), REFERENCE, steps=60),
 }
 
 
 def run(folder: Path, toys: SimpleNamespace, row: Row, faults: list[Fault]) -> Outcome:
     values = {**options(toys, toys.tied), "data.train": toys.data, "run_dir": folder / "run", **row.asks,
               "driver.num_steps": row.steps, "checkpoint.every": CHECKPOINT_EVERY}
-    started_s, delays_s = time.monotonic(), []
-    program, ready_s = _start(folder, values), 0.0
+    folder.mkdir(parents=True)
+    if row.points and not faults:
+        values["plugins"] = [str(points.plugin(folder, row.points))]
+    disturbed = _Disturbed(folder, values)
     try:
         for fault in faults:
-            wanted = min(int(fault.at * row.steps), row.steps - 1)
-            _wait_for_steps(program, folder / "run", wanted)
-            ready_s = ready_s or time.monotonic() - started_s
-            struck_s, done = time.monotonic(), len(metrics(folder / "run"))
-            if not _strike(program, folder / "run", fault):
-                continue
-            if fault.target == DRIVER:
-                program.process.wait(30)
-                program.end_all()
-                program = _start(folder, {**values, "resume": "auto"})
-            _wait_for_steps(program, folder / "run", done, since_s=struck_s)
-            delays_s.append(time.monotonic() - struck_s)
-        code = program.end(deadline_s=DEADLINE_S)
+            disturbed.by(fault, done=min(int(fault.at * row.steps), row.steps - 1))
+        for place, name in enumerate(row.points if "plugins" in values else ()):
+            disturbed.at(name, place)
+        code = disturbed.program.end(deadline_s=DEADLINE_S)
     finally:
-        program.end_all()
+        disturbed.program.end_all()
     sums = audit(folder / "run")
-    return Outcome(code, time.monotonic() - started_s, ready_s, delays_s, "clean" if sums.is_clean else "NOT CLEAN",
-                   _sha(folder / "run" / "model"), f"{len(sums.lost)} lost, {len(sums.twice)} twice")
+    return Outcome(code, time.monotonic() - disturbed.started_s, disturbed.ready_s, disturbed.delays_s,
+                   "clean" if sums.is_clean else "NOT CLEAN", _sha(folder / "run" / "model"),
+                   f"{len(sums.lost)} lost, {len(sums.twice)} twice", goodput(folder / "run", row.steps))
 
 
-def _start(folder: Path, values: dict[str, object]) -> Program:
-    return Program([f"{key}={value}" for key, value in values.items()], folder=folder)
+class _Disturbed:
+    """A run that goes on, in several programs where its driver is killed."""
+
+    def __init__(self, folder: Path, values: dict[str, object]) -> None:
+        self._folder, self._values, self._run_dir = folder, values, folder / "run"
+        self.started_s, self.ready_s, self.delays_s = time.monotonic(), 0.0, list[float]()
+        self.program = self._start()
+
+    def _start(self, **more: object) -> Program:
+        return Program([f"{key}={value}" for key, value in {**self._values, **more}.items()], folder=self._folder)
+
+    def by(self, fault: Fault, *, done: int) -> None:
+        """Strike once so many steps are done; until it is past that."""
+        self._until(lambda: len(metrics(self._run_dir)) >= done)
+        self.ready_s = self.ready_s or time.monotonic() - self.started_s
+        if _strike(self.program, self._run_dir, fault):
+            self._until_past(driver=fault.target == DRIVER)
+
+    def at(self, name: str, place: int) -> None:
+        """Until a process has ended itself at this point, and the run is past that."""
+        mark = points.marks(self._folder) / str(place)
+        self._until(mark.exists)
+        print(f"  {name}, after {len(metrics(self._run_dir))} steps", flush=True)
+        self._until_past(driver=POINTS[name].process == DRIVER)
+
+    def _until_past(self, *, driver: bool) -> None:
+        """The fault has just struck: until a step beyond all those before is done."""
+        struck_s, wall_s, done = time.monotonic(), time.time(), len(metrics(self._run_dir))
+        if driver:
+            self.program.process.wait(30)
+            self.program.end_all()
+            self.program = self._start(resume="auto")
+        file = self._run_dir / "metrics.jsonl"
+        self._until(lambda: file.stat().st_mtime > wall_s and len(metrics(self._run_dir)) > done)
+        self.delays_s.append(time.monotonic() - struck_s)
+
+    def _until(self, true: Callable[[], bool]) -> None:
+        """Or until the program ends: whether it ends well is seen later."""
+        deadline_s = time.monotonic() + DEADLINE_S
+        while self.program.process.poll() is None and not true() and time.monotonic() < deadline_s:
+            time.sleep(LOOK_EVERY_S)
 
 
-def _wait_for_steps(program: Program, run_dir: Path, number: int, *, since_s: float | None = None) -> None:
-    """Until so many steps are done; `since_s`: and one was written after that moment."""
-    file, wall_s = run_dir / "metrics.jsonl", time.time() - (time.monotonic() - (since_s or 0.0))
-    deadline_s = time.monotonic() + DEADLINE_S
-    while program.process.poll() is None and time.monotonic() < deadline_s:
-        newer = since_s is None or (file.is_file() and file.stat().st_mtime > wall_s)
-        if newer and len(metrics(run_dir)) >= number:
-            return
-        time.sleep(0.05)
+def goodput(run_dir: Path, num_steps: int) -> float:
+    """Steps that count, of all that were done."""
+    done = re.findall(r" step +\d+/\d+  ", (run_dir / "run.log").read_text())
+    return num_steps / max(len(done), num_steps)
 
 
 def _strike(program: Program, run_dir: Path, fault: Fault) -> bool:
@@ -168,17 +224,18 @@ def _targets(program: Program, run_dir: Path, target: str) -> Iterator[psutil.Pr
 
 def _sha(model: Path) -> str:
     file = model / "model.safetensors"
-    return hashlib.sha256(file.read_bytes()).hexdigest()[:16] if file.is_file() else "no model"
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:16] if file.is_file() else NO_MODEL
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rows", nargs="*", metavar="ROW", help=f"some of: {', '.join(ROWS)}")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--folder", type=Path)
     asked = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended from outside"))  # else its runs would go on
     if unknown := set(asked.rows) - set(ROWS):
         parser.error(f"no row {sorted(unknown)[0]!r}; there are: {', '.join(ROWS)}")
-    undisturbed: dict[str, Outcome] = {}
     lines, failed = [], 0
     with tempfile.TemporaryDirectory(prefix="flux-ray-chaos-") as temporary:
         Path(temporary, "toys").mkdir()
@@ -187,27 +244,36 @@ def main() -> int:
             row = ROWS[name]
             faults = row.faults(random.Random(f"{name} {asked.seed}"))
             print(f"{name}: {', '.join(f'{f.signal.name} {f.target} at {f.at:.2f}' for f in faults)}", flush=True)
-            kind = f"{row.asks} {row.steps}"
-            if row.same_weights and kind not in undisturbed:
-                undisturbed[kind] = run(Path(temporary, f"undisturbed {len(undisturbed)}"), toys, row, [])
+            wanted = _undisturbed(asked.folder or Path(temporary), toys, row) if row.same_weights else None
             outcome = run(Path(temporary, name), toys, row, faults)
-            same = outcome.weights == undisturbed[kind].weights if row.same_weights else None
+            same = outcome.weights == wanted if row.same_weights else None
             right = outcome.code == 0 and outcome.verdict == "clean" and same is not False
             failed += not right
-            lines.append(_line(name, faults, outcome, same, right))
+            lines.append(_line(name, len(faults) or len(row.points), outcome, same, right))
             print(lines[-1], flush=True)
     print("\n".join(["", *HEAD, *lines]))
     return int(bool(failed))
 
 
-HEAD = ("| fault | times | exit | audit | weights | start, s | delay, s | |", "|---|---|---|---|---|---|---|---|")
+def _undisturbed(folder: Path, toys: SimpleNamespace, row: Row) -> str:
+    """The weights of the run that nothing disturbs, with these options."""
+    kind = hashlib.sha256(f"{row.asks} {row.steps}".encode()).hexdigest()[:8]
+    found = folder / f"undisturbed {kind}"
+    if _sha(found / "run" / "model") == NO_MODEL:
+        shutil.rmtree(found, ignore_errors=True)
+        run(found, toys, replace(row, points=()), [])
+    return _sha(found / "run" / "model")
 
 
-def _line(name: str, faults: list[Fault], outcome: Outcome, same: bool | None, right: bool) -> str:
+HEAD = ("| fault | times | exit | audit | weights | goodput | start, s | delay, s | |",
+        "|---|---|---|---|---|---|---|---|---|")
+
+
+def _line(name: str, times: int, outcome: Outcome, same: bool | None, right: bool) -> str:
     weights = {True: "the same", False: "OTHERS", None: "-"}[same]
     delays = ", ".join(f"{delay_s:.0f}" for delay_s in outcome.delays_s)
-    return (f"| {name} | {len(faults)} | {outcome.code} | {outcome.verdict}: {outcome.audited} | {weights} | "
-            f"{outcome.ready_s:.0f} | {delays} | {'right' if right else 'WRONG'} |")
+    return (f"| {name} | {times} | {outcome.code} | {outcome.verdict}: {outcome.audited} | {weights} | "
+            f"{outcome.goodput:.0%} | {outcome.ready_s:.0f} | {delays} | {'right' if right else 'WRONG'} |")
 
 
 if __name__ == "__main__":

@@ -6,13 +6,14 @@ import os
 import re
 import signal
 import time
+from pathlib import Path
 
 import psutil
 import pytest
 from safetensors.torch import load_file
 
 from flux_ray.audit import audit
-from tests.system.program import GONE_DEADLINE_S, actor_of, living, metrics, sessions_of
+from tests.system.program import GONE_DEADLINE_S, actor_of, living, metrics, open_to_others, sessions_of
 from tests.system.small_run import MAX_GAP, assert_moved, options
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(600)]
@@ -86,9 +87,6 @@ def assert_same(run_dir, undisturbed):
 
 def logs_of(program):
     """(process, the file that it writes to as its standard output)"""
-    import os
-    from pathlib import Path
-
     return [(process.pid, Path(os.readlink(f"/proc/{process.pid}/fd/1"))) for process in program.processes()]
 
 
@@ -130,8 +128,9 @@ def test_a_second_signal_ends_it_at_once(toys, tmp_path, start):
 
 
 def test_a_driver_that_is_killed_leaves_no_process(toys, tmp_path, start):
-    """SIGKILL: it can tell nobody, neither its actors nor the process that vLLM started in one of them. Until then
-    engine and trainer agree on a model whose head is not its embedding."""
+    """SIGKILL: it can tell nobody, neither its actors nor the process that vLLM started in one of them. Temporary files
+    and semaphores go too. Until then it listens on this machine alone, and engine and trainer agree on a model whose
+    head is not its embedding."""
     run_dir = tmp_path / "run"
     values = options(toys, toys.untied) | {
         "data.train": toys.data, "run_dir": run_dir, "driver.num_steps": 1_000_000, "checkpoint.every": 8,
@@ -140,15 +139,24 @@ def test_a_driver_that_is_killed_leaves_no_process(toys, tmp_path, start):
     program.wait_for_steps(9, run_dir=run_dir)
     assert program.named("EngineCore").is_running()
     sessions = sessions_of(program.processes())
+    assert open_to_others(sessions) == []
+    temporary = Path(actor_of(run_dir / "logs" / "engine-0.log").environ()["TMPDIR"])
+    assert temporary.is_dir() and _semaphores(temporary)
     program.process.send_signal(signal.SIGKILL)
     killed_s = time.monotonic()
     assert program.end(deadline_s=END_DEADLINE_S) == -signal.SIGKILL
     while (left := living(sessions)) and time.monotonic() < killed_s + GONE_DEADLINE_S:
         time.sleep(0.1)
     assert left == []
+    assert not temporary.exists() and not _semaphores(temporary)
     assert max(line["weights/logprob_gap_max"] for line in metrics(run_dir)) <= MAX_GAP
     stored = load_file(run_dir / "checkpoints" / "step-000008" / "trainer" / "model.safetensors")
     assert_moved(toys.untied, {name.removeprefix("master."): tensor for name, tensor in stored.items()})
+
+
+def _semaphores(temporary):
+    """Those of the processes whose temporary files lie there."""
+    return list(Path("/dev/shm").glob(f"sem.{temporary.name}-*"))
 
 
 @pytest.mark.parametrize("when", [pytest.param("run folder", marks=pytest.mark.all), "starting"])

@@ -57,6 +57,7 @@ def test_a_skipped_step_is_told_with_its_cause_and_its_file(noted):
     (line,) = noted.said
     assert line.startswith("step 4: not finite: the model's log-probs on rank 1 (update 3). The update is left out")
     assert f"{noted.folder.path}/bad_batches/step-000004-*.safetensors" in line
+    assert f"`flux-ray replay {noted.folder.path} --step 3 --left-out` computes it again" in line
     assert "\n" not in line
 
 

@@ -7,10 +7,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from flux_ray.cluster.group import ActorDied, ActorError, CallFailed
+from flux_ray.cluster.group import ActorDied, ActorError, ActorLate, CallFailed
 from flux_ray.errors import UserError
 from flux_ray.observability.run_folder import RunFolder
 from flux_ray.records import LoopState
+from flux_ray.run.numbers import NumbersWentWrong
 from flux_ray.run.prepare import Prepared
 from flux_ray.run.restarts import Restarts, is_fault
 
@@ -33,6 +34,31 @@ DIED = ActorDied("trainer 1 died (SIGKILL)", role="trainer", index=1)
 ])
 def test_what_dies_or_falls_silent_may_live_the_next_time_and_a_mistake_does_not(error, goes_on):
     assert is_fault(error) is goes_on
+
+
+@pytest.mark.parametrize(("error", "leaves"), [
+    (DIED, True),
+    (ExceptionGroup("tasks", [DIED]), True),
+    (ActorDied("x", role="critic", index=0), True),
+    (ActorLate("trainer 0 did not finish train_held within 180 s", role="trainer", index=0), True),
+    (NumbersWentWrong("step 9: 3 steps in a row were left out"), True),
+    (ActorDied("x", role="engine", index=0), False),
+    (ActorDied("Ray's raylet died", role="ray", index=0), False),
+    (TimeoutError("rollout 0 answers nobody"), False),
+])
+def test_where_ranks_alone_are_lost_all_other_actors_stay(recorded, error, leaves):
+    assert restarts(recorded).leaves_others(error) is leaves
+
+
+def test_they_stay_once_at_a_step(recorded):
+    lives = restarts(recorded)
+    recorded.steps_done = 4
+    assert lives.leaves_others(DIED)
+    lives.after(DIED)
+    recorded.steps_done = 3
+    assert not lives.leaves_others(DIED), "another actor may be to blame"
+    recorded.steps_done = 5
+    assert lives.leaves_others(DIED)
 
 
 class Recorded:

@@ -2,13 +2,14 @@
 
 Takes:  overrides of the command line.
 Gives:  Program: wait for a line, send a signal, wait for the end; its processes, found by a mark in their environment;
-        `sessions_of` some processes, and `living` processes of sessions.
+        `sessions_of` some processes; of sessions the `living` processes, and what is `open_to_others`.
 Never:  leaves a process behind: `end_all` kills what carries the mark.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import json
 import os
 import re
@@ -17,7 +18,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -113,13 +114,31 @@ def sessions_of(processes: list[psutil.Process]) -> set[int]:
 
 
 def living(sessions: set[int]) -> list[str]:
-    """The command lines of those that are in these sessions, whatever their environment: Ray's agents change theirs."""
+    """The command lines of those that are in these sessions."""
     found = []
+    for process in _in(sessions):
+        with contextlib.suppress(psutil.Error):
+            found.append(" ".join(process.cmdline())[:80])
+    return found
+
+
+def open_to_others(sessions: set[int]) -> list[str]:
+    """Addresses beyond this machine that processes of these sessions listen on."""
+    found = []
+    for process in _in(sessions):
+        with contextlib.suppress(psutil.Error):
+            found += [f"{process.name()} {connection.laddr}" for connection in process.net_connections("inet")
+                      if connection.status == psutil.CONN_LISTEN
+                      and not ipaddress.ip_address(connection.laddr.ip.removeprefix("::ffff:")).is_loopback]
+    return found
+
+
+def _in(sessions: set[int]) -> Iterator[psutil.Process]:
+    """Whatever their environment: Ray's agents change theirs."""
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, ProcessLookupError, PermissionError):
             if os.getsid(process.pid) in sessions and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(" ".join(process.cmdline())[:80])
-    return found
+                yield process
 
 
 def actor_of(log_file: Path) -> psutil.Process:

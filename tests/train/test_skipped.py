@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from flux_ray.__main__ import main
+from flux_ray.config import to_yaml
 from tests.train.batches import rollout_group
-from tests.train.scenarios import SECOND
+from tests.train.scenarios import SECOND, Rank
 from tests.train.skip_scenarios import LEFT_OUT
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(900)]
@@ -33,6 +35,23 @@ def test_what_is_not_finite_is_left_out_by_every_rank(folder: Path, two: dict, k
         len(trajectory.token_ids) for group in groups for trajectory in group.trajectories)
     assert sum(len(share["rewards"]) for share in shares) == sum(len(group.trajectories) for group in groups)
     assert [bool(share["0.reference_logprobs"].isnan().any()) for share in shares] == [False, True]
+
+
+def test_the_command_of_the_warning_says_which_sequences_and_which_numbers(folder: Path, two: dict, capsys) -> None:
+    """The last group of rank 1, the only one with a reference that isn't finite; under whatever weights there are."""
+    run = folder / "run_zero_0"
+    config = Rank(1, 0, folder, 0).config("tied", {})
+    (run / "config.yaml").write_text(to_yaml(config))
+    assert main(["replay", str(run), "--step", "1", "--left-out"]) == 0
+    first, second, *sequences, last = capsys.readouterr().out.splitlines()
+    assert first == "step 1, update 1: the reference's log-probs on rank 1"
+    assert second == "with the weights of model.path, the nearest before (after 0 steps, not 1):"
+    assert len(sequences) == len(rollout_group(SECOND[-1], version=1).trajectories)
+    assert all(line.startswith("rank 1, its sequence ") and "not finite: reference_logprobs at " in line
+               and "log-probs of" not in line for line in sequences), sequences
+    assert last == "the gradient is not finite"
+    assert main(["replay", str(run), "--step", "7", "--left-out"]) == 2
+    assert capsys.readouterr().err.strip().endswith("nothing is kept of step 7; there are steps [1]")
 
 
 def test_weights_that_are_not_finite_are_given_to_nobody(folder: Path, two: dict) -> None:
