@@ -75,7 +75,7 @@ class _Given(TorchFunctionMode):
 def takes_given_experts(router: nn.Module) -> bool:
     """Whether a router of a skeleton gives the experts that it is given."""
     num_experts = _num_experts(router)
-    hidden = torch.empty(1, 2, router.weight.shape[-1], device="meta", dtype=router.weight.dtype)
+    hidden = torch.empty(2, router.weight.shape[-1], device="meta", dtype=router.weight.dtype)
     num_chosen = int(router(hidden)[2].shape[-1])
     given_RK = torch.empty(2, num_chosen, device="meta", dtype=torch.long)
     with _Given(given_RK, num_experts, replays=True) as mode:
