@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import inside
+from benchmarks import inside, work
 from benchmarks.figures import Measured, table
 from benchmarks.parts import run_part
 from benchmarks.work import CONTEXT, VOCAB, Phase, equal
@@ -24,6 +24,7 @@ from flux_ray.config.knobs import default_of
 from flux_ray.run.build import KEEP_MEMORY
 
 MODEL, DTYPE, DEADLINE_S, MIB = "mixture", "float32", 500.0, 2**20
+MEASURED = {work.MODEL: MODEL}  # in a part's environment
 #: Hidden size, layers, experts, experts of a token, an expert's inner size.
 HIDDEN, LAYERS, EXPERTS, CHOSEN, INNER = 512, 8, 48, 8, 512
 EQUAL = "equal"
@@ -54,16 +55,15 @@ def make_model(folder: Path) -> tuple[int, int]:
 
 def ratio(folder: Path, phase: Callable[[int], dict[str, Any]], *, runs: int) -> Measured:
     """A synchronous step against the sum of its bare parts, measured before and after, half the steps each."""
-    asked = {"deadline_s": DEADLINE_S, "dtype": DTYPE}
+    asked: dict[str, Any] = {"deadline_s": DEADLINE_S, "dtype": DTYPE}
 
     def bare() -> list[list[float]]:
-        half = {**asked, "phases": [phase(-(-runs // 2))], "model": MODEL}
-        return [run_part("vllm", folder, **half)[EQUAL],
-                run_part("deepspeed", folder, env=KEEP_MEMORY, **half)[EQUAL]]
+        half = {**asked, "phases": [phase(-(-runs // 2))]}
+        return [run_part("vllm", folder, env=MEASURED, **half)[EQUAL],
+                run_part("deepspeed", folder, env=MEASURED | KEEP_MEMORY, **half)[EQUAL]]
 
     before = bare()
-    steps = run_part("ours", folder, phases=[phase(runs)], cores={}, **asked,
-                     **{"model.path": str(folder / MODEL)})[EQUAL]["steps"]
+    steps = run_part("ours", folder, env=MEASURED, phases=[phase(runs)], cores={}, **asked)[EQUAL]["steps"]
     generation_s, training_s = (statistics.median([*a, *b]) for a, b in zip(before, bare(), strict=True))
     stages = {name: round(statistics.median(step[name] for step in steps), 2)
               for name in ("driver/step_s", "driver/wait_s", "train/step_s", "weights/publish_s")}
@@ -74,10 +74,10 @@ def ratio(folder: Path, phase: Callable[[int], dict[str, Any]], *, runs: int) ->
 
 def memory(folder: Path, phase: dict[str, Any], *, alone: bool) -> list[Measured]:
     """How far a rank's own memory grows while it publishes, and what of it the engines see too."""
-    with tempfile.TemporaryDirectory(dir=folder) as work:
-        run_part("ours", folder, deadline_s=DEADLINE_S, env={inside.MEMORY: inside.ALONE if alone else "watched"},
-                 work=Path(work), phases=[phase], cores={}, dtype=DTYPE, **{"model.path": str(folder / MODEL)})
-        notes = inside.read_notes(Path(work), "trainer-0")
+    with tempfile.TemporaryDirectory(dir=folder) as own:
+        env = MEASURED | {inside.MEMORY: inside.ALONE if alone else "watched"}
+        run_part("ours", folder, deadline_s=DEADLINE_S, env=env, work=Path(own), phases=[phase], cores={}, dtype=DTYPE)
+        notes = inside.read_notes(Path(own), "trainer-0")
     bucket_mib = next(default_of(f) for f in dataclasses.fields(WeightsConfig) if f.name == "bucket_mib")
     ending = "_without_shared_memory" if alone else ""
     return [

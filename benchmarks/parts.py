@@ -35,6 +35,7 @@ from benchmarks.work import (
     kv_gib,
     make_data,
     micro_batches,
+    model_of,
     options,
 )
 
@@ -113,11 +114,11 @@ def ours(folder: Path, work: Path, *, phases: list[dict[str, Any]], dtype: str, 
     return given
 
 
-def bare_vllm(folder: Path, work: Path, *, phases: list[dict[str, Any]], dtype: str, model: str = "29M",
+def bare_vllm(folder: Path, work: Path, *, phases: list[dict[str, Any]], dtype: str,
               enforce_eager: bool = True, beside: dict[str, Any] | None = None) -> dict[str, list[float]]:
     """Seconds of each step's sequences from one engine; nothing else runs, or the part that `beside` names."""
     other = _beside(beside)
-    return asyncio.run(_bare_vllm(folder / model, [Phase(**phase) for phase in phases], dtype, enforce_eager, other))
+    return asyncio.run(_bare_vllm(folder, [Phase(**phase) for phase in phases], dtype, enforce_eager, other))
 
 
 def _beside(asked: dict[str, Any] | None) -> Beside | None:
@@ -152,7 +153,7 @@ async def _go_on(step: Callable[[str, Phase], Awaitable[float]], phase: Phase, o
         await step(f"{phase.name}-more-{time.monotonic()}", phase)
 
 
-async def _bare_vllm(model: Path, phases: Sequence[Phase], dtype: str, enforce_eager: bool,
+async def _bare_vllm(folder: Path, phases: Sequence[Phase], dtype: str, enforce_eager: bool,
                      other: Beside | None) -> dict[str, list[float]]:
     from flux_ray.rollout.cpu_startup.forking import fork_engine_core
 
@@ -166,7 +167,7 @@ async def _bare_vllm(model: Path, phases: Sequence[Phase], dtype: str, enforce_e
 
     longest = max(max(phase.lengths) for phase in phases)
     engine = AsyncLLM.from_engine_args(AsyncEngineArgs(
-        model=str(model), dtype=dtype, enforce_eager=enforce_eager,
+        model=str(model_of(folder)), dtype=dtype, enforce_eager=enforce_eager,
         kv_cache_memory_bytes=int(kv_gib(phases) * 2**30),
         max_model_len=min(CONTEXT, PROMPT_TOKENS + longest), distributed_executor_backend="uni",
         disable_log_stats=True, enable_chunked_prefill=False, max_num_batched_tokens=8192))
@@ -193,7 +194,7 @@ async def _bare_vllm(model: Path, phases: Sequence[Phase], dtype: str, enforce_e
     return seconds
 
 
-def bare_deepspeed(folder: Path, work: Path, *, phases: list[dict[str, Any]], dtype: str, model: str = "29M",
+def bare_deepspeed(folder: Path, work: Path, *, phases: list[dict[str, Any]], dtype: str,
                    our_layers: bool = False, beside: dict[str, Any] | None = None) -> dict[str, list[float]]:
     """Seconds of forward, backward and AdamW on as many tokens: the model's own logits and cross-entropy.
 
@@ -208,11 +209,11 @@ def bare_deepspeed(folder: Path, work: Path, *, phases: list[dict[str, Any]], dt
     from flux_ray.train import setup
     from tests.train.ranks import free_port
 
-    config = from_dict({"model.path": str(folder / model), "model.dtype": dtype}).train
+    config = from_dict({"model.path": str(model_of(folder)), "model.dtype": dtype}).train
     deepspeed = setup.join(config, rank=0, world_size=1, master_address="127.0.0.1", master_port=free_port(),
                            device="cpu")
     kind = getattr(torch, dtype)
-    hf = AutoModelForCausalLM.from_pretrained(folder / model, dtype=kind)
+    hf = AutoModelForCausalLM.from_pretrained(model_of(folder), dtype=kind)
     if our_layers:
         hf.set_attn_implementation(attention.CAUSAL_BLOCKS)
         norm.put_in_place(hf)

@@ -7,8 +7,7 @@ Knows:  the axes legend below, and each record's own invariants (asserted once, 
 Never:  holds a field that a later stage fills in: what a later stage adds is another record.
 
 Axes, as suffixes of names: G samples of one prompt, N samples of a batch, T tokens of one sample (prompt and response),
-B rows of a padded view, L its length, S the flat token axis of a micro-batch. Of a mixture's experts: M tokens of which
-they are known, the first ones, and K experts of a token.
+B rows of a padded view, L its length, S the flat token axis of a micro-batch; M a sample's first tokens, K its experts.
 """
 
 from __future__ import annotations

@@ -119,8 +119,8 @@ class RolloutEngine:
         from flux_ray.model.stops import stop_token_ids
 
         check_installed()
-        self._engine = await started(self._engine_args(), device=self._device,
-                                     returns_experts=self._config.returned_experts is not None)
+        returns_experts = self._config.rollout.return_experts or self._config.algo.router_replay
+        self._engine = await started(self._engine_args(), device=self._device, returns_experts=returns_experts)
         await self._vllm.update_weight_version(str(self._version))
         self._watch = watch(lambda: bool(self._running) and self._serves)
         self._stop_ids = stop_token_ids(self._config.model.path, self._vllm.get_tokenizer())
