@@ -188,6 +188,8 @@ if NOTES in os.environ:
     if of_actor:
         stay_on(of_actor)
     if actor().startswith("trainer-"):
-        watch_memory() if MEMORY in os.environ else count_tokens()
+        count_tokens()
+        if MEMORY in os.environ:
+            watch_memory()
     if actor().startswith("engine-"):
         force_lengths()

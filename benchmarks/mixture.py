@@ -53,37 +53,39 @@ def make_model(folder: Path) -> tuple[int, int]:
     return model.num_parameters(), model.num_parameters() - unused
 
 
-def ratio(folder: Path, phase: Callable[[int], dict[str, Any]], *, runs: int) -> Measured:
-    """A synchronous step against the sum of its bare parts, measured before and after, half the steps each."""
-    asked: dict[str, Any] = {"deadline_s": DEADLINE_S, "dtype": DTYPE}
+def ratio(folder: Path, phase: Callable[[int], dict[str, Any]], *, runs: int) -> list[Measured]:
+    """A synchronous step against the sum of its bare parts, measured before and after, half the steps each; and what
+    publishing took of memory in it."""
 
     def bare() -> list[list[float]]:
-        half = {**asked, "phases": [phase(-(-runs // 2))]}
+        half: dict[str, Any] = {"deadline_s": DEADLINE_S, "dtype": DTYPE, "phases": [phase(-(-runs // 2))]}
         return [run_part("vllm", folder, env=MEASURED, **half)[EQUAL],
                 run_part("deepspeed", folder, env=MEASURED | KEEP_MEMORY, **half)[EQUAL]]
 
     before = bare()
-    steps = run_part("ours", folder, env=MEASURED, phases=[phase(runs)], cores={}, **asked)[EQUAL]["steps"]
+    steps, memory = ours(folder, phase(runs))
     generation_s, training_s = (statistics.median([*a, *b]) for a, b in zip(before, bare(), strict=True))
     stages = {name: round(statistics.median(step[name] for step in steps), 2)
               for name in ("driver/step_s", "driver/wait_s", "train/step_s", "weights/publish_s")}
-    return Measured.of("mixture_ratio", [step["driver/step_s"] / (generation_s + training_s) for step in steps],
-                       unit="x", goal="<= 1.15", generation_s=round(generation_s, 2), training_s=round(training_s, 2),
-                       **stages)
+    values = [step["driver/step_s"] / (generation_s + training_s) for step in steps]
+    return [Measured.of("mixture_ratio", values, unit="x", goal="<= 1.15", generation_s=round(generation_s, 2),
+                        training_s=round(training_s, 2), **stages), *memory]
 
 
-def memory(folder: Path, phase: dict[str, Any], *, alone: bool) -> list[Measured]:
-    """How far a rank's own memory grows while it publishes, and what of it the engines see too."""
+def ours(folder: Path, phase: dict[str, Any], *, alone: bool = False) -> tuple[list[dict[str, float]], list[Measured]]:
+    """The metrics of each step; how far a rank's own memory grows while it publishes, and what engines see of its
+    memory too. `alone`: as on a machine without engines, where an update finds no memory that it shares with them."""
     with tempfile.TemporaryDirectory(dir=folder) as own:
         env = MEASURED | {inside.MEMORY: inside.ALONE if alone else "watched"}
-        run_part("ours", folder, deadline_s=DEADLINE_S, env=env, work=Path(own), phases=[phase], cores={}, dtype=DTYPE)
-        notes = inside.read_notes(Path(own), "trainer-0")
+        steps = run_part("ours", folder, deadline_s=DEADLINE_S, env=env, work=Path(own), phases=[phase], cores={},
+                         dtype=DTYPE)[EQUAL]["steps"]
+        notes = [note for note in inside.read_notes(Path(own), "trainer-0") if "own_bytes" in note]
     bucket_mib = next(default_of(f) for f in dataclasses.fields(WeightsConfig) if f.name == "bucket_mib")
-    ending = "_without_shared_memory" if alone else ""
-    return [
-        Measured.of(f"mixture_publish{ending}", [note["own_bytes"] / MIB for note in notes], unit="MiB",
+    ending = "_alone" if alone else ""
+    return steps, [
+        Measured.of(f"mixture_publish{ending}", [max(note["own_bytes"] for note in notes) / MIB], unit="MiB",
                     goal=f"<= {BUCKETS * bucket_mib}"),
-        Measured.of(f"mixture_publish_shared{ending}", [note["shared_bytes"] / MIB for note in notes], unit="MiB"),
+        Measured.of(f"mixture_publish_shared{ending}", [max(note["shared_bytes"] for note in notes) / MIB], unit="MiB"),
     ]
 
 
@@ -101,10 +103,9 @@ def main() -> int:
         parameters, used = make_model(folder / MODEL)
         print(f"{parameters / 1e6:.0f}M parameters, {used / 1e6:.0f}M of them a token's; {DTYPE}, 64 sequences of "
               f"{arguments.tokens} tokens, a thread a process", flush=True)
-        results = [ratio(folder, phase, runs=arguments.runs)]
-        print(results[0].about, flush=True)
-        for alone in (False, True):
-            results += memory(folder, phase(1), alone=alone)
+        results = ratio(folder, phase, runs=arguments.runs)
+        print(results[0].about, table(results), sep="\n", flush=True)
+        results += ours(folder, phase(1), alone=True)[1]
     print(table(results))
     return 0
 
