@@ -1,6 +1,7 @@
 """A plugin that every process of a measured run imports: what can't be told from outside.
 
-Takes:  BENCH_CORES (role and index ► cores, as JSON) and BENCH_NOTES (a folder) from the environment.
+Takes:  BENCH_CORES (role and index ► cores, as JSON), BENCH_NOTES (a folder), BENCH_MEMORY (watched | alone), from the
+        environment.
 Gives:  engines whose responses have the row's `lengths`; notes, a JSON line each.
 Knows:  which actor this process is by the file that its output goes to.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +21,9 @@ from flux_ray.data.order import stable_seed
 from flux_ray.data.prompts import TRAIN
 from flux_ray.records import Completion, Sampled, SamplingRequest
 
-CORES, NOTES, WATCHED = "BENCH_CORES", "BENCH_NOTES", "BENCH_WATCHED"
+CORES, NOTES, WATCHED, MEMORY = "BENCH_CORES", "BENCH_NOTES", "BENCH_WATCHED", "BENCH_MEMORY"
+ALONE = "alone"  # of BENCH_MEMORY: an update finds no shared memory, as on a machine without engines
+LOOK_EVERY_S = 0.002  # at this process's memory
 EPOCHS = 2  # an asynchronous run starts prompts that it does not train on
 KEPT = 8  # tokens of a watched response that are trained on
 
@@ -101,7 +105,7 @@ async def _streamed(engine: Any, request: SamplingRequest) -> Completion:
         new = len(final.outputs[0].token_ids) - len(times_s)
         times_s += [time.monotonic()] * new
     assert final is not None
-    completion = completion_of(final.outputs[0])
+    completion = completion_of(final.outputs[0], prompt_length=len(request.token_ids))
     note(times_s=times_s, versions=completion.versions.tolist())
     return completion
 
@@ -138,11 +142,54 @@ def count_tokens() -> None:
     register_optimizer_step_post_hook(stepped)
 
 
+def resident_bytes() -> tuple[int, int]:
+    """This process's own memory, and what it has of memory that others see too."""
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    status = dict(line.split(":", 1) for line in lines)
+    own, shared = (int(status[name].split()[0]) * 1024 for name in ("RssAnon", "RssShmem"))
+    return own, shared
+
+
+def read_notes(folder: Path, name: str) -> list[dict[str, Any]]:
+    """What an actor of a part has noted."""
+    return [json.loads(line) for line in (folder / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def watch_memory() -> None:
+    """In a training rank: a note of how far its memory grew while it published, at most, and of what others see too."""
+    from flux_ray.weights import sender
+    from flux_ray.weights.publish import Publisher
+
+    publish = Publisher.publish
+    if os.environ[MEMORY] == ALONE:
+        sender.create_memory = lambda num_bytes: None  # type: ignore[assignment]
+
+    def watched(self: Publisher, *given: Any) -> Any:
+        before, largest, done = resident_bytes(), [0, 0], threading.Event()
+
+        def look() -> None:
+            while not done.wait(LOOK_EVERY_S):
+                largest[:] = [max(pair) for pair in zip(largest, resident_bytes(), strict=True)]
+
+        thread = threading.Thread(target=look)
+        thread.start()
+        try:
+            return publish(self, *given)
+        finally:
+            done.set()
+            thread.join()
+            note(own_bytes=largest[0] - before[0], shared_bytes=largest[1])
+
+    Publisher.publish = watched  # type: ignore[method-assign]
+
+
 if NOTES in os.environ:
     of_actor = json.loads(os.environ.get(CORES, "{}")).get(actor())
     if of_actor:
         stay_on(of_actor)
     if actor().startswith("trainer-"):
         count_tokens()
+        if MEMORY in os.environ:
+            watch_memory()
     if actor().startswith("engine-"):
         force_lengths()

@@ -35,6 +35,7 @@ from benchmarks.work import (
     kv_gib,
     make_data,
     micro_batches,
+    model_of,
     options,
 )
 
@@ -166,7 +167,7 @@ async def _bare_vllm(folder: Path, phases: Sequence[Phase], dtype: str, enforce_
 
     longest = max(max(phase.lengths) for phase in phases)
     engine = AsyncLLM.from_engine_args(AsyncEngineArgs(
-        model=str(folder / "29M"), dtype=dtype, enforce_eager=enforce_eager,
+        model=str(model_of(folder)), dtype=dtype, enforce_eager=enforce_eager,
         kv_cache_memory_bytes=int(kv_gib(phases) * 2**30),
         max_model_len=min(CONTEXT, PROMPT_TOKENS + longest), distributed_executor_backend="uni",
         disable_log_stats=True, enable_chunked_prefill=False, max_num_batched_tokens=8192))
@@ -208,15 +209,15 @@ def bare_deepspeed(folder: Path, work: Path, *, phases: list[dict[str, Any]], dt
     from flux_ray.train import setup
     from tests.train.ranks import free_port
 
-    config = from_dict({"model.path": str(folder / "29M"), "model.dtype": dtype}).train
+    config = from_dict({"model.path": str(model_of(folder)), "model.dtype": dtype}).train
     deepspeed = setup.join(config, rank=0, world_size=1, master_address="127.0.0.1", master_port=free_port(),
                            device="cpu")
     kind = getattr(torch, dtype)
-    model = AutoModelForCausalLM.from_pretrained(folder / "29M", dtype=kind)
+    hf = AutoModelForCausalLM.from_pretrained(model_of(folder), dtype=kind)
     if our_layers:
-        model.set_attn_implementation(attention.CAUSAL_BLOCKS)
-        norm.put_in_place(model)
-    engine, *_ = deepspeed.initialize(model=model, optimizer=torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True),
+        hf.set_attn_implementation(attention.CAUSAL_BLOCKS)
+        norm.put_in_place(hf)
+    engine, *_ = deepspeed.initialize(model=hf, optimizer=torch.optim.AdamW(hf.parameters(), lr=1e-6, fused=True),
                                       config=setup.deepspeed_config(config, kind))
 
     async def step(name: str, phase: Phase) -> float:

@@ -8,6 +8,7 @@ Knows:  a step: 8 prompts of 16 tokens, 8 samples each; the lengths are the same
 from __future__ import annotations
 
 import json
+import os
 import random
 import statistics
 from collections.abc import Sequence
@@ -18,12 +19,18 @@ from typing import Any
 NUM_PROMPTS, GROUP_SIZE, PROMPT_TOKENS = 8, 8, 16
 NUM_SEQUENCES = NUM_PROMPTS * GROUP_SIZE
 SIGMA = 0.8
+MODEL = "BENCH_MODEL"
 CONTEXT = 2048
 MICRO_BATCH_TOKENS = 4608  # 16 sequences of 16 + 256 tokens a micro-batch, with us and bare
 KV_GIB, KV_TOKENS = 2.0, 272  # room for two batches in flight, in fp32, of sequences of so many tokens on average
 VOCAB = 4096
 #: Name ► hidden size, layers of a model: 29M parameters, 61M (245 MB in fp32), and one for what doesn't depend on it.
 SIZES = {"29M": (512, 8), "60M": (640, 11), "small": (128, 2)}
+
+
+def model_of(folder: Path) -> Path:
+    """The one that is measured: BENCH_MODEL in the environment names another than that of 29M."""
+    return folder / os.environ.get(MODEL, "29M")
 
 
 def equal(tokens: int) -> list[int]:
@@ -114,7 +121,7 @@ def options(folder: Path, *, dtype: str, phases: Sequence[Phase]) -> dict[str, A
     """Config of a run over these phases, before what a figure adds."""
     longest = max(max(phase.lengths) for phase in phases)
     return {
-        "model.path": str(folder / "29M"), "model.dtype": dtype, "data.shuffle": False,
+        "model.path": str(model_of(folder)), "model.dtype": dtype, "data.shuffle": False,
         "reward.functions": ["length"], "reward.options": {"length": {"target": 10}},
         "algo.beta": 0.0, "algo.entropy_coef": 0.0, "batch.prompts_per_step": NUM_PROMPTS,
         "batch.max_tokens_per_micro_batch": MICRO_BATCH_TOKENS, "rollout.group_size": GROUP_SIZE,

@@ -7,7 +7,7 @@ Knows:  the axes legend below, and each record's own invariants (asserted once, 
 Never:  holds a field that a later stage fills in: what a later stage adds is another record.
 
 Axes, as suffixes of names: G samples of one prompt, N samples of a batch, T tokens of one sample (prompt and response),
-B rows of a padded view, L its length, S the flat token axis of a micro-batch.
+B rows of a padded view, L its length, S the flat token axis of a micro-batch; M a sample's first tokens, K its experts.
 """
 
 from __future__ import annotations
@@ -68,6 +68,8 @@ class Completion:
     logprobs: np.ndarray  # (T,) float32, of the distribution that was sampled (after temperature)
     versions: np.ndarray  # (T,) int32, the policy version that sampled each token
     finish_reason: str  # FINISH_STOP or FINISH_LENGTH
+    experts: np.ndarray | None = None  # (M, layers, K) uint8 or uint16: which ones the engine chose for the request's
+    # tokens and these, the last one aside, which it never ran; layers without experts have zeros
 
     @property
     def num_tokens(self) -> int:
@@ -134,11 +136,14 @@ class Sampled:
     def __reduce__(self) -> tuple[object, ...]:
         """See `_joined`."""
         rows = [(c.token_ids, c.logprobs, c.versions) for c in self.completions]
-        return _sampled, (*_joined(rows), [c.finish_reason for c in self.completions], self.step)
+        others = [(c.finish_reason, c.experts) for c in self.completions]
+        return _sampled, (*_joined(rows), others, self.step)
 
 
-def _sampled(lengths: list[int], arrays: list[np.ndarray], reasons: list[str], step: int) -> Sampled:
-    rows = zip(*(_split(array, lengths) for array in arrays), reasons, strict=True)
+def _sampled(
+    lengths: list[int], arrays: list[np.ndarray], others: list[tuple[str, np.ndarray | None]], step: int,
+) -> Sampled:
+    rows = zip(*(_split(array, lengths) for array in arrays), *zip(*others, strict=True), strict=True)
     return Sampled(tuple(itertools.starmap(Completion, rows)), step)
 
 
@@ -170,9 +175,11 @@ class Trajectory:
     versions: np.ndarray  # (T,) int32: -1 where the mask is False
     prompt_length: int  # tokens of the prompt; what follows is the response
     finish_reason: str
+    experts: np.ndarray | None = None  # (M, layers, K), as a Completion has them: of the sequence's first M tokens
 
     def __post_init__(self) -> None:
         length = len(self.token_ids)
+        assert self.experts is None or len(self.experts) <= length, (len(self.experts), length)
         assert len(self.loss_mask) == len(self.sampler_logprobs) == len(self.versions) == length, "one length T"
         assert 0 < self.prompt_length <= length, (self.prompt_length, length)
         assert not self.loss_mask[: self.prompt_length].any(), "a prompt token is never trained on"
@@ -207,12 +214,12 @@ class RolloutGroup:
     def __reduce__(self) -> tuple[object, ...]:
         """See `_joined`."""
         rows = [(t.token_ids, t.loss_mask, t.sampler_logprobs, t.versions) for t in self.trajectories]
-        others = [(t.prompt_length, t.finish_reason) for t in self.trajectories]
+        others = [(t.prompt_length, t.finish_reason, t.experts) for t in self.trajectories]
         return _rollout_group, (self.prompt, *_joined(rows), others)
 
 
 def _rollout_group(
-    prompt: Prompt, lengths: list[int], arrays: list[np.ndarray], others: list[tuple[int, str]],
+    prompt: Prompt, lengths: list[int], arrays: list[np.ndarray], others: list[tuple[int, str, np.ndarray | None]],
 ) -> RolloutGroup:
     rows = zip(*(_split(array, lengths) for array in arrays), others, strict=True)
     return RolloutGroup(prompt, tuple(Trajectory(*row, *other) for *row, other in rows))
@@ -297,7 +304,7 @@ def _scored_group(
 
 @dataclass(frozen=True)
 class Sample:
-    """One sequence ready to be trained on. All arrays have length T, asserted here and nowhere else.
+    """One sequence ready to be trained on. All arrays but `experts` have length T, asserted here and nowhere else.
 
     Supervised and preference data make Samples as well: their sampler and reference log-probs are None.
     `loss_weights` carry the aggregation: the loss of the step is the sum of weight times per-token loss.
@@ -310,6 +317,7 @@ class Sample:
     sampler_logprobs: np.ndarray | None = None  # (T,) float32
     reference_logprobs: np.ndarray | None = None  # (T,) float32
     current_version: bool = True  # every sampled token is of the trainer's present step
+    experts: np.ndarray | None = None  # (M, layers, K): see Trajectory
 
     def __post_init__(self) -> None:
         for name in ("loss_mask", "loss_weights", "advantages", "sampler_logprobs", "reference_logprobs"):

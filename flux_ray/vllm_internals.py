@@ -82,6 +82,13 @@ VLLM_INTERNALS = (
     # Mixtures of experts on CPU.
     Internal("vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method", "UnquantizedFusedMoEMethod",
              "experts are packed again after an update"),
+    Internal("vllm.distributed.aux_output_connector.worker", "get_aux_output_connector",
+             "which experts were chosen: vLLM's own record of it, joined to the first model runner"),
+    Internal("vllm.v1.worker.gpu_model_runner", "GPUModelRunner.execute_model", "the same: a step begins"),
+    Internal("vllm.v1.worker.gpu_model_runner", "GPUModelRunner.sample_tokens", "the same: its outputs"),
+    Internal("vllm.config", "VllmConfig", "the same: the option is allowed on CPU"),
+    Internal("vllm.config", "VllmConfig._verify_aux_output_compatibility", "the same: which refuses it there"),
+    Internal("vllm.platforms", "current_platform", "the same: whether this is one"),
     Internal("vllm._custom_ops", "cpu_prepack_moe_weight", "whether they hold what was sent, as they are packed"),
     # The start of an engine on CPU.
     Internal("vllm.engine.arg_utils", "", "imported beforehand"),

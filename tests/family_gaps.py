@@ -20,11 +20,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from flux_ray.batch import make_micro_batch
-from flux_ray.config import Config, from_dict
+from flux_ray.config import Config, LoraConfig, from_dict
 from flux_ray.driver.agreement import Agreement
 from flux_ray.errors import UserError
 from flux_ray.messages import Attested
-from flux_ray.model import PolicyModel, load_policy, policy_traits, turns
+from flux_ray.model import PolicyModel, adapt, load_policy, policy_traits, turns
 from flux_ray.records import Sample, SamplingRequest
 from flux_ray.rollout.engine import RolloutEngine, engine_env
 from flux_ray.rollout.known_models import check_served
@@ -37,6 +37,7 @@ BEGIN, END = "<!-- families: written by `python -m tests.family_gaps` -->", "<!-
 TEMPERATURE = 0.7
 UPDATES = 2
 LEARNING_RATE = 3e-3  # moves a tiny model's log-probs by nats within two updates
+LORA_LEARNING_RATE = 3e-2  # of factors, of which one begins at 0
 
 
 class _Weights:
@@ -91,11 +92,13 @@ def by_eager(folder: Path, samples: list[Sample]) -> np.ndarray:
     return torch.cat(rows).numpy()
 
 
-async def measure(name: str, folder: Path) -> dict[str, float]:
+async def measure(name: str, folder: Path, *, lora: LoraConfig | None = None) -> dict[str, float]:
     """Largest gaps in nats: engine against the family's own file before any update, engine against trainer before and
-    after each of two."""
+    after each of two. With `lora` its factors alone are trained."""
     make_family(name, folder)
     policy = load_policy(folder, dtype=torch.float32, chunk_tokens=64).eval()
+    if lora is not None:
+        policy.adapter = adapt(policy.hf, lora, seed=0, train_head=False)
     engine = RolloutEngine(options(folder), index=0, device="cpu", dtype="float32", weights_backend="gloo")
     os.environ.update(engine_env("cpu", options(folder).rollout))
     lengths = Agreement(options(folder).rollout, model=str(folder), dtype="float32", context=CONTEXT,
@@ -104,8 +107,9 @@ async def measure(name: str, folder: Path) -> dict[str, float]:
     try:
         samples, logprobs = await sampled(engine, lengths, seed=1)
         gaps = {"eager": float(np.abs(by_eager(folder, samples) - logprobs).max())}
-        publish, close = await _channel(engine, policy)
-        optimizer = torch.optim.AdamW(policy.parameters(), lr=LEARNING_RATE)
+        publish, close = await channel(engine, policy)
+        optimizer = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad],
+                                      lr=LEARNING_RATE if lora is None else LORA_LEARNING_RATE)
         before = by_policy(policy, samples).detach().numpy()
         gaps["start"] = float(np.abs(before - logprobs).max())
         for update in range(1, UPDATES + 1):
@@ -122,7 +126,7 @@ async def measure(name: str, folder: Path) -> dict[str, float]:
         await engine.close()
 
 
-async def _channel(engine: RolloutEngine, policy: PolicyModel) -> tuple[Any, Any]:
+async def channel(engine: RolloutEngine, policy: PolicyModel) -> tuple[Any, Any]:
     """(publish, close): the real publisher, in a thread; its calls reach the engine on this loop."""
     loop = asyncio.get_running_loop()
     publisher = Publisher(_Weights(policy), rank=0, backend="gloo", bucket_bytes=8192, deadline_s=30.0)

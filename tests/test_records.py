@@ -17,10 +17,14 @@ def sent_on(record: Any) -> Any:
     return pickle.loads(pickle.dumps(record, 5))  # noqa: S301 - our own
 
 
+def experts(num_tokens: int) -> np.ndarray:
+    return np.arange(num_tokens * 6, dtype=np.uint8).reshape(num_tokens, 3, 2)
+
+
 def trajectory(length: int, reason: str) -> Trajectory:
     mask = np.arange(length) >= 2
     return Trajectory(np.arange(length, dtype=np.int32), mask, np.linspace(-1, 0, length, dtype=np.float32) * mask,
-                      np.where(mask, 7, -1).astype(np.int32), 2, reason)
+                      np.where(mask, 7, -1).astype(np.int32), 2, reason, None if length == 2 else experts(length - 1))
 
 
 def assert_same(sent, arrived, names):
@@ -45,7 +49,7 @@ def test_a_group_arrives_with_every_trajectory_as_it_was():
 @pytest.mark.parametrize("lengths", [(), (3,), (0, 4, 1)])
 def test_samples_arrive_as_they_were(lengths):
     completions = tuple(Completion(np.arange(n, dtype=np.int32), np.full(n, -0.5, np.float32), np.full(n, 7, np.int32),
-                                   "stop" if n else "length") for n in lengths)
+                                   "stop" if n else "length", experts(n + 1) if n != 1 else None) for n in lengths)
     arrived = sent_on(Sampled(completions, 7))
     assert arrived.step == 7 and len(arrived.completions) == len(lengths)
     for one, other in zip(completions, arrived.completions, strict=True):

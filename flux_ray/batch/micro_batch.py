@@ -17,7 +17,7 @@ import torch
 from flux_ray.records import Sample
 
 _FLAT = ("token_ids_S", "position_ids_S", "loss_mask_S", "loss_weights_S", "advantages_S", "sampler_logprobs_S",
-         "reference_logprobs_S", "current_version_B")
+         "reference_logprobs_S", "current_version_B", "experts_SLK")
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,7 @@ class MicroBatch:
     current_version_B: torch.Tensor            # bool
     sample_ids_B: torch.Tensor                 # int64, on the CPU: index into the list given to `pack`
     response_starts_B: torch.Tensor            # int64, on the CPU: place of the first loss token; the length where none
+    experts_SLK: torch.Tensor | None = None    # int16, of L layers: the engine's choice; -1 where it isn't known
 
     @property
     def num_sequences(self) -> int:
@@ -75,7 +76,21 @@ def make_micro_batch(samples: Sequence[Sample], *, sample_ids: Sequence[int]) ->
         current_version_B=torch.tensor([s.current_version for s in samples], dtype=torch.bool),
         sample_ids_B=torch.tensor(list(sample_ids), dtype=torch.int64),
         response_starts_B=torch.tensor([first_loss_token(s.loss_mask) for s in samples], dtype=torch.int64),
+        experts_SLK=_experts(samples, lengths),
     )
+
+
+def _experts(samples: Sequence[Sample], lengths: Sequence[int]) -> torch.Tensor | None:
+    """None where no sample has any."""
+    layers_K = next((sample.experts.shape[1:] for sample in samples if sample.experts is not None), None)
+    if layers_K is None:
+        return None
+    experts_SLK = np.full((sum(lengths), *layers_K), -1, np.int16)
+    for sample, end in zip(samples, np.cumsum(lengths).tolist(), strict=True):
+        if sample.experts is not None:
+            start = end - sample.num_tokens
+            experts_SLK[start : start + len(sample.experts)] = sample.experts
+    return torch.from_numpy(experts_SLK)
 
 
 def first_loss_token(loss_mask_T: np.ndarray) -> int:

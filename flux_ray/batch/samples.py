@@ -113,6 +113,7 @@ def make_samples(
             sampler_logprobs=trajectory.sampler_logprobs,
             reference_logprobs=None if reference is None else reference[n],
             current_version=_is_current(trajectory, versions),
+            experts=trajectory.experts,
         ))
     return samples
 

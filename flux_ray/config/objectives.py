@@ -63,6 +63,8 @@ class AlgoConfig(LossConfig):
     tis_cap: float = knob(2.0, "C of tis: the weight is min(ratio, C)", above=0)
     icepop_low: float = knob(0.5, "icepop: below it the weight is 0", least=0)
     icepop_high: float = knob(5.0, "icepop: above it the weight is 0", above=0)
+    router_replay: bool = knob(False, "mixtures of experts: the trainer takes the experts that the engine chose for "
+                               "each token, weighed by its own routers (R3); engines return them for that")
     mask_truncated: bool = knob(False, "truncated responses leave the loss (they stay in their group's statistics), "
                                 "except under reward.overlong_penalty, which they would not learn from")
 
@@ -160,6 +162,13 @@ class PolicyGradientConfig(Config):
     driver: sections.DriverConfig = group(sections.DriverConfig)
     eval: sections.RolloutEvalConfig = group(sections.RolloutEvalConfig)
     observability: sections.RolloutObservabilityConfig = group(sections.RolloutObservabilityConfig)
+
+    @property
+    def returned_experts(self) -> str | None:
+        """The option by which engines return the experts that they chose; None where they don't."""
+        if self.algo.router_replay:
+            return "algo.router_replay=true"
+        return "rollout.return_experts=true" if self.rollout.return_experts else None
 
 
 @dataclass(frozen=True)

@@ -129,6 +129,8 @@ class RolloutConfig(SampledConfig):
     split_groups: int = knob(1, "requests that a group is split into, each on the engine that has least to do; a "
                              "sample has the same seed on any of them (rollout.function sees the part)", least=1)
     deadline_s: float = knob(600.0, "longest wait for one group, in seconds", above=0)
+    return_experts: bool = knob(False, "mixtures of experts: engines return which experts they chose for each token, "
+                                "and rollout/router_agreement is measured")
     engine_args: dict[str, Any] = knob({}, "any further option of vLLM's AsyncEngineArgs")
 
 

@@ -35,6 +35,8 @@ class PackedTokens(Protocol):
     def lengths_B(self) -> Tensor: ...
     @property
     def sample_ids_B(self) -> Tensor: ...
+    @property
+    def experts_SLK(self) -> Tensor | None: ...
 
 
 class PackedModel(nn.Module):
@@ -69,6 +71,7 @@ class PackedModel(nn.Module):
         rows_S = row_S * width + micro_batch.position_ids_S
         ids_BL = torch.zeros(num_rows * width, dtype=torch.long, device=tokens_S.device)
         ids_BL[rows_S] = tokens_S
+        self._expect(micro_batch, rows_S, ids_BL)
         hidden_BLH = self._run(ids_BL.view(num_rows, width))
         return hidden_BLH.flatten(0, 1), rows_S
 
@@ -80,8 +83,14 @@ class PackedModel(nn.Module):
             extra = borders_of(lengths_B, tokens_S.device)
         # Without a mask, transformers reads the borders from position ids that start again, sliding windows included.
         positions_1S = micro_batch.position_ids_S[None]
+        rows_S = torch.arange(len(tokens_S), device=tokens_S.device)
+        self._expect(micro_batch, rows_S, tokens_S)
         hidden_1SH = self._run(tokens_S[None], position_ids=positions_1S, **extra)
-        return hidden_1SH[0], torch.arange(len(tokens_S), device=tokens_S.device)
+        return hidden_1SH[0], rows_S
+
+    def _expect(self, micro_batch: PackedTokens, rows_S: Tensor, ids: Tensor) -> None:
+        if self.routing is not None:
+            self.routing.expect(micro_batch.experts_SLK, rows_S, len(ids))
 
     def _run(self, ids_BL: Tensor, **extra: object) -> Tensor:
         return self.hf.base_model(input_ids=ids_BL, use_cache=False, **extra)[0]

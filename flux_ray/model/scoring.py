@@ -16,10 +16,12 @@ from flux_ray.model.packed import PackedTokens
 from flux_ray.records import RolloutGroup, Sample
 
 
-def scoring_samples(groups: Sequence[RolloutGroup]) -> list[Sample]:
-    """One Sample per trajectory, group by group; its loss weights are 0."""
+def scoring_samples(groups: Sequence[RolloutGroup], *, with_experts: bool = False) -> list[Sample]:
+    """One Sample per trajectory, group by group; its loss weights are 0. `with_experts`: those that the engine chose,
+    for the policy that it serves and no other model."""
     return [
-        Sample(t.token_ids, t.loss_mask, np.zeros(t.num_tokens, np.float32))
+        Sample(t.token_ids, t.loss_mask, np.zeros(t.num_tokens, np.float32),
+               experts=t.experts if with_experts else None)
         for group in groups for t in group.trajectories
     ]
 

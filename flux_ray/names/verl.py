@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from flux_ray.names.counterpart import Counterpart, Missing, none, values
 
-_REPLAY = none("the trainer's routers choose by themselves: vLLM 0.32 gives the experts that it chose only under its "
-               "second model runner, which needs Triton")
+_REPLAY = none("algo.router_replay=true takes the experts that the engine chose for each token (R3); a reference "
+               "chooses by itself, and nothing is recorded in files")
 _LOG_PROB = none("batch.max_tokens_per_micro_batch bounds each forward of the trainer, "
                  "reference.max_tokens_per_forward the reference's")
 _WARMUP = none("the warm-up is in optimizer updates: train.warmup_steps")
@@ -52,6 +52,7 @@ _ACTOR: dict[str, Counterpart] = {
     "ppo_epochs": "algo.epochs", "shuffle": none("mini-batches are taken in the order of the step's groups"),
     "grad_clip": "train.max_grad_norm", "strategy": none("training is sharded by DeepSpeed: train.zero_stage"),
     "rollout_n": "rollout.group_size", "use_remove_padding": _ATTENTION,
+    "router_replay.mode": values("algo.router_replay", {"R3": True, "disabled": False}),
     "use_torch_compile": none("PyTorch's own setting; it isn't an option here"),
     "use_fused_kernels": none("log-probs never hold a batch x vocabulary tensor: model.logprob_chunk_tokens"),
     "data_loader_seed": none("one seed for everything: seed"),
@@ -84,6 +85,7 @@ _ROLLOUT: dict[str, Counterpart] = {
     "checkpoint_engine.backend": values("weights.backend", {"nccl": "nccl", "naive": "auto"}),
     "checkpoint_engine.update_weights_bucket_megabytes": "weights.bucket_mib",
     "quantization": "rollout.engine_args.quantization",
+    "enable_rollout_routing_replay": "rollout.return_experts",
 }
 
 _MODEL: dict[str, Counterpart] = {
@@ -165,7 +167,6 @@ PATTERNS: dict[str, Missing] = {
     "*.megatron.*": none("training is sharded by DeepSpeed: train.zero_stage, train.deepspeed"),
     "*.log_prob_*": _LOG_PROB,
     "*.router_replay.*": _REPLAY,
-    "*.enable_rollout_routing_replay": _REPLAY,
     "*expert_parallel_size": none("rollout.engine_args.enable_expert_parallel=true splits an engine by experts, "
                                   "train.zero_stage the training"),
     "*pipeline_model_parallel_size": none("an engine is split by rollout.tensor_parallel_size alone"),

@@ -108,4 +108,6 @@ def _why_not(
         return "the step has several updates: the weights before the later ones aren't kept"
     if isinstance(config, PPOConfig):
         return "a critic's values aren't kept"
+    if config.algo.router_replay:
+        return "the experts that engines chose aren't kept (algo.router_replay)"
     return "this process has a process group of torch already" if dist.is_initialized() else None

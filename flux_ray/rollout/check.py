@@ -31,6 +31,8 @@ OWN_ENGINE_ARGS = {
     "logprobs_mode": "always processed_logprobs",
     "generation_config": "always vllm",
     "weight_transfer_config": "weights.backend",
+    "enable_return_routed_experts": "rollout.return_experts",
+    "aux_output_config": "rollout.return_experts",
     "worker_extension_cls": "it compares the weights that come with those that were sent",
     "trust_remote_code": "never",
 }

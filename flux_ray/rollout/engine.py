@@ -27,6 +27,7 @@ from flux_ray.rollout.check import ENTRY_POINT, check_engine_args, check_install
 from flux_ray.rollout.core_watch import watch
 from flux_ray.rollout.cpu_startup.forking import fork_engine_core
 from flux_ray.rollout.known_models import engine_args_of
+from flux_ray.rollout.routed_experts import experts_of, started
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
@@ -115,13 +116,11 @@ class RolloutEngine:
             return
         if self._device == "cpu":
             fork_engine_core()
-        from vllm.engine.arg_utils import AsyncEngineArgs
-        from vllm.v1.engine.async_llm import AsyncLLM
-
         from flux_ray.model.stops import stop_token_ids
 
         check_installed()
-        self._engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**self._engine_args()))
+        returns_experts = self._config.rollout.return_experts or self._config.algo.router_replay
+        self._engine = await started(self._engine_args(), device=self._device, returns_experts=returns_experts)
         await self._vllm.update_weight_version(str(self._version))
         self._watch = watch(lambda: bool(self._running) and self._serves)
         self._stop_ids = stop_token_ids(self._config.model.path, self._vllm.get_tokenizer())
@@ -205,7 +204,8 @@ class RolloutEngine:
         finally:
             del self._running[task]
         assert final is not None and final.finished
-        completions = tuple(completion_of(output) for output in sorted(final.outputs, key=lambda output: output.index))
+        completions = tuple(completion_of(output, prompt_length=len(request.token_ids))
+                            for output in sorted(final.outputs, key=lambda output: output.index))
         newest = max((int(c.versions.max()) for c in completions if c.num_tokens), default=self._version)
         return Sampled(completions, self._step_of[newest])
 
@@ -379,7 +379,7 @@ def _vllm_alive() -> Iterator[None]:
         raise CoreDied("the process in which vLLM computes died") from None
 
 
-def completion_of(output: CompletionOutput) -> Completion:
+def completion_of(output: CompletionOutput, *, prompt_length: int) -> Completion:
     """A Completion from vLLM's output: log-prob and version of each sampled token."""
     token_ids = np.asarray(output.token_ids, np.int32)
     flat = output.logprobs
@@ -391,4 +391,5 @@ def completion_of(output: CompletionOutput) -> Completion:
     assert (versions >= 0).all(), f"vLLM names no version of some tokens: {output.weight_versions}"
     assert len(logprobs) == len(token_ids), (len(logprobs), len(token_ids))
     reason = FINISH_LENGTH if output.finish_reason == "length" else FINISH_STOP
-    return Completion(token_ids, logprobs, versions, reason)
+    experts = experts_of(output, num_tokens=prompt_length + len(token_ids))
+    return Completion(token_ids, logprobs, versions, reason, experts)

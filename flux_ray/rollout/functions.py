@@ -57,6 +57,7 @@ class Turns:
         self._logprobs = [np.zeros(len(prompt_ids), np.float32)]
         self._versions = [np.full(len(prompt_ids), NOT_SAMPLED, np.int32)]
         self._finish_reason = "stop"
+        self._experts: list[np.ndarray] = []
 
     @property
     def token_ids(self) -> np.ndarray:
@@ -66,10 +67,17 @@ class Turns:
     def sampled(self, completion: Completion) -> None:
         self._add(completion.token_ids, True, completion.logprobs, completion.versions)
         self._finish_reason = completion.finish_reason
+        self._add_experts(completion)
 
     def observed(self, token_ids: Sequence[int] | np.ndarray) -> None:
         num = len(token_ids)
         self._add(token_ids, False, np.zeros(num), np.full(num, NOT_SAMPLED))
+
+    def _add_experts(self, completion: Completion) -> None:
+        """Of the tokens since the last turn. Where the policy was shown others than `token_ids`, they are unknown."""
+        experts = completion.experts
+        if experts is not None and len(experts) + 1 == sum(map(len, self._ids)):
+            self._experts.append(experts[sum(map(len, self._experts)) :])
 
     def _add(
         self, ids: Sequence[int] | np.ndarray, trained: bool, logprobs: np.ndarray, versions: np.ndarray
@@ -87,6 +95,7 @@ class Turns:
             np.concatenate(self._versions),
             self._prompt_length,
             self._finish_reason,
+            np.concatenate(self._experts) if self._experts else None,
         )
 
 

@@ -45,6 +45,9 @@ def write(file: Path, groups: Sequence[KeptArrays]) -> None:
     references = [logprobs for one in groups for logprobs in one.reference or ()]
     if references:
         arrays["reference"] = np.concatenate(references)
+    experts = [one.experts for one in trajectories if one.experts is not None]
+    if experts:
+        arrays["experts"] = np.concatenate(experts)
     try:
         save_file(arrays, file, metadata={"groups": json.dumps([_described(one) for one in groups])})
         with file.open("rb") as written:
@@ -59,6 +62,7 @@ def _described(one: KeptArrays) -> dict[str, Any]:
     return {
         "uid": scored.uid, "step": one.step, "texts": one.texts, "referenced": one.reference is not None,
         "trajectories": [(t.num_tokens, t.prompt_length, t.finish_reason) for t in one.group.trajectories],
+        "experts": [None if t.experts is None else len(t.experts) for t in one.group.trajectories],
         "rewards": scored.rewards.tolist(), "task_rewards": scored.task_rewards.tolist(),
         "parts": {name: values.tolist() for name, values in scored.parts.items()},
         "truncated": scored.truncated.tolist(), "oldest_version": scored.oldest_version,
@@ -73,24 +77,30 @@ def read(file: Path, prompts: Sequence[Prompt]) -> list[KeptArrays]:
         arrays = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 it is no dict
     arrays["loss_mask"] = arrays["loss_mask"].astype(bool)
     of_uid, found = {prompt.uid: prompt for prompt in prompts}, []
-    start = reference_start = 0
+    start = reference_start = experts_start = 0
     for group in described:
         lengths = [length for length, *_ in group["trajectories"]]
+        rows = group.get("experts", [None] * len(lengths))
+        ends = experts_start + np.cumsum([of_sample or 0 for of_sample in rows])
+        experts = [None if num is None else arrays["experts"][end - num : end]
+                   for num, end in zip(rows, ends.tolist(), strict=True)]
         prompt = of_uid.get(group["uid"])
         if prompt is not None and prompt.num_samples == len(lengths):
-            found.append(_group(group, prompt, arrays, start, reference_start))
+            found.append(_group(group, prompt, arrays, (start, reference_start), experts))
         start += sum(lengths)
         reference_start += sum(lengths) if group["referenced"] else 0
+        experts_start = int(ends[-1])
     return found
 
 
-def _group(described: dict[str, Any], prompt: Prompt, arrays: dict[str, np.ndarray], start: int,
-           reference_start: int) -> KeptArrays:
+def _group(described: dict[str, Any], prompt: Prompt, arrays: dict[str, np.ndarray], starts: tuple[int, int],
+           experts: Sequence[np.ndarray | None]) -> KeptArrays:
+    start, reference_start = starts
     ends = np.cumsum([length for length, *_ in described["trajectories"]])
     columns = {name: np.split(arrays[name][start : start + ends[-1]], ends[:-1]) for name in PER_TOKEN}
     trajectories = tuple(
         Trajectory(**{name: rows[i] for name, rows in columns.items()}, prompt_length=prompt_length,
-                   finish_reason=finish_reason)
+                   finish_reason=finish_reason, experts=experts[i])
         for i, (_, prompt_length, finish_reason) in enumerate(described["trajectories"]))
     reference = None
     if described["referenced"]:

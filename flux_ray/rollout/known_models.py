@@ -26,9 +26,12 @@ OTHERWISE = {"bloom": "is served with another activation than it has (the exact 
 ONE_KIND = ("qwen2", "qwen3")
 
 
+#: Where a model is trained that no engine serves as it must.
+WITHOUT_ENGINE = "what needs no engine trains it (algo=sft, algo=dpo)"
 #: Model type ► why vLLM 0.32 can't give a running engine of it new weights.
 NOT_UPDATED = {"gpt_oss": "can't take new weights: its loader copies its experts and its attention sinks past vLLM's "
-                          "own reload, so that they would stay as they were, on CPU and GPU alike"}
+                          "own reload, so that they would stay as they were, on CPU and GPU alike; "
+                          f"{WITHOUT_ENGINE}"}
 
 
 def engine_args_of(model_path: str) -> dict[str, dict[str, int]]:
@@ -82,7 +85,7 @@ def _latent(config: PretrainedConfig) -> str | None:
     if not getattr(config, "kv_lora_rank", None):
         return None
     return ("has latent attention (MLA): vLLM's engine on CPU gives queries other rotary positions than the trainer, "
-            "and log-probs are off by nats; one on a GPU may not (cluster.device=cuda)")
+            f"and log-probs are off by nats; one on a GPU may not (cluster.device=cuda), and {WITHOUT_ENGINE}")
 
 
 def _config(model_path: str) -> PretrainedConfig:

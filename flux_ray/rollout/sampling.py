@@ -84,6 +84,9 @@ class Sampling:
             raise UserError(
                 f"rollout.function={config.function} gave {len(trajectories)} trajectories for row {prompt.row + 1} "
                 f"(from 1); it must give prompt.num_samples={prompt.num_samples}")
+        if self._config.returned_experts and any(t.experts is None and t.num_loss_tokens for t in trajectories):
+            raise UserError(f"rollout.function={config.function} gave a trajectory without the experts of its tokens, "
+                            f"which {self._config.returned_experts} needs: make it by flux_ray.rollout.functions.Turns")
         return trajectories, generate.step
 
     async def _within_deadline(self, prompt: Prompt, generate: PromptGenerate, engine: int) -> list[Trajectory]:

@@ -63,6 +63,7 @@ from flux_ray.reward.model import check_reward_models, have_same_tokens
 from flux_ray.reward.registry import Signature, load_functions, of_set
 from flux_ray.rollout.check import check_engine_args
 from flux_ray.rollout.functions import get_rollout
+from flux_ray.rollout.routed_experts import check_returned
 from flux_ray.run import monitoring, resume
 from flux_ray.train import check_deepspeed_options
 
@@ -147,6 +148,7 @@ def _check_values(draft: Draft) -> None:
 def _check_options_of_libraries(draft: Draft) -> None:
     if isinstance(draft.config, PolicyGradientConfig):
         check_engine_args(draft.config.rollout)
+        check_returned(draft.config)
     check_deepspeed_options(draft.config.train)
 
 
@@ -366,8 +368,7 @@ def _check_context(config: Config) -> None:
 
 def _check_parts_of_model(config: Config) -> None:
     """UserError for options of parts that the model, or the critic's, doesn't have: train.lora.targets, routers."""
-    if config.train.freeze_routers or config.train.router_balance_coef:
-        check_routers(skeleton(str(config.model.path)), config.train, learns_from=config.learns_from)
+    check_routers(lambda: skeleton(str(config.model.path)), config)
     critic = config.critic.path if isinstance(config, PPOConfig) else None
     for path in filter(None, (config.model.path, critic) if config.train.lora.rank else ()):
         check_targets(skeleton(path), config.train.lora)

@@ -3,14 +3,15 @@
 Takes:  a model, as DeepSpeed holds it.
 Gives:  (name, tensor) by checkpoint name, in the model's own order, gathered bucket by bucket; an adapter is merged in.
 Knows:  a parameter under two names goes once, under the first. A partitioned parameter has no shape of its own.
-Never:  holds more than one bucket of gathered weights, and one merged beside it; changes a weight.
+Never:  holds more than one bucket of gathered weights, and one merged beside it (of experts one expert); changes a
+        weight.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -49,11 +50,21 @@ class Entry:
 
     def given(self) -> Iterator[tuple[str, Tensor]]:
         """The same, with their numbers, while `kept` is whole."""
-        weight = self.tensor.detach() if self.factors is None else self.factors.merged(self.tensor.detach())
+        weight = self.tensor.detach()
+        if self.factors is not None and self.factors.num_experts and self.parts is not None:
+            for part in self.parts:
+                yield part.name, self._of_expert(part, weight, self.factors)
+            return
+        weight = weight if self.factors is None else self.factors.merged(weight)
         if self.parts is None:
             yield self.name, weight
         for part in self.parts or ():
             yield part.name, part.of(weight)
+
+    def _of_expert(self, part: Part, weight: Tensor, factors: Factors) -> Tensor:
+        """The part of one expert, merged by itself."""
+        expert, offset = divmod(part.offset, weight[0].numel())
+        return replace(part, offset=offset).of(factors.of_expert(expert).merged(weight[expert]))
 
 
 def parameters(model: PackedModel) -> list[tuple[str, nn.Parameter]]:

@@ -32,6 +32,7 @@ from flux_ray.batch import (
     to_padded,
 )
 from flux_ray.config import BatchConfig, PolicyConfig, PolicyGradientConfig, PPOConfig
+from flux_ray.model.routing import Routing
 from flux_ray.model.scoring import per_sample, scoring_samples
 from flux_ray.observability.metrics import Metric, merge
 from flux_ray.records import Sample
@@ -72,7 +73,7 @@ def accumulate(
     (part,) = split(engine, config, prepared.batch)
     mini_batch = _mini_batch(engine, config, algorithm, prepared, part)
     seen: Seen | None = {} if keeps else None
-    objective = PolicyObjective(config, algorithm, mini_batch, measure_gap=True, seen=seen)
+    objective = PolicyObjective(config, algorithm, mini_batch, True, seen, engine.model.routing)
     measured = engine.accumulate(mini_batch.micro_batches, objective, **_asked(config))
     before = begun or Begun(StepCounts(0, 0), {})
     begun = Begun(before.counts + part.counts, merge([before.metrics, prepared.metrics, measured]))
@@ -102,7 +103,8 @@ def run(
         for k, (part, mini_batch) in enumerate(zip(parts, mini_batches, strict=True)):
             # The gap to the sampler is measured with the policy as it was before the batch's first update.
             fresh = epoch == 0 and (k == 0 or prepared.old is not None)
-            objective = PolicyObjective(config, algorithm, mini_batch, fresh, None if epoch else seen[k])
+            routing = None if epoch or k else engine.model.routing
+            objective = PolicyObjective(config, algorithm, mini_batch, fresh, None if epoch else seen[k], routing)
             by = divisor(algorithm.aggregation, before.counts + part.counts)
             metrics = engine.update(mini_batch.micro_batches, objective, total_updates=total_updates, divisor=by,
                                     **_asked(config))
@@ -176,6 +178,7 @@ class PolicyObjective:
     mini_batch: MiniBatch
     measure_gap: bool
     seen: Seen | None = None  # where the log-probs are to be kept
+    routing: Routing | None = None  # of the model, where its choices of experts are compared with the engine's
 
     def __call__(
         self, i: int, micro_batch: MicroBatch, logprobs_S: Tensor, entropy_S: Tensor | None,
@@ -204,6 +207,7 @@ class PolicyObjective:
             current_S = micro_batch.current_version_B.repeat_interleave(lengths_B) & micro_batch.loss_mask_S
             before_S = logprobs_S if old_S is None else old_S
             metrics |= algo.logprob_gap(before_S, micro_batch.sampler_logprobs_S, current_S)
+            metrics |= self.routing.agreement(current_S) if self.routing is not None else {}
         return loss, metrics
 
 
@@ -217,7 +221,8 @@ def logprobs(
 
 
 def _old_logprobs(engine: Engine, config: PolicyConfig, batch: RankBatch) -> list[np.ndarray]:
-    return logprobs(engine, config.batch, scoring_samples(batch.groups), temperature=config.rollout.temperature)
+    samples = scoring_samples(batch.groups, with_experts=True)
+    return logprobs(engine, config.batch, samples, temperature=config.rollout.temperature)
 
 
 def estimate(

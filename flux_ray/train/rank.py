@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from flux_ray import run_dir
-from flux_ray.config import Config, PolicyModelConfig
+from flux_ray.config import Config, PolicyGradientConfig, PolicyModelConfig
 from flux_ray.errors import UserError
 from flux_ray.model import (
     PackedModel,
@@ -65,7 +65,8 @@ class Rank:
             self.model.adapter = adapt(self.model.hf, config.train.lora, seed=config.seed,
                                        train_head=isinstance(self.model, ScoreModel))
         if isinstance(self.model, PolicyModel) and routers_of(self.model.hf):
-            self.model.routing = Routing(self.model.hf)
+            replays = isinstance(config, PolicyGradientConfig) and config.algo.router_replay
+            self.model.routing = Routing(self.model.hf, replays=replays)
             if config.train.freeze_routers:
                 self.model.routing.freeze()
         self.engine = Engine(self.model, config.train, deepspeed=deepspeed, dtype=dtype, device=device)

@@ -148,7 +148,8 @@ class Trainer(Rank):
 
     def logprobs(self, groups: Sequence[RolloutGroup]) -> list[list[np.ndarray]]:
         """Log-probs per group and trajectory, (T,) float32, 0 off the mask, at the rollout's temperature."""
-        samples, temperature = scoring_samples(groups), self._policy_config.rollout.temperature
+        samples = scoring_samples(groups, with_experts=True)
+        temperature = self._policy_config.rollout.temperature
         return by_group(policy_step.logprobs(self.engine, self.config.batch, samples, temperature=temperature), groups)
 
     def reference_logprobs(self, samples: Sequence[Sample], *, temperature: float) -> list[np.ndarray]:

@@ -20,11 +20,13 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferUpdateInfo,
 )
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.platforms import current_platform
 
 from flux_ray.weights.attest import Receipts
 from flux_ray.weights.background import in_background
 from flux_ray.weights.bucket_channel import BucketChannel, join_group, map_memory
 from flux_ray.weights.buckets import Announcement, Invitation, Param, buckets, num_rounds, size_of, unpack
+from flux_ray.weights.cpu import routed_experts
 from flux_ray.weights.cpu.experts import pack_anew
 from flux_ray.weights.cpu.shadow_model import ShadowModel, TiedHead, can_have_shadow, tied_heads
 
@@ -35,7 +37,8 @@ Bucket: TypeAlias = tuple[list[Param], torch.Tensor]  # parameters in their orde
 
 
 def register() -> None:
-    """Put ours beside nccl and ipc in vLLM's registry. Called once in each of vLLM's processes; again is harmless."""
+    """Put ours beside nccl and ipc in vLLM's registry; on CPU, have engines return the experts that they choose where
+    they are asked to. Called once in each of vLLM's processes; again is harmless."""
     for backend, module, name in (
         (BACKEND, "gloo", "GlooWeightTransferEngine"),
         (NCCL_STAGED, "nccl", "StagedNCCLWeightTransferEngine"),
@@ -43,6 +46,8 @@ def register() -> None:
     ):
         if backend not in WeightTransferEngineFactory._registry:  # the factory offers no other way to ask
             WeightTransferEngineFactory.register_engine(backend, f"flux_ray.weights.{module}", name)
+    if current_platform.is_cpu():
+        routed_experts.allow()
 
 
 @dataclass

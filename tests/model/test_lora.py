@@ -13,8 +13,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from flux_ray.config import LoraConfig
 from flux_ray.errors import UserError
-from flux_ray.model import PackedModel, adapt, check_targets, load_policy, load_score, skeleton
+from flux_ray.model import PackedModel, adapt, check_targets, load_policy, load_score, save_model, skeleton
 from flux_ray.train import full_weights
+from tests.families import make_family
 from tests.tiny import tiny_model
 
 pytestmark = pytest.mark.unit
@@ -29,7 +30,11 @@ def gpt2(folder: Path) -> Path:
     return folder
 
 
-MAKERS = {"tied": lambda f: tiny_model(f, tied=True), "untied": lambda f: tiny_model(f, tied=False), "gpt2": gpt2}
+MAKERS = {"tied": lambda f: tiny_model(f, tied=True), "untied": lambda f: tiny_model(f, tied=False), "gpt2": gpt2,
+          "mixture": lambda f: make_family("Qwen 3 MoE", f), "shared": lambda f: make_family("GLM-4 MoE", f)}
+#: "shared" has experts that every token has beside the others, which are linear layers.
+LORA = {"gpt2": LoraConfig(rank=4), "mixture": LoraConfig(rank=4, alpha=6.0, targets=["q_proj", "experts"]),
+        "shared": LoraConfig(rank=4, alpha=6.0, targets=["experts.down_proj", "k_proj"])}
 
 
 def opened(path: Path, dtype: torch.dtype = torch.float32) -> PackedModel:
@@ -59,7 +64,7 @@ def whole(model: PackedModel) -> dict[str, torch.Tensor]:
 def test_merged_weights_are_the_model(tmp_path: Path, kind: str) -> None:
     """Under the checkpoint's names; the model's own are bitwise as they were; without the factors it is the base."""
     path = MAKERS[kind](tmp_path)
-    lora = LoraConfig(rank=4) if kind == "gpt2" else TWO
+    lora = LORA.get(kind, TWO)
     base = opened(path)
     before, plain = whole(base), hidden(base).detach()
     described = full_weights.metadata(base)
@@ -74,9 +79,11 @@ def test_merged_weights_are_the_model(tmp_path: Path, kind: str) -> None:
     assert list(merged) == list(before)
     assert all(torch.equal(tensor, kept[name]) for name, tensor in model.hf.state_dict().items())
     changed = {name for name in merged if not torch.equal(merged[name], before[name])}
-    assert changed == set(model.adapter.factors()) and (moved - plain).abs().max() > 0.1
-    base.hf.load_state_dict(merged, strict=False)
-    assert (hidden(base) - moved).abs().max() < 2e-5
+    of_hub = {part.name for name in model.adapter.factors() for part in model.parts.get(name, [])}
+    assert changed == of_hub | (set(model.adapter.factors()) - set(model.parts))
+    assert (moved - plain).abs().max() > 0.1
+    save_model(tmp_path / "merged", merged, hf_config=base.original_config, tokenizer=None, generation_config=None)
+    assert (hidden(opened(tmp_path / "merged")) - moved).abs().max() < 2e-5
     with model.adapter.off():
         assert torch.equal(hidden(model), plain)
     assert torch.equal(hidden(model), moved)
@@ -112,10 +119,31 @@ def test_gradients_are_the_full_ones_projected(tmp_path: Path) -> None:
         assert {p.grad is None for n, p in model.hf.named_parameters() if "lora_" not in n} == {True}
 
 
+def test_gradients_of_experts_are_the_full_ones_projected(tmp_path: Path) -> None:
+    """Of each expert as of a matrix, in peft's order of their factors."""
+    path = make_family("Mixtral", tmp_path / "base")
+    model = adapted(opened(path), LoraConfig(rank=3, alpha=6.0, targets=["experts"]))
+    merged = whole(model)
+    save_model(tmp_path / "full", merged, hf_config=model.original_config, tokenizer=None, generation_config=None)
+    full = opened(tmp_path / "full")
+    for one in (model, full):
+        (hidden(one) * torch.linspace(-1, 1, 64).roll(11)).sum().backward()
+    gradients = {name: p.grad.double() for name, p in full.hf.named_parameters() if p.grad is not None}
+    for name, f in model.adapter.factors().items():
+        b_grad, a_grad = f.b_OR.grad.view(len(f.b_OR), 3, 4), f.a_RI.grad.view(4, 3, -1)
+        for i, gradient in enumerate(gradients[name]):
+            of = f.of_expert(i)
+            wanted_b, wanted_a = 2 * gradient @ of.a_RI.double().T, 2 * of.b_OR.double().T @ gradient
+            assert (b_grad[..., i] - wanted_b).norm() <= 1e-4 * wanted_b.norm()
+            assert (a_grad[i] - wanted_a).norm() <= 1e-4 * wanted_a.norm()
+    assert len(model.adapter.factors()) == 4, "two tensors in each of two layers"
+
+
 @pytest.mark.parametrize("kind", MAKERS)
 def test_peft_opens_the_folder(tmp_path: Path, kind: str) -> None:
     path = MAKERS[kind](tmp_path / "base")
-    model = adapted(opened(path), LoraConfig(rank=3, alpha=5.0))
+    lora = LORA[kind] if kind in ("mixture", "shared") else LoraConfig(rank=3, alpha=5.0)
+    model = adapted(opened(path), lora)
     folder = tmp_path / "adapter"
     model.adapter.save(folder, full_weights.iter_trained(model), base=str(path), task="CAUSAL_LM")
     assert sorted(file.name for file in folder.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
@@ -161,4 +189,23 @@ def test_targets_by_endings(tmp_path: Path, targets: Any, count: int) -> None:
     assert {p.device.type for p in hf.parameters()} == {"meta"}
     check_targets(hf, LoraConfig(rank=2, targets=targets))
     model = opened(tmp_path)
+    assert len(adapt(model.hf, LoraConfig(rank=2, targets=targets), seed=0, train_head=False).factors()) == count
+
+
+@pytest.mark.parametrize(("lora", "said"), [
+    (LoraConfig(rank=2, targets=["gate"]), "'gate' is model.layers.0.mlp.gate (Qwen3MoeTopKRouter): linear layers "
+     "other than the head can be adapted, and experts (experts.down_proj, experts.gate_up_proj, k_proj"),
+    (LoraConfig(rank=2, targets=["expert"]), "unknown layer in train.lora.targets 'expert'"),
+    (LoraConfig(rank=2, targets=["experts"], dropout=0.1), "train.lora.dropout=0.1 with experts in train.lora.targets"),
+])
+def test_targets_of_a_mixture_that_are_none(tmp_path: Path, lora: LoraConfig, said: str) -> None:
+    with pytest.raises(UserError) as error:
+        check_targets(skeleton(make_family("Qwen 3 MoE", tmp_path)), lora)
+    assert said in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("targets", "count"), [
+    ("all-linear", 8), ("experts", 4), (["down_proj"], 2), (["0.mlp.experts.gate_up_proj", "k_proj"], 3)])
+def test_targets_of_a_mixture_by_endings(tmp_path: Path, targets: Any, count: int) -> None:
+    model = opened(make_family("Qwen 3 MoE", tmp_path))
     assert len(adapt(model.hf, LoraConfig(rank=2, targets=targets), seed=0, train_head=False).factors()) == count

@@ -7,8 +7,7 @@ import torch
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from flux_ray.batch import make_micro_batch
-from flux_ray.config import TrainConfig
-from flux_ray.config.sections import LoraConfig
+from flux_ray.config import from_dict
 from flux_ray.errors import UserError
 from flux_ray.model import check_routers, load_policy, skeleton
 from flux_ray.model.routing import Routing, balance_loss, load_metrics, routers_of
@@ -58,18 +57,19 @@ def test_every_token_is_counted_and_no_padding(tmp_path, name: str) -> None:
     assert all(router.weight.grad is not None for router in routers_of(policy.hf))
 
 
-@pytest.mark.parametrize(("train", "learns_from", "words"), [
-    (TrainConfig(router_balance_coef=0.1), "pairs", "a loss of pairs has no weights of tokens"),
-    (TrainConfig(router_balance_coef=0.1, freeze_routers=True), "prompts", "nothing would learn from that loss"),
-    (TrainConfig(router_balance_coef=0.1, gradient_checkpointing=True), "prompts", "made again in backward"),
-    (TrainConfig(router_balance_coef=0.1, lora=LoraConfig(rank=4)), "prompts", "an adapter leaves routers as they are"),
+@pytest.mark.parametrize(("options", "words"), [
+    ({"algo.name": "dpo"}, "a loss of pairs has no weights of tokens"),
+    ({"train.freeze_routers": True}, "nothing would learn from that loss"),
+    ({"train.gradient_checkpointing": True}, "made again in backward"),
+    ({"train.lora.rank": 4}, "an adapter leaves routers as they are"),
 ])
-def test_a_loss_that_would_not_reach_the_routers_is_refused(tmp_path, train, learns_from: str, words: str) -> None:
-    hf = skeleton(make_family("Mixtral", tmp_path))
+def test_a_loss_that_would_not_reach_the_routers_is_refused(tmp_path, options: dict, words: str) -> None:
+    folder = make_family("Mixtral", tmp_path)
     with pytest.raises(UserError, match=rf"^train\.router_balance_coef=0\.1 .*{words}"):
-        check_routers(hf, train, learns_from=learns_from)
+        check_routers(lambda: skeleton(folder), from_dict({"train.router_balance_coef": 0.1} | options))
 
 
 def test_options_of_routers_are_refused_for_a_model_without_any(tmp_path) -> None:
+    folder = make_family("Llama", tmp_path)
     with pytest.raises(UserError, match=r"^train\.freeze_routers=true: the model \(llama\) has no routers"):
-        check_routers(skeleton(make_family("Llama", tmp_path)), TrainConfig(freeze_routers=True), learns_from="prompts")
+        check_routers(lambda: skeleton(folder), from_dict({"train.freeze_routers": True}))

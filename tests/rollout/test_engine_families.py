@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from transformers import FalconH1Config
 
+from flux_ray.config import LoraConfig
 from flux_ray.errors import UserError
 from flux_ray.rollout.known_models import check_served, engine_args_of
 from tests.families import FAMILIES, NOT_SERVED, WINDOW
@@ -25,6 +26,14 @@ A_FEW = ("Gemma 2", "GPT-NeoX (Pythia)", "Cohere 2", "Qwen 2 MoE")
     for name in FAMILIES if name not in NOT_SERVED])
 def test_engine_and_trainer_agree_over_two_updates(tmp_path: Path, name: str) -> None:
     gaps = asyncio.run(measure(name, tmp_path))
+    assert gaps.pop("moved") > 0.05, "the weights hardly moved: agreement says nothing"
+    assert max(gaps.values()) < MAX_GAP, gaps
+
+
+@pytest.mark.system
+def test_engine_and_trainer_agree_over_two_updates_of_experts_adapters(tmp_path: Path) -> None:
+    lora = LoraConfig(rank=4, alpha=8.0, targets=["experts", "q_proj"])
+    gaps = asyncio.run(measure("Qwen 3 MoE", tmp_path, lora=lora))
     assert gaps.pop("moved") > 0.05, "the weights hardly moved: agreement says nothing"
     assert max(gaps.values()) < MAX_GAP, gaps
 

@@ -14,7 +14,7 @@ from flux_ray.config import from_dict
 from flux_ray.errors import UserError
 from flux_ray.messages import Assignment
 from flux_ray.records import FINISH_LENGTH, FINISH_STOP, Completion, Prompt, Sampled, SamplingRequest
-from flux_ray.rollout.functions import get_rollout, register_rollout, single_turn
+from flux_ray.rollout.functions import Turns, get_rollout, register_rollout, single_turn
 from flux_ray.rollout.generate import Limits, PromptGenerate
 from flux_ray.rollout.sampling import Sampling
 from tests.fakes.actors import LocalActor
@@ -64,6 +64,34 @@ def test_without_an_expression_or_room_there_is_one_turn(text, reason):
     policy = Said((text, reason))
     trajectory = trajectory_of(policy)
     assert policy.seen == ["q:"] and trajectory.finish_reason == reason
+
+
+def turn(ids: list[int], *, shown: int, of: int) -> Completion:
+    """A turn after `shown` tokens; `of`: the expert of all of them and its own, but the last."""
+    num = shown + len(ids) - 1
+    return Completion(np.array(ids, np.int32), np.zeros(len(ids), np.float32), np.full(len(ids), 3, np.int32),
+                      FINISH_STOP, np.full((num, 1, 1), of, np.uint8))
+
+
+def test_experts_of_a_token_are_those_of_the_turn_that_it_was_new_in():
+    turns = Turns([5, 6])
+    turns.sampled(turn([7, 8], shown=2, of=1))
+    turns.observed([9])
+    turns.sampled(turn([4, 2], shown=5, of=2))
+    turns.observed([9, 9])
+    trajectory = turns.finish()
+    assert trajectory.experts.dtype == np.uint8 and trajectory.experts[:, 0, 0].tolist() == [1, 1, 1, 2, 2, 2]
+    assert trajectory.num_tokens == 9, "of the last sampled token, and what a tool says at the end, nothing is known"
+
+
+def test_experts_of_a_turn_that_saw_other_tokens_are_unknown():
+    turns = Turns([5, 6])
+    turns.sampled(turn([7, 8], shown=2, of=1))
+    turns.sampled(turn([4, 2], shown=3, of=2))  # a token was kept from the policy
+    assert turns.finish().experts[:, 0, 0].tolist() == [1, 1, 1]
+    without = Turns([5])
+    without.sampled(Completion(np.array([2], np.int32), np.zeros(1, np.float32), np.array([7], np.int32), FINISH_STOP))
+    assert without.finish().experts is None
 
 
 def test_a_name_is_taken_once():

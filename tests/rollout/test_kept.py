@@ -17,7 +17,8 @@ def trajectory(length: int, prompt_length: int, seed: int) -> Trajectory:
     mask[-1:] &= seed % 2 == 0  # a tool's token
     return Trajectory(chance.integers(0, 99, length, np.int32), mask,
                       np.where(mask, chance.normal(size=length), 0).astype(np.float32),
-                      np.where(mask, 7 + seed, -1).astype(np.int32), prompt_length, "stop" if seed % 2 else "length")
+                      np.where(mask, 7 + seed, -1).astype(np.int32), prompt_length, "stop" if seed % 2 else "length",
+                      None if seed % 3 == 0 else chance.integers(0, 256, (length - 1, 4, 2), np.uint8))
 
 
 def group(uid: int, *, referenced: bool) -> KeptArrays:
@@ -42,6 +43,8 @@ def assert_same(one: KeptArrays, other: KeptArrays) -> None:
             x, y = getattr(a, name), getattr(b, name)
             assert x.dtype == y.dtype and np.array_equal(x, y), name
         assert (a.prompt_length, a.finish_reason) == (b.prompt_length, b.finish_reason)
+        assert (a.experts is None) == (b.experts is None)
+        assert a.experts is None or (a.experts.dtype == b.experts.dtype and np.array_equal(a.experts, b.experts))
     assert (one.reference is None) == (other.reference is None)
     for x, y in zip(one.reference or (), other.reference or (), strict=True):
         assert np.array_equal(x, y)

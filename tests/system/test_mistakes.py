@@ -89,6 +89,12 @@ def refused(model, tmp_path, monkeypatch, capfd):
     (["train.deepspeed.zero_optimization.stage=2"], "train.zero_stage"),
     (["rollout.kv_cache_gib=1e-6", "cluster.device=cpu", "cluster.address=null"],
      "rollout.kv_cache_gib=1e-06 is less than one sequence takes"),
+    (["algo.router_replay=true"], "algo.router_replay=true: the model (qwen3) has no routers: leave the option out"),
+    (["rollout.return_experts=true"], "rollout.return_experts=true: the model (qwen3) has no routers"),
+    (["algo.router_replay=true", "rollout.engine_args.enable_prefix_caching=false"],
+     "algo.router_replay=true with rollout.engine_args.enable_prefix_caching=False: vLLM doesn't give the experts"),
+    (["rollout.engine_args.enable_return_routed_experts=true"],
+     "rollout.engine_args.enable_return_routed_experts can't be set there: rollout.return_experts"),
     (["rollout.function=no_such.py:f"], "no_such.py"),
     (["rollout.function=singel_turn"], "did you mean 'single_turn'?"),
     (["plugins=[no_such.py]"], "plugins: there is no file"),
@@ -97,6 +103,19 @@ def refused(model, tmp_path, monkeypatch, capfd):
 ])
 def test_a_mistake_in_the_options(refused, words, message):
     assert message in refused(*words)
+
+
+@pytest.mark.parametrize("name, message", [
+    ("DeepSeek-V3", "(deepseek_v3) has latent attention (MLA): vLLM's engine on CPU gives queries other rotary "
+     "positions than the trainer, and log-probs are off by nats; one on a GPU may not (cluster.device=cuda), and what "
+     "needs no engine trains it (algo=sft, algo=dpo). weights.allow_logprob_gap=true trains all the same"),
+    ("gpt-oss", "(gpt_oss) can't take new weights: its loader copies its experts and its attention sinks past vLLM's "
+     "own reload, so that they would stay as they were, on CPU and GPU alike; what needs no engine trains it"),
+])
+def test_a_mixture_that_engines_do_not_serve_right(refused, tmp_path_factory, name, message):
+    """A Ray of the run's own would start next."""
+    folder = make_family(name, tmp_path_factory.mktemp("mixture"))
+    assert message in refused(f"model.path={folder}", "cluster.address=null", "cluster.device=cpu")
 
 
 def test_on_the_command_line_it_is_one_line_and_an_exit_code(tmp_path, monkeypatch, capfd):

@@ -20,11 +20,12 @@ def test_engines_and_trainer_agree_after_every_update_of_experts(toys, tmp_path:
     model = make_family("Qwen 3 MoE", tmp_path / "mixture")
     values = options(toys, model) | {
         "driver.num_steps": NUM_STEPS, "rollout.num_engines": 2, "rollout.max_model_len": 64, "train.zero_stage": 3,
-        "train.router_balance_coef": 0.01, "weights.bucket_mib": 1, "algo.beta": 0.1}
+        "train.router_balance_coef": 0.01, "weights.bucket_mib": 1, "algo.beta": 0.1, "algo.router_replay": True}
     FluxTrainer(FluxConfig(algorithm="grpo", **values, run_dir=str(tmp_path / "run"))).fit(str(toys.data))
     lines = metrics(tmp_path / "run")
     last = lines[-1]
     assert max(line["weights/logprob_gap_max"] for line in lines) <= MAX_GAP and len(lines) == NUM_STEPS
     assert last["actor/grpo_kl"] > 0.05, "the policy hardly moved: agreement says nothing"
     assert {"router/balance", "router/load_max", "router/load_max/0", "router/load_max/1", "router/unused"} <= set(last)
+    assert [line["rollout/router_agreement"] for line in lines] == [1.0] * NUM_STEPS, "in float32 all choose alike"
     assert not undocumented(last)

@@ -34,6 +34,9 @@ def mixture(rank: Rank) -> dict[str, Any]:
     trained(rank, "mixture_free", train__zero_stage=0)
     trained(rank, "mixture_frozen", train__zero_stage=2, train__freeze_routers=True)
     trained(rank, "mixture_lora", train__zero_stage=3, train__lora=adapter)
+    of_experts = {"rank": 2, "alpha": 6.0, "targets": ["experts", "q_proj"]}
+    for stage in range(4):
+        trained(rank, f"mixture_lora_{stage}", train__zero_stage=stage, train__lora=of_experts)
     saver = rank.trainer(model=MODEL, train__zero_stage=3)
     rank.step(saver, FIRST)
     saver.save_checkpoint(rank.folder / "mixture_checkpoint")

@@ -65,6 +65,17 @@ def test_an_adapter_on_attention_changes_attention_alone(folder: Path, two: dict
     assert names == {f"model.layers.{i}.self_attn.{target}.weight" for i in (0, 1) for target in ("q_proj", "o_proj")}
 
 
+@pytest.mark.parametrize("stage", STAGES)
+def test_an_adapter_on_experts_changes_experts_alike_under_every_zero_stage(
+    folder: Path, two: dict, stage: str,
+) -> None:
+    names = changed(folder, f"mixture_lora_{stage}")
+    assert all(".experts." in name or name.endswith("q_proj.weight") for name in names)
+    assert {f"model.layers.1.mlp.experts.{i}.{which}_proj.weight" for i in range(4)
+            for which in ("gate", "up", "down")} <= names
+    assert largest_gap(read(folder, f"mixture_lora_{stage}"), read(folder, "mixture_lora_0")) < 2e-5
+
+
 def test_a_checkpoint_and_a_saved_model_hold_what_was_trained(folder: Path, two: dict) -> None:
     assert two["resumed"]
     saved, wanted = load_file(folder / "mixture_saved" / "model.safetensors"), read(folder, "mixture_wanted")
