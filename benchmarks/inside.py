@@ -180,7 +180,7 @@ def watch_memory() -> None:
             thread.join()
             note(own_bytes=largest[0] - before[0], shared_bytes=largest[1])
 
-    Publisher.publish = watched  # type: ignore[method-assign]
+    Publisher.publish = watched  # type: ignore[method-assign, assignment]
 
 
 if NOTES in os.environ:
