@@ -1,7 +1,7 @@
 """Processes that outlive a run, so that many short runs pay for their start once.
 
-Takes:  runs after one another on equally many actors; those that share engines have one model and one set of rollout
-        options.
+Takes:  runs after one another on equally many ranks, whose processes have met one another, and at most as many other
+        actors; those that share engines have one model and one set of rollout options.
 Gives:  KeptCluster, in the place of cluster.groups.Cluster: each run makes its trainer, reference, rollouts and rewards
         anew in processes that are there already, and opens its own channel to engines that go on serving. Roles in
         `anew` are the run's own. `log_of`, where a kept actor writes.
@@ -23,7 +23,7 @@ import ray
 from ray.util.placement_group import remove_placement_group
 
 from flux_ray.cluster.groups import CLOSE_DEADLINE_S, Cluster, RayGroup
-from flux_ray.cluster.plan import ENGINE, ROLLOUT, Plan, Role
+from flux_ray.cluster.plan import ENGINE, ROLLOUT, TRAINER, Plan, Role
 from flux_ray.cluster.rpc import Host
 
 NUM_CPUS = 24  # declared: actors share the cores that there are
@@ -43,7 +43,8 @@ class KeptGroup(RayGroup):
     """A RayGroup of actors that an earlier run may have built; engines are built and started by the first alone."""
 
     def __init__(self, role: Role, kept: Kept) -> None:
-        assert role.count <= len(kept.handles), f"{role.name}: {len(kept.handles)} are kept, not {role.count}"
+        fits = role.count == len(kept.handles) if role.name == TRAINER else role.count <= len(kept.handles)
+        assert fits, f"{role.name}: {len(kept.handles)} are kept, not {role.count}"
         super().__init__(role.name, lambda index: kept.handles[index], kept.log_files[: role.count])
         self._kept = kept
 
