@@ -24,7 +24,8 @@ if [ $# -gt 0 ]; then
     exec python -m pytest "$@"
 fi
 
-phase lint ruff check flux_ray examples tests benchmarks
+failed=0   # all checks are run: one that fails hides no other
+phase lint ruff check flux_ray examples tests benchmarks || failed=1
 
 # The real parts wait a good deal for processes to start and to end; the other checks compute on one core meanwhile.
 output="$(mktemp)"
@@ -33,7 +34,6 @@ phase "real engines, real training, real Ray" python -m pytest -m "$real" --dura
 set +m
 beside=$!
 trap 'kill -INT -- "-$beside" 2> /dev/null && wait "$beside" || true; rm -f "$output"' EXIT
-failed=0   # all of them are run: one that fails hides no other
 phase types mypy || failed=1
 phase house python -m pytest -q tests/house || failed=1
 phase unit python -m pytest -q -m "$unit" --ignore=tests/house || failed=1
