@@ -18,7 +18,8 @@ def test_a_window_that_engine_and_trainer_read_differently_ends_the_run(kept, to
     model = make_family("Mistral", tmp_path / "model")
     config = FluxConfig(algorithm="grpo", run_dir=str(tmp_path / "run"), **{
         "model.path": str(model), "rollout.max_tokens": 32, "batch.prompts_per_step": 4, "driver.num_steps": 1,
-        "train.num_ranks": 2, "rollout.kv_cache_gib": 0.1, "algo.beta": 0.0, "reward.functions": [f"{toys.rewards}:digits"],
+        "train.num_ranks": 2, "rollout.kv_cache_gib": 0.1, "algo.beta": 0.0,
+        "reward.functions": [f"{toys.rewards}:digits"],
         "rollout.engine_args.hf_overrides": {"sliding_window": WINDOW // 2}})
     with kept(anew=[ENGINE]), pytest.raises(UserError) as told:
         FluxTrainer(config).fit(prompts=str(toys.data))
