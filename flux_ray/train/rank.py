@@ -155,8 +155,7 @@ class Rank:
 
     def close(self) -> None:
         """Leave the group."""
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        setup.leave()
 
 
 def write_model(model: PackedModel, config: Config, folder: str | Path, weights: Iterator[tuple[str, Tensor]]) -> None:

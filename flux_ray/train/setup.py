@@ -1,7 +1,8 @@
 """Meeting the other training ranks, and DeepSpeed's settings from ours.
 
 Takes:  the section `train`; a rank, and where the group meets.
-Gives:  `join` (the process group, with a deadline), `deepspeed_config`, `check_deepspeed_options`, `learning_rate`.
+Gives:  `join` (the process group, with a deadline) and `leave`; `deepspeed_config`, `check_deepspeed_options`,
+        `learning_rate`.
 Knows:  which of DeepSpeed's keys are ours; that bf16 needs ZeRO 1 for fp32 master weights and gradients.
 Never:  imports deepspeed before the environment says which device it is for (it looks once, at import).
 """
@@ -170,6 +171,15 @@ def join(config: TrainConfig, *, rank: int, world_size: int, master_address: str
         dist.init_process_group(backend, store=meeting, rank=rank, world_size=world_size, timeout=timeout)
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=timeout)
     return deepspeed
+
+
+def leave() -> None:
+    """Leave the group that `join` met, if it did. DeepSpeed too forgets the groups that it has made of its ranks: a
+    later `join` in this process would use them."""
+    if dist.is_initialized():
+        import deepspeed.comm
+
+        deepspeed.comm.destroy_process_group()
 
 
 def _meeting_point(address: str, port: int, *, rank: int, world_size: int, timeout: timedelta) -> dist.TCPStore:

@@ -38,12 +38,16 @@ def test_what_is_not_finite_is_left_out_by_every_rank(folder: Path, two: dict, k
 
 
 def test_the_command_of_the_warning_says_which_sequences_and_which_numbers(folder: Path, two: dict, capsys) -> None:
-    """The last group of rank 1, the only one with a reference that isn't finite; under whatever weights there are."""
+    """The last group of rank 1, the only one with a reference that isn't finite; under whatever weights there are.
+    The second time in one process gives the same: nothing of the first is left in it."""
     run = folder / "run_zero_0"
     config = Rank(1, 0, folder, 0).config("tied", {})
     (run / "config.yaml").write_text(to_yaml(config))
     assert main(["replay", str(run), "--step", "1", "--left-out"]) == 0
-    first, second, *sequences, last = capsys.readouterr().out.splitlines()
+    told = capsys.readouterr().out
+    assert main(["replay", str(run), "--step", "1", "--left-out"]) == 0
+    assert capsys.readouterr().out == told
+    first, second, *sequences, last = told.splitlines()
     assert first == "step 1, update 1: the reference's log-probs on rank 1"
     assert second == "with the weights of model.path, the nearest before (after 0 steps, not 1):"
     assert len(sequences) == len(rollout_group(SECOND[-1], version=1).trajectories)
