@@ -22,5 +22,5 @@ def texts_of(
 ) -> list[str]:
     """The text of each response (T,), without end and padding tokens, wherever they stand."""
     left_out = {*end_ids, tokenizer.eos_token_id, tokenizer.pad_token_id} - {None}
-    kept = [ids[~np.isin(ids, list(left_out))].tolist() for ids in map(np.asarray, token_ids)]
+    kept = [[i for i in np.asarray(ids).tolist() if i not in left_out] for ids in token_ids]
     return tokenizer.batch_decode(kept, skip_special_tokens=skip_special_tokens)

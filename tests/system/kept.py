@@ -49,7 +49,9 @@ class KeptGroup(RayGroup):
         self._kept = kept
 
     async def build(self, cls: Any, each: list[dict[str, Any]], *, deadline_s: float) -> None:
-        if not self._kept.serves:
+        if self._kept.serves:
+            self._built_with = [(cls, kwargs) for kwargs in each]  # of one that may take its place
+        else:
             await super().build(cls, each, deadline_s=deadline_s)
         self._kept.serves = self.role == ENGINE
 

@@ -6,23 +6,33 @@ import signal
 
 import pytest
 
+from flux_ray import FluxConfig, FluxTrainer
+from flux_ray.cluster.plan import ENGINE
 from tests.faults.test_faults import assert_same
-from tests.system.program import actor_of
+from tests.system.kept import KeptCluster
+from tests.system.program import actor_of, metrics, numbers
 from tests.system.small_run import options
 
-pytestmark = [pytest.mark.system, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.system, pytest.mark.timeout(400)]
 
-END_DEADLINE_S = 240
+STRIKE_AFTER_STEP = {1: signal.SIGKILL, 5: signal.SIGSTOP}
 
 
-def test_a_run_goes_on_without_its_engine_until_another_stands_there(toys, tmp_path, start, whole):
+def test_a_run_goes_on_without_its_engine_until_another_stands_there(kept, toys, tmp_path, whole):
     """Once it is killed, once it stands still."""
-    run_dir = tmp_path / "run"
-    values = options(toys, toys.tied) | {"data.train": toys.data, "run_dir": run_dir}
-    program = start(*(f"{key}={value}" for key, value in values.items()), folder=tmp_path)
-    for steps, number in ((2, signal.SIGKILL), (6, signal.SIGSTOP)):
-        program.wait_for_steps(steps, run_dir=run_dir)
-        actor_of(run_dir / "logs" / "engine-0.log").send_signal(number)
-        program.wait_for("another one is started in its place")
-    assert program.end(deadline_s=END_DEADLINE_S) == 0, program.shown
+    run_dir, struck = tmp_path / "run", []
+
+    def on_step(step, _):
+        if step in STRIKE_AFTER_STEP:
+            engine = actor_of(KeptCluster.log_of(ENGINE))
+            engine.send_signal(STRIKE_AFTER_STEP[step])
+            struck.append(engine.pid)
+
+    values = options(toys, toys.tied) | {"rollout.max_model_len": 64}
+    with kept():
+        FluxTrainer(FluxConfig(algorithm="grpo", **values, run_dir=str(run_dir))).fit(
+            str(toys.data), callbacks=[on_step])
+    assert len(set(struck)) == len(STRIKE_AFTER_STEP)
+    assert (run_dir / "run.log").read_text().count("another one is started in its place") == len(STRIKE_AFTER_STEP)
+    assert numbers(metrics(run_dir)) == numbers(metrics(whole))
     assert_same(run_dir, whole)

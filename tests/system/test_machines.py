@@ -31,16 +31,29 @@ def assert_trained(program, run_dir: Path) -> None:
     assert [line["step"] for line in metrics(run_dir)] == [0, 1] and (run_dir / "model").is_dir()
 
 
-def test_a_long_tmpdir_few_files_no_gpu_and_ray_s_own_word_for_a_ray_of_the_run_s(toys, tmp_path, start):
+def has_user_namespaces() -> bool:
+    found = shutil.which("unshare")
+    return bool(found) and subprocess.run([found, *AS_NOBODY, "true"], capture_output=True, check=False).returncode == 0
+
+
+def test_a_long_tmpdir_few_files_no_gpu_no_home_and_ray_s_own_word_for_a_ray_of_the_run_s(
+        toys, tmp_path, start, monkeypatch):
+    """And, where a process may take another number, as a user without a name."""
+    for name in ("HOME", "USER", "LOGNAME"):
+        monkeypatch.delenv(name, raising=False)
     deep = tmp_path / ("a_folder_of_a_job" * 5)
     deep.mkdir()
-    program = start(*small(toys, tmp_path / "run"), folder=tmp_path, program=("-c", FEW_FILES), TMPDIR=str(deep),
-                    RAY_ADDRESS="local", CUDA_VISIBLE_DEVICES="")
+    user, command = os.getuid(), [sys.executable, "-c", FEW_FILES]
+    if has_user_namespaces():
+        user, command = NOBODY, ["unshare", *AS_NOBODY, *command]
+    program = start(*small(toys, tmp_path / "run"), folder=tmp_path, TMPDIR=str(deep), RAY_ADDRESS="local",
+                    CUDA_VISIBLE_DEVICES="",
+                    program=("-c", f"import os, sys; os.execvp({command[0]!r}, [*{command!r}, *sys.argv[1:]])"))
     try:
         assert_trained(program, tmp_path / "run")
         assert (deep / "ray").is_dir(), "its files lie where TMPDIR says"
     finally:
-        for link in Path("/tmp").glob(f"flux_ray-{os.getuid()}-*"):
+        for link in Path("/tmp").glob(f"flux_ray-{user}-*"):
             if os.readlink(link) == str(deep):
                 link.unlink()
 
@@ -62,18 +75,3 @@ def test_an_environment_with_a_blank_in_its_path_is_refused_at_once(toys, tmp_pa
     program = start(*small(toys, tmp_path / "run"), folder=tmp_path, program=("-c", code))
     assert program.end() == 2 and "has a blank in its path" in program.shown.splitlines()[-1]
     assert not (tmp_path / "run").exists()
-
-
-def has_user_namespaces() -> bool:
-    found = shutil.which("unshare")
-    return bool(found) and subprocess.run([found, *AS_NOBODY, "true"], capture_output=True, check=False).returncode == 0
-
-
-@pytest.mark.skipif(not has_user_namespaces(), reason="nobody may take another number here")
-def test_a_user_without_a_name_and_without_a_home(toys, tmp_path, start, monkeypatch):
-    for name in ("HOME", "USER", "LOGNAME"):
-        monkeypatch.delenv(name, raising=False)
-    code = f"import os, sys; os.execvp('unshare', ['unshare', *{AS_NOBODY!r}, sys.executable, '-m', 'flux_ray', " \
-           "'train', *sys.argv[1:]])"
-    program = start(*small(toys, tmp_path / "run"), folder=tmp_path, program=("-c", code))
-    assert_trained(program, tmp_path / "run")

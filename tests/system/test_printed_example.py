@@ -30,6 +30,7 @@ trainer.fit(prompts="data.jsonl")
 """
 SIX = ("actor/grpo_kl", "actor/clip_frac", "actor/entropy", "actor/adv_mean", "actor/adv_std", "actor/ratio_mean")
 NUM_STEPS = 100  # the default
+SHOWN = 10  # steps that show the same
 
 
 def as_run(block: str, model: Path) -> str:
@@ -60,16 +61,19 @@ def terse(folder: Path) -> Path:
     return folder
 
 
-def test_it_runs_as_printed(tmp_path, start):
+@pytest.mark.parametrize("num_steps", [SHOWN, pytest.param(NUM_STEPS, marks=pytest.mark.all)])
+def test_it_runs_as_printed(tmp_path, start, num_steps):
+    """The block says nothing of a number of steps: the environment may."""
     model = terse(tmp_path / "model")
     rows = [{"prompt": f"{i}+{i % 7}=", "answer": str(i + i % 7)} for i in range(50)]
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "example.py").write_text(as_run(PRINTED, model))
-    program = start(folder=tmp_path, program=("example.py",))
+    fewer = {} if num_steps == NUM_STEPS else {"FLUX_DRIVER_NUM_STEPS": str(num_steps)}
+    program = start(folder=tmp_path, program=("example.py",), **fewer)
     assert program.end(deadline_s=600) == 0, program.shown
     (run_dir,) = (tmp_path / "runs").iterdir()
     lines = metrics(run_dir)
-    assert [line["step"] for line in lines] == list(range(NUM_STEPS))
+    assert [line["step"] for line in lines] == list(range(num_steps))
     for line in lines:
         assert set(SIX) <= set(line), set(SIX) - set(line)
     assert lines[0]["actor/grpo_kl"] == pytest.approx(0.0, abs=1e-6) and lines[-1]["actor/grpo_kl"] > 0
