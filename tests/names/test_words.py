@@ -32,8 +32,8 @@ def read(override: str) -> Any:
 
 
 def is_hydra_s_own(text: str) -> bool:
-    """An interpolation, the word null, or a text that its user has put into quotes."""
-    if "${" in text or text.strip().lower() == "null":
+    """An interpolation, the word null (or Python's), or a text that its user has put into quotes."""
+    if "${" in text or text.strip().lower() == "null" or text == "None":
         return True
     return text.strip()[:1] in ("'", '"') and text.strip()[:1] == text.strip()[-1:]
 
@@ -49,6 +49,7 @@ def test_a_text_on_the_command_line_arrives_as_itself(text):
 
 def test_null_and_quotes_are_what_they_are_to_hydra():
     assert read(cli._quoted("model.path=null", several=False)) is None
+    assert read(cli._quoted("model.path=None", several=False)) is None, "as Python writes it"
     assert read(cli._quoted("data.system_prompt='a, b'", several=False)) == "a, b"
     assert cli._quoted("run_dir=${oc.env:X}/y", several=False) == "run_dir=${oc.env:X}/y"
 
