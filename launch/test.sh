@@ -27,34 +27,18 @@ fi
 failed=0   # all checks are run: one that fails hides no other
 phase lint ruff check flux_ray examples tests benchmarks || failed=1
 
-# Real parts wait a good deal for processes to start and to end: two lanes of them leave room for the other checks.
-outputs=() lanes=()
-lane() {
-    local output
-    output="$(mktemp)"
-    set -m   # a process group of its own, which an interrupt reaches
-    phase "$1" python -m pytest -m "$real" --durations=10 "${@:2}" > "$output" 2>&1 &
-    set +m
-    lanes+=($!) outputs+=("$output")
-}
-
-end_lanes() {
-    local pid
-    for pid in "${lanes[@]}"; do
-        kill -INT -- "-$pid" 2> /dev/null && wait "$pid" || true
-    done
-    rm -f "${outputs[@]}"
-}
-trap end_lanes EXIT
-
-whole=(tests/system tests/faults)   # the longer lane begins first
-lane "whole runs" "${whole[@]}"
-lane "real engines, real training, real Ray" "${whole[@]/#/--ignore=}"
+# Real parts wait a good deal for processes to start and to end: two lanes of about as much work fill two cores.
+runs=(tests/system tests/faults tests/rollout)
+output="$(mktemp)"
+set -m   # a process group of its own, which an interrupt reaches
+phase "whole runs, real engines" python -m pytest -m "$real" --durations=20 "${runs[@]}" > "$output" 2>&1 &
+set +m
+beside=$!
+trap 'kill -INT -- "-$beside" 2> /dev/null && wait "$beside" || true; rm -f "$output"' EXIT
 phase types mypy || failed=1
 phase house python -m pytest -q tests/house || failed=1
-phase unit python -m pytest -q -m "$unit" --ignore=tests/house || failed=1
-for i in "${!lanes[@]}"; do
-    tail -n +1 -f --pid="${lanes[$i]}" "${outputs[$i]}"
-    wait "${lanes[$i]}" || failed=1
-done
+phase unit python -m pytest -q -m "$unit" --ignore=tests/house --durations=20 || failed=1
+phase "real training, real Ray" python -m pytest -m "$real" --durations=20 "${runs[@]/#/--ignore=}" || failed=1
+tail -n +1 -f --pid="$beside" "$output"
+wait "$beside" || failed=1
 exit $failed

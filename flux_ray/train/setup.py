@@ -163,6 +163,7 @@ def join(config: TrainConfig, *, rank: int, world_size: int, master_address: str
     if on_cpu:
         # DeepSpeed would compile a shared-memory helper for gloo at the first start, half a minute with a compiler.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        _import_muon()
     else:
         torch.cuda.set_device(device)
     backend, timeout = "gloo" if on_cpu else "nccl", timedelta(seconds=config.deadline_s)
@@ -171,6 +172,17 @@ def join(config: TrainConfig, *, rank: int, world_size: int, master_address: str
         dist.init_process_group(backend, store=meeting, rank=rank, world_size=world_size, timeout=timeout)
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=timeout)
     return deepspeed
+
+
+def _import_muon() -> None:
+    """ZeRO asks of each optimizer whether it is Muon, which compiles functions where it defines them: torch's compiler
+    would be imported for that, some 4 s of a rank's start. Here they stay as they are."""
+    compiles = torch.compile
+    torch.compile = lambda *_, **__: lambda function: function  # type: ignore[assignment]
+    try:
+        import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
+    finally:
+        torch.compile = compiles
 
 
 def leave() -> None:

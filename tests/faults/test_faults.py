@@ -18,7 +18,7 @@ from tests.system.small_run import MAX_GAP, assert_moved, options
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(600)]
 
-END_DEADLINE_S = 120
+END_DEADLINE_S = 240   # beside other tests on two cores
 
 
 def supervised(toys, run_dir, *more: str) -> list[str]:
@@ -65,7 +65,7 @@ def test_a_run_goes_on_after_a_rank_and_after_rays_own_server(toys, tmp_path, st
     program.wait_for(r"trainer 1 died .*: going on from step \d*0")
     program.wait_for_steps(70, run_dir=run_dir)
     program.named("gcs_server").send_signal(signal.SIGKILL)
-    assert program.end(deadline_s=2 * END_DEADLINE_S) == 0, program.shown
+    assert program.end(deadline_s=END_DEADLINE_S) == 0, program.shown
     assert re.search(r"Ray's gcs_server \(process \d+\) died: going on from step \d*0", program.shown)
     assert_same(run_dir, tmp_path / "undisturbed")
 

@@ -69,7 +69,10 @@ def test_the_model_is_one_that_transformers_loads(whole, toys):
 
 @pytest.fixture(scope="module")
 def interrupted(toys, whole, tmp_path_factory):
-    """The same run from the command line, on one engine instead of two, ended by Ctrl-C after its first checkpoint."""
+    """The same run from the command line, on one engine instead of two, ended by Ctrl-C after its first checkpoint.
+
+    Its tests repeat, on one run, what test_engine_is_replaced, test_run_with_lora and tests/faults show apart.
+    """
     run_dir = tmp_path_factory.mktemp("interrupted") / "run"
     values = {**options(toys, toys.tied), "data.train": toys.data, "run_dir": run_dir,
               "checkpoint.every": CHECKPOINT_AT, "checkpoint.on_stop": False, "driver.num_steps": 10_000,
@@ -86,17 +89,20 @@ def interrupted(toys, whole, tmp_path_factory):
         program.end_all()
 
 
+@pytest.mark.all
 def test_ctrl_c_ends_all_processes_calmly(interrupted):
     _, code, shown = interrupted
     assert code == 130 and shown.splitlines()[-1].startswith("flux-ray: interrupted: step ")
     assert "Traceback" not in shown and "Error" not in shown
 
 
+@pytest.mark.all
 def test_the_same_seed_is_the_same_run_on_fewer_engines(interrupted, whole):
     steps = metrics(interrupted[0])[:CHECKPOINT_AT]
     assert len(steps) == CHECKPOINT_AT and numbers(steps) == numbers(metrics(whole)[:CHECKPOINT_AT])
 
 
+@pytest.mark.all
 def test_resumed_it_goes_on_as_if_nothing_had_happened_and_a_dead_engine_may_end_it(interrupted, whole, kept):
     """From its checkpoint; then the engine's own child process is killed: the run says so and ends."""
     run_dir, *_ = interrupted
