@@ -121,17 +121,24 @@ class GlooSender:
         assert self._channel is not None
         self._channel.rewind()
         tensors = iter(source)
-        sending: deque[tuple[dist.Work, torch.Tensor]] = deque()
-        for run in buckets(params, self._bucket_bytes):
-            place = self._channel.place(size_of(run))
+        sending: deque[dist.Work] = deque()
+        # A rank's heap keeps what was freed, and new memory for each bucket would leave gaps in it: of seven buckets or more.
+        own = [torch.empty(0, dtype=torch.uint8)] * 2
+        for number, run in enumerate(buckets(params, self._bucket_bytes)):
+            if self._channel.shared:
+                place = self._channel.place(size_of(run))
+            else:
+                if len(own[number % 2]) < size_of(run):
+                    own[number % 2] = torch.empty(max(size_of(run), self._bucket_bytes), dtype=torch.uint8)
+                place = own[number % 2][:size_of(run)]
             for (_, there), param in zip(unpack(place, run), run, strict=True):
                 name, tensor = next(tensors)
                 assert name == param.name, f"the source gave {name} where its metadata says {param.name}"
                 there.copy_(tensor)
             if sending and not self._channel.shared:
-                _taken(sending.popleft()[0], received)
-            sending.append((self._channel.broadcast(place), place))
-        for work, _ in sending:
+                _taken(sending.popleft(), received)
+            sending.append(self._channel.broadcast(place))
+        for work in sending:
             _taken(work, received)
         assert next(tensors, None) is None, "the source gave more than its metadata says"
 
