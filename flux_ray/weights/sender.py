@@ -122,7 +122,7 @@ class GlooSender:
         self._channel.rewind()
         tensors = iter(source)
         sending: deque[dist.Work] = deque()
-        # A rank's heap keeps what was freed, and new memory for each bucket would leave gaps in it: of seven buckets or more.
+        # A rank's heap keeps what was freed. New memory for each bucket would leave gaps in it: seven buckets or more.
         own = [torch.empty(0, dtype=torch.uint8)] * 2
         for number, run in enumerate(buckets(params, self._bucket_bytes)):
             if self._channel.shared:

@@ -139,33 +139,43 @@ def test_an_engine_that_refuses_is_not_waited_for(same_machine):
 
 @pytest.mark.parametrize("shared", [False, True])
 def test_a_bucket_is_packed_while_the_one_before_is_on_its_way(shared, monkeypatch):
-    """And none twice, however many engines there are: a broadcast is one for all of them."""
-    did = []
+    """And none twice, however many engines there are: a broadcast is one for all of them. Without shared memory two
+    places are used in turn."""
+    did, places = [], []
+    first_of = {run[0].name: k for k, run in enumerate(buckets(source_of(WEIGHTS).metadata(), 256))}
 
     class Recorded:
         def __init__(self):
-            self.shared, self._buckets = shared, 0
+            self.shared = shared
 
         def rewind(self):
             did.clear()
 
         def place(self, num_bytes):
-            did.append(f"pack {self._buckets}")
             return torch.empty(num_bytes, dtype=torch.uint8)
 
         def broadcast(self, place):
-            k, self._buckets = self._buckets, self._buckets + 1
+            k = len(places)
+            places.append(place.data_ptr())
             did.append(f"send {k}")
             return SimpleNamespace(is_completed=lambda: True, wait=lambda: did.append(f"sent {k}"))
 
+    class Source(TrainerSource):
+        def __iter__(self):
+            for name, tensor in super().__iter__():
+                did.extend([f"pack {first_of[name]}"] if name in first_of else [])
+                yield name, tensor
+
     client = SimpleNamespace(begin_weight_update=lambda info: None, finish_weight_update=lambda: None)
-    sender = GlooSender(client=client, source=source_of(WEIGHTS), world_size=9, bucket_bytes=256, timeout_s=1.0)
+    source = Source(source_of(WEIGHTS)._weights, bucket_bytes=256, dtype=torch.float32)
+    sender = GlooSender(client=client, source=source, world_size=9, bucket_bytes=256, timeout_s=1.0)
     monkeypatch.setattr(sender, "_channel", Recorded())
     monkeypatch.setattr(GlooSender, "staged", False)
     sender.send_weights()
     one_on_its_way = ["pack 0", "send 0", "pack 1", "sent 0", "send 1", "pack 2", "sent 1", "send 2", "sent 2"]
     all_on_their_way = ["pack 0", "send 0", "pack 1", "send 1", "pack 2", "send 2", "sent 0", "sent 1", "sent 2"]
     assert did == (all_on_their_way if shared else one_on_its_way)
+    assert shared or (places[0] == places[2] != places[1])
 
 
 def test_every_engine_is_told_version_and_step_and_says_what_it_serves():
