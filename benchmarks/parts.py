@@ -38,6 +38,7 @@ from benchmarks.work import (
     model_of,
     options,
 )
+from flux_ray import lifetime
 
 REPO = Path(__file__).parents[1]
 MARK = "FLUX_RAY_BENCH_PART"
@@ -238,6 +239,7 @@ def bare_deepspeed(folder: Path, work: Path, *, phases: list[dict[str, Any]], dt
 
 
 def main() -> None:
+    lifetime.end_with_parent()
     name, folder, work = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
     module, _, function = PARTS[name].partition(":")
     part = getattr(importlib.import_module(f"benchmarks.{module}"), function)
