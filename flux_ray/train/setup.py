@@ -176,7 +176,7 @@ def join(config: TrainConfig, *, rank: int, world_size: int, master_address: str
 
 def _import_muon() -> None:
     """ZeRO asks of each optimizer whether it is Muon, which compiles functions where it defines them: torch's compiler
-    would be imported for that, some 4 s of a rank's start. Here they stay as they are."""
+    would be imported for that, three seconds of a rank's start. Here they stay as they are."""
     compiles = torch.compile
     torch.compile = lambda *_, **__: lambda function: function  # type: ignore[assignment]
     try:

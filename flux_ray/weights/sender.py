@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import datetime
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict
 from typing import Protocol
@@ -122,15 +122,9 @@ class GlooSender:
         self._channel.rewind()
         tensors = iter(source)
         sending: deque[dist.Work] = deque()
-        # A rank's heap keeps what was freed. New memory for each bucket would leave gaps in it: seven buckets or more.
-        own = [torch.empty(0, dtype=torch.uint8)] * 2
-        for number, run in enumerate(buckets(params, self._bucket_bytes)):
-            if self._channel.shared:
-                place = self._channel.place(size_of(run))
-            else:
-                if len(own[number % 2]) < size_of(run):
-                    own[number % 2] = torch.empty(max(size_of(run), self._bucket_bytes), dtype=torch.uint8)
-                place = own[number % 2][:size_of(run)]
+        places = _places(self._channel, self._bucket_bytes)
+        for run in buckets(params, self._bucket_bytes):
+            place = places(size_of(run))
             for (_, there), param in zip(unpack(place, run), run, strict=True):
                 name, tensor = next(tensors)
                 assert name == param.name, f"the source gave {name} where its metadata says {param.name}"
@@ -144,6 +138,24 @@ class GlooSender:
 
     def shutdown(self) -> None:
         self._channel = self._store = None
+
+
+def _places(channel: BucketChannel, bucket_bytes: int) -> Callable[[int], torch.Tensor]:
+    """Gives the next bucket's place, of so many bytes: in the shared memory, or one of two that take turns.
+
+    A rank's heap keeps what was freed: new memory for each bucket would leave gaps in it, and grow by seven buckets.
+    """
+    if channel.shared:
+        return channel.place
+    two = deque(torch.empty(0, dtype=torch.uint8) for _ in range(2))
+
+    def place(num_bytes: int) -> torch.Tensor:
+        two.rotate()
+        if len(two[0]) < num_bytes:
+            two[0] = torch.empty(max(num_bytes, bucket_bytes), dtype=torch.uint8)
+        return two[0][:num_bytes]
+
+    return place
 
 
 def _taken(work: dist.Work, received: Future[None]) -> None:

@@ -31,8 +31,8 @@ OPTIONS: dict[str, dict] = {
     "cispo": {"off_policy": "tis", "mini_batches": 2},
 }
 KL_IN_REWARD = {"ppo", "rloo", "reinforce_pp"}
-#: One of each way through the loop; the others' losses are those of tests/algo.
-ALONE = {"grpo", "gspo", "reinforce_pp", "ppo"}
+#: One of each way through the loop is run by default. What the others compute, tests/algo shows.
+ALWAYS = {"grpo", "gspo", "reinforce_pp", "ppo"}
 WITH_REFERENCE = KL_IN_REWARD | {"grpo", "grpo_vectorized", "reinforce_pp_baseline"}
 
 
@@ -56,7 +56,7 @@ def run(kept, toys, tmp_path):
     return fit
 
 
-@pytest.mark.parametrize("name", [name if name in ALONE else pytest.param(name, marks=pytest.mark.all)
+@pytest.mark.parametrize("name", [name if name in ALWAYS else pytest.param(name, marks=pytest.mark.all)
                                   for name in algo.ALGORITHMS])
 def test_a_short_run(name, run, toys, tmp_path):
     lines = run(name)
