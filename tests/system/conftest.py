@@ -112,6 +112,6 @@ def whole(toys, plugin, tmp_path_factory) -> Iterator[Path]:
 
 @pytest.fixture(scope="package")
 def kept(whole) -> Callable[..., AbstractContextManager[None]]:
-    """`with kept():` runs within it are on the processes of `whole`; `kept(anew=[ENGINE])` where an engine's model or
-    options differ from those of `whole`, or where it dies."""
+    """`with kept():` runs within it are on the processes of `whole`; `kept(other_engines=True)` where their
+    model or options differ from those of `whole`, `kept(anew=[ENGINE])` where one dies and its run with it."""
     return kept_processes

@@ -4,7 +4,8 @@ Takes:  runs after one another on equally many ranks, whose processes have met o
         actors; those that share engines have one model and one set of rollout options.
 Gives:  KeptCluster, in the place of cluster.groups.Cluster: each run makes its trainer, reference, rollouts and rewards
         anew in processes that are there already, and opens its own channel to engines that go on serving. Roles in
-        `anew` are the run's own. `log_of`, where a kept actor writes.
+        `anew` are the run's own; with `other_engines` engines are made anew too, for a model or options of the run's
+        own, in the same processes. `log_of`, where a kept actor writes.
 Never:  leaves a process behind: `end` ends them.
 """
 
@@ -24,7 +25,7 @@ from ray.util.placement_group import remove_placement_group
 
 from flux_ray.cluster.groups import CLOSE_DEADLINE_S, Cluster, RayGroup
 from flux_ray.cluster.plan import ENGINE, ROLLOUT, TRAINER, Plan, Role
-from flux_ray.cluster.rpc import Host
+from flux_ray.cluster.rpc import Host, RayActor
 
 NUM_CPUS = 24  # declared: actors share the cores that there are
 
@@ -36,28 +37,32 @@ class Kept:
     start: Callable[[int], Any]
     handles: list[Any]
     log_files: list[Path]
-    serves: bool = False  # an engine that an earlier run has built and started
+    serving: dict[int, bool] = dataclasses.field(default_factory=dict)  # engine ► whether the shared model and options
 
 
 class KeptGroup(RayGroup):
-    """A RayGroup of actors that an earlier run may have built; engines are built and started by the first alone."""
+    """A RayGroup of actors that an earlier run may have built; an engine that serves the shared model is left alone."""
 
-    def __init__(self, role: Role, kept: Kept) -> None:
+    def __init__(self, role: Role, kept: Kept, *, other_engines: bool) -> None:
         fits = role.count == len(kept.handles) if role.name == TRAINER else role.count <= len(kept.handles)
         assert fits, f"{role.name}: {len(kept.handles)} are kept, not {role.count}"
         super().__init__(role.name, lambda index: kept.handles[index], kept.log_files[: role.count])
-        self._kept = kept
+        self._kept, self._other_engines = kept, other_engines
 
-    async def build(self, cls: Any, each: list[dict[str, Any]], *, deadline_s: float) -> None:
-        if self._kept.serves:
-            self._built_with = [(cls, kwargs) for kwargs in each]  # of one that may take its place
-        else:
-            await super().build(cls, each, deadline_s=deadline_s)
-        self._kept.serves = self.role == ENGINE
+    async def _build(self, actor: RayActor, deadline_s: float, what: str) -> None:
+        serving = self._kept.serving
+        if serving.get(actor.index) and not self._other_engines:
+            return
+        if actor.index in serving:
+            await actor.host(Host.close).within(deadline_s)
+        await super()._build(actor, deadline_s, what)
+        if self.role == ENGINE:
+            serving[actor.index] = not self._other_engines
 
     async def replace(self, index: int, *, deadline_s: float) -> None:
         """The new one stands in the place in later runs too."""
         self[index].kill()
+        self._kept.serving.pop(index, None)
         self._kept.handles[index] = self._kept.start(index)
         await super().replace(index, deadline_s=deadline_s)
 
@@ -66,6 +71,7 @@ class KeptCluster(Cluster):
     _kept: ClassVar[dict[str, Kept]] = {}
     _kept_places: ClassVar[dict[str, list[Any]]] = {}
     anew: ClassVar[frozenset[str]] = frozenset()  # roles whose actors are the run's own
+    other_engines: ClassVar[bool] = False
 
     def connect(self, address: str | None, *, cpus: float, **options: Any) -> None:
         super().connect(address, cpus=NUM_CPUS, **options)
@@ -85,7 +91,7 @@ class KeptCluster(Cluster):
             first = super().spawn(role, env=env, plugins=plugins)
             self._groups.remove(first)
             self._kept[role.name] = Kept(first._make, [actor.handle for actor in first], first._log_files)
-        self._groups.append(KeptGroup(role, self._kept[role.name]))
+        self._groups.append(KeptGroup(role, self._kept[role.name], other_engines=self.other_engines))
         return self._groups[-1]
 
     async def close(self) -> None:
@@ -114,9 +120,9 @@ async def _closed(group: RayGroup) -> None:
 
 
 @contextmanager
-def kept_processes(*, anew: Collection[str] = ()) -> Iterator[None]:
+def kept_processes(*, anew: Collection[str] = (), other_engines: bool = False) -> Iterator[None]:
     """Runs within it are on processes that are kept, but for these roles."""
     with pytest.MonkeyPatch.context() as patch:
-        cluster = type("PartlyKept", (KeptCluster,), {"anew": frozenset(anew)})
+        cluster = type("PartlyKept", (KeptCluster,), {"anew": frozenset(anew), "other_engines": other_engines})
         patch.setattr("flux_ray.cluster.groups.Cluster", cluster)
         yield

@@ -1,6 +1,7 @@
 """A small run whose weights move far in a few steps, and what every such run must show.
 
-Gives:  `options` of it; `assert_agreement` of engines and trainer after every update; `assert_moved`; its length.
+Gives:  `options` of it; `assert_agreement` of engines and trainer after every update; `assert_moved`; its length;
+        `assert_same`, of a run that was disturbed and one that was not; `assert_same_weights`.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from pathlib import Path
 from safetensors.torch import load_file
 from torch import Tensor
 
+from flux_ray.audit import audit
 from tests.system.program import metrics
 
 MAX_GAP = 2e-5  # nats, float32: log-probs of up to -10 agree to some float32 ulps
@@ -39,3 +41,14 @@ def assert_moved(model: Path, after: dict[str, Tensor]) -> None:
     moved = math.sqrt(sum(float((after[name] - w).square().sum()) for name, w in before.items()))
     size = math.sqrt(sum(float(w.square().sum()) for w in before.values()))
     assert moved > 0.05 * size, f"the weights moved by {moved:.3g} of {size:.3g}: agreement says nothing"
+
+
+def assert_same(run_dir: Path, undisturbed: Path) -> None:
+    assert audit(run_dir).is_clean
+    assert_same_weights(run_dir / "model", undisturbed / "model")
+
+
+def assert_same_weights(model: Path, other: Path) -> None:
+    stored, wanted = (load_file(folder / "model.safetensors") for folder in (model, other))
+    assert stored.keys() == wanted.keys()
+    assert [name for name in stored if not stored[name].equal(wanted[name])] == []

@@ -7,7 +7,6 @@ import math
 import pytest
 
 from flux_ray import FluxConfig, FluxTrainer
-from flux_ray.cluster.plan import ENGINE
 from tests.house.documented import undocumented
 from tests.system.program import metrics
 from tests.system.small_run import assert_agreement, options
@@ -25,7 +24,7 @@ def test_partial_rollouts_go_on_after_an_update_within_the_bound(kept, toys, tmp
         "rollout.max_tokens": 48, "rollout.ignore_eos": True, "filter.reward": "task",
         "batch.max_tokens_per_micro_batch": 256,  # of about 1,800 a step: backward begins before the batch is whole
     }
-    with kept(anew=[ENGINE]):
+    with kept(other_engines=True):
         result = FluxTrainer(FluxConfig(algorithm="grpo", **values, run_dir=str(tmp_path / "run"))).fit(str(toys.data))
     assert_agreement(result.run_dir, toys.gpt2, num_steps=NUM_STEPS)
     lines = metrics(result.run_dir)

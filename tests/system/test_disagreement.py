@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 
 from flux_ray import FluxConfig, FluxTrainer
-from flux_ray.cluster.plan import ENGINE
 from flux_ray.errors import UserError
 from tests.families import WINDOW, make_family
 from tests.system.program import metrics
@@ -21,7 +20,7 @@ def test_a_window_that_engine_and_trainer_read_differently_ends_the_run(kept, to
         "train.num_ranks": 2, "rollout.kv_cache_gib": 0.1, "algo.beta": 0.0,
         "reward.functions": [f"{toys.rewards}:digits"],
         "rollout.engine_args.hf_overrides": {"sliding_window": WINDOW // 2}})
-    with kept(anew=[ENGINE]), pytest.raises(UserError) as told:
+    with kept(other_engines=True), pytest.raises(UserError) as told:
         FluxTrainer(config).fit(prompts=str(toys.data))
     text = str(told.value)
     assert text.startswith("engine 0 and the trainer give the same tokens other log-probs under the same weights")

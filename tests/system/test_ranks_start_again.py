@@ -10,10 +10,9 @@ import pytest
 
 from flux_ray import FluxConfig, FluxTrainer
 from flux_ray.cluster.plan import ENGINE, REWARD, ROLLOUT, TRAINER
-from tests.faults.test_faults import assert_same
 from tests.system.kept import KeptCluster
 from tests.system.program import actor_of, metrics, numbers
-from tests.system.small_run import options
+from tests.system.small_run import assert_same, options
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(400)]
 
