@@ -322,6 +322,20 @@ async def test_one_that_lives_is_ended_when_it_is_replaced_and_its_handle_is_of_
     assert await group[1].call(Store.named).within(DEADLINE_S) == "second"
 
 
+async def test_a_plan_that_cannot_be_placed_is_refused_with_what_there_is(ray, tmp_path):
+    from flux_ray.cluster.groups import Cluster
+
+    cluster = Cluster(log_dir=tmp_path, plugins=[])
+    cluster.connect(None, cpus=2)
+    role = Role("giant", count=2, cpus=64.0, gpus=0.0)
+    try:
+        with pytest.raises(UserError, match=r"^giant: no place for a group of 2 x \(64 CPU\) within 1 s; the run asks "
+                                            r"for 128 CPU, the cluster has 2 CPU, of which "):
+            await cluster.place(Plan("cpu", "gloo", (role,)), deadline_s=1)
+    finally:
+        await asyncio.wait_for(cluster.close(), DEADLINE_S)
+
+
 async def test_a_cluster_that_was_there_before_is_left_as_it_was(ray, tmp_path):
     from flux_ray.cluster.groups import Cluster
 

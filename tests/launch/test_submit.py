@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.tiny import tiny_model
 
@@ -92,14 +93,6 @@ def submit(environment: dict[str, str], *arguments: str) -> subprocess.Completed
                           capture_output=True, text=True, timeout=JOB_DEADLINE_S)
 
 
-def test_overrides_arrive_as_they_were_written(cluster):
-    template = "data.prompt_template='a  b $HOME `id` \"q\" * {prompt}; exit 3'"
-    done = submit(cluster, "--working-dir", ".", "--", "experiment=addition", template, "n=16", "--cfg", "job")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "prompt_template: a  b $HOME `id` \"q\" * {prompt}; exit 3" in done.stdout
-    assert re.search(r"group_size: 16\b", done.stdout) and "succeeded" in done.stdout
-
-
 def test_a_mistake_fails_the_job_in_one_line(cluster):
     done = submit(cluster, "--working-dir", ".", "--", "grop_size=3")
     assert done.returncode != 0
@@ -107,20 +100,25 @@ def test_a_mistake_fails_the_job_in_one_line(cluster):
 
 
 def test_a_training_run(cluster, tmp_path):
-    """Two steps, on the one CPU that the cluster declares; the folder is where the config says."""
+    """Two steps, on the one CPU that the cluster declares; the folder is where the config says; what a shell would read
+    otherwise arrives as it was written."""
+    template = "a  b $HOME `id` \"q\" * {prompt}; exit 3"
     model = tiny_model(tmp_path / "model", tied=True, context=64)
     (tmp_path / "data.jsonl").write_text('{"prompt": "1+1=", "answer": "2"}\n' * 4)
     done = submit(cluster, "--working-dir", ".", "--", f"model.path={model}", f"data.train={tmp_path}/data.jsonl",
                   "rollout.max_tokens=8", "batch.prompts_per_step=4", "algo.beta=0", "cluster.cpus_per_actor=0.25",
-                  "driver.num_steps=2", f"run_dir={tmp_path}/run")
+                  f"data.prompt_template='{template}'", "driver.num_steps=2", f"run_dir={tmp_path}/run")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "step 2/2" in done.stdout and "succeeded" in done.stdout
     assert f"done: model in {tmp_path}/run/model" in done.stdout
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["driver/version"] for line in lines] == [1, 2]
     assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
+    written = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert written["data"]["prompt_template"] == template
 
 
+@pytest.mark.all  # tests/cluster/test_groups.py shows the refusal on a plan alone
 def test_a_plan_that_cannot_be_placed(cluster, tmp_path):
     """Refused in good time, naming the role, its bundle and what the cluster has."""
     model = tiny_model(tmp_path / "model", tied=True, context=64)

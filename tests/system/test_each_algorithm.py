@@ -32,7 +32,7 @@ OPTIONS: dict[str, dict] = {
 }
 KL_IN_REWARD = {"ppo", "rloo", "reinforce_pp"}
 #: One of each way through the loop is run by default. What the others compute, tests/algo shows.
-ALWAYS = {"grpo", "gspo", "reinforce_pp", "ppo"}
+ALWAYS = {"grpo", "gspo", "reinforce_pp"}  # and ppo, below
 WITH_REFERENCE = KL_IN_REWARD | {"grpo", "grpo_vectorized", "reinforce_pp_baseline"}
 
 

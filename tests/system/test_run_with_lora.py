@@ -61,6 +61,7 @@ def test_model_and_adapter_are_written(adapted, toys):
     assert stored and all("lora_" in name for name in stored)
 
 
+@pytest.mark.all  # tests/train shows it of ranks alone, tests/system/test_each_algorithm.py of a run
 def test_resumed_it_goes_on_as_if_nothing_had_happened(adapted, kept, toys):
     run_dir = adapted.parent / "resumed"
     checkpoint = adapted / "checkpoints" / f"step-{CHECKPOINT_AT:06d}"
