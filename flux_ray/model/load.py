@@ -190,8 +190,14 @@ def _ready_to_train(hf: PreTrainedModel, traits: Traits, attention: str, gradien
 def skeleton(
     path: str | Path, auto_class: Any = transformers.AutoModelForCausalLM, **config: object
 ) -> PreTrainedModel:
-    """The modules of the causal language model at `path`, made from its config alone: no weight takes memory."""
+    """The modules of the causal language model at `path`, made from its config alone: no weight takes memory.
+
+    UserError where transformers has no model of that class, such as a scoring one of some mixtures of experts.
+    """
     opened = _open("model", path, transformers.AutoConfig.from_pretrained, **config)
+    if type(opened) not in auto_class._model_mapping:  # transformers' own message lists all that it has
+        raise UserError(f"model {str(path)!r}: transformers has no {auto_class.__name__.removeprefix('AutoModelFor')} "
+                        f"model of type {opened.model_type!r}")
     opened.dtype = None  # some layers refuse to run in another type than a checkpoint's, even without numbers
     with torch.device("meta"):
         return _open("model", path, lambda _, **more: auto_class.from_config(

@@ -78,11 +78,14 @@ def _several(target: str, count: int) -> Callable[[random.Random], list[Fault]]:
 
 
 def _of_all_kinds(count: int) -> Callable[[random.Random], list[Fault]]:
-    targets = ["engine-0", CORE, "rollout-0", "reference-0", "reward-0", "trainer-0", "trainer-1", GCS, RAYLET, DRIVER]
+    """Actors of all roles die and stand still. What would notice that one stands still, Ray and the driver, dies."""
+    actors = ["engine-0", CORE, "rollout-0", "reference-0", "reward-0", "trainer-0", "trainer-1"]
 
     def faults(chance: random.Random) -> list[Fault]:
         moments = sorted(chance.uniform(0.02, 0.97) for _ in range(count))
-        return [Fault(chance.choice(targets), chance.choice([KILL, KILL, KILL, STOP]), at) for at in moments]
+        targets = [chance.choice([*actors, GCS, RAYLET, DRIVER]) for _ in moments]
+        return [Fault(target, chance.choice([KILL, KILL, KILL, STOP]) if target in actors else KILL, at)
+                for target, at in zip(targets, moments, strict=True)]
 
     return faults
 

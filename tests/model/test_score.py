@@ -13,6 +13,7 @@ from flux_ray.batch import make_micro_batch, without_weight
 from flux_ray.errors import UserError
 from flux_ray.model import ScoreModel, last_token, load_score, load_tokenizer, padding_token, save_model
 from flux_ray.records import Sample
+from tests.families import make_family
 from tests.model.test_policy import ragged_samples
 from tests.tiny import EOS_ID, PAD_ID, tiny_model, tiny_tokenizer
 
@@ -139,3 +140,10 @@ def test_padding_is_no_token_that_ends_a_text() -> None:
     tokenizer.pad_token = tokenizer.eos_token
     assert padding_token(tokenizer) == tokenizer.unk_token_id
     assert last_token(np.array([5, 0, 7, 0]), 0) == 2 and last_token(np.array([5, 0]), None) == 1
+
+
+def test_a_type_of_which_there_is_no_scoring_model_is_said_in_one_line(tmp_path):
+    make_family("OLMoE", tmp_path)
+    with pytest.raises(UserError, match=r"^model '.*': transformers has no SequenceClassification model of type "
+                                        r"'olmoe'$"):
+        load_score(tmp_path, dtype=torch.float32)
