@@ -102,8 +102,12 @@ _flux_install() {
 # Bytecode of what a run's processes import, so that the first run starts as fast as the second. What can't be imported
 # here (vLLM's GPU build on a machine without one) is compiled when it is.
 _flux_compile() {
-    "$VENV/bin/python" -c "import flux_ray.run.build, flux_ray.rollout.worker, ray, deepspeed"
-    "$VENV/bin/python" -c "import vllm.v1.engine.async_llm, vllm.v1.engine.core, vllm.v1.worker.cpu_worker" || true
+    local beside status=0
+    "$VENV/bin/python" -c "import vllm.v1.engine.async_llm, vllm.v1.engine.core, vllm.v1.worker.cpu_worker" &
+    beside=$!
+    "$VENV/bin/python" -c "import flux_ray.run.build, flux_ray.rollout.worker, ray, deepspeed" || status=$?
+    wait "$beside" || true
+    return $status
 }
 
 _flux_find_uv() {
