@@ -38,6 +38,7 @@ class Kept:
     handles: list[Any]
     log_files: list[Path]
     serving: dict[int, bool] = dataclasses.field(default_factory=dict)  # engine ► whether the shared model and options
+    shared: dict[int, Any] = dataclasses.field(default_factory=dict)  # engine ► what it is built with to serve those
 
 
 class KeptGroup(RayGroup):
@@ -53,6 +54,8 @@ class KeptGroup(RayGroup):
         serving = self._kept.serving
         if serving.get(actor.index) and not self._other_engines:
             return
+        if self.role == ENGINE and not self._other_engines:  # of the first run: later ones may need shorter contexts
+            self._built_with[actor.index] = self._kept.shared.setdefault(actor.index, self._built_with[actor.index])
         if actor.index in serving:
             await actor.host(Host.close).within(deadline_s)
         await super()._build(actor, deadline_s, what)

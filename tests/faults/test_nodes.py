@@ -1,0 +1,58 @@
+"""A cluster that others started loses a node and gets another one: who was there stands on that one, and goes on."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from flux_ray.audit import audit
+from tests.system.program import metrics
+from tests.system.small_run import assert_same, options
+
+pytestmark = [pytest.mark.system, pytest.mark.all, pytest.mark.timeout(900)]
+
+NUM_STEPS, IS_LOST_AT, CHECKPOINT_EVERY = 16, 6, 4
+BETWEEN_S = 10.0  # without the node
+BACK_DEADLINE_S = 240.0  # until the next step beyond all before, once there is another node
+#: The run asks for 5 CPUs: two of an engine and the rollout worker beside it, two of ranks, one of rewards.
+HEAD_CPUS, NODE_CPUS = 3, 2
+
+
+@pytest.fixture
+def cluster() -> Iterator:
+    """Two nodes on this machine, each with a raylet of its own."""
+    cluster_utils = pytest.importorskip("ray.cluster_utils")
+    own = {"node_ip_address": "127.0.0.1", "include_dashboard": False}
+    cluster = cluster_utils.Cluster(initialize_head=True, head_node_args={"num_cpus": HEAD_CPUS, **own})
+    try:
+        cluster.lost = cluster.add_node(num_cpus=NODE_CPUS)
+        yield cluster
+    finally:
+        cluster.shutdown()
+
+
+def test_a_run_goes_on_where_a_node_is_lost_and_another_comes(toys, tmp_path, start, cluster):
+    values = {**options(toys, toys.tied), "data.train": toys.data, "driver.num_steps": NUM_STEPS,
+              "checkpoint.every": CHECKPOINT_EVERY, "cluster.address": cluster.address}
+
+    def started(name):
+        return start(*(f"{key}={value}" for key, value in {**values, "run_dir": tmp_path / name}.items()),
+                     folder=tmp_path / f"of {name}")
+
+    run_dir = tmp_path / "run"
+    program = started("run")
+    program.wait_for_steps(IS_LOST_AT, run_dir=run_dir)
+    cluster.remove_node(cluster.lost, allow_graceful=False)
+    time.sleep(BETWEEN_S)
+    done = len(metrics(run_dir))
+    cluster.add_node(num_cpus=NODE_CPUS)
+    there_s = time.monotonic()
+    program.wait_for_steps(done + 1, run_dir=run_dir, deadline_s=BACK_DEADLINE_S)
+    print(f"the next step came {time.monotonic() - there_s:.0f} s after the node")
+    assert program.end(deadline_s=BACK_DEADLINE_S) == 0, program.shown
+    assert "died" in (run_dir / "run.log").read_text(), "nobody was on the node"
+    assert audit(run_dir).is_clean
+    assert started("undisturbed").end() == 0
+    assert_same(run_dir, tmp_path / "undisturbed")
