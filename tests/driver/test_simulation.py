@@ -13,7 +13,8 @@ from tests.fakes.simulated import Costs, Deadlock, SimulatedTime, World, simulat
 
 pytestmark = pytest.mark.unit
 
-NUM_SCHEDULES = 200  # many more: python -m benchmarks.simulate --schedules 100000
+#: Many more: python -m benchmarks.simulate --schedules 100000
+NUM_SCHEDULES = (80, pytest.param(1000, marks=pytest.mark.all))
 
 
 @pytest.fixture(scope="module")
@@ -23,8 +24,9 @@ def clock():
     clock.close()
 
 
-def test_random_schedules(clock):
-    for seed in range(NUM_SCHEDULES):
+@pytest.mark.parametrize("number", NUM_SCHEDULES)
+def test_random_schedules(clock, number):
+    for seed in range(number):
         check(RandomSchedule(seed), clock=clock)
 
 

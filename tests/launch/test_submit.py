@@ -99,14 +99,16 @@ def test_a_mistake_fails_the_job_in_one_line(cluster):
     assert "flux-ray: unknown option 'grop_size': did you mean 'rollout.group_size'?" in done.stdout + done.stderr
 
 
-def test_a_training_run(cluster, tmp_path):
+@pytest.mark.parametrize("algorithm", ["sft", pytest.param("grpo", marks=pytest.mark.all)])
+def test_a_training_run(cluster, tmp_path, algorithm):
     """Two steps, on the one CPU that the cluster declares; the folder is where the config says; what a shell would read
     otherwise arrives as it was written."""
     template = "a  b $HOME `id` \"q\" * {prompt}; exit 3"
     model = tiny_model(tmp_path / "model", tied=True, context=64)
-    (tmp_path / "data.jsonl").write_text('{"prompt": "1+1=", "answer": "2"}\n' * 4)
-    done = submit(cluster, "--working-dir", ".", "--", f"model.path={model}", f"data.train={tmp_path}/data.jsonl",
-                  "rollout.max_tokens=8", "batch.prompts_per_step=4", "algo.beta=0", "cluster.cpus_per_actor=0.25",
+    (tmp_path / "data.jsonl").write_text('{"prompt": "1+1=", "answer": "2", "completion": "2"}\n' * 4)
+    more = ["rollout.max_tokens=8", "algo.beta=0"] if algorithm == "grpo" else []
+    done = submit(cluster, "--working-dir", ".", "--", f"algo={algorithm}", f"model.path={model}", *more,
+                  f"data.train={tmp_path}/data.jsonl", "batch.prompts_per_step=4", "cluster.cpus_per_actor=0.25",
                   f"data.prompt_template='{template}'", "driver.num_steps=2", f"run_dir={tmp_path}/run")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "step 2/2" in done.stdout and "succeeded" in done.stdout

@@ -348,6 +348,7 @@ async def test_an_engine_that_nobody_sends_to_gives_up_by_its_deadline(served, r
     assert largest_gap(model, group.trajectories) < MAX_GAP
 
 
+@pytest.mark.all  # an engine of its own, which dies; tests/system shows how a run sees it
 async def test_a_call_that_vllm_holds_when_it_dies_fails_soon(served):
     """vLLM itself leaves it waiting for ever: no request runs whose failure would tell."""
     before = set(psutil.Process().children(recursive=True))

@@ -39,9 +39,10 @@ async def test_a_stream_is_the_text_of_the_same_sample(served):
 async def test_ctrl_c_ends_an_answer_and_not_the_chat(served, capsys):
     asyncio.get_running_loop().call_later(0.3, os.kill, os.getpid(), signal.SIGINT)
     before = signal.getsignal(signal.SIGINT)
-    long = [request(seed, max_tokens=500) for seed in range(50)]
-    answers = [await _answer(served.engine, one) for one in long]
-    assert None in answers and capsys.readouterr().out.count("(ended; not kept)") == 1
+    for seed in range(50):  # one may end by itself before
+        if await _answer(served.engine, request(seed, max_tokens=500)) is None:
+            break
+    assert capsys.readouterr().out.count("(ended; not kept)") == 1
     assert signal.getsignal(signal.SIGINT) is before
     assert await _answer(served.engine, request()) is not None
 

@@ -120,6 +120,7 @@ async def in_bfloat16(folder: Path) -> tuple[dict[bool, torch.Tensor], torch.Ten
 
 
 @pytest.mark.system
+@pytest.mark.all  # that experts come, above; what replaying them does, tests/model/test_router_replay.py
 def test_in_bfloat16_the_gap_is_smaller_with_the_engines_experts(tmp_path: Path) -> None:
     make_family("Qwen 3 MoE", tmp_path)
     gaps, agreed = asyncio.run(in_bfloat16(tmp_path))

@@ -155,13 +155,16 @@ def test_the_last_line_tells_what_was_saved(tmp_path):
 PROGRAM = """
 import sys, time
 from flux_ray import signals
+def wait():
+    print("ready", flush=True)
+    for _ in range(400):  # a signal that comes just before a sleep is seen after it
+        time.sleep(0.05)
 def work():
     with signals.asks(lambda: print("asked", flush=True), kill=lambda: print("killed", flush=True)):
-        print("ready", flush=True)
-        time.sleep(20)
+        wait()
 with signals.taken(leave=sys.argv[1] == "leave"):
     try:
-        work() if sys.argv[2] == "asks" else (print("ready", flush=True), time.sleep(20))
+        work() if sys.argv[2] == "asks" else wait()
     except KeyboardInterrupt as error:
         print(error.exit_code, error, flush=True)
 """
