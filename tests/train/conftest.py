@@ -20,7 +20,8 @@ SCENARIOS: dict[str, dict[int, str]] = {
     "test_skipped": {2: "skips"},
     "test_mixture": {2: "mixture"},
 }
-REPEATS = "stages_between"  # on two ranks, for tests that are marked `all`
+#: On two ranks, for tests that are marked `all`.
+REPEATS, MIXTURE_REPEATS = "stages_between", "mixture_between"
 
 
 @pytest.fixture(scope="session")
@@ -42,7 +43,7 @@ def launched(folder: Path, request: pytest.FixtureRequest) -> dict[str, Any]:
     for world_size in (2, 1):
         wanted = [of[world_size] for module, of in SCENARIOS.items() if module in modules and world_size in of]
         if world_size == 2 and any(item.get_closest_marker("all") for item in items):
-            wanted.append(REPEATS)
+            wanted += [REPEATS, MIXTURE_REPEATS]
         results |= launch(wanted, world_size, folder) if wanted else {}
     return results
 

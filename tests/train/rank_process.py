@@ -7,6 +7,7 @@ Knows:  starting a process costs more than a scenario: all of a world size are d
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -22,6 +23,7 @@ SCENARIOS = {**scenarios.SCENARIOS, **critic_scenarios.SCENARIOS, **pair_scenari
 
 def main() -> None:
     world_size, port, folder, number, *names = sys.argv[1:]
+    gc.freeze()  # as in a run: DeepSpeed collects often, and would look at all that was imported
     rank = scenarios.Rank(int(world_size), int(port), Path(folder), int(number))
     for name in names:
         result = SCENARIOS[name](rank)

@@ -8,8 +8,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.train.conftest import MIXTURE_REPEATS
+
 pytestmark = [pytest.mark.system, pytest.mark.timeout(900)]
-STAGES = ("0", "1", "2", "3")
+STAGES = ("0", "3", *(pytest.param(stage, marks=pytest.mark.all) for stage in "12"))
+
+
+@pytest.fixture
+def metrics(two: dict, request: pytest.FixtureRequest) -> dict:
+    """By ZeRO stage."""
+    between = request.node.get_closest_marker("all")
+    return two["metrics"] | (request.getfixturevalue("launched")[MIXTURE_REPEATS]["metrics"] if between else {})
 
 
 def read(folder: Path, name: str) -> dict[str, torch.Tensor]:
@@ -35,9 +44,9 @@ def test_weights_that_nobody_trained_are_those_that_were_read(folder: Path, two:
 
 
 @pytest.mark.parametrize("stage", STAGES[1:])
-def test_every_zero_stage_trains_the_same_experts(folder: Path, two: dict, stage: str) -> None:
+def test_every_zero_stage_trains_the_same_experts(folder: Path, metrics: dict, stage: str) -> None:
     assert largest_gap(read(folder, f"mixture_{stage}"), read(folder, "mixture_0")) < 2e-5
-    assert two["metrics"][stage]["router/load_max"] == two["metrics"]["0"]["router/load_max"]
+    assert metrics[stage]["router/load_max"] == metrics["0"]["router/load_max"]
 
 
 def test_what_the_routers_do_is_measured(two: dict) -> None:
@@ -67,7 +76,7 @@ def test_an_adapter_on_attention_changes_attention_alone(folder: Path, two: dict
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_an_adapter_on_experts_changes_experts_alike_under_every_zero_stage(
-    folder: Path, two: dict, stage: str,
+    folder: Path, metrics: dict, stage: str,
 ) -> None:
     names = changed(folder, f"mixture_lora_{stage}")
     assert all(".experts." in name or name.endswith("q_proj.weight") for name in names)
