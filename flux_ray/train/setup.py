@@ -14,7 +14,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
-from functools import partial
+from functools import cache, partial
 from types import ModuleType
 from typing import TypedDict
 
@@ -61,6 +61,7 @@ def check_deepspeed_options(config: TrainConfig) -> None:
         refuse(given["zero_optimization"], _zero_keys(), option="train.deepspeed.zero_optimization")
 
 
+@cache
 def _top_level_keys() -> frozenset[str]:
     """Every name in quotes in the files that read DeepSpeed's config: its keys, and some that are none."""
     nodes = (node for tree in trees("deepspeed", "**/constants.py", "**/*config.py") for node in ast.walk(tree))
@@ -68,6 +69,7 @@ def _top_level_keys() -> frozenset[str]:
     return frozenset(text for text in texts if text.isidentifier())
 
 
+@cache
 def _zero_keys() -> frozenset[str]:
     """The fields of DeepSpeed's own class for `zero_optimization`, and their older names."""
     files = trees("deepspeed", "runtime/zero/config.py")
