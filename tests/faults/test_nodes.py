@@ -24,8 +24,8 @@ HEAD_CPUS, NODE_CPUS = 3, 2
 def cluster() -> Iterator:
     """Two nodes on this machine, each with a raylet of its own."""
     cluster_utils = pytest.importorskip("ray.cluster_utils")
-    own = {"node_ip_address": "127.0.0.1", "include_dashboard": False}
-    cluster = cluster_utils.Cluster(initialize_head=True, head_node_args={"num_cpus": HEAD_CPUS, **own})
+    head = {"num_cpus": HEAD_CPUS, "include_dashboard": False}
+    cluster = cluster_utils.Cluster(initialize_head=True, head_node_args=head)
     try:
         cluster.lost = cluster.add_node(num_cpus=NODE_CPUS)
         yield cluster
@@ -35,7 +35,8 @@ def cluster() -> Iterator:
 
 def test_a_run_goes_on_where_a_node_is_lost_and_another_comes(toys, tmp_path, start, cluster):
     values = {**options(toys, toys.tied), "data.train": toys.data, "driver.num_steps": NUM_STEPS,
-              "checkpoint.every": CHECKPOINT_EVERY, "cluster.address": cluster.address}
+              "checkpoint.every": CHECKPOINT_EVERY, "cluster.address": cluster.address,
+              "cluster.allow_open": True}
 
     def started(name):
         return start(*(f"{key}={value}" for key, value in {**values, "run_dir": tmp_path / name}.items()),
