@@ -3,7 +3,8 @@
 python -m benchmarks.costs OUT.json [--hidden 128 --layers 4]
 
 An engine alone, at several numbers of running sequences; then short runs with one engine (two batch sizes) and two.
-The costs come from the engine and from the first run alone; the other two are there to be predicted. Equal lengths.
+The costs come from the engine and from the run of 32 prompts alone, with many groups in flight: with few, what a step
+takes once would count for each group. The other two are there to be predicted. Equal lengths.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ import numpy as np
 
 NUM_SEQUENCES = (1, 16, 64, 128, 256)
 TOKENS, GROUP_SIZE, NUM_STEPS, WARM_UP = 64, 8, 8, 2
-#: Name ► (engines, prompts a step). The first is what costs are taken from.
+#: Name ► (engines, prompts a step).
 RUNS = {"one engine, 8 prompts": (1, 8), "one engine, 32 prompts": (1, 32), "two engines, 32 prompts": (2, 32)}
+GIVES_COSTS = "one engine, 32 prompts"
 
 
 def config_of(folder: Path, **values: Any) -> Any:
@@ -82,12 +84,12 @@ def whole_run(folder: Path, name: str) -> dict[str, float]:
 
 
 def costs_of(points: list[tuple[int, float]], run: dict[str, float]) -> dict[str, float]:
-    """Least squares of the engine's points (relative errors); the rest from the first run.
+    """Least squares of the engine's points (relative errors); the rest from the run GIVES_COSTS.
 
     What the run took to generate beyond the engine's own time and the driver's CPU time is Ray's and the reward
     worker's: it is counted for each group that the worker scores.
     """
-    prompts = RUNS["one engine, 8 prompts"][1]
+    prompts = RUNS[GIVES_COSTS][1]
     n, step_s = (np.array(column, float) for column in zip(*points, strict=True))
     (token_s, sequence_s), *_ = np.linalg.lstsq(np.stack([1 / step_s, n / step_s], 1), np.ones(len(n)), rcond=None)
     engine_s = TOKENS * (token_s + GROUP_SIZE * prompts * sequence_s)
@@ -131,7 +133,7 @@ def main() -> None:
         make_model(Path(folder), arguments.hidden, arguments.layers)
         points = in_its_own_process("engine", Path(folder))
         runs = {name: in_its_own_process(name, Path(folder)) for name in RUNS}
-    measured = {"engine": points, "runs": runs, "costs": costs_of(points, runs["one engine, 8 prompts"])}
+    measured = {"engine": points, "runs": runs, "costs": costs_of(points, runs[GIVES_COSTS])}
     Path(arguments.out).write_text(json.dumps(measured, indent=1))
     print(json.dumps(measured, indent=1))
 

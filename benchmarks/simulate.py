@@ -122,7 +122,7 @@ def report(measured: dict[str, Any]) -> str:
     return "\n".join([
         f"Costs given, in seconds: {given}. An engine alone, tokens/s by running sequences: {engine}.", "",
         "| run on this kind of machine | predicted step | measured step | error |", "|---|---|---|---|", *checked, "",
-        "The costs come from the engine alone and from the first row, the others are predicted.", "",
+        "The costs come from the engine alone and from the second row, the others are predicted.", "",
         f"Predicted step time in seconds, {PROMPTS_PER_ENGINE} prompts × {GROUP_SIZE} samples of {MEAN_TOKENS} tokens "
         "on average for each engine, as many training ranks and reward workers as engines:", "",
         "| engines | " + " | ".join(SETTINGS) + " | of which the driver |", "|---" * (len(SETTINGS) + 2) + "|", *scaled,
