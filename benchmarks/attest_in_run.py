@@ -3,8 +3,9 @@
 Takes:  how many tokens a response has (--tokens), how many steps are measured (--steps).
 Gives:  a line of JSON: CPU seconds a step of all processes of the run, those of the checksums and comparisons in the
         trainer and in the engine, and their share.
-Knows:  the checks are timed where they run, by a plugin of the run, on their own thread's clock. The step is that of
-        the other figures (work.py): 29M parameters, 64 responses.
+Knows:  the checks are timed where they run, on their own thread's clock: in a rank by a plugin of the run, in vLLM's
+        own process, which loads no plugins of ours, by the worker's class. The step is that of the other figures
+        (work.py): 29M parameters, 64 responses.
 """
 
 from __future__ import annotations
@@ -24,11 +25,14 @@ import psutil
 from benchmarks.work import Phase, equal, make_data, make_model, options
 from flux_ray import FluxConfig
 from flux_ray.api import to_yaml
+from flux_ray.weights.attest import Receipts
+from flux_ray.weights.worker import AttestingWorker
 from tests.system.program import Program
 
 WARM_UP = 2  # steps
 PLUGIN = "from benchmarks.attest_in_run import time_checks\ntime_checks({folder!r})\n"
 START_S = 400.0
+CHECKS_FOLDER = "CHECKS_FOLDER"  # a variable of an engine's processes
 
 
 def time_checks(folder: str) -> None:
@@ -39,9 +43,10 @@ def time_checks(folder: str) -> None:
 
         _timed(checksum, ("checksum",), Path(folder, process))
     elif process.startswith("engine-"):
-        from flux_ray.weights.attest import Receipts
+        from flux_ray.rollout import engine
 
-        _timed(Receipts, ("begin", "expect", "take", "wrong"), Path(folder, process))
+        engine.WORKER_EXTENSION = f"{__name__}.{TimedWorker.__name__}"
+        os.environ[CHECKS_FOLDER] = folder
 
 
 def _timed(owner: Any, names: tuple[str, ...], file: Path) -> None:
@@ -60,6 +65,15 @@ def _counted(function: Callable[..., Any], file: Path) -> Callable[..., Any]:
                 lines.write(f"{time.thread_time() - start_s}\n")
 
     return counted
+
+
+class TimedWorker(AttestingWorker):
+    """The class of vLLM's workers whose checks are timed."""
+
+
+if CHECKS_FOLDER in os.environ:  # this is vLLM's own process, or the actor around it
+    _timed(Receipts, ("begin", "expect", "take", "read_ahead", "wrong"),
+           Path(os.environ[CHECKS_FOLDER], Path(os.readlink("/proc/self/fd/1")).stem))
 
 
 def checks_s(folder: Path) -> dict[str, float]:
