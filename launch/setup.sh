@@ -102,12 +102,14 @@ _flux_install() {
 # Bytecode of what a run's processes import, so that the first run starts as fast as the second. What can't be imported
 # here (vLLM's GPU build on a machine without one) is compiled when it is.
 _flux_compile() {
-    local beside status=0
-    "$VENV/bin/python" -c "import vllm.v1.engine.async_llm, vllm.v1.engine.core, vllm.v1.worker.cpu_worker" &
-    beside=$!
-    "$VENV/bin/python" -c "import flux_ray.run.build, flux_ray.rollout.worker, ray, deepspeed" || status=$?
-    wait "$beside" || true
-    return $status
+    # Not by the shell's own "&": a script's background processes ignore Ctrl-C.
+    "$VENV/bin/python" -c '
+import subprocess, sys
+ours, vllm = [subprocess.Popen([sys.executable, "-c", f"import {names}"]) for names in sys.argv[1:]]
+vllm.wait()
+sys.exit(ours.wait())
+' "flux_ray.run.build, flux_ray.rollout.worker, ray, deepspeed" \
+        "vllm.v1.engine.async_llm, vllm.v1.engine.core, vllm.v1.worker.cpu_worker"
 }
 
 _flux_find_uv() {
