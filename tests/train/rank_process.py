@@ -23,9 +23,9 @@ SCENARIOS = {**scenarios.SCENARIOS, **critic_scenarios.SCENARIOS, **pair_scenari
 
 def main() -> None:
     world_size, port, folder, number, *names = sys.argv[1:]
-    gc.freeze()  # as in a run: DeepSpeed collects often, and would look at all that was imported
     rank = scenarios.Rank(int(world_size), int(port), Path(folder), int(number))
     for name in names:
+        gc.freeze()  # as in a run: DeepSpeed collects often, and would look at all that was imported
         result = SCENARIOS[name](rank)
         if rank.rank == 0:
             (rank.folder / f"{name}.json").write_text(json.dumps(result))
