@@ -152,7 +152,7 @@ def from_dict(values: Mapping[str, object], *, before: Mapping[str, object] | No
         if _option(key, keys) not in own:
             raise UserError(_unread(key, value, name))
     kept = {key: value for key, value in saved.items() if _option(key, keys) in own}
-    tree = copy.deepcopy(_empty(cls))
+    tree = copy.deepcopy(_empty(cls))  # type: ignore[arg-type]  # mypy looks for the hash of an instance
     try:
         for key, value in {**kept, **flat}.items():
             OmegaConf.update(tree, key, value, merge=False, force_add=key not in keys)
