@@ -75,7 +75,8 @@ def test_a_short_run(name, run, toys, tmp_path):
     assert any((before[key] != after[key]).any() for key in before)
 
 
-def test_ppo_on_a_reward_model_beside_a_rule(run, toys, tmp_path):
+@pytest.mark.parametrize("goes_on", [False, pytest.param(True, marks=pytest.mark.all)])  # tests/train resumes it too
+def test_ppo_on_a_reward_model_beside_a_rule(run, toys, tmp_path, goes_on):
     """The critic learns, alone at first; it is in the checkpoint, from which the run goes on exactly."""
     judge = written(toys.tied, tmp_path / "judge")
     options = {
@@ -98,6 +99,8 @@ def test_ppo_on_a_reward_model_beside_a_rule(run, toys, tmp_path):
     checkpoint = folder / "checkpoints" / "step-000003"
     assert {path.name for path in checkpoint.iterdir()} == {"trainer", "critic", "driver.json", "manifest.json"}
     assert AutoModelForSequenceClassification.from_pretrained(folder / "critic").config.num_labels == 1
+    if not goes_on:
+        return
     again = run("ppo", **options, resume=str(checkpoint), run_dir=str(tmp_path / "resumed"))
     watched = (*NUMBERS, "critic/loss", "critic/explained_variance", "actor/kl_coef", "reward/judge")
     went_on, resumed = ([[line[name] for name in watched] for line in of] for of in (lines[3:], again))

@@ -46,8 +46,8 @@ trainer.fit(prompts="data.jsonl")
 """
 SIX = ("actor/grpo_kl", "actor/clip_frac", "actor/entropy", "actor/adv_mean", "actor/adv_std", "actor/ratio_mean")
 NUM_STEPS = 100  # the default
-SHOWN = 10  # steps that show the same
-CHECKPOINT_EVERY = 8
+SHOWN = 6  # steps that show the same
+CHECKPOINT_EVERY = 4
 KILLED_DEADLINE_S = 30
 
 
