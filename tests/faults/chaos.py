@@ -35,6 +35,7 @@ from tests.system.small_run import options
 
 STEPS, CHECKPOINT_EVERY = 24, 4
 DEADLINE_S = 1500.0  # of a run, all its faults included
+ALL_START_DEADLINE_S = 240.0  # after Ray's own death, until the last actor is there again
 KILL, STOP = signal.SIGKILL, signal.SIGSTOP
 CORE, GCS, RAYLET = "core", "gcs_server", "raylet"
 LOOK_EVERY_S = 0.05
@@ -222,7 +223,7 @@ def _targets(program: Program, run_dir: Path, target: str) -> Iterator[psutil.Pr
         name = "VLLM::EngineCor" if target == CORE else target
         yield from (process for process in program.processes() if process.name().startswith(name))
     else:
-        yield actor_of(run_dir / "logs" / f"{target}.log")
+        yield actor_of(run_dir / "logs" / f"{target}.log", deadline_s=ALL_START_DEADLINE_S)
 
 
 def _sha(model: Path) -> str:

@@ -141,9 +141,10 @@ def _in(sessions: set[int]) -> Iterator[psutil.Process]:
                 yield process
 
 
-def actor_of(log_file: Path) -> psutil.Process:
+def actor_of(log_file: Path, *, deadline_s: float = 60.0) -> psutil.Process:
     """The process of the Ray actor that writes to this log, once it is there."""
-    for _ in range(600):
+    until_s = time.monotonic() + deadline_s
+    while time.monotonic() < until_s:
         for process in psutil.process_iter():
             try:
                 if os.readlink(f"/proc/{process.pid}/fd/1") == str(log_file) and "ray::" in " ".join(process.cmdline()):
