@@ -246,15 +246,26 @@ class Cluster:
         assert self._own is not None
         return await self._own.death()
 
-    @staticmethod
-    def num_gpus() -> int:
+    def num_gpus(self) -> int:
+        self._refuse_dead()
         return int(ray.cluster_resources().get("GPU", 0))
+
+    def _refuse_dead(self) -> None:
+        """Before what only Ray's server can answer: without it Ray waits for a minute, and then ends this process."""
+        if self._own is not None and (death := self._own.dead) is not None:
+            raise death
+
+    @functools.cached_property
+    def _host(self) -> Any:
+        """One class for all actors. Ray sends each new one to its server, which may be dead when an actor is replaced."""
+        return ray.remote(Host)
 
     async def place(self, plan: Plan, *, deadline_s: float) -> None:
         """Reserve every bundle of the plan, all within the deadline.
 
         UserError names what can't be placed, and what the cluster has.
         """
+        self._refuse_dead()
         loop = asyncio.get_running_loop()
         end = loop.time() + deadline_s
         for role, groups in plan.bundles().items():
@@ -280,7 +291,7 @@ class Cluster:
 
         def make(index: int) -> ActorHandle:
             options = self._options(role, index) | {"runtime_env": {"env_vars": env}}
-            return ray.remote(Host).options(**options).remote(str(log_files[index]), self._plugins if plugins else [])
+            return self._host.options(**options).remote(str(log_files[index]), self._plugins if plugins else [])
 
         group: RayGroup[Any] = RayGroup(role.name, make, log_files)
         group.of_one_machine = self._own is not None

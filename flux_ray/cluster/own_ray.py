@@ -35,15 +35,18 @@ class OwnRay:
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
 
     @property
-    def dead(self) -> str | None:
-        """One that is needed, and is dead."""
-        return next((name for name in NEEDED if self._processes[name].poll() is not None), None)
+    def dead(self) -> ActorDied | None:
+        """The death of one that is needed, if it has died."""
+        name = next((name for name in NEEDED if self._processes[name].poll() is not None), None)
+        if name is None:
+            return None
+        return ActorDied(f"Ray's {name} (process {self._processes[name].pid}) died", role="ray", index=0)
 
     async def death(self) -> ActorDied:
         """Waits until one that is needed has died."""
-        while (name := self.dead) is None:  # noqa: ASYNC110 a process's end sets no event
+        while (death := self.dead) is None:  # noqa: ASYNC110 a process's end sets no event
             await asyncio.sleep(LOOK_EVERY_S)
-        return ActorDied(f"Ray's {name} (process {self._processes[name].pid}) died", role="ray", index=0)
+        return death
 
     def kill(self) -> None:
         """All of them, and what they started, at once: nobody answers any more."""

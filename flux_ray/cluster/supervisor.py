@@ -118,6 +118,8 @@ class Supervisor:
         while True:
             incarnation = group[index].incarnation
             error = await group.death(index)
+            if self.failure.done():
+                return  # the run is ending: of Ray's own death, perhaps, after which nobody can be replaced
             if incarnation in self._silent:
                 error = ActorDied(self._silent.pop(incarnation), role=group.role, index=index,
                                   log_file=error.log_file)

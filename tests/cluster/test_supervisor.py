@@ -332,4 +332,14 @@ async def test_an_actor_that_is_to_be_ended_is_ended_whatever_looking_at_it_give
         standing = watched[WORKER][1]
         watched.supervisor.end_silent(WORKER, 1, standing.incarnation, "it stands still")
         assert "nothing to be seen" in str(await watched.failure()), "what nobody waits for is told all the same"
-        await soon(lambda: watched[WORKER][1].incarnation != standing.incarnation)
+        await soon(lambda: not standing.alive)
+
+
+async def test_once_the_run_fails_nobody_is_replaced():
+    """Ray's own death ends it first, and without Ray an actor that dies meanwhile couldn't be replaced."""
+    async with watching() as watched:
+        watched.supervisor.fail(ActorDied("Ray's gcs_server died", role="ray", index=0))
+        watched[WORKER][0].kill()
+        await asyncio.sleep(0.01)
+        assert watched.events == [] and watched.supervisor.is_whole
+        assert str(await watched.failure()) == "Ray's gcs_server died"

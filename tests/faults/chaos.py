@@ -78,6 +78,15 @@ def _several(target: str, count: int) -> Callable[[random.Random], list[Fault]]:
     return lambda chance: [Fault(target, KILL, at) for at in sorted(chance.uniform(0.05, 0.95) for _ in range(count))]
 
 
+def _while_ray_is_dead(target: str) -> Callable[[random.Random], list[Fault]]:
+    """The actor dies at the step after Ray's server, before that one's death has ended the run's first life."""
+    def faults(chance: random.Random) -> list[Fault]:
+        at = chance.uniform(0.2, 0.8)
+        return [Fault(GCS, KILL, at), Fault(target, KILL, at)]
+
+    return faults
+
+
 def _of_all_kinds(count: int) -> Callable[[random.Random], list[Fault]]:
     """Actors of all roles die and stand still. What would notice that one stands still, Ray and the driver, dies."""
     actors = ["engine-0", CORE, "rollout-0", "reference-0", "reward-0", "trainer-0", "trainer-1"]
@@ -111,6 +120,8 @@ ROWS: dict[str, Row] = {
     "kill rank 0": Row(_several("trainer-0", 2)),
     "kill rank 1": Row(_several("trainer-1", 2)),
     "kill gcs": Row(_one(GCS)),
+    "kill gcs, then a rollout worker": Row(_while_ray_is_dead("rollout-0")),
+    "kill gcs, then rank 1": Row(_while_ray_is_dead("trainer-1")),
     "kill raylet": Row(_one(RAYLET)),
     "kill driver": Row(_several(DRIVER, 4)),
     "stop engine": Row(_one("engine-0", STOP)),
@@ -170,7 +181,7 @@ class _Disturbed:
         """Strike once so many steps are done; until it is past that."""
         self._until(lambda: len(metrics(self._run_dir)) >= done)
         self.ready_s = self.ready_s or time.monotonic() - self.started_s
-        if _strike(self.program, self._run_dir, fault):
+        if self.program.process.poll() is None and _strike(self.program, self._run_dir, fault):
             self._until_past(driver=fault.target == DRIVER)
 
     def at(self, name: str, place: int) -> None:
