@@ -257,7 +257,7 @@ class Cluster:
 
     @functools.cached_property
     def _host(self) -> Any:
-        """One class for all actors. Ray sends each new one to its server, which may be dead when an actor is replaced."""
+        """One class for all actors: Ray sends each new one to its server, which may be dead when one is replaced."""
         return ray.remote(Host)
 
     async def place(self, plan: Plan, *, deadline_s: float) -> None:
