@@ -28,7 +28,8 @@ failed=0   # all checks are run: one that fails hides no other
 phase lint ruff check flux_ray examples tests benchmarks || failed=1
 
 # Real parts wait a good deal for processes to start and to end: two lanes of about as much work fill two cores.
-runs=(tests/cluster tests/system tests/faults tests/rollout tests/launch)   # cluster first: the runs keep one Ray, it starts its own
+# tests/cluster comes first: it starts its own Ray, and tests/system keeps one to the end.
+runs=(tests/cluster tests/system tests/faults tests/rollout tests/launch)
 output="$(mktemp)"
 set -m   # a process group of its own, which an interrupt reaches
 phase "whole runs, real engines" python -m pytest -m "$real" --durations=20 "${runs[@]}" > "$output" 2>&1 &

@@ -12,7 +12,7 @@ from tests.house.source import REPO
 pytestmark = [pytest.mark.system, pytest.mark.timeout(180)]
 
 PROGRAM = """
-import asyncio, collections, sys, time
+import asyncio, collections, sys
 from pathlib import Path
 from flux_ray.cluster.group import ActorDied
 from flux_ray.cluster.groups import Cluster

@@ -77,7 +77,7 @@ def test_a_short_run(name, run, toys, tmp_path):
 
 @pytest.mark.parametrize("goes_on", [False, pytest.param(True, marks=pytest.mark.all)])  # tests/train resumes it too
 def test_ppo_on_a_reward_model_beside_a_rule(run, toys, tmp_path, goes_on):
-    """The critic learns, alone at first; it is in the checkpoint, from which the run goes on exactly."""
+    """The critic learns, alone at first; it is in the checkpoint. `goes_on`: the run does, from there, exactly."""
     judge = written(toys.tied, tmp_path / "judge")
     options = {
         "reward.functions": ["digits", f"model:{judge}"], "reward.weights": [1.0, 0.1], "critic.warmup_steps": 2,
