@@ -47,6 +47,7 @@ print("closed")
 def test_after_the_death_of_rays_server_an_actor_that_dies_too_holds_up_nothing(tmp_path):
     done = subprocess.run([sys.executable, "-c", PROGRAM, str(tmp_path)], cwd=REPO, capture_output=True, text=True,
                           timeout=120)
+    assert done.returncode == 0, done
     told, *others = done.stdout.splitlines()
     assert told.startswith("Ray's gcs_server (process ") and told.endswith(") died"), done
-    assert others == ["refused", "refused", "closed"] and done.returncode == 0, done
+    assert others == ["refused", "refused", "closed"], done
