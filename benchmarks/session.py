@@ -136,8 +136,9 @@ class Session:
     def ours(self, run: str) -> dict[str, Any]:
         """Phase ► metrics of the measured steps, notes of the ranks."""
         asked = {"cores": {}, **RUNS[run]}
-        # What starts before the other lengths do is still of the old ones: it passes within the bound.
-        warm_up = 1 if self.quick else 1 + 2 * bool(asked.get("driver.max_staleness"))
+        # What a run does once, such as to import what writes rollouts, it has done when the second step ends. What
+        # starts before the other lengths do is still of the old ones: it passes within the bound.
+        warm_up = 2 if self.quick else 2 + 2 * bool(asked.get("driver.max_staleness"))
         return self.part("ours", phases=self.phases(warm_up=warm_up), dtype=self.dtype, **asked)
 
     def step_s(self, run: str, phase: str) -> list[float]:

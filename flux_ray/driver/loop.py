@@ -12,8 +12,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-
 from flux_ray.accounts import Account
 from flux_ray.clock import now_s
 from flux_ray.cluster.group import first_failure
@@ -22,15 +20,15 @@ from flux_ray.data import PromptSource
 from flux_ray.driver.agreement import Agreement
 from flux_ray.driver.entry import Entry, Taken
 from flux_ray.driver.evaluation import Evaluated, Evaluation
+from flux_ray.driver.keeping import Keeping
 from flux_ray.driver.measure import batch_metrics, group_spans
+from flux_ray.driver.probing import Probing
 from flux_ray.driver.ranks import Ranks
 from flux_ray.driver.stages import Stages
 from flux_ray.driver.versions import Versions
-from flux_ray.errors import UserError
 from flux_ray.observability.described import Described
-from flux_ray.observability.rollouts import KeptRollouts
-from flux_ray.observability.spans import WAIT, Phases, Span
-from flux_ray.records import KeptGroup, LoopState, Prompt, ScoredGroup
+from flux_ray.observability.spans import WAIT, WRITE, Phases, Span
+from flux_ray.records import LoopState, Prompt, ScoredGroup
 from flux_ray.rollout.dispatch import Lengths
 
 METRICS = (
@@ -43,6 +41,8 @@ METRICS = (
     Described("weights/publish_s", "time from the last update until every engine has attested the new version, each of "
               "its parameters included", "s", "", "",
               "long: a larger `weights.bucket_mib`, `weights.staging`; room in `/dev/shm` on CPU"),
+    Described("driver/write_s", "the part of it in which texts and rollouts of the step before are written, while the "
+              "engines sample", "s", "", "", "much of the step: a lower `observability.rollouts_share`"),
     Described("driver/num_parts", "parts in which the batch came to the trainer; 1 is all at once", "part", "", "",
               "1 with `driver.streaming=always`: groups come at once, or fit one micro-batch"),
     Described("driver/version", "the version that the engines serve after the step. It counts publishes and never goes "
@@ -55,22 +55,19 @@ class Loop:
 
     def __init__(self, config: PolicyGradientConfig, *, stages: Stages, ranks: Ranks, prompts: PromptSource,
                  versions: Versions, agreement: Agreement) -> None:
-        self._config, self._prompts, self._versions, self._agreement = config, prompts, versions, agreement
+        self._config, self._prompts, self._versions = config, prompts, versions
         self.stages, self.ranks, self.ledger = stages, ranks, stages.ledger
+        self._probing = Probing(config, agreement, stages=stages, ranks=ranks, prompts=prompts)
+        self._lengths = Lengths(config.rollout.max_tokens)
+        self.keeping = Keeping(stages, prompts, self._lengths)
         self.evaluation: Evaluation | None = None  # None where eval.data names nothing
         #: The ranks take a part of a batch once it has so many tokens; inf: they wait for the whole batch.
         self.part_tokens = math.inf
-        self.rollouts: KeptRollouts | None = None  # None where they aren't written
-        self._lengths = Lengths(config.rollout.max_tokens)
-        self._told: set[str] = set()  # why rollouts aren't written
         self._batch: list[Entry] = []  # of the last step
-        self._phases = Phases(now_s)  # of the last step
-        self._disagrees = False  # engines and trainer did, after the last step
+        self._begun_s, self._phases = now_s(), Phases(now_s)  # of the step that is under way, else of the last one
         self._weights = asyncio.Lock()  # held while the trainer's weights are of no version
         self.is_settled = True  # the weights are those of `step`, and no rank is at work on a step
-        stages.on_free_slot = self.go_on
-        #: What an earlier life of the run had finished, and the folder where it lies.
-        self.kept: tuple[Sequence[KeptGroup], Path] | None = None
+        stages.on_free_slot = self._admit
 
     @property
     def step(self) -> int:
@@ -83,21 +80,18 @@ class Loop:
         UserError where engines and trainer disagree, unless the config allows it.
         """
         self.stages.begin(tasks)
-        if self.kept is not None:
-            await self.stages.restore(*self.kept, self._prompts, self._lengths)
+        await self.keeping.restore()
         await self.ranks.publish(self._versions.publish(self.step), self.step)
         self._bringing_in = tasks.create_task(self._bring_in())
-        prompts = self._agreement.first_prompts(self._prompts)
-        while (compared := await self.ranks.probe(prompts, self.stages.workers)) is None:
-            await self.stages.workers.all_serve()
-        told = self._agreement.disagreement(compared)
-        if told is not None and not self._config.weights.allow_logprob_gap:
-            raise UserError(told)
-        if told is not None:
-            self.stages.warn("logprob_gap", told)
+        await self._probing.first()
 
     def go_on(self) -> None:
-        """Let prompts in: a group starts in each slot that is free."""
+        """The next step begins: its prompts come in."""
+        self._begun_s, self._phases = now_s(), Phases(now_s)
+        self._admit()
+
+    def _admit(self) -> None:
+        """A group starts in each slot that is free."""
         while self.ledger.may_admit(self.step):
             entry, spare = self.ledger.admit(self.step)
             # A spare goes to the engines after all that the batch needs.
@@ -106,8 +100,7 @@ class Loop:
 
     async def train(self) -> dict[str, float]:
         """One step: take ready groups (as they come, or a whole batch) ► train ► publish, while a critic learns."""
-        start_s, step = now_s(), self.step
-        self._phases = phases = Phases(now_s)
+        start_s, step, phases = now_s(), self.step, self._phases
         begun = await self._begin_step()
         self.is_settled = False
         async with self._weights:
@@ -119,20 +112,18 @@ class Loop:
             publish = asyncio.ensure_future(phases.of("publish weights", published))
             learning = self.ranks.learn(step)
             learn = asyncio.ensure_future(phases.of("learn", learning, "critic") if self.ranks.critic else learning)
-            give_back = [self.ranks.give_back()] if self.rollouts is not None else []
+            give_back = [self.ranks.give_back()] if self.keeping.rollouts is not None else []
             await first_failure([publish, learn, *give_back])
         metrics = batch_metrics(self._batch, step, self._versions) | report.metrics | learn.result() | begun
         metrics |= {"train/step_s": train_s, "weights/publish_s": publish.result()} | self.ledger.drops.step_metrics()
-        metrics |= await self._gap_after_publish()
-        told = self._agreement.later(metrics)
-        if told is not None and not self._disagrees:  # else it is told already
-            self.stages.warn("logprob_gap", f"step {step + 1}: {told}")
-        self._disagrees = told is not None
+        metrics |= await self._probing.after_publish()
+        self._probing.watch(step, metrics)
         self.ledger.trained()
         self.stages.step = report.step
         if report.step == self._config.driver.num_steps:
             self.stages.forget(list(self.ledger.slots))  # no failure of theirs is to keep the result from being saved
-        return metrics | {"driver/version": float(self._versions.highest), "driver/step_s": now_s() - start_s}
+        return metrics | {"driver/version": float(self._versions.highest), "driver/step_s": now_s() - self._begun_s,
+                          "driver/write_s": phases.seconds(WRITE)}
 
     async def _quiet(self) -> None:
         """Waits for all that was started, before the engines get other weights.
@@ -154,20 +145,6 @@ class Loop:
                 if engines.waiting:
                     version = self._versions.highest
                     await self.ranks.publish(version, self._versions.step_of(version), only=engines.waiting)
-
-    async def _gap_after_publish(self) -> dict[str, float]:
-        """weights/logprob_gap_* of a few tokens under the new weights.
-
-        For asynchronous runs, whose batches may hold no sample of the present version. Nothing for synchronous ones,
-        nor where a rollout worker dies meanwhile: the next step looks again.
-        """
-        if not self._config.driver.max_staleness:
-            return {}
-        compared = await self.ranks.probe([self._agreement.later_prompt(self._prompts)], self.stages.workers)
-        if not compared:
-            return {}
-        gaps_N = np.concatenate([one.gaps_N for one in compared])
-        return {"weights/logprob_gap_mean": float(gaps_N.mean()), "weights/logprob_gap_max": float(gaps_N.max())}
 
     async def _begin_step(self) -> dict[str, float]:
         """The step's groups, all but the last part accumulated; the ranks hold the last. Gives how long it waited."""
@@ -212,28 +189,16 @@ class Loop:
     async def samples(self, count: int) -> list[tuple[Prompt, str, ScoredGroup]]:
         """Some of the last step's groups, with their first responses. Then the workers write the step's groups down,
         and forget them."""
-        shown = self._batch[:count]
-        texts = await first_failure([self.stages.workers.text(entry.worker, entry.key) for entry in shown])
-        await self._write_rollouts()
+        with self._phases.during(WRITE):
+            shown = await self.keeping.texts(self._batch[:count])
+            await self.keeping.write_rollouts(self.step - 1)
         self.stages.forget(self._batch)
-        return [(self._prompts.prompt(entry.uid), text, entry.ready.scored)
-                for entry, text in zip(shown, texts, strict=True) if text is not None]
+        return shown
 
     async def keep(self, state: LoopState, folder: Path) -> LoopState:
         """Write the groups into a new folder that are finished and not trained on, where `state` is to be resumed."""
-        wanted = set(state.unfinished)
-        kept = await self.stages.keep([one for one in self.ledger.slots if one.news and one.uid in wanted], folder)
+        kept = await self.keeping.keep(set(state.unfinished), folder)
         return replace(state, kept=kept, steps_of=self._versions.steps_of)
-
-    async def _write_rollouts(self) -> None:
-        if self.rollouts is None:
-            return
-        step = self.step - 1
-        written = await self.stages.workers.write_rollouts(step)
-        for why_not in {one.why_not for one in written if one.why_not} - self._told:
-            self._told.add(why_not)
-            self.stages.warn("rollouts", why_not)
-        await asyncio.to_thread(self.rollouts.written, step, sum(one.num_bytes for one in written))
 
     @property
     def state(self) -> LoopState:

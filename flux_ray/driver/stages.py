@@ -6,27 +6,23 @@ Takes:  news of the rollout workers, which becomes transitions of the ledger. Gr
 from __future__ import annotations
 
 import asyncio
-import itertools
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from flux_ray.algo.filters import REWARD_FAILED
 from flux_ray.clock import now_s
-from flux_ray.cluster.group import Group, first_failure
+from flux_ray.cluster.group import Group
 from flux_ray.cluster.plan import ROLLOUT
 from flux_ray.config import PolicyGradientConfig
-from flux_ray.data import PromptSource
 from flux_ray.driver.assigning import Assigning
 from flux_ray.driver.engines import Engines
-from flux_ray.driver.entry import NOBODY, Entry, Key, State
+from flux_ray.driver.entry import NOBODY, Entry, State
 from flux_ray.driver.ledger import Ledger
 from flux_ray.driver.second_tries import SecondTries
 from flux_ray.driver.workers import Workers
 from flux_ray.messages import GroupDropped, GroupFailed, GroupReady, News, PartGenerated, PartLost, RewardWorkerLost
 from flux_ray.protocols import RolloutWorker
-from flux_ray.records import KeptGroup, Prompt
-from flux_ray.rollout.dispatch import Lengths
+from flux_ray.records import Prompt
 
 
 class Stages:
@@ -38,7 +34,7 @@ class Stages:
         supervisor = engines.supervisor
         self.workers = Workers(workers, supervisor)
         self._assigning = Assigning(config.rollout, ledger, self.workers, max_staleness=config.driver.max_staleness)
-        self.generate = self._assigning.ask
+        self.generate, self.hold = self._assigning.ask, self._assigning.hold
         self.engines = engines
         engines.on_change = self._on_engines
         self._second_tries = SecondTries(supervisor, self.workers, is_wanted=self._assigning.__contains__,
@@ -65,30 +61,6 @@ class Stages:
                 self._end(entry)
                 if entry.worker != NOBODY:
                     self.workers.forget(entry.worker, entry.key)
-
-    async def keep(self, entries: Sequence[Entry], folder: Path) -> tuple[KeptGroup, ...]:
-        """Have the workers write these groups, which are finished; those that are written."""
-        of_worker: dict[int, dict[Key, Entry]] = defaultdict(dict)
-        for entry in entries:
-            of_worker[entry.worker][entry.key] = entry
-        files = {worker: f"{worker}.safetensors" for worker in of_worker}
-        written = await first_failure([self.workers.keep(worker, list(found), folder / files[worker])
-                                       for worker, found in of_worker.items()])
-        return tuple(_kept(of_worker[worker][key], files[worker])
-                     for worker, keys in zip(of_worker, written, strict=True) for key in keys)
-
-    async def restore(self, groups: Sequence[KeptGroup], folder: Path, prompts: PromptSource,
-                      lengths: Lengths) -> None:
-        """Have the workers own what an earlier life of the run has finished: READY again, oldest first."""
-        of_uid = {one.uid: (one, prompts.prompt(one.uid)) for one in groups}
-        worker_of = {file: i % len(self.workers) for i, file in enumerate(sorted({one.file for one in groups}))}
-        brought = await first_failure([
-            self.workers.bring(worker, folder / file, [prompt for one, prompt in of_uid.values() if one.file == file])
-            for file, worker in worker_of.items()])
-        for ready in sorted(itertools.chain(*brought), key=lambda ready: ready.uid):
-            one, prompt = of_uid[ready.uid]
-            entry = self.ledger.restore(one, ready, worker_of[one.file], now_s())
-            self._assigning.hold(entry, prompt, lengths=lengths)
 
     def start_again(self, entries: Iterable[Entry]) -> None:
         """The ledger has put them back to WAITING."""
@@ -160,7 +132,3 @@ class Stages:
         if not self._second_tries.add(entry.worker, news):
             self.workers.forget(entry.worker, entry.key)
             self._on_dropped(entry, GroupDropped(*entry.key, REWARD_FAILED, news.why))
-
-
-def _kept(entry: Entry, file: str) -> KeptGroup:
-    return KeptGroup(entry.uid, file, entry.born, entry.end_s - entry.start_s)

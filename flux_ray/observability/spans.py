@@ -17,7 +17,7 @@ from typing import TypeVar
 T = TypeVar("T")
 
 DRIVER = "driver"
-WAIT, GENERATE = "wait for groups", "generate"
+WAIT, GENERATE, WRITE = "wait for groups", "generate", "write texts and rollouts"
 TAIL_SHARE = 0.8  # once so many of the batch's groups are sampled, the rest is the tail
 
 
@@ -48,6 +48,9 @@ class Phases:
             yield
         finally:
             self.spans.append(Span(name, actor, start_s, self._clock()))
+
+    def seconds(self, name: str) -> float:
+        return sum(span.end_s - span.start_s for span in self.spans if span.name == name)
 
     async def of(self, name: str, work: Awaitable[T], actor: str = DRIVER) -> T:
         with self.during(name, actor):

@@ -159,9 +159,9 @@ class Build:
                     agreement=self._agreement(task))
         loop.part_tokens = part_tokens(config, self._plan)
         if self._prepared.checkpoint is not None and start.kept:
-            loop.kept = start.kept, self._prepared.checkpoint / ROLLOUT
+            loop.keeping.kept = start.kept, self._prepared.checkpoint / ROLLOUT
         if config.observability.rollouts_max_gib:
-            loop.rollouts = KeptRollouts(recorder.folder.path, config.observability.rollouts_max_gib)
+            loop.keeping.rollouts = KeptRollouts(recorder.folder.path, config.observability.rollouts_max_gib)
         if task.evaluation is not None:
             loop.evaluation = self._evaluation(task.evaluation, stages)
         return loop

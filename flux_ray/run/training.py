@@ -52,7 +52,7 @@ class Loop(Protocol):
         """Before the first step. What fails in its tasks ends the run."""
 
     def go_on(self) -> None:
-        """Called once all that is done between two steps is done."""
+        """The next step begins: all that was to be done before it is done."""
 
     async def train(self) -> dict[str, float]:
         """One step; its metrics."""

@@ -75,8 +75,8 @@ def at_random(seed: int):
 
 ASYNCHRONOUS = {"driver.max_staleness": 1, "driver.deterministic": True, "driver.num_steps": 6, "filter.reward": "task",
                 "rollout.num_workers": 2}
-TIMES = ("driver/step_s", "driver/wait_s", "train/step_s", "weights/publish_s", "rollout/s", "rollout/tokens_per_s",
-         "reward/group_s", "reference/group_s")
+TIMES = ("driver/step_s", "driver/wait_s", "driver/write_s", "train/step_s", "weights/publish_s", "rollout/s",
+         "rollout/tokens_per_s", "reward/group_s", "reference/group_s")
 
 
 def without_times(folder) -> list[dict[str, float]]:

@@ -199,7 +199,7 @@ async def train(config: PolicyGradientConfig, parts: Parts, *, prompts: PromptSo
         supervisor.add(group, OnDeath.REPLACE if replaced else OnDeath.END_RUN, informed=role != "reference")
     await supervisor.begin()
     loop = make_loop(config, groups, supervisor, prompts=prompts, recorder=recorder, start=start)
-    loop.kept = (start.kept, kept) if kept is not None else None
+    loop.keeping.kept = (start.kept, kept) if kept is not None else None
     training = asyncio.ensure_future(Training(config, loop, recorder, trained=[groups["trainer"]],
                                               progress=supervisor.progress).run())
     await asyncio.wait({training, supervisor.failure}, return_when=asyncio.FIRST_COMPLETED)

@@ -53,7 +53,7 @@ def cost(metrics: Mapping[str, Points]) -> list[tuple[str, str]]:
     if seconds:
         lines.append(("time in steps", f"{seconds:,.0f} s ({seconds / HOUR_S:.2f} h)"))
         for name, what in (("driver/wait_s", "waiting for groups"), ("train/step_s", "training"),
-                           ("weights/publish_s", "publishing weights")):
+                           ("weights/publish_s", "publishing weights"), ("driver/write_s", "writing rollouts")):
             part = _sum(metrics, name)
             if part:
                 lines.append((f"· {what}", f"{part:,.0f} s, {100 * part / seconds:.0f} %"))
