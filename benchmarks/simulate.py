@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.costs import GROUP_SIZE, RUNS, TOKENS
+from flux_ray.config import RolloutConfig
 from tests.driver.schedules import RandomSchedule, check
 from tests.fakes.simulated import Costs, SimulatedTime, World, simulate
 
@@ -31,6 +32,7 @@ TABLE = re.compile(r"(?<=<!-- predicted -->\n).*?(?=<!-- end -->)", re.DOTALL)
 ENGINES = (8, 32, 128, 1000)
 PROMPTS_PER_ENGINE, MEAN_TOKENS, SIGMA = 8, 256, 0.8
 PROMPT_TOKENS = 16
+MAX_NUM_SEQS = RolloutConfig.max_num_seqs  # the default, as the measured runs have it
 STEPS, WARM_UP = 9, 3  # of a prediction: asynchronous runs take some steps to settle
 #: Columns of the table: options of a run.
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -84,7 +86,7 @@ def compare(measured: dict[str, Any]) -> list[str]:
     for name, (engines, prompts) in RUNS.items():
         run = measured["runs"][name]
         step_s = predicted_s(Costs(**measured["costs"]), lambda uid, i: TOKENS, num_engines=engines,
-                             prompts_per_step=prompts, group_size=GROUP_SIZE)
+                             prompts_per_step=prompts, group_size=GROUP_SIZE, max_num_seqs=MAX_NUM_SEQS)
         error = step_s / run["driver/step_s"] - 1
         print(json.dumps({"name": name, "predicted": round(step_s, 3), "measured": round(run["driver/step_s"], 3),
                           "unit": "s", "error": round(error, 3)}), flush=True)
@@ -103,7 +105,7 @@ def scale(costs: Costs) -> list[str]:
             given["part_tokens"] *= engines
             seconds = predicted_s(costs, log_normal(given.pop("sigma")), num_engines=engines, num_ranks=engines,
                                   prompts_per_step=PROMPTS_PER_ENGINE * engines, group_size=GROUP_SIZE,
-                                  max_num_seqs=256, num_workers=engines, **given)
+                                  max_num_seqs=MAX_NUM_SEQS, num_workers=engines, **given)
             cells.append(seconds)
             print(json.dumps({"name": f"{engines} engines, {name}", "predicted": round(seconds, 2), "unit": "s"}),
                   flush=True)

@@ -43,6 +43,10 @@ class ActorDied(ActorError):
     """The actor is gone, or was ended because it answered nobody: no further call to it can succeed."""
 
 
+class ServerLost(RuntimeError):
+    """The server of a cluster that was joined is gone: nothing can be started there any more."""
+
+
 class ActorLate(TimeoutError):
     """An actor has not answered a call within its deadline: it is stuck, or somebody whom it waits for is."""
 

@@ -26,7 +26,8 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from flux_ray.cluster import tokens
-from flux_ray.cluster.group import ActorDied, ActorError, first_failure
+from flux_ray.cluster.group import ActorDied, ActorError, ServerLost, first_failure
+from flux_ray.cluster.joined_ray import JoinedRay
 from flux_ray.cluster.own_ray import OwnRay
 from flux_ray.cluster.plan import Plan, Role, describe
 from flux_ray.cluster.rpc import Host, RayActor
@@ -98,18 +99,22 @@ class RayGroup(Generic[T]):
         await self._build(new, deadline_s, "start after a death")
         self._actors[index] = new
 
+    async def leave(self) -> None:
+        """Have the actors end themselves: their Ray has no server any more, which would end them. Never raises."""
+        await asyncio.gather(*(_quietly(actor, Host.leave, CLOSE_DEADLINE_S) for actor in self))
+
     async def close(self, *, deadline_s: float = CLOSE_DEADLINE_S) -> None:
         """Ask each object to close, then end the actors. Never raises."""
-        closing = [asyncio.ensure_future(_quietly(actor, deadline_s)) for actor in self]
+        closing = [asyncio.ensure_future(_quietly(actor, Host.close, deadline_s)) for actor in self]
         await asyncio.gather(*closing, return_exceptions=True)
         for actor in self:
             with contextlib.suppress(Exception):
                 actor.kill()
 
 
-async def _quietly(actor: RayActor, deadline_s: float) -> None:
+async def _quietly(actor: RayActor, method: Callable[..., object], deadline_s: float) -> None:
     with contextlib.suppress(Exception):
-        await actor.host(Host.close).within(deadline_s)
+        await actor.host(method).within(deadline_s)
 
 
 def _closed(address: str) -> str | None:
@@ -180,6 +185,7 @@ class Cluster:
         self._groups: list[RayGroup[Any]] = []
         self._placements: dict[str, list[PlacementGroup]] = {}
         self._own: OwnRay | None = None  # where Ray is the run's own
+        self._joined: JoinedRay | None = None  # else
         self._scratch: Scratch | None = None  # of its actors
         self.stands = False  # actors of a life that is over stand here, and wait for the next one
         self.epoch = 0  # of the members that they know
@@ -201,10 +207,11 @@ class Cluster:
 
     def connect(
         self, address: str | None, *, cpus: float, gpus: int = 0, object_store_bytes: int = LOCAL_OBJECT_STORE_BYTES,
-        allow_open: bool = False,
+        allow_open: bool = False, server_deadline_s: float = 10.0,
     ) -> None:
         """Join the cluster at `address`, or start one with that many CPUs and GPUs, whatever Ray itself would count.
 
+        `server_deadline_s`: how long the server of one that is joined may be silent.
         UserError where nobody answers, or anybody would be answered (unless `allow_open`).
         """
         address = self.wanted_address(address)
@@ -234,17 +241,18 @@ class Cluster:
                 if starts:
                     self._scratch = Scratch()
                     self._own = OwnRay(self._scratch.folder)
+            if self._own is None:
+                self._joined = JoinedRay(ray.get_runtime_context().gcs_address, deadline_s=server_deadline_s)
         except (ConnectionError, ray.exceptions.AuthenticationError) as error:
             raise UserError(
                 f"no Ray cluster answers at cluster.address={address}: {str(error).splitlines()[0]}{tokens.hint()}"
             ) from None
 
-    async def death(self) -> ActorDied:
-        """Waits until a part of Ray itself has died, where Ray is the run's own; else for ever."""
-        if self._own is None:
-            await asyncio.Event().wait()
-        assert self._own is not None
-        return await self._own.death()
+    async def death(self) -> ActorDied | ServerLost:
+        """Waits until a part of Ray itself has died; where a Ray was joined that others started, its server."""
+        watched = self._own or self._joined
+        assert watched is not None, "not connected"
+        return await watched.death()
 
     def num_gpus(self) -> int:
         self._refuse_dead()
@@ -252,7 +260,8 @@ class Cluster:
 
     def _refuse_dead(self) -> None:
         """Before what only Ray's server can answer: without it Ray waits for a minute, and then ends this process."""
-        if self._own is not None and (death := self._own.dead) is not None:
+        watched = self._own or self._joined
+        if watched is not None and (death := watched.dead) is not None:
             raise death
 
     @functools.cached_property
@@ -331,6 +340,8 @@ class Cluster:
         try:
             if self._own is not None and self._own.dead:
                 self._own.kill()  # nobody would answer
+            elif self._joined is not None and self._joined.dead:
+                await asyncio.gather(*(group.leave() for group in self._groups), return_exceptions=True)
             else:
                 await self._give_back()
         finally:

@@ -301,6 +301,9 @@ class ClusterConfig:
     max_restarts: int = knob(3, "times in a row that a run goes on from its last checkpoint after something died that "
                              "nobody can replace, without getting further than before; 0: the first death of an actor "
                              "of ours ends the run", least=0)
+    server_deadline_s: float = knob(10.0, "longest silence of the server (GCS) of a cluster that is joined; then the "
+                                    "run ends. More where that server is fault-tolerant; after 60 s Ray itself ends "
+                                    "the run", above=0)
     allow_open: bool = knob(False, "join a cluster that other machines reach and that asks for no token")
     env: dict[str, str] = knob({}, "environment variables of every actor")
 

@@ -220,7 +220,8 @@ async def _live(prepared: Prepared, body: RunBody, recorder: Recorder, cluster: 
         try:
             if not cluster.stands:
                 cluster.connect(config.cluster.address, cpus=own_cpus, gpus=_visible_gpus(config),
-                                allow_open=config.cluster.allow_open)
+                                allow_open=config.cluster.allow_open,
+                                server_deadline_s=config.cluster.server_deadline_s)
                 signals.again()  # connecting puts a handler of Ray's own in the place of ours
             watching = in_background(_watch(cluster, supervisor), supervisor.fail)
             plan = _plan(prepared, gpus=cluster.num_gpus(), trains=body is _train)
