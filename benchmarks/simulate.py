@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import math
 import random
 import re
@@ -45,6 +46,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 def run_schedules(first: int, count: int) -> None:
+    logging.disable(logging.WARNING)  # of engines that die: thousands
     counts: Counter[str] = Counter()
     clock, start_s = SimulatedTime(), time.process_time()
     for seed in range(first, first + count):
