@@ -105,9 +105,15 @@ _flux_compile() {
     # Not by the shell's own "&": a script's background processes ignore Ctrl-C.
     "$VENV/bin/python" -c '
 import subprocess, sys
-ours, vllm = [subprocess.Popen([sys.executable, "-c", f"import {names}"]) for names in sys.argv[1:]]
-vllm.wait()
-sys.exit(ours.wait())
+ours, vllm = both = [subprocess.Popen([sys.executable, "-c", f"import {names}"]) for names in sys.argv[1:]]
+try:
+    vllm.wait(600)
+    code = ours.wait(600)
+except subprocess.TimeoutExpired:
+    code = "imports took longer than ten minutes"
+for one in both:
+    one.kill()
+sys.exit(code)
 ' "flux_ray.run.build, flux_ray.rollout.worker, ray, deepspeed" \
         "vllm.v1.engine.async_llm, vllm.v1.engine.core, vllm.v1.worker.cpu_worker"
 }
