@@ -23,6 +23,7 @@ from flux_ray.config import (
     RolloutObservabilityConfig,
     TrainConfig,
 )
+from flux_ray.config.sections import CheckpointConfig
 from flux_ray.driver.loop import Loop
 from flux_ray.records import LoopState
 from tests.fakes.simulated import Costs, SimulatedTime, World, simulate
@@ -83,6 +84,7 @@ class RandomSchedule:
             reward=RewardConfig(num_workers=given["num_workers"], on_failure="drop"),
             filter=FilterConfig(reward="task" if given["group_size"] > 1 else None, max_batches=NO_LIMIT,
                                 oversample=given["oversample"]),
+            checkpoint=CheckpointConfig(every_s=0.0),  # which would be of the real time that a simulation takes
             train=TrainConfig(num_ranks=given["num_ranks"]),
             driver=DriverConfig(num_steps=given["num_steps"], max_staleness=given["max_staleness"]),
             observability=RolloutObservabilityConfig(samples_per_step=given["samples_per_step"]))
