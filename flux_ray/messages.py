@@ -75,6 +75,7 @@ class Assignment:
     group_size: int  # samples of all parts together
     temperature: float | None = None  # of an evaluation; None: the rollout's
     evaluates: bool = False  # scored, and neither filtered nor kept
+    incarnation: str = ""  # of the engine that is meant; empty: who stands there
 
     @property
     def key(self) -> tuple[int, int]:

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from flux_ray.clock import now_s
 from flux_ray.config import RolloutConfig
+from flux_ray.driver.engines import Engines
 from flux_ray.driver.entry import NOBODY, Entry, Key
 from flux_ray.driver.ledger import Ledger
 from flux_ray.driver.workers import Workers
@@ -33,8 +34,9 @@ class Asked(NamedTuple):
 
 
 class Assigning:
-    def __init__(self, config: RolloutConfig, ledger: Ledger, workers: Workers, *, max_staleness: int) -> None:
-        self._ledger, self._workers = ledger, workers
+    def __init__(self, config: RolloutConfig, ledger: Ledger, workers: Workers, engines: Engines, *,
+                 max_staleness: int) -> None:
+        self._ledger, self._workers, self._engines = ledger, workers, engines
         self._num_parts = config.split_groups
         # A request that still waits in an engine when new weights come would find its prefix computed by the old ones.
         keeps = config.kv_after_update == "keep" and max_staleness > 0
@@ -112,5 +114,5 @@ class Assigning:
             assert entry is not None, (uid, attempt)
             self._ledger.running(entry, self._workers.choose(), now_s(), engine=engine)
             assignment = Assignment(asked.parts[seed], attempt, engine, asked.prompt.num_samples, asked.temperature,
-                                    evaluates=uid < 0)
+                                    evaluates=uid < 0, incarnation=self._engines.incarnation(engine))
             self._workers.assign(entry.worker, assignment, request.num_tokens)

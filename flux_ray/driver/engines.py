@@ -47,6 +47,9 @@ class Engines:
         """Those that live and have yet to take the weights."""
         return [index for index in self.living if self._group[index].incarnation not in self._serving]
 
+    def incarnation(self, index: int) -> str:
+        return self._group[index].incarnation
+
     async def reached(self, only: Collection[int] | None = None) -> list[int]:
         """The living ones (of `only`), with the weight channel open to them. Waits for one where none lives."""
         while not self.living and only is None:

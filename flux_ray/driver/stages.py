@@ -33,7 +33,8 @@ class Stages:
         self._config, self.ledger, self.warn, self.step = config, ledger, warn, step
         supervisor = engines.supervisor
         self.workers = Workers(workers, supervisor)
-        self._assigning = Assigning(config.rollout, ledger, self.workers, max_staleness=config.driver.max_staleness)
+        self._assigning = Assigning(config.rollout, ledger, self.workers, engines,
+                                    max_staleness=config.driver.max_staleness)
         self.generate, self.hold = self._assigning.ask, self._assigning.hold
         self.engines = engines
         engines.on_change = self._on_engines

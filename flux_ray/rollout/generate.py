@@ -50,6 +50,7 @@ class EngineLost(Exception):
     """The engine is gone, or doesn't compute any more: another one has to answer."""
 
     def __init__(self, why: str, *, incarnation: str) -> None:
+        """`incarnation`: whose place another one is to take; empty: nobody's."""
         super().__init__(why)
         self.incarnation = incarnation
 

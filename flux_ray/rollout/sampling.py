@@ -24,7 +24,7 @@ from flux_ray.protocols import Engine
 from flux_ray.records import Prompt, RolloutGroup, SamplingRequest, Trajectory
 from flux_ray.rollout.environments import SandboxedRollout
 from flux_ray.rollout.functions import Rollout, one_turn, single_turn
-from flux_ray.rollout.generate import Limits, PromptGenerate
+from flux_ray.rollout.generate import EngineLost, Limits, PromptGenerate
 from flux_ray.rollout.texts import texts_of
 
 if TYPE_CHECKING:
@@ -69,6 +69,9 @@ class Sampling:
         prompt, config = assignment.prompt, self._config.rollout
         temperature = config.temperature if assignment.temperature is None else assignment.temperature
         engine = members.of(ENGINE)[assignment.engine].together()
+        if assignment.incarnation not in ("", engine.incarnation):
+            # The new one would answer once it has the weights, for which a deterministic run may be waiting for this.
+            raise EngineLost(f"another engine {assignment.engine} stands there by now", incarnation="")
         generate = PromptGenerate(prompt, engine, self._limits.of(prompt), temperature, self._tokenizer, owner)
         try:
             if self._sandbox is None:

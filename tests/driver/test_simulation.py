@@ -30,6 +30,11 @@ def test_random_schedules(clock, number):
         check(RandomSchedule(seed), clock=clock)
 
 
+def test_an_order_that_comes_when_another_engine_stands_there(clock):
+    """That one waits for weights, for which a deterministic run waits until all groups have come."""
+    check(RandomSchedule(60148), clock=clock)
+
+
 def test_groups_that_end_while_a_step_is_written_down(clock):
     """Dropped then, a group must not be counted by a version that the slots don't have yet."""
     for seed in (383, 698, 1318):

@@ -15,7 +15,7 @@ from flux_ray.errors import UserError
 from flux_ray.messages import Assignment
 from flux_ray.records import FINISH_LENGTH, FINISH_STOP, Completion, Prompt, Sampled, SamplingRequest
 from flux_ray.rollout.functions import Turns, get_rollout, register_rollout, single_turn
-from flux_ray.rollout.generate import Limits, PromptGenerate
+from flux_ray.rollout.generate import EngineLost, Limits, PromptGenerate
 from flux_ray.rollout.sampling import Sampling
 from tests.fakes.actors import LocalActor
 from tests.tiny import tiny_tokenizer
@@ -211,6 +211,18 @@ async def test_a_rollout_that_takes_too_long_is_told_with_its_engine_and_its_row
         await sampling.sample(Assignment(made_prompt(), 0, 0, 4), members, "rollout 0 #1")
     await asyncio.sleep(0.05)
     assert engine.cancelled == len(engine.asked) == 1, "nobody waits for its request any more"
+
+
+async def test_an_assignment_to_an_engine_in_whose_place_another_one_stands_is_given_back():
+    engine = Noted()
+    sampling, members = sampling_over(engine)
+    await sampling.start(members)
+    standing = members.of("engine")[0].incarnation
+    await sampling.sample(Assignment(made_prompt(), 0, 0, 4, incarnation=standing), members, "rollout 0 #1")
+    with pytest.raises(EngineLost, match="another engine 0 stands there by now") as given_back:
+        await sampling.sample(Assignment(made_prompt(), 0, 0, 4, incarnation="of before"), members, "rollout 0 #1")
+    assert given_back.value.incarnation == "", "nobody is to be replaced"
+    assert len(engine.asked) == 1
 
 
 async def test_a_rollout_that_gives_up_by_itself_is_not_told_as_late(monkeypatch):
