@@ -19,7 +19,7 @@ import threading
 import types
 from collections.abc import Awaitable, Callable, Sequence
 from multiprocessing import forkserver
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any, NamedTuple
 
@@ -37,6 +37,8 @@ from flux_ray.sandbox.output import Output
 from flux_ray.sandbox.tree import descendants, kill_tree
 
 SENTINEL_LOOK_S = 1.0  # for the exit code of a child whose socket has closed
+#: A start looks at all other children, too. Of two threads that look at one, the second finds its exit code read: 255.
+_one_at_a_time = threading.Lock()
 SCRATCH = "flux_ray-child-"  # what the folder of a child's temporary files is called
 LOOK_EVERY_S = 0.2  # at the processes that a call has started
 
@@ -216,8 +218,7 @@ class Child:
             raise ChildEnded(await self._why()) from None
 
     async def _why(self) -> str:
-        await asyncio.to_thread(self._process.join, SENTINEL_LOOK_S)
-        code = self._process.exitcode
+        code = await asyncio.to_thread(_exit_code, self._process)
         if code is None:
             return "the process in which it ran closed its connection"
         if code == -signal.SIGXCPU:
@@ -284,12 +285,20 @@ def _start(process: BaseProcess) -> None:
 
     What it defines is imported there by its file, as from any other process.
     """
-    script = sys.modules["__main__"]
-    sys.modules["__main__"] = types.ModuleType("__main__")
-    try:
-        process.start()
-    finally:
-        sys.modules["__main__"] = script
+    with _one_at_a_time:
+        script = sys.modules["__main__"]
+        sys.modules["__main__"] = types.ModuleType("__main__")
+        try:
+            process.start()
+        finally:
+            sys.modules["__main__"] = script
+
+
+def _exit_code(process: BaseProcess) -> int | None:
+    """Its exit code, once its end is seen; None where it goes on for SENTINEL_LOOK_S."""
+    wait([process.sentinel], SENTINEL_LOOK_S)  # which reads nothing
+    with _one_at_a_time:
+        return process.exitcode
 
 
 def _looked_at(message: asyncio.Future[Any]) -> None:

@@ -191,6 +191,14 @@ def test_a_script_of_a_package_names_its_functions(tmp_path):
     assert rewards_of(done.stdout.strip()) == [1.0, 0.0], done.stderr
 
 
+def test_the_exit_code_of_a_process_is_told_as_it_was_each_time(tmp_path):
+    """Two threads may look at its end at the same moment: of one, the code was lost now and then."""
+    file = written(tmp_path, mine="import os\nos._exit(3)\ndef graded(completions): ...") / "mine.py"
+    for _ in range(40):
+        with pytest.raises(UserError, match=r"exited with 3$"):
+            ask_signatures(from_dict({"reward.functions": [f"{file}:graded"]}))
+
+
 @pytest.mark.parametrize(
     ("code", "message"),
     [

@@ -22,6 +22,7 @@ def test_partial_rollouts_go_on_after_an_update_within_the_bound(kept, toys, tmp
     values = options(toys, toys.gpt2) | {
         "driver.max_staleness": 1, "driver.num_steps": NUM_STEPS, "rollout.num_engines": 2, "rollout.split_groups": 2,
         "rollout.max_tokens": 48, "rollout.ignore_eos": True, "filter.reward": "task",
+        "rollout.max_num_seqs": 8,  # half of what a step has for an engine: its groups come in two rounds
         "batch.max_tokens_per_micro_batch": 256,  # of about 1,800 a step: backward begins before the batch is whole
     }
     with kept(other_engines=True):
